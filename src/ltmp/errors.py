@@ -1,0 +1,23 @@
+"""Errors meant for the user: one sentence that says what is wrong, what was expected and what to do."""
+
+
+class LTMPError(Exception):
+    """A failure the user can act on. The command line prints its message and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(LTMPError):
+    """The call itself is wrong: an option, a name or a combination that cannot work."""
+
+    exit_code = 2
+
+
+class MissingExtraError(LTMPError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        """Say that `purpose` needs `package`, and which extra of ltmp brings it."""
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed: pip install 'ltmp[{extra}]'"
+        )
