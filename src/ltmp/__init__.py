@@ -1,0 +1,14 @@
+"""Learned Thresholds token Merging and Pruning: make a vision transformer cheaper without hurting its accuracy.
+
+>>> import ltmp, timm
+>>> model = ltmp.attach(timm.create_model("deit_small_patch16_224", pretrained=True).eval())
+>>> ltmp.learn(model, loader, target=0.6)
+>>> ltmp.save(model, "deit_small_0.60.safetensors")
+"""
+
+from ._version import __version__ as __version__
+from .config import LTMPConfig as LTMPConfig
+from .errors import LTMPError as LTMPError
+from .models import attach as attach
+from .models import detach as detach
+from .stack import record as record

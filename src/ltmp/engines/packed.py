@@ -1,0 +1,121 @@
+"""Deployment in plain torch, on any device: every linear layer runs over the live tokens of the batch and no others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..ops.attend.reference import attend, attend_rows
+from ..reduction import Plan, make_plan, similarity_metric
+from ..tokens import Tokens
+from .masked import prefix_first
+
+if TYPE_CHECKING:
+    from ..stack import Reduced, ReducedStack
+
+
+def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
+    """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`."""
+    from ..stack import Reduced
+
+    images, length, width = x.shape
+    recipe, thresholds = stack.recipe, stack.thresholds
+    tokens = Tokens.start(images, length, x.device)
+    counts = [length] * images
+    kept: list[list[int]] = []
+    for i, block in enumerate(stack.blocks):
+        steps = thresholds.steps(active, i)
+        if not steps and x.ndim == 3:
+            # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
+            x = block(x)
+            kept.append(counts)
+            continue
+        x = x.reshape(-1, width)
+        q, k, v = recipe.qkv(block, x)
+        y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
+        x = x + recipe.out(block, y.flatten(-2))
+        if steps:
+            metric = pad(similarity_metric(k), counts) if "merge" in steps else None
+            importance = pad(importance, counts) if importance is not None else None
+            plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
+            x, tokens, counts = _fold_rows(x, tokens.size, counts, plan)
+        x = x + recipe.mlp(block, x)
+        kept.append(counts)
+    if x.ndim == 2:
+        x = pad(x, counts)
+    x, size = prefix_first(x, tokens, stack.protected)
+    return Reduced(x, size, torch.tensor(kept, dtype=torch.float32, device=x.device).T)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, counts: list[int], need_importance: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention on rows: image by image on a CPU, where a map fits the cache, padded elsewhere, to fill the device."""
+    if q.device.type == "cpu":
+        return attend_rows(q, k, v, rows(tokens.size, counts), counts, need_importance)
+    out, importance = attend(*(pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v)),
+                             tokens.size, tokens.keep)  # fmt: skip
+    return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
+
+
+def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each packed row its image and its place in that image, int64 [T] both."""
+    number = torch.tensor(counts, device=device)
+    image = torch.repeat_interleave(torch.arange(len(counts), device=device), number, output_size=sum(counts))
+    first = number.cumsum(0) - number
+    return image, torch.arange(sum(counts), device=device) - first[image]
+
+
+def pad(values: Tensor, counts: list[int]) -> Tensor:
+    """[T] or [T, C] rows to [B, max(counts)] or [B, max(counts), C], zeros behind each image."""
+    if len(set(counts)) == 1:
+        return values.unflatten(0, (len(counts), counts[0]))
+    image, place = _places(counts, values.device)
+    out = values.new_zeros(len(counts), max(counts), *values.shape[1:])
+    return out.index_put((image, place), values)
+
+
+def rows(values: Tensor, counts: list[int]) -> Tensor:
+    """The inverse of `pad`."""
+    if len(set(counts)) == 1:
+        return values[:, : counts[0]].flatten(0, 1)
+    return values[_places(counts, values.device)]
+
+
+def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[Tensor, Tokens, list[int]]:
+    """`reduction.fold` on packed rows: survivors are gathered, and only what merges is added up.
+
+    Args:
+        x: [T, C]; size: [B, N] before; counts: before.
+
+    Returns:
+        x [T', C], the state cut to the longest image, and the new counts.
+    """
+    left = [int(n) for n in plan.tokens.counts().tolist()]
+    number = torch.tensor(counts, device=x.device)
+    first = number.cumsum(0) - number
+    image, place = _places(left, x.device)
+    target = first[image] + plan.order[image, place]
+    survivors = x[target]
+
+    gone_image, gone_place = (plan.merged & (torch.arange(size.shape[1], device=x.device) < number[:, None])).nonzero(
+        as_tuple=True
+    )
+    if gone_image.numel():
+        # rows of the survivors, by where they stood; -1 where a receiver was itself pruned
+        moved_to = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
+        moved_to[target] = torch.arange(target.numel(), device=x.device)
+        receiver = moved_to[first[gone_image] + plan.into[gone_image, gone_place]]
+        alive = receiver >= 0
+        receiver, gone_image, gone_place = receiver[alive], gone_image[alive], gone_place[alive]
+        source = first[gone_image] + gone_place
+        new_size = plan.tokens.size[image, place].to(x.dtype)
+        old_size = size[image, plan.order[image, place]].to(x.dtype)
+        weight = size[gone_image, gone_place].to(x.dtype) / new_size[receiver]
+        survivors = survivors * (old_size / new_size)[:, None]
+        survivors = survivors.index_add(0, receiver, x[source] * weight[:, None])
+    longest = max(left)
+    tokens = Tokens(*(t[:, :longest] for t in (plan.tokens.size, plan.tokens.keep, plan.tokens.origin)))
+    return survivors, tokens, left

@@ -1,0 +1,141 @@
+"""Attach the method to someone's model, and take it off again."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..config import LTMPConfig
+from ..errors import LTMPError
+from ..stack import ReducedStack, carry_sizes
+from ..thresholds import Thresholds
+from .recipe import Recipe
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LIBRARIES = {"timm": "ltmp.models.timm"}
+"""Host library to the module with its recipes; imported only when a model of that library is attached."""
+
+
+def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
+    """The transformer inside `model` and its recipe.
+
+    Raises:
+        LTMPError: nothing inside is known; the message names what is.
+    """
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            library = cls.__module__.partition(".")[0]
+            if library in _LIBRARIES:
+                hosts = importlib.import_module(_LIBRARIES[library]).HOSTS
+                if cls in hosts:
+                    return module, hosts[cls]
+    raise LTMPError(
+        f"cannot attach to {type(model).__name__}: found none of the known hosts inside "
+        "(timm VisionTransformer and distilled DeiT)"
+    )
+
+
+def attach(model: Model, config: LTMPConfig | None = None) -> Model:
+    """Give every block of `model` its two thresholds, all off, and make it run reduced.
+
+    In place: parameter names, weights and the way to call the model stay as they are; `model.ltmp` holds the thresholds.
+    In eval mode tokens are really removed, for any batch size; in train mode (`model.train()`, or `model.ltmp.train()`
+    alone) they are masked, so that gradients reach the thresholds. Attaching again starts over with new thresholds.
+
+    Args:
+        model: a model with a known vision transformer inside.
+        config: variant, temperatures, engine; the default is the paper's merge then prune.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LTMPError: the model cannot be reduced; it is unchanged, and the message names every reason.
+    """
+    config = config or LTMPConfig()
+    host, recipe = find_host(model)
+    problems = _find_problems(host, recipe)
+    if problems:
+        raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
+    if is_attached(model):
+        detach(model)
+    parent, name = _container(host, recipe)
+    blocks = getattr(parent, name)
+    thresholds = Thresholds(len(blocks), config).to(next(host.parameters()).device)
+    thresholds.train(host.training)
+    stack = ReducedStack(blocks, recipe, thresholds, recipe.protected(host), host)
+    setattr(parent, name, stack)
+    model.ltmp = thresholds
+    for attribute, value in recipe.overrides(host).items():
+        setattr(host, attribute, value)
+    norm = recipe.final_norm(host)
+    if norm is not None:
+        norm.register_forward_hook(carry_sizes)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Undo `attach`: the model is what it was, bit for bit. Without an attachment nothing happens.
+
+    Returns:
+        The same model.
+    """
+    if not is_attached(model):
+        return model
+    host, recipe = find_host(model)
+    parent, name = _container(host, recipe)
+    stack = getattr(parent, name)
+    stack.original.train(stack.training)
+    setattr(parent, name, stack.original)
+    for attribute in recipe.overrides(host):
+        delattr(host, attribute)
+    norm = recipe.final_norm(host)
+    if norm is not None:
+        for key, hook in list(norm._forward_hooks.items()):
+            if hook is carry_sizes:
+                del norm._forward_hooks[key]
+    del model.ltmp
+    return model
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `model` carries thresholds."""
+    return isinstance(getattr(model, "ltmp", None), Thresholds)
+
+
+def stack_of(model: nn.Module) -> ReducedStack:
+    """The reduced blocks of an attached model.
+
+    Raises:
+        LTMPError: nothing is attached.
+    """
+    for module in model.modules():
+        if isinstance(module, ReducedStack):
+            return module
+    raise LTMPError(f"nothing is attached to this {type(model).__name__}: call ltmp.attach(model) first")
+
+
+def thresholds_of(model: nn.Module) -> Thresholds:
+    """The thresholds of an attached model; raises like `stack_of`."""
+    return stack_of(model).thresholds
+
+
+def _container(host: nn.Module, recipe: Recipe) -> tuple[Any, str]:
+    path, _, name = recipe.stack.rpartition(".")
+    return host.get_submodule(path), name
+
+
+def _find_problems(host: nn.Module, recipe: Recipe) -> list[str]:
+    """Problems of the host as it is without us, so that attaching again asks the same questions."""
+    parent, name = _container(host, recipe)
+    stack = getattr(parent, name)
+    if not isinstance(stack, ReducedStack):
+        return recipe.problems(host)
+    setattr(parent, name, stack.original)
+    try:
+        return recipe.problems(host)
+    finally:
+        setattr(parent, name, stack)

@@ -1,0 +1,64 @@
+"""What a host model must tell us: where its blocks are and what the two halves of a block do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The weights of a standard block, for engines that fuse across its modules.
+
+    `norm1`/`norm2` are LayerNorms over C; `qkv` one Linear to [q, k, v]; `q_norm`/`k_norm` act on [..., D] (Identity when
+    absent); `scale1`/`scale2` are layer-scale vectors [C] or None; `act` is "gelu", "gelu_tanh" or "quick_gelu".
+    """
+
+    norm1: nn.LayerNorm
+    qkv: nn.Linear
+    heads: int
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Linear
+    scale1: Tensor | None
+    norm2: nn.LayerNorm
+    fc1: nn.Linear
+    act: str
+    fc2: nn.Linear
+    scale2: Tensor | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pre-norm transformer as a few module-level functions (lambdas cannot be pickled with the model).
+
+    The block functions are row-wise: any leading shape, padded [B, N, C] or packed [T, C].
+
+    Attributes:
+        name: what to call the host in messages.
+        stack: dotted path of the container of blocks.
+        qkv: (block, x [..., C]) -> q, k, v, each [..., H, D]; norm, projection and head norms included.
+        out: (block, y [..., H * D]) -> first residual branch [..., C].
+        mlp: (block, x [..., C]) -> second residual branch [..., C].
+        parts: block -> its weights for fused engines, or None where it is not a standard one.
+        protected: host -> number of prefix tokens.
+        problems: host -> what stands in the way, one phrase each; empty when it can be attached.
+        mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
+        overrides: host -> attributes to set on it while attached (pooling that knows sizes, refusals).
+        final_norm: host -> the module between the blocks and the pooling, or None.
+    """
+
+    name: str
+    stack: str
+    qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
+    out: Callable[[nn.Module, Tensor], Tensor]
+    mlp: Callable[[nn.Module, Tensor], Tensor]
+    parts: Callable[[nn.Module], Parts | None]
+    protected: Callable[[nn.Module], int]
+    problems: Callable[[nn.Module], list[str]]
+    mlp_ratio: Callable[[nn.Module], float]
+    overrides: Callable[[nn.Module], dict[str, Any]]
+    final_norm: Callable[[nn.Module], nn.Module | None]

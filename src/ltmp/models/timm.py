@@ -1,0 +1,182 @@
+"""Recipes for timm."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from ..stack import sizes_of
+from .recipe import Parts, Recipe
+
+_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+_MLPS = (Mlp, GluMlp, SwiGLU)
+
+
+def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _out(block: Any, y: Tensor) -> Tensor:
+    attn = block.attn
+    y = attn.norm(y) if hasattr(attn, "norm") else y
+    return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(y))))  # type: ignore[no-any-return]
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+
+
+def _parts(block: Any) -> Parts | None:
+    attn, mlp = block.attn, block.mlp
+    standard = (
+        isinstance(block.norm1, nn.LayerNorm)
+        and isinstance(block.norm2, nn.LayerNorm)
+        and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
+        and type(mlp) is Mlp
+        and isinstance(mlp.norm, nn.Identity)
+        and isinstance(mlp.fc1, nn.Linear)
+    )
+    act = _activation(mlp.act) if standard else None
+    if act is None:
+        return None
+    scale1, scale2 = (ls.gamma if isinstance(ls, LayerScale) else None for ls in (block.ls1, block.ls2))
+    return Parts(
+        block.norm1, attn.qkv, attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
+        block.norm2, mlp.fc1, act, mlp.fc2, scale2,
+    )  # fmt: skip
+
+
+def _activation(act: nn.Module) -> str | None:
+    if isinstance(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    # timm's own classes, by name because they moved between versions
+    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(act).__name__)
+
+
+def _mlp_ratio(block: Any) -> float:
+    weights = sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear))
+    width = block.attn.proj.out_features
+    return float(weights / (2 * width * width))
+
+
+def _protected(host: Any) -> int:
+    return int(host.num_prefix_tokens)
+
+
+def _problems(host: Any) -> list[str]:
+    found = []
+    overridden = [
+        name
+        for name in ("forward", "forward_features", "pool")
+        if getattr(type(host), name) is not getattr(VisionTransformer, name)
+    ]
+    if overridden:
+        found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
+    for i, block in enumerate(host.blocks):
+        trouble = _block_problems(block)
+        if trouble:
+            found.append(f"blocks.{i} {trouble}")
+            break
+    if host.global_pool == "":
+        found.append("global_pool='' returns every token, and a reduced image has fewer of them")
+    elif host.global_pool == "prr":
+        found.append("global_pool='prr' refines all patches, and a reduced image has fewer of them")
+    elif host.global_pool == "map" and not _map_pool_takes_mask(host.attn_pool):
+        found.append("this timm's attention pooling takes no mask (timm >= 1.0.20 does)")
+    return found
+
+
+def _block_problems(block: Any) -> str | None:
+    """Why this block is not the standard pre-norm one that the recipe describes, or None."""
+    if type(block) is not Block:
+        return f"is a {type(block).__name__}, not timm's standard Block"
+    extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
+    if extra:
+        return f"has parts that this version does not know: {', '.join(extra)}"
+    attn = block.attn
+    if type(attn) is not Attention:
+        return f"uses {type(attn).__name__}, not timm's standard Attention"
+    extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)
+    if extra:
+        return f"has an attention with parts that this version does not know: {', '.join(extra)}"
+    if attn.attn_drop.p > 0:
+        return f"has attention dropout {attn.attn_drop.p}; build the model with attn_drop_rate=0"
+    if not isinstance(block.mlp, _MLPS):
+        return f"has a {type(block.mlp).__name__}, which is not known to treat each token by itself"
+    return None
+
+
+def _map_pool_takes_mask(pool: nn.Module) -> bool:
+    return (
+        isinstance(pool, AttentionPoolLatent)
+        and pool.pos_embed is None
+        and "attn_mask" in inspect.signature(pool.forward).parameters
+    )
+
+
+def _final_norm(host: Any) -> nn.Module | None:
+    return None if host.global_pool == "token" else host.norm
+
+
+class SizedPool:
+    """timm's pooling over what is there, a merged token counting by its size. Stands in for `host.pool`."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def __call__(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        host = self.host
+        size = sizes_of(x)
+        kind = host.global_pool if pool_type is None else pool_type
+        if size is None or (kind == "token" and host.attn_pool is None):
+            return type(host).pool(host, x, pool_type)  # type: ignore[no-any-return]
+        if not host.pool_include_prefix:
+            x, size = x[:, host.num_prefix_tokens :], size[:, host.num_prefix_tokens :]
+        if host.attn_pool is not None:
+            return host.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])  # type: ignore[no-any-return]
+        mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
+        top = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
+        return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
+
+
+class RefusedIntermediates:
+    """Stands in for `host.forward_intermediates`, which would return too few feature maps."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            "a reduced model has no full grid of features for forward_intermediates: call ltmp.detach(model) first"
+        )
+
+
+def _overrides(host: Any) -> dict[str, Any]:
+    refuse = RefusedIntermediates()
+    found: dict[str, Any] = {"forward_intermediates": refuse}
+    if host.global_pool != "token":
+        found["pool"] = SizedPool(host)
+    return found
+
+
+RECIPE = Recipe(
+    name="timm VisionTransformer",
+    stack="blocks",
+    qkv=_qkv,
+    out=_out,
+    mlp=_mlp,
+    parts=_parts,
+    protected=_protected,
+    problems=_problems,
+    mlp_ratio=_mlp_ratio,
+    overrides=_overrides,
+    final_norm=_final_norm,
+)
+
+HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE, VisionTransformerDistilled: RECIPE}
+

@@ -1,0 +1,98 @@
+"""Attention that counts a merged token by its size, and says how much attention each token received."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _scores(q: Tensor, k: Tensor, size: Tensor) -> Tensor:
+    """float32 [B, H, N, N]: `q k^T / sqrt(D) + log size_j`; half-precision products are summed in float32."""
+    bias = size.float().log()[:, None, None, :]
+    scale = q.shape[-1] ** -0.5
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return product.unflatten(0, q.shape[:2]).mul_(scale).add_(bias)
+    return ((q.float() * scale) @ k.float().transpose(-2, -1)).add_(bias)
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps no [N, N] map between forward and backward: both are as cheap in memory as fused attention."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            score = _scores(q, k, size)
+            live = keep > 0
+            score.masked_fill_(~live[:, None, None, :], float("-inf"))
+            lse = score.logsumexp(-1, keepdim=True)
+            p = score.sub_(lse).exp_()
+            out = (p.to(v.dtype) @ v).transpose(1, 2)
+            # queries that are gone do not vote
+            votes = live[:, None, None, :].to(p.dtype) @ p
+            importance = votes.sum((1, 2)) / (q.shape[1] * live.sum(1, keepdim=True))
+        ctx.save_for_backward(q, k, v, size, keep, lse, out)
+        ctx.mark_non_differentiable(importance)
+        return out, importance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, size, keep, lse, out = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            live = (keep > 0)[:, None, None, :]
+            # what each token's weight is, and for a token that is gone what it would be: that is keep's gradient
+            weight = _scores(q, k, size).sub_(lse).exp_()
+            grad = grad.transpose(1, 2)
+            delta = (grad.float() * out.transpose(1, 2).float()).sum(-1, keepdim=True)
+            pull = (grad @ v.transpose(-2, -1)).float().sub_(delta).mul_(weight)
+            grad_keep = pull.sum((1, 2)).to(keep.dtype) if ctx.needs_input_grad[4] else None
+            grad_score = pull.mul_(live).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+            grad_v = weight.mul_(live).to(v.dtype).transpose(-2, -1) @ grad
+            return grad_score @ k, grad_score.transpose(-2, -1) @ q, grad_v, None, grad_keep
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Proportional attention over the live tokens of padded images, differentiable in `keep` (paper, section 3.1).
+
+    Args:
+        q, k, v: [B, N, H, D].
+        size: float32 [B, N] patches in each token.
+        keep: float32 [B, N], 1 live and 0 gone; its gradient at a gone token is that of bringing it back.
+
+    Returns:
+        out: [B, N, H, D] in v's type.
+        importance: float32 [B, N], mean attention received over heads and live queries (section 3.3); no gradient.
+    """
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    return _Attend.apply(*heads_first, size, keep)  # type: ignore[no-any-return]
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor, counts: list[int], need_importance: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` on packed rows, one image after the other: no padding, and the map of one image stays in cache.
+
+    Args:
+        q, k, v: [T, H, D], the live tokens of all images one after the other.
+        size: float32 [T].
+        counts: live tokens of each image; they sum to T.
+        need_importance: whether to return it.
+
+    Returns:
+        out: [T, H, D]; importance: float32 [T] or None.
+    """
+    outs, received = [], []
+    scale = q.shape[-1] ** -0.5
+    bias = size.log()
+    plain = bool((size == 1).all())
+    for qi, ki, vi, bi in zip(*(t.split(counts) for t in (q, k, v, bias)), strict=True):
+        n = qi.shape[0]
+        qi, ki, vi = (t.transpose(0, 1) for t in (qi.float(), ki.float(), vi))
+        score = (qi @ ki.transpose(1, 2)).mul_(scale)
+        p = (score if plain else score.add_(bi)).softmax(-1)
+        outs.append((p.to(vi.dtype) @ vi).transpose(0, 1))
+        if need_importance:
+            received.append(p.sum((0, 1)).div_(n * q.shape[1]))
+    return torch.cat(outs), torch.cat(received) if need_importance else None

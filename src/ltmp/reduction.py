@@ -1,0 +1,160 @@
+"""The method itself: which tokens merge, which are dropped, and the order of those that stay.
+
+Everything here works on what is known of a token in a few numbers, [B, N]; the features follow the plan in whatever
+layout an engine keeps them. The same plan is made in training, where the gone stay behind as a masked tail, and in
+deployment, where the tail is cut: parity sees the same sequence either way (paper, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops.match.reference import match
+from .thresholds import Thresholds, log_over, over
+from .tokens import Tokens, take, take_all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One block's reduction.
+
+    Attributes:
+        tokens: the state after it, live tokens first.
+        order: int64 [B, N], for each new place the old place whose token moves there.
+        into: int64 [B, N], for each old place the old place it is folded into: itself unless it merged.
+    """
+
+    tokens: Tokens
+    order: Tensor
+    into: Tensor
+
+    @property
+    def merged(self) -> Tensor:
+        """bool [B, N], the old places whose token was folded into another."""
+        return self.into != torch.arange(self.into.shape[1], device=self.into.device)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Tokens on their way through a plan; `place` is where each stood when the plan began."""
+
+    place: Tensor
+    size: Tensor
+    keep: Tensor
+    origin: Tensor
+    importance: Tensor
+    metric: Tensor
+
+
+def similarity_metric(k: Tensor) -> Tensor:
+    """What similarity is measured on: the mean of the keys over heads, of length one, in float32.
+
+    Args:
+        k: [..., H, D].
+
+    Returns:
+        float32 [..., D].
+    """
+    return F.normalize(k.detach().float().mean(-2), dim=-1)
+
+
+def make_plan(
+    tokens: Tokens,
+    metric: Tensor | None,
+    importance: Tensor | None,
+    thresholds: Thresholds,
+    block: int,
+    steps: tuple[str, ...],
+    protected: int,
+) -> Plan:
+    """Decide what happens to every token of a block (paper, section 3.2).
+
+    Args:
+        tokens: state at this block, [B, N].
+        metric: float32 [B, N, D] unit vectors; needed to merge.
+        importance: float32 [B, N], mean attention received; needed to prune.
+        thresholds: the learned numbers; `block` says which to use.
+        steps: which of "merge" and "prune", in order.
+        protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
+
+    Returns:
+        The plan; `plan.tokens.keep` carries the gradient of the two thresholds.
+    """
+    images, length = tokens.keep.shape
+    place = torch.arange(length, device=tokens.keep.device).expand(images, length)
+    if importance is None:
+        importance = tokens.keep.detach()
+    if metric is None:
+        metric = tokens.keep.detach()[..., None]
+    state = _Scored(place, tokens.size, tokens.keep, tokens.origin, importance.detach(), metric)
+    into = place
+    for step in steps:
+        if step == "merge":
+            state, into = _merge(state, into, over, thresholds.merge[block], thresholds.config.tau, protected)
+        else:
+            state = _prune(state, log_over, thresholds.prune[block], thresholds.config.prune_tau, protected)
+        state = take_all(state, (state.keep <= 0).to(torch.int8).argsort(dim=1, stable=True))
+    return Plan(Tokens(state.size, state.keep, state.origin), state.place, into)
+
+
+def _merge(state: _Scored, into: Tensor, decide, threshold: Tensor, tau: float, protected: int):  # type: ignore[no-untyped-def]
+    """Fold each selected even token into the odd token most like it; the new order is evens, then odds."""
+    if state.keep.shape[1] < 2:
+        return state, into
+    free = (state.keep > 0) & (state.origin >= protected)
+    best, partner = match(state.metric, free)
+    gone = decide(best, threshold, tau)
+    moved = gone.detach()
+
+    def even(v: Tensor) -> Tensor:
+        return v[:, ::2]
+
+    def odd(v: Tensor) -> Tensor:
+        return v[:, 1::2]
+
+    size = odd(state.size).scatter_add(1, partner, even(state.size) * moved)
+    arriving = (even(state.importance) * moved).masked_fill(moved == 0, float("-inf"))
+    importance = odd(state.importance).scatter_reduce(1, partner, arriving, "amax")
+    receiver = torch.where(moved > 0, odd(state.place).gather(1, partner), even(state.place))
+    into = into.scatter(1, even(state.place), receiver)
+
+    order = torch.cat([state.place.new_tensor(range(a, state.keep.shape[1], 2)) for a in (0, 1)])
+    state = replace(
+        take_all(state, order.expand_as(state.place)),
+        size=torch.cat([even(state.size), size], 1),
+        keep=torch.cat([even(state.keep) * (1 - gone), odd(state.keep)], 1),
+        importance=torch.cat([even(state.importance), importance], 1),
+    )
+    return state, into
+
+
+def _prune(state: _Scored, decide, threshold: Tensor, tau: float, protected: int) -> _Scored:  # type: ignore[no-untyped-def]
+    """Drop the tokens that are not important enough; those that stay keep their order."""
+    spared = state.origin < protected
+    if protected == 0:
+        # without a class token nothing else would keep an image from losing every token
+        top = state.importance.masked_fill(state.keep <= 0, float("-inf")).argmax(1, keepdim=True)
+        spared = spared.scatter(1, top, True)
+    kept = decide(state.importance, threshold, tau)
+    return replace(state, keep=state.keep * torch.where(spared, torch.ones_like(kept), kept))
+
+
+def fold(x: Tensor, size: Tensor, plan: Plan) -> Tensor:
+    """Features after a plan: a receiver becomes the size-weighted mean of its group (paper, section 3.2).
+
+    Args:
+        x: [B, N, C] features before.
+        size: [B, N] sizes before.
+
+    Returns:
+        [B, N, C] in the new order; a token that merged away also stays, as itself, in the masked tail.
+    """
+    weight = (size * plan.merged)[..., None].to(x.dtype)
+    index = plan.into[..., None].expand_as(x)
+    old = torch.zeros_like(size).scatter_add(1, plan.into, size * plan.merged) + size
+    total = (x * size[..., None].to(x.dtype)).scatter_add(1, index, x * weight)
+    return take(total / old[..., None].to(x.dtype), plan.order)

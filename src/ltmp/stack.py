@@ -1,0 +1,168 @@
+"""The one class that takes the place of a host's blocks and runs them with reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .engines import masked, select
+from .flops import Geometry, flops_share
+from .thresholds import Thresholds
+
+if TYPE_CHECKING:
+    from .models.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What an engine hands back.
+
+    Attributes:
+        x: [B, N', C], prefix tokens first, then the other live tokens; rows past an image's count are zero or gone.
+        size: float32 [B, N'], patches in each token, 0 for a row that is not there.
+        kept: float32 [B, L], tokens after each block; differentiable from the masked engine.
+    """
+
+    x: Tensor
+    size: Tensor
+    kept: Tensor
+
+
+@dataclass
+class Record:
+    """Statistics of the calls made inside `record()`.
+
+    Attributes:
+        kept: one [B, L] tensor a call, tokens after each block.
+        geometry: one a call; shares follow from both.
+    """
+
+    kept: list[Tensor] = field(default_factory=list)
+    geometry: list[Geometry] = field(default_factory=list)
+
+    def add(self, kept: Tensor, geometry: Geometry) -> None:
+        self.kept.append(kept)
+        self.geometry.append(geometry)
+
+    def share(self) -> Tensor:
+        """[images], FLOPs share of every image of every call."""
+        return torch.cat([flops_share(k, g) for k, g in zip(self.kept, self.geometry, strict=True)])
+
+
+_RECORD: ContextVar[Record | None] = ContextVar("ltmp_record", default=None)
+
+
+@contextmanager
+def record() -> Iterator[Record]:
+    """Collect token counts of the reduced models called inside, in this thread only.
+
+    >>> with ltmp.record() as calls:
+    ...     logits = model(images)
+    >>> calls.share().mean()
+    """
+    calls = Record()
+    token = _RECORD.set(calls)
+    try:
+        yield calls
+    finally:
+        _RECORD.reset(token)
+
+
+class ReducedStack(nn.ModuleList):
+    """The host's own blocks under their own names, run with token reduction between attention and MLP.
+
+    Checkpoints of the host still load. Called like the container it replaces; iterating gives one callable that runs
+    everything, because some hosts loop over their blocks.
+    """
+
+    def __init__(self, blocks: nn.Module, recipe: Recipe, thresholds: Thresholds, protected: int, host: nn.Module) -> None:
+        super().__init__()
+        for name, block in blocks.named_children():
+            self.add_module(name, block)
+        self.recipe = recipe
+        self.protected = protected
+        # tuples: known here, registered elsewhere
+        self._original = (blocks,)
+        self._thresholds = (thresholds,)
+        self._host = (host,)
+        self.training = blocks.training
+
+    @property
+    def original(self) -> nn.Module:
+        """The container this one stands in for."""
+        return self._original[0]
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return self._thresholds[0]
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the host asked to recompute blocks in backward."""
+        return bool(getattr(self._host[0], "grad_checkpointing", False))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def geometry(self, tokens: int, width: int) -> Geometry:
+        """What an image of `tokens` tokens costs here."""
+        return Geometry(tokens, width, tuple(self.recipe.mlp_ratio(block) for block in self.blocks))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            x: [B, N, C] embedded tokens, prefix tokens first.
+
+        Returns:
+            [B, N', C]; `sizes_of` tells the pooling how many patches each row stands for.
+        """
+        for name, value in [*enumerate(args), *kwargs.items()]:
+            if value is not None and value is not False:
+                raise NotImplementedError(
+                    f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
+                    "call ltmp.detach(model) for this"
+                )
+        thresholds = self.thresholds
+        active = thresholds.active()
+        calls = _RECORD.get()
+        if not thresholds.training and not any(merge or prune for merge, prune in active):
+            for block in self.blocks:
+                x = block(x)
+            if calls is not None:
+                kept = torch.full((x.shape[0], thresholds.depth), float(x.shape[1]), device=x.device)
+                calls.add(kept, self.geometry(x.shape[1], x.shape[2]))
+            return x
+        run = masked.run if thresholds.training else select.engine(thresholds.config.engine, x.device)
+        reduced = run(self, x, active)
+        if calls is not None:
+            calls.add(reduced.kept, self.geometry(x.shape[1], x.shape[2]))
+        return with_sizes(reduced.x, reduced.size)
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:  # type: ignore[override]
+        return iter((self.forward,))
+
+
+def with_sizes(x: Tensor, size: Tensor) -> Tensor:
+    """`x` with its sizes attached: pooling happens in the host's own code, and they must reach it call by call."""
+    x.ltmp_size = size  # type: ignore[attr-defined]
+    return x
+
+
+def sizes_of(x: Tensor) -> Tensor | None:
+    """The sizes that `with_sizes` attached, or None for an ordinary tensor."""
+    return getattr(x, "ltmp_size", None)
+
+
+def carry_sizes(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of the norm between blocks and pooling: sizes go on with the tokens."""
+    size = sizes_of(inputs[0])
+    if size is not None:
+        with_sizes(output, size)

@@ -1,0 +1,106 @@
+"""The 2 L learned numbers, and the decision they make."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import LTMPConfig
+
+
+def over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
+    """1 where `score > threshold`, else 0, exactly; its gradient is that of a sigmoid of temperature `tau`.
+
+    The forward value is the hard decision in float32 (paper, equation 8, straight-through). `soft + (hard - soft)`
+    in this order is exactly 0 or 1; `hard + soft - soft` is not.
+    """
+    hard = (score > threshold).to(score.dtype)
+    if not threshold.requires_grad:
+        return hard
+    soft = torch.sigmoid((score - threshold) / tau)
+    return soft + (hard - soft).detach()
+
+
+def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
+    """`over` for positive scores, with the sigmoid taken in log space.
+
+    Importance lives near 1/N, so a sigmoid in its own units gives every token the same gradient; in log space one
+    temperature fits every token count. The decision itself compares the plain numbers, like deployment.
+    """
+    hard = (score > threshold).to(score.dtype)
+    if not threshold.requires_grad:
+        return hard
+    tiny = torch.finfo(score.dtype).tiny
+    soft = torch.sigmoid((score.clamp_min(tiny).log() - threshold.clamp_min(tiny).log()) / tau)
+    return soft + (hard - soft).detach()
+
+
+class Thresholds(nn.Module):
+    """The learned thresholds of a model, under its name `ltmp`; everything here trains and is saved, nothing else.
+
+    A block whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped:
+    that is where both start.
+
+    Args:
+        depth: number of blocks, L.
+        config: the variant and the temperatures.
+
+    Attributes:
+        merge: float32 [L]; tokens merge above this cosine similarity.
+        prune: float32 [L]; tokens are kept above this mean attention received.
+    """
+
+    def __init__(self, depth: int, config: LTMPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.merge = nn.Parameter(torch.ones(depth))
+        self.prune = nn.Parameter(torch.zeros(depth))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Follow the model to another device, but keep every float32 bit: `model.half()` must not move a decision."""
+        exact = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            parameter.data = exact[name].to(parameter.device)
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, L."""
+        return self.merge.shape[0]
+
+    @torch.no_grad()
+    def set(self, merge: Tensor | list[float] | None = None, prune: Tensor | list[float] | None = None) -> None:
+        """Copy new values [L] in; None leaves a vector as it is.
+
+        Raises:
+            ValueError: the number of values is not the model's depth, or a value is not finite.
+        """
+        new = {
+            name: torch.as_tensor(values, dtype=torch.float32)
+            for name, values in (("merge", merge), ("prune", prune))
+            if values is not None
+        }
+        for name, values in new.items():
+            if values.shape != (self.depth,):
+                raise ValueError(
+                    f"{name} thresholds are for {values.numel()} blocks, but this model has {self.depth}: "
+                    "use thresholds learned on this architecture"
+                )
+            if not values.isfinite().all():
+                raise ValueError(f"{name} thresholds hold NaN or infinity: the file or the run that made them is broken")
+        for name, values in new.items():
+            getattr(self, name).copy_(values)
+
+    def steps(self, active: tuple[tuple[bool, bool], ...], block: int) -> tuple[str, ...]:
+        """The steps that can select something in `block`, given `active()`'s answer for all blocks."""
+        on = dict(zip(("merge", "prune"), active[block], strict=True))
+        return tuple(step for step in self.config.steps if on[step])
+
+    def active(self) -> tuple[tuple[bool, bool], ...]:
+        """For each block whether its merge and its prune threshold can select anything. Reads the device once."""
+        both = torch.stack([self.merge.detach() < 1, self.prune.detach() > 0], 1).tolist()
+        return tuple((merge, prune) for merge, prune in both)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.variant}, depth={self.depth}"
