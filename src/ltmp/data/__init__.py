@@ -1,0 +1,11 @@
+"""Data for learning and evaluation: folders, tars, timm's datasets, and the demo's digits."""
+
+from .dataset import Broken as Broken
+from .dataset import Images as Images
+from .dataset import check_classes as check_classes
+from .dataset import open_dataset as open_dataset
+from .embedded import load_digits as load_digits
+from .loader import Loader as Loader
+from .loader import make_loader as make_loader
+from .transforms import eval_transform as eval_transform
+from .transforms import input_channels as input_channels

@@ -1,0 +1,201 @@
+"""Images with labels from a folder, a tar or a dataset that timm knows, robust to images that cannot be read."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+from ..errors import LTMPError, UsageError
+from .images import decode, reason
+
+Transform = Callable[[Image.Image], Any]
+ClassMap = Mapping[str, int] | str | Path
+
+UNLABELLED = -1
+# Prefixes of the dataset names that timm.data.create_dataset understands.
+TIMM_PREFIXES = ("hfds", "hfids", "tfds", "torch", "wds")
+# The class name that timm gives to images that lie in no class folder.
+_NO_FOLDER = {"", "."}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands where an image should be that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Images(Dataset):
+    """A map-style dataset of (transformed image, label); a `Broken` in place of an image that cannot be read.
+
+    A broken image keeps its place, so order and labels of the others do not move; `make_loader` leaves it out
+    and counts it, or refuses it by name. Labels are -1 where there are none.
+    """
+
+    def __init__(
+        self, source: Any, *, transform: Transform | None = None, mode: str = "RGB", labelled: bool = True
+    ) -> None:
+        """`source`: a timm reader or torchvision dataset, giving (open file or Pillow image, label)."""
+        self.source = source
+        self.transform = transform
+        self.mode = mode
+        self.class_to_index = _class_to_index(source)
+        self.labelled = labelled and not (self.class_to_index and set(self.class_to_index) <= _NO_FOLDER)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | Broken:
+        try:
+            file, label = self.source[index]
+            image = decode(file, self.mode)
+        # Decoders fail in many ways on damaged bytes; each means that this image cannot be read.
+        except Exception as error:
+            return Broken(self.name(index), reason(error))
+        transformed = self.transform(image) if self.transform else image
+        return transformed, int(label) if self.labelled else UNLABELLED
+
+    def name(self, index: int) -> str:
+        """Where image `index` comes from, for messages."""
+        if hasattr(self.source, "filename"):
+            return str(self.source.filename(index, absolute=True) or f"image {index}")
+        return f"image {index}"
+
+
+def open_dataset(
+    source: str | Path,
+    *,
+    split: str = "validation",
+    transform: Transform | None = None,
+    mode: str = "RGB",
+    labelled: bool = True,
+    class_map: ClassMap | None = None,
+    root: str | Path | None = None,
+) -> Images | IterableDataset:
+    """Open images for learning or evaluation.
+
+    Args:
+        source: a folder of class folders, a .tar of class folders, a flat folder or tar of unlabelled images,
+            or a dataset name that timm.data.create_dataset takes ("hfds/...", "torch/cifar10", "wds/...").
+        split: "train" or "validation" for a folder, where PATH/train, PATH/val or PATH/validation is used when
+            present and PATH itself otherwise; for a timm dataset, the split's name there.
+        transform: from the Pillow image to what the model takes; see `eval_transform`.
+        mode: "RGB", or "L" for a model of one channel.
+        labelled: False ignores the labels that are there.
+        class_map: class name to index, as a dict or a .txt file of one class a line; without it classes are
+            numbered in timm's natural order of their folder names.
+        root: where a timm dataset lies on disk.
+
+    Returns:
+        `Images`, or timm's iterable dataset for sources that stream ("wds/", "hfids/", "tfds/").
+
+    Raises:
+        UsageError: the source does not exist. LTMPError: it holds no images, or mixes labelled and unlabelled.
+    """
+    path = Path(source)
+    if not path.exists():
+        return _open_timm(str(source), split, transform, mode, labelled, class_map, root)
+    reader = _open_path(path, split, class_map)
+    images = Images(reader, transform=transform, mode=mode, labelled=labelled)
+    names = set(images.class_to_index or ())
+    if labelled and names & _NO_FOLDER and names - _NO_FOLDER:
+        raise LTMPError(
+            f"{path} has images beside its class folders, so their class is unknown: move them into class folders, "
+            "or ask for unlabelled data"
+        )
+    return images
+
+
+def check_classes(dataset: Dataset, num_classes: int, class_map: ClassMap | None = None) -> None:
+    """Raise LTMPError unless the dataset's classes fit a model with `num_classes` outputs.
+
+    Without a class map the counts must be equal: a subset's folders would otherwise be numbered from 0 and
+    silently mean other classes. Datasets without labels, or whose classes are not known, pass.
+    """
+    classes = getattr(dataset, "class_to_index", None)
+    if not classes or not getattr(dataset, "labelled", True):
+        return
+    highest = max(classes.values()) + 1
+    if highest > num_classes or (class_map is None and len(classes) != num_classes):
+        what = f"{len(classes)} classes" if class_map is None else f"class indices up to {highest - 1}"
+        raise LTMPError(
+            f"the data have {what} but the model's head has {num_classes}: use the model fine-tuned on these classes, "
+            "or give a class map (a .txt file with the model's class names, one a line, in the order of its outputs)"
+        )
+
+
+def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:
+    from timm.data import create_dataset
+
+    if path.is_file() and path.suffix.lower() != ".tar":
+        raise UsageError(f"{path} is a file but not a .tar: give a folder of images or an uncompressed .tar of them")
+    # Opening the tar anew for each image keeps the file's position out of the hands of forked workers.
+    options = {"cache_tarfiles": False} if path.is_file() else {}
+    try:
+        reader = create_dataset("", root=str(path), split=split, class_map=_class_map(class_map), **options).reader
+    except tarfile.TarError as error:
+        raise LTMPError(f"{path} is not a readable, uncompressed .tar: {error}") from error
+    # timm's word for "no image found": a RuntimeError for a folder, a failing unpacking for a tar.
+    except (RuntimeError, ValueError) as error:
+        kept = " of the classes in the class map" if class_map else ""
+        raise LTMPError(
+            f"{path} holds no images{kept}: expected a folder or .tar with one folder of images a class, "
+            "or a flat one of unlabelled images"
+        ) from error
+    return reader
+
+
+def _open_timm(
+    name: str,
+    split: str,
+    transform: Transform | None,
+    mode: str,
+    labelled: bool,
+    class_map: ClassMap | None,
+    root: str | Path | None,
+) -> Images | IterableDataset:
+    from timm.data import IterableImageDataset, create_dataset
+
+    if name.partition("/")[0].lower() not in TIMM_PREFIXES:
+        raise UsageError(
+            f"{name} does not exist: give a folder, a .tar, or a dataset name that starts with "
+            f"{', '.join(prefix + '/' for prefix in TIMM_PREFIXES)}"
+        )
+    options = {"root": str(root) if root else None, "split": split, "class_map": _class_map(class_map)}
+    if name.lower().startswith("torch/"):
+        del options["class_map"]
+    try:
+        dataset = create_dataset(name, **options)
+    # Each of timm's backends fails in its own way; what the user can act on is the name and the reason.
+    except Exception as error:
+        raise LTMPError(f"cannot open the dataset {name} (split '{split}'): {error}") from error
+    if isinstance(dataset, IterableImageDataset):
+        dataset.transform = transform
+        return dataset
+    return Images(getattr(dataset, "reader", dataset), transform=transform, mode=mode, labelled=labelled)
+
+
+def _class_map(class_map: ClassMap | None) -> dict[str, int] | str | None:
+    if class_map is None:
+        return None
+    if isinstance(class_map, Mapping):
+        return dict(class_map)
+    path = Path(class_map)
+    if not path.is_file() or path.suffix != ".txt":
+        raise UsageError(f"class map {path}: expected a .txt file with one class name a line, in the model's order")
+    return str(path)
+
+
+def _class_to_index(source: Any) -> dict[str, int] | None:
+    """Readers and torchvision datasets each have their own name for it."""
+    for name in ("class_to_idx", "class_name_to_idx"):
+        if getattr(source, name, None):
+            return dict(getattr(source, name))
+    return None
