@@ -137,7 +137,7 @@ def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:
     if path.is_file() and path.suffix.lower() != ".tar":
         raise UsageError(f"{path} is a file but not a .tar: give a folder of images or an uncompressed .tar of them")
     # Opening the tar anew for each image keeps the file's position out of the hands of forked workers.
-    options = {"cache_tarfiles": False} if path.is_file() else {}
+    options: dict[str, Any] = {"cache_tarfiles": False} if path.is_file() else {}
     try:
         reader = create_dataset("", root=str(path), split=split, class_map=_class_map(class_map), **options).reader
     except tarfile.TarError as error:
@@ -168,7 +168,7 @@ def _open_timm(
             f"{name} does not exist: give a folder, a .tar, or a dataset name that starts with "
             f"{', '.join(prefix + '/' for prefix in TIMM_PREFIXES)}"
         )
-    options = {"root": str(root) if root else None, "split": split, "class_map": _class_map(class_map)}
+    options: dict[str, Any] = {"root": str(root) if root else None, "split": split, "class_map": _class_map(class_map)}
     if name.lower().startswith("torch/"):
         del options["class_map"]
     try:
@@ -182,7 +182,8 @@ def _open_timm(
     return Images(getattr(dataset, "reader", dataset), transform=transform, mode=mode, labelled=labelled)
 
 
-def _class_map(class_map: ClassMap | None) -> dict[str, int] | str | None:
+def _class_map(class_map: ClassMap | None) -> Any:
+    """The class map in the form timm takes."""
     if class_map is None:
         return None
     if isinstance(class_map, Mapping):

@@ -1,0 +1,100 @@
+"""Every format that arrives is decoded to what the model expects, or refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ltmp.data import images
+from ltmp.data.images import decode, reason
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> io.BytesIO:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "form", "expected"),
+    [
+        ("L", 90, "PNG", (90, 90, 90)),
+        ("1", 1, "PNG", (255, 255, 255)),
+        ("LA", (90, 10), "PNG", (90, 90, 90)),
+        ("RGBA", (10, 20, 30, 0), "PNG", (10, 20, 30)),
+        ("CMYK", (255, 0, 0, 0), "TIFF", (0, 255, 255)),
+        ("RGB", (10, 20, 30), "BMP", (10, 20, 30)),
+    ],
+    ids=["grey", "bilevel", "grey-alpha", "rgba", "cmyk", "rgb"],
+)
+def test_modes_become_rgb(mode, pixel, form, expected):
+    decoded = decode(encoded(Image.new(mode, (4, 3), pixel), form))
+    assert (decoded.mode, decoded.size, decoded.getpixel((0, 0))) == ("RGB", (4, 3), expected)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (257 * 100, 100), (65535, 255)])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bit_is_scaled_not_clipped(value, expected, form):
+    sixteen = Image.fromarray(np.full((3, 4), value, dtype=np.uint16))
+    assert decode(encoded(sixteen, form)).getpixel((0, 0)) == (expected,) * 3
+
+
+def test_integers_outside_16_bits_are_refused():
+    with pytest.raises(ValueError, match="65,535"):
+        decode(encoded(Image.fromarray(np.full((3, 4), 70000, dtype=np.int32)), "TIFF"))
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(ValueError, match="8 or 16 bits"):
+        decode(encoded(Image.fromarray(np.full((3, 4), np.nan, dtype=np.float32)), "TIFF"))
+
+
+def test_palette_with_transparency_raises_no_warning():
+    palette = Image.new("RGB", (4, 4), (10, 20, 30)).convert("P")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded = decode(encoded(palette, transparency=bytes([0] * 256)))
+    assert decoded.mode == "RGB"
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (6, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90 degrees
+    assert decode(encoded(image, "JPEG", exif=exif)).size == (4, 6)
+
+
+def test_greyscale_mode_for_models_of_one_channel():
+    assert decode(encoded(colour := Image.new("RGB", (4, 4), (9, 9, 9))), "L").mode == "L"
+    assert decode(colour, "L").getpixel((0, 0)) == 9
+
+
+def test_large_jpeg_is_decoded_at_reduced_size(monkeypatch):
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000 * 1000)
+    monkeypatch.setattr(images, "DRAFT_SIZE", (256, 256))
+    decoded = decode(encoded(Image.new("RGB", (2048, 1024)), "JPEG"))
+    assert decoded.size == (512, 256)
+
+
+def test_image_over_pillows_limit_has_a_plain_reason(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(Image.DecompressionBombError) as caught:
+        decode(encoded(Image.new("1", (2000, 2000))))
+    assert reason(caught.value) == "over the limit of 2 megapixels"
+
+
+def test_bytes_that_are_no_image_have_a_plain_reason():
+    with pytest.raises(Image.UnidentifiedImageError) as caught:
+        decode(io.BytesIO(b"hello"))
+    assert reason(caught.value) == "not an image, or in a format Pillow does not know"
+
+
+def test_truncated_image_is_not_filled_up():
+    whole = encoded(Image.effect_noise((64, 64), 50), "JPEG").getvalue()
+    with pytest.raises(OSError, match="truncated"):
+        decode(io.BytesIO(whole[: len(whole) // 2]))
