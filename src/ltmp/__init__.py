@@ -7,8 +7,11 @@
 """
 
 from ._version import __version__ as __version__
+from .checkpoint import load as load
+from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig
 from .errors import LTMPError as LTMPError
 from .models import attach as attach
 from .models import detach as detach
+from .stack import dense as dense
 from .stack import record as record

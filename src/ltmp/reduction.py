@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops.match.reference import match
-from .thresholds import Thresholds, log_over, over
+from .thresholds import Thresholds
 from .tokens import Tokens, take, take_all
 
 
@@ -94,20 +94,20 @@ def make_plan(
     into = place
     for step in steps:
         if step == "merge":
-            state, into = _merge(state, into, over, thresholds.merge[block], thresholds.config.tau, protected)
+            state, into = _merge(state, into, thresholds, block, protected)
         else:
-            state = _prune(state, log_over, thresholds.prune[block], thresholds.config.prune_tau, protected)
+            state = _prune(state, thresholds, block, protected)
         state = take_all(state, (state.keep <= 0).to(torch.int8).argsort(dim=1, stable=True))
     return Plan(Tokens(state.size, state.keep, state.origin), state.place, into)
 
 
-def _merge(state: _Scored, into: Tensor, decide, threshold: Tensor, tau: float, protected: int):  # type: ignore[no-untyped-def]
+def _merge(state: _Scored, into: Tensor, thresholds: Thresholds, block: int, protected: int) -> tuple[_Scored, Tensor]:
     """Fold each selected even token into the odd token most like it; the new order is evens, then odds."""
     if state.keep.shape[1] < 2:
         return state, into
     free = (state.keep > 0) & (state.origin >= protected)
     best, partner = match(state.metric, free)
-    gone = decide(best, threshold, tau)
+    gone = thresholds.select("merge", block, best, best > float("-inf"))
     moved = gone.detach()
 
     def even(v: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ def _merge(state: _Scored, into: Tensor, decide, threshold: Tensor, tau: float, 
     return state, into
 
 
-def _prune(state: _Scored, decide, threshold: Tensor, tau: float, protected: int) -> _Scored:  # type: ignore[no-untyped-def]
+def _prune(state: _Scored, thresholds: Thresholds, block: int, protected: int) -> _Scored:
     """Drop the tokens that are not important enough; those that stay keep their order."""
     spared = state.origin < protected
     if protected == 0:
         # without a class token nothing else would keep an image from losing every token
         top = state.importance.masked_fill(state.keep <= 0, float("-inf")).argmax(1, keepdim=True)
         spared = spared.scatter(1, top, True)
-    kept = decide(state.importance, threshold, tau)
+    kept = thresholds.select("prune", block, state.importance, (state.keep > 0) & ~spared)
     return replace(state, keep=state.keep * torch.where(spared, torch.ones_like(kept), kept))
 
 

@@ -56,6 +56,7 @@ class Record:
 
 
 _RECORD: ContextVar[Record | None] = ContextVar("ltmp_record", default=None)
+_DENSE: ContextVar[bool] = ContextVar("ltmp_dense", default=False)
 
 
 @contextmanager
@@ -74,6 +75,16 @@ def record() -> Iterator[Record]:
         _RECORD.reset(token)
 
 
+@contextmanager
+def dense() -> Iterator[None]:
+    """Run attached models as if nothing were attached, inside and in this thread only: the baseline of a comparison."""
+    token = _DENSE.set(True)
+    try:
+        yield
+    finally:
+        _DENSE.reset(token)
+
+
 class ReducedStack(nn.ModuleList):
     """The host's own blocks under their own names, run with token reduction between attention and MLP.
 
@@ -81,7 +92,9 @@ class ReducedStack(nn.ModuleList):
     everything, because some hosts loop over their blocks.
     """
 
-    def __init__(self, blocks: nn.Module, recipe: Recipe, thresholds: Thresholds, protected: int, host: nn.Module) -> None:
+    def __init__(
+        self, blocks: nn.Module, recipe: Recipe, thresholds: Thresholds, protected: int, host: nn.Module
+    ) -> None:
         super().__init__()
         for name, block in blocks.named_children():
             self.add_module(name, block)
@@ -99,17 +112,31 @@ class ReducedStack(nn.ModuleList):
         return self._original[0]
 
     @property
+    def host(self) -> nn.Module:
+        """The transformer whose blocks these are."""
+        return self._host[0]
+
+    @property
     def thresholds(self) -> Thresholds:
         return self._thresholds[0]
+
+    @contextmanager
+    def using(self, thresholds: Thresholds) -> Iterator[None]:
+        """Decide by other thresholds inside (calibration, comparisons); not for models that other threads call."""
+        mine, self._thresholds = self._thresholds, (thresholds,)
+        try:
+            yield
+        finally:
+            self._thresholds = mine
 
     @property
     def grad_checkpointing(self) -> bool:
         """Whether the host asked to recompute blocks in backward."""
-        return bool(getattr(self._host[0], "grad_checkpointing", False))
+        return bool(getattr(self.host, "grad_checkpointing", False))
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self._modules.values())  # type: ignore[arg-type]
+        return list(self._modules.values())
 
     def geometry(self, tokens: int, width: int) -> Geometry:
         """What an image of `tokens` tokens costs here."""
@@ -133,7 +160,10 @@ class ReducedStack(nn.ModuleList):
         thresholds = self.thresholds
         active = thresholds.active()
         calls = _RECORD.get()
-        if not thresholds.training and not any(merge or prune for merge, prune in active):
+        if thresholds.training:
+            # a threshold that selects nothing today may learn to
+            active = ((True, True),) * thresholds.depth
+        if _DENSE.get() or not any(merge or prune for merge, prune in active):
             for block in self.blocks:
                 x = block(x)
             if calls is not None:

@@ -88,9 +88,26 @@ class Thresholds(nn.Module):
                     "use thresholds learned on this architecture"
                 )
             if not values.isfinite().all():
-                raise ValueError(f"{name} thresholds hold NaN or infinity: the file or the run that made them is broken")
+                raise ValueError(
+                    f"{name} thresholds hold NaN or infinity: the file or the run that made them is broken"
+                )
         for name, values in new.items():
             getattr(self, name).copy_(values)
+
+    def select(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
+        """Which tokens are above a block's threshold: those that merge, or those that pruning keeps.
+
+        Args:
+            step: "merge" or "prune".
+            score: float32 [B, M], cosine to the best partner, or importance.
+            free: bool [B, M], the tokens that the step may choose from; what is said of the others is not used.
+
+        Returns:
+            float32 [B, M], 1 above and 0 not, with the gradient of the threshold.
+        """
+        if step == "merge":
+            return over(score, self.merge[block], self.config.tau)
+        return log_over(score, self.prune[block], self.config.prune_tau)
 
     def steps(self, active: tuple[tuple[bool, bool], ...], block: int) -> tuple[str, ...]:
         """The steps that can select something in `block`, given `active()`'s answer for all blocks."""

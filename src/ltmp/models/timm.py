@@ -27,11 +27,11 @@ def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _out(block: Any, y: Tensor) -> Tensor:
     attn = block.attn
     y = attn.norm(y) if hasattr(attn, "norm") else y
-    return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(y))))  # type: ignore[no-any-return]
+    return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(y))))
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _parts(block: Any) -> Parts | None:
@@ -137,11 +137,11 @@ class SizedPool:
         size = sizes_of(x)
         kind = host.global_pool if pool_type is None else pool_type
         if size is None or (kind == "token" and host.attn_pool is None):
-            return type(host).pool(host, x, pool_type)  # type: ignore[no-any-return]
+            return type(host).pool(host, x, pool_type)
         if not host.pool_include_prefix:
             x, size = x[:, host.num_prefix_tokens :], size[:, host.num_prefix_tokens :]
         if host.attn_pool is not None:
-            return host.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])  # type: ignore[no-any-return]
+            return host.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
         mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
         top = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
         return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
@@ -179,4 +179,3 @@ RECIPE = Recipe(
 )
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE, VisionTransformerDistilled: RECIPE}
-

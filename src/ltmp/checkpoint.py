@@ -1,0 +1,213 @@
+"""Thresholds on disk: a few hundred bytes of safetensors with what they were made for, or a checkpoint of the seed's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ._version import __version__
+from .config import LTMPConfig
+from .errors import LTMPError
+from .files import atomic_path
+from .models import attach, is_attached, stack_of, thresholds_of
+
+FORMAT = "ltmp-thresholds"
+_SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
+
+
+@dataclass(frozen=True)
+class ThresholdFile:
+    """What a thresholds file holds.
+
+    Attributes:
+        merge, prune: float32 [L].
+        config: how they were learned.
+        metadata: architecture, input size, target, measured share, accuracies, package version; as far as known.
+    """
+
+    merge: Tensor
+    prune: Tensor
+    config: LTMPConfig = field(default_factory=LTMPConfig)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What thresholds of this model are bound to: its architecture's name and its shape."""
+    stack = stack_of(model)
+    host = stack.host
+    known: dict[str, Any] = {"depth": stack.thresholds.depth, "width": getattr(host, "embed_dim", None)}
+    known["architecture"] = (getattr(host, "pretrained_cfg", None) or {}).get("architecture")
+    patch_embed = getattr(host, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None)
+    known["input_size"] = list(size) if size is not None else None
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
+    """Write the thresholds of an attached model, with what they belong to.
+
+    Args:
+        path: a `.safetensors` file; replaced whole or left alone.
+        metadata: more to keep, JSON types: `target`, `share`, `top1_dense`, `top1`.
+
+    Raises:
+        LTMPError: nothing is attached, or the file cannot be written.
+    """
+    thresholds = thresholds_of(model)
+    about = {
+        **describe(model),
+        **metadata,
+        "config": thresholds.config.to_dict(),
+        "version": __version__,
+    }
+    tensors = {name: p.detach().cpu().contiguous() for name, p in thresholds.named_parameters()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "ltmp": json.dumps(about)})
+        except SafetensorError as error:
+            raise LTMPError(f"cannot write {path}: {error}") from error
+
+
+def read(path: str | os.PathLike[str]) -> ThresholdFile:
+    """Read a thresholds file, or the thresholds in a checkpoint with the seed's keys.
+
+    Raises:
+        LTMPError: no such file, truncated, or no thresholds in it.
+    """
+    if Path(path).suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") == FORMAT:
+                    values = json.loads(about["ltmp"])
+                    config = LTMPConfig.from_dict(values.pop("config"))
+                    return ThresholdFile(file.get_tensor("merge"), file.get_tensor("prune"), config, values)
+        except FileNotFoundError:
+            raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise LTMPError(f"{path} is not a whole thresholds file ({error}): copy or learn it again") from error
+    found = split_seed_state(read_state_dict(path))[0]
+    if found is None:
+        raise LTMPError(f"{path} holds no thresholds: expected a file that `ltmp learn` or the seed's training wrote")
+    return found
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: safetensors, or torch's format read without unpickling code.
+
+    Understands `.pth.tar` files with `state_dict` (or `state_dict_ema`, `model`) inside and `module.` prefixes.
+
+    Raises:
+        LTMPError: no such file, truncated, not a checkpoint, or one that only unpickling would read.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        # timm's own checkpoints keep the command line they were made with
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise LTMPError(f"no checkpoint {path}: check the path") from None
+    except pickle.UnpicklingError as error:
+        raise LTMPError(
+            f"{path} is not a checkpoint of plain tensors, and nothing else is unpickled: save its state_dict anew"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise LTMPError(f"{path} is truncated or not a checkpoint: copy or download it again") from error
+    for key in ("state_dict", "state_dict_ema", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise LTMPError(f"{path} holds no state dict: expected parameter names and tensors")
+    return {key.removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def split_seed_state(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
+    """Part a seed checkpoint (`blocks.N.merge_masker.threshold`) into thresholds and the host's own weights.
+
+    Returns:
+        The thresholds, or None where there are none, and everything else.
+    """
+    found: dict[str, dict[int, float]] = {"merge": {}, "prune": {}}
+    weights = {}
+    for key, value in state.items():
+        match = _SEED_KEY.fullmatch(key)
+        if match:
+            found[match[2]][int(match[1])] = float(value)
+        else:
+            weights[key] = value
+    depth = 1 + max((block for values in found.values() for block in values), default=-1)
+    if depth == 0:
+        return None, weights
+    merge = torch.tensor([found["merge"].get(i, 1.0) for i in range(depth)])
+    prune = torch.tensor([found["prune"].get(i, 0.0) for i in range(depth)])
+    variant = "ltmp" if found["merge"] and found["prune"] else "ltm" if found["merge"] else "ltp"
+    return ThresholdFile(merge, prune, LTMPConfig(variant=variant)), weights
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None = None) -> ThresholdFile:
+    """Attach (unless it is) and set the thresholds of `path`.
+
+    Args:
+        model: the model that the thresholds were learned for.
+        engine: overrides the file's engine.
+
+    Returns:
+        What was in the file.
+
+    Raises:
+        LTMPError: unreadable, or learned for another depth or architecture; the model is unchanged.
+    """
+    file = read(path)
+    settings = {**file.config.to_dict(), **({"engine": engine} if engine else {})}
+    attached = is_attached(model)
+    if not attached:
+        attach(model, LTMPConfig.from_dict(settings))
+    try:
+        apply(model, file, source=str(path))
+    except LTMPError:
+        if not attached:
+            from .models import detach
+
+            detach(model)
+        raise
+    return file
+
+
+def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds") -> None:
+    """Set an attached model's thresholds and variant, after checking that they belong to it.
+
+    Raises:
+        LTMPError: another depth, width or architecture, another variant than the attached one, or NaN.
+    """
+    here = describe(model)
+    for name, what in (("architecture", "architecture"), ("depth", "number of blocks"), ("width", "width")):
+        theirs = file.merge.numel() if name == "depth" else file.metadata.get(name)
+        if theirs is not None and name in here and here[name] != theirs:
+            raise LTMPError(
+                f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
+                "use the model it was learned on, or learn thresholds for this one"
+            )
+    thresholds = thresholds_of(model)
+    if thresholds.config.steps != file.config.steps and not set(file.config.steps) < set(thresholds.config.steps):
+        raise LTMPError(
+            f"{source} is for variant {file.config.variant}, but the model was attached as "
+            f"{thresholds.config.variant}: attach with LTMPConfig(variant={file.config.variant!r})"
+        )
+    try:
+        thresholds.set(file.merge, file.prune)
+    except ValueError as error:
+        raise LTMPError(f"{source}: {error}") from error
