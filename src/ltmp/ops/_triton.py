@@ -1,0 +1,42 @@
+"""What the Triton kernels share.
+
+Packed layout: the live tokens of all images in rows, image b owning rows cu[b]:cu[b + 1], in its current order. Rows
+past cu[B] are room that a fixed capacity leaves; kernels neither read nor write them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+"""Softmax in base 2: GPUs have exp2 in hardware."""
+
+
+@triton.jit
+def image_rows(CU, image):  # noqa: N803
+    """First row (int64: a batch may hold more than 2^31 numbers) and token count of an image."""
+    first = tl.load(CU + image)
+    return first.to(tl.int64), tl.load(CU + image + 1) - first
+
+
+def pow2(n: int) -> int:
+    """Smallest power of two >= n and >= 16, the least that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def strides(heads: Tensor) -> tuple[int, int]:
+    """Row and head stride of a [T, H, D] view.
+
+    Raises:
+        ValueError: the numbers of a head do not lie side by side.
+    """
+    if heads.stride(-1) != 1:
+        raise ValueError(f"kernels need a unit stride inside a head, got strides {heads.stride()}")
+    return heads.stride(0), heads.stride(1)
+
+
+def precision(heads: Tensor) -> str:
+    """How a product of this dtype is taken: full float32 for float32, never a shortened one."""
+    return "ieee" if heads.element_size() == 4 else "tf32"

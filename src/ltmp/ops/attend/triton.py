@@ -1,0 +1,240 @@
+"""Packed attention with a bias by token size, and the attention that each token receives.
+
+The column sums that importance needs exist in no stock fused kernel. Where the keys of an image fit on chip, one pass
+makes both: a query tile's softmax is final before it leaves the registers. Longer images take a second pass over the
+keys. No atomics: the same bits every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LOG2E, image_rows, pow2, precision, strides
+
+_ON_CHIP = 64 * 1024
+"""Bytes of keys and values of one head that one program may hold; two programs then share a multiprocessor."""
+
+_CHUNK = 64
+"""Keys in a chunk of the one-pass kernel."""
+
+
+@triton.jit
+def _load_tile(POINTER, row, live, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
+    """[rows, DB] of one head, zeros where there is no row or no column."""
+    column = tl.arange(0, DB)
+    mask = live[:, None] & (column < D)[None, :] if D < DB else live[:, None]
+    return tl.load(POINTER + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _log2_size(SIZE, row, live):  # noqa: N803
+    """What a key's size adds to its scores; -inf where there is no key."""
+    return tl.where(live, tl.log2(tl.load(SIZE + row, mask=live, other=1.0)), -float("inf"))
+
+
+@triton.jit
+def _store_tile(OUT, tile, row, live, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
+    column = tl.arange(0, DB)
+    mask = live[:, None] & (column < D)[None, :] if D < DB else live[:, None]
+    tl.store(OUT + row[:, None] * stride + column[None, :], tile.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _head(
+    Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, out_row,  # noqa: N803
+    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
+    WANT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head of one image with at most CHUNKS x BN keys, all held on chip."""
+    lane = tl.arange(0, BN)
+    keys = ()
+    values = ()
+    bias = ()
+    received = ()
+    for c in tl.static_range(CHUNKS):
+        key = c * BN + lane
+        keys = keys + (_load_tile(K, key, key < n, k_row, D, DB),)
+        values = values + (_load_tile(V, key, key < n, v_row, D, DB),)
+        bias = bias + (_log2_size(SIZE, key, key < n),)
+        received = received + (tl.zeros([BM // 16, 8, BN], tl.float32),)
+    for m0 in range(0, n, BM):
+        query = m0 + tl.arange(0, BM)
+        q = _load_tile(Q, query, query < n, q_row, D, DB)
+        top = tl.full([BM], -float("inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        out = tl.zeros([BM, DB], tl.float32)
+        weights = ()
+        tops = ()
+        for c in tl.static_range(CHUNKS):
+            score = tl.dot(q, tl.trans(keys[c]), input_precision=PRECISION) * scale + bias[c][None, :]
+            highest = tl.maximum(top, tl.max(score, 1))
+            fade = tl.exp2(top - highest)
+            weight = tl.exp2(score - highest[:, None])
+            total = total * fade + tl.sum(weight, 1)
+            weight = weight.to(values[c].dtype)
+            out = tl.dot(weight, values[c], out * fade[:, None], input_precision=PRECISION)
+            weights = weights + (weight,)
+            tops = tops + (highest,)
+            top = highest
+        share = tl.where(query < n, 1 / total, 0.0)
+        _store_tile(OUT, out * share[:, None], query, query < n, out_row, D, DB)
+        if WANT:
+            added = ()
+            for c in tl.static_range(CHUNKS):
+                column = weights[c].to(tl.float32) * (tl.exp2(tops[c] - top) * share)[:, None]
+                # rows 8 apart sit in one thread of a matrix unit's result: summing those first costs no shuffle
+                added = added + (received[c] + tl.sum(tl.reshape(column, (BM // 16, 2, 8, BN)), 1),)
+            received = added
+    if WANT:
+        for c in tl.static_range(CHUNKS):
+            key = c * BN + lane
+            tl.store(RECEIVED + key, tl.sum(tl.sum(received[c], 0), 0), mask=key < n)
+
+
+@triton.jit
+def _one_pass_kernel(
+    Q, K, V, SIZE, OUT, RECEIVED, CU, scale, rows,  # noqa: N803
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CHUNKS: tl.constexpr, WANT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program = one head of one image."""
+    image = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    first, n = image_rows(CU, image)
+    Q += first * q_row + head * q_head
+    K += first * k_row + head * k_head
+    V += first * v_row + head * v_head
+    OUT += first * (H * D) + head * D
+    SIZE += first
+    RECEIVED += head.to(tl.int64) * rows + first
+    # images of one batch differ in length: each runs with the chunks it fills
+    if n <= BN:
+        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
+              D, DB, BM, BN, 1, WANT, PRECISION)  # fmt: skip
+    elif (n <= 2 * BN) | (CHUNKS <= 2):
+        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
+              D, DB, BM, BN, min(CHUNKS, 2), WANT, PRECISION)  # fmt: skip
+    elif (n <= 3 * BN) | (CHUNKS <= 3):
+        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
+              D, DB, BM, BN, min(CHUNKS, 3), WANT, PRECISION)  # fmt: skip
+    else:
+        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
+              D, DB, BM, BN, CHUNKS, WANT, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _flash_kernel(
+    Q, K, V, SIZE, OUT, LSE, CU, scale, rows,  # noqa: N803
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention and its log-sum-exp in base 2; one program = one query tile of one head of one image."""
+    image = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    first, n = image_rows(CU, image)
+    m0 = tl.program_id(0) * BM
+    if m0 < n:
+        Q += first * q_row + head * q_head
+        K += first * k_row + head * k_head
+        V += first * v_row + head * v_head
+        query = m0 + tl.arange(0, BM)
+        q = _load_tile(Q, query, query < n, q_row, D, DB)
+        top = tl.full([BM], -float("inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        out = tl.zeros([BM, DB], tl.float32)
+        for n0 in range(0, n, BN):
+            key = n0 + tl.arange(0, BN)
+            k = _load_tile(K, key, key < n, k_row, D, DB)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            score += _log2_size(SIZE + first, key, key < n)[None, :]
+            highest = tl.maximum(top, tl.max(score, 1))
+            fade = tl.exp2(top - highest)
+            weight = tl.exp2(score - highest[:, None])
+            total = total * fade + tl.sum(weight, 1)
+            v = _load_tile(V, key, key < n, v_row, D, DB)
+            out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
+            top = highest
+        _store_tile(OUT + first * (H * D) + head * D, out / total[:, None], query, query < n, H * D, D, DB)
+        tl.store(LSE + head.to(tl.int64) * rows + first + query, top + tl.log2(total), mask=query < n)
+
+
+@triton.jit
+def _received_kernel(
+    Q, K, SIZE, LSE, RECEIVED, CU, scale, rows, q_row, q_head, k_row, k_head,  # noqa: N803
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention received, by keys: one program = one key tile of one head of one image."""
+    image = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    first, n = image_rows(CU, image)
+    n0 = tl.program_id(0) * BN
+    if n0 < n:
+        Q += first * q_row + head * q_head
+        K += first * k_row + head * k_head
+        of_head = head.to(tl.int64) * rows + first
+        key = n0 + tl.arange(0, BN)
+        k = _load_tile(K, key, key < n, k_row, D, DB)
+        bias = _log2_size(SIZE + first, key, key < n)
+        received = tl.zeros([BN], tl.float32)
+        for m0 in range(0, n, BM):
+            query = m0 + tl.arange(0, BM)
+            q = _load_tile(Q, query, query < n, q_row, D, DB)
+            lse = tl.load(LSE + of_head + query, mask=query < n, other=float("inf"))
+            score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None]
+            received += tl.sum(tl.exp2(score - lse[None, :]), 1)
+        tl.store(RECEIVED + of_head + key, received, mask=key < n)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor, cu: Tensor, longest: int, want_received: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention within each image, a merged token counting by its size (paper, section 3.1).
+
+    Args:
+        q, k, v: [T, H, D] views with unit stride in D, for example of one [T, 3, H, D] tensor. D up to 256.
+        size: float32 [T], patches in each token.
+        cu: int32 [B + 1] on the device; image b owns rows cu[b]:cu[b + 1].
+        longest: a bound on the tokens of an image.
+        want_received: whether to return the attention received.
+
+    Returns:
+        out: [T, H * D] in v's dtype; rows past cu[B] are not written.
+        received: float32 [H, T], each token's attention summed over its image's queries, head by head, or None. Its
+            sum over heads, over H times the image's token count, is the paper's importance (section 3.3).
+    """
+    rows, heads, width = q.shape
+    images = cu.shape[0] - 1
+    out = torch.empty(rows, heads * width, dtype=v.dtype, device=v.device)
+    scale = width**-0.5 * LOG2E
+    of_q, of_k, of_v = strides(q), strides(k), strides(v)
+    block = pow2(width)
+    shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
+    chunks = triton.cdiv(longest, _CHUNK)
+    if chunks <= 4 and 2 * chunks * _CHUNK * block * q.element_size() <= _ON_CHIP:
+        received = torch.empty(heads, rows, device=q.device) if want_received else size
+        _one_pass_kernel[(images * heads,)](
+            q, k, v, size, out, received, cu, scale, rows, *of_q, *of_k, *of_v,
+            BM=64, BN=_CHUNK, CHUNKS=chunks, WANT=want_received, num_warps=4, num_stages=2, **shape,
+        )  # fmt: skip
+        return out, received if want_received else None
+    lse = torch.empty(heads, rows, device=q.device)
+    narrow = block * q.element_size() <= 128
+    tile, chunk = (128, 64) if narrow else (64, 32)
+    _flash_kernel[(triton.cdiv(longest, tile), images * heads)](
+        q, k, v, size, out, lse, cu, scale, rows, *of_q, *of_k, *of_v,
+        BM=tile, BN=chunk, num_warps=4 if tile == 64 else 8, num_stages=3 if narrow else 2, **shape,
+    )  # fmt: skip
+    if not want_received:
+        return out, None
+    received = torch.empty(heads, rows, device=q.device)
+    _received_kernel[(triton.cdiv(longest, tile), images * heads)](
+        q, k, size, lse, received, cu, scale, rows, *of_q, *of_k,
+        BM=chunk, BN=tile, num_warps=4 if tile == 64 else 8, num_stages=3 if narrow else 2, **shape,
+    )  # fmt: skip
+    return out, received

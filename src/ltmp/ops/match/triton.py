@@ -1,0 +1,119 @@
+"""The best partner of every even token, on packed rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import image_rows, pow2, strides
+
+_TILE = 128
+"""Tokens of one parity that one program compares at a time."""
+
+
+@triton.jit
+def metric_tile(
+    K, row, live, k_row, k_head,  # noqa: N803
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, DB] unit vectors: the mean of the keys over heads."""
+    column = tl.arange(0, DB)
+    mask = live[:, None] & (column < D)[None, :]
+    at = K + row[:, None] * k_row + column[None, :]
+    mean = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for head in range(1, H):
+        mean += tl.load(at + head * k_head, mask=mask, other=0.0).to(tl.float32)
+    mean /= H
+    return mean / tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)[:, None]
+
+
+@triton.jit
+def best_partner(
+    K, ORIGIN, even, n, k_row, k_head, protected,  # noqa: N803
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Cosine and number of the most similar odd token for a tile of even tokens; -inf where none may be taken."""
+    is_even = 2 * even < n
+    free_even = is_even & (tl.load(ORIGIN + 2 * even, mask=is_even, other=-1) >= protected)
+    a = metric_tile(K, 2 * even, is_even, k_row, k_head, H, D, DB)
+    best = tl.full(even.shape, -float("inf"), tl.float32)
+    partner = tl.zeros(even.shape, tl.int32)
+    for start in range(0, n // 2, TILE):
+        odd = start + tl.arange(0, TILE)
+        is_odd = 2 * odd + 1 < n
+        free_odd = is_odd & (tl.load(ORIGIN + 2 * odd + 1, mask=is_odd, other=-1) >= protected)
+        b = metric_tile(K, 2 * odd + 1, is_odd, k_row, k_head, H, D, DB)
+        # three tf32 products: decisions are taken in float32, and a shortened product flips them
+        cosine = tl.dot(a, tl.trans(b), input_precision="tf32x3")
+        cosine = tl.where(free_even[:, None] & free_odd[None, :], cosine, -float("inf"))
+        highest = tl.max(cosine, 1)
+        place = start + tl.argmax(cosine, 1)
+        partner = tl.where(highest > best, place, partner)
+        best = tl.maximum(best, highest)
+    return best, partner
+
+
+@triton.jit
+def _match_kernel(
+    K, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,  # noqa: N803
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program = one tile of even tokens of one image."""
+    first, n = image_rows(CU, tl.program_id(0))
+    even = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    if tl.program_id(1) * TILE * 2 < n:
+        best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, H, D, DB, TILE)
+        tl.store(BEST + first + even, best, mask=2 * even < n)
+        tl.store(PARTNER + first + even, partner, mask=2 * even < n)
+
+
+@triton.jit
+def _metric_kernel(
+    K, CU, METRIC, k_row, k_head, images,  # noqa: N803
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < tl.load(CU + images)
+    column = tl.arange(0, DB)
+    metric = metric_tile(K, row, live, k_row, k_head, H, D, DB)
+    tl.store(METRIC + row[:, None] * D + column[None, :], metric, mask=live[:, None] & (column < D)[None, :])
+
+
+def similarity_metric(k: Tensor, cu: Tensor) -> Tensor:
+    """The mean of the keys [T, H, D] over heads, of length one: float32 [T, 1, D]."""
+    rows, heads, width = k.shape
+    metric = torch.empty(rows, 1, width, device=k.device)
+    _metric_kernel[(triton.cdiv(rows, 32),)](
+        k, cu, metric, *strides(k), cu.shape[0] - 1, H=heads, D=width, DB=pow2(width), ROWS=32, num_warps=4
+    )
+    return metric
+
+
+def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -> tuple[Tensor, Tensor]:
+    """For each even token of each image the odd token with the most similar mean key (paper, section 3.2).
+
+    Args:
+        k: [T, H, D] keys, unit stride in D.
+        origin: int32 [T], each token's place in its image's input; below `protected` it neither merges nor receives.
+        cu: int32 [B + 1] row bounds of the images.
+        longest: a bound on the tokens of an image.
+
+    Returns:
+        best: float32 [T] and partner: int32 [T]; row cu[b] + i speaks of the even token at place 2 i of image b and names
+        its partner at place 2 partner + 1; -inf where there is none. Other rows are not written.
+    """
+    half = (longest + 1) // 2
+    tile = min(pow2(half), _TILE)
+    if half > tile and k.shape[1] > 1:
+        # several tiles read each key several times: take the mean over heads once
+        k = similarity_metric(k, cu)
+    rows, heads, width = k.shape
+    best = torch.empty(rows, device=k.device)
+    partner = torch.empty(rows, dtype=torch.int32, device=k.device)
+    _match_kernel[(cu.shape[0] - 1, triton.cdiv(half, tile))](
+        k, origin, cu, best, partner, *strides(k), protected,
+        H=heads, D=width, DB=pow2(width), TILE=tile, num_warps=8 if tile == 128 else 4,
+    )  # fmt: skip
+    return best, partner

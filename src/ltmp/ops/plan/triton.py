@@ -1,0 +1,271 @@
+"""Which tokens merge, which are dropped, and where the others go: one program an image, nothing read by the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import image_rows, pow2, strides
+from ..match.triton import best_partner, match
+
+_TILE = 32
+"""Receivers, or tokens of a prune-only plan, that are looked at together."""
+
+_ONE_TILE = 128
+"""Tokens of one parity up to which one program both matches and plans an image."""
+
+
+class Plan(NamedTuple):
+    """One block's reduction on packed rows.
+
+    Attributes:
+        slot: int32 [T], each token's place in its image's new order; -1 dropped; -2 - i merged into the odd token at
+            place 2 i + 1.
+        size: float32 [T], sizes by old place, receivers with what they received.
+        cu: int32 [B + 1], row bounds of the images afterwards, never past the room given.
+    """
+
+    slot: Tensor
+    size: Tensor
+    cu: Tensor
+
+
+@triton.jit
+def _importance(RECEIVED, token, live, n, rows, H: tl.constexpr):  # noqa: N803
+    """Mean attention received over heads and queries."""
+    total = tl.load(RECEIVED + token, mask=live, other=0.0)
+    for head in tl.static_range(1, H):
+        total += tl.load(RECEIVED + head * rows + token, mask=live, other=0.0)
+    return total / (n * H)
+
+
+@triton.jit
+def _receivers(
+    RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, even_size, even_importance,  # noqa: N803
+    H: tl.constexpr, PRUNES: tl.constexpr,
+):  # fmt: skip
+    """Size and importance of a tile of odd tokens after what merges into them, and where each came from."""
+    token = 2 * odd + 1
+    live = token < n
+    arrives = merged[None, :] & (odd[:, None] == partner[None, :])
+    size = tl.load(SIZE + token, mask=live, other=0.0) + tl.sum(tl.where(arrives, even_size[None, :], 0.0), 1)
+    importance = tl.zeros(odd.shape, tl.float32)
+    if PRUNES:
+        importance = _importance(RECEIVED, token, live, n, rows, H)
+        importance = tl.maximum(importance, tl.max(tl.where(arrives, even_importance[None, :], 0.0), 1))
+        importance = tl.where(live, importance, -1.0)
+    return size, importance, tl.load(ORIGIN + token, mask=live, other=0)
+
+
+@triton.jit
+def _merge_image(
+    best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,  # noqa: N803
+    H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Merge, then prune if PRUNES; returns how many tokens stay. `best` and `partner` are [HALF], for even tokens."""
+    even = tl.arange(0, HALF)
+    live = 2 * even < n
+    merged = live & (best > merge_theta)
+    size = tl.load(SIZE + 2 * even, mask=live, other=0.0)
+    importance = tl.zeros([HALF], tl.float32)
+    keep = live & (merged == 0)
+    spared_odd = -1
+    if PRUNES:
+        importance = _importance(RECEIVED, 2 * even, live, n, rows, H)
+        spared = tl.load(ORIGIN + 2 * even, mask=live, other=0) < protected
+        if SPARES:
+            # nothing is protected: the most important token stays, the first in the new order among equals
+            candidate = tl.where(keep, importance, -1.0)
+            top = tl.max(candidate, 0)
+            spared_even = tl.argmax(candidate, 0)
+            for start in range(0, n // 2, TILE):
+                odd = start + tl.arange(0, TILE)
+                _, received, _ = _receivers(
+                    RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, size, importance, H, PRUNES
+                )  # fmt: skip
+                highest = tl.max(received, 0)
+                spared_odd = tl.where(highest > top, start + tl.argmax(received, 0), spared_odd)
+                top = tl.maximum(top, highest)
+            spared = (even == spared_even) & (spared_odd < 0)
+        keep = keep & ((importance > prune_theta) | spared)
+    count = tl.sum(keep.to(tl.int32), 0)
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(SLOT + 2 * even, tl.where(keep, place, tl.where(merged, -2 - partner, -1)), mask=live)
+    tl.store(SIZE_OUT + 2 * even, size, mask=live)
+    for start in range(0, n // 2, TILE):
+        odd = start + tl.arange(0, TILE)
+        live = 2 * odd + 1 < n
+        new_size, received, origin = _receivers(
+            RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, size, importance, H, PRUNES
+        )  # fmt: skip
+        stays = live
+        if PRUNES:
+            stays = live & ((received > prune_theta) | (origin < protected) | (odd == spared_odd))
+        place = count + tl.cumsum(stays.to(tl.int32), 0) - 1
+        tl.store(SLOT + 2 * odd + 1, tl.where(stays, place, -1), mask=live)
+        tl.store(SIZE_OUT + 2 * odd + 1, new_size, mask=live)
+        count += tl.sum(stays.to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _prune_image(
+    RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,  # noqa: N803
+    H: tl.constexpr, SPARES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Prune alone: survivors keep their order; returns how many stay."""
+    spared = -1
+    if SPARES:
+        top = -1.0
+        for start in range(0, n, TILE):
+            token = start + tl.arange(0, TILE)
+            importance = tl.where(token < n, _importance(RECEIVED, token, token < n, n, rows, H), -1.0)
+            highest = tl.max(importance, 0)
+            spared = tl.where(highest > top, start + tl.argmax(importance, 0), spared)
+            top = tl.maximum(top, highest)
+    count = 0
+    for start in range(0, n, TILE):
+        token = start + tl.arange(0, TILE)
+        live = token < n
+        importance = _importance(RECEIVED, token, live, n, rows, H)
+        origin = tl.load(ORIGIN + token, mask=live, other=0)
+        stays = live & ((importance > prune_theta) | (origin < protected) | (token == spared))
+        place = count + tl.cumsum(stays.to(tl.int32), 0) - 1
+        tl.store(SLOT + token, tl.where(stays, place, -1), mask=live)
+        count += tl.sum(stays.to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr):  # noqa: N803
+    """Publish an image's count; the program that comes last turns the counts into row bounds.
+
+    STATS holds [tokens of the batch, longest image, programs done]: the last is zero before and after.
+    """
+    tl.store(KEPT + image, count)
+    tl.debug_barrier()
+    if tl.atomic_add(STATS + 2, 1, sem="acq_rel") == images - 1:
+        total = 0
+        longest = 0
+        tl.store(CU_OUT, 0)
+        for start in range(0, images, SCAN):
+            which = start + tl.arange(0, SCAN)
+            # past the first-level cache: other multiprocessors wrote these
+            kept = tl.load(KEPT + which, mask=which < images, other=0, cache_modifier=".cg")
+            # an image that finds no room is cut short; the host sees the total and runs the batch again
+            tl.store(CU_OUT + 1 + which, tl.minimum(total + tl.cumsum(kept, 0), room), mask=which < images)
+            total += tl.sum(kept, 0)
+            longest = tl.maximum(longest, tl.max(kept, 0))
+        tl.store(STATS, total)
+        tl.store(STATS + 1, longest)
+        tl.store(STATS + 2, 0)
+
+
+@triton.jit
+def _match_plan_kernel(
+    K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,  # noqa: N803
+    k_row, k_head, protected, rows, images, room,
+    HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
+    SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """One program = one image short enough to match in one tile."""
+    image = tl.program_id(0)
+    first, n = image_rows(CU, image)
+    even = tl.arange(0, HALF)
+    best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, HK, D, DB, HALF)
+    prune_theta = tl.load(PRUNE) if PRUNES else 0.0
+    count = _merge_image(
+        best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first, SLOT + first, n, rows,
+        tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, HALF, TILE,
+    )  # fmt: skip
+    _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN)
+
+
+@triton.jit
+def _plan_kernel(
+    BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,  # noqa: N803
+    protected, rows, images, room,
+    H: tl.constexpr, MERGES: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
+    HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """One program = one image, whose partners were found before."""
+    image = tl.program_id(0)
+    first, n = image_rows(CU, image)
+    prune_theta = tl.load(PRUNE) if PRUNES else 0.0
+    if MERGES:
+        even = tl.arange(0, HALF)
+        best = tl.load(BEST + first + even, mask=2 * even < n, other=-float("inf"))
+        partner = tl.load(PARTNER + first + even, mask=2 * even < n, other=0)
+        count = _merge_image(
+            best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first, SLOT + first, n, rows,
+            tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, HALF, TILE,
+        )  # fmt: skip
+    else:
+        count = _prune_image(
+            RECEIVED + first, ORIGIN + first, SLOT + first, n, rows, prune_theta, protected, H, SPARES, 4 * TILE
+        )
+    _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN)
+
+
+def plan(
+    k: Tensor | None,
+    received: Tensor | None,
+    size: Tensor,
+    origin: Tensor,
+    cu: Tensor,
+    longest: int,
+    merge_theta: Tensor | None,
+    prune_theta: Tensor | None,
+    protected: int,
+    stats: Tensor,
+    room: int | None = None,
+) -> Plan:
+    """Decide what happens to every token: merge, then prune; either alone where the other's threshold is None.
+
+    Args:
+        k: [T, H, D] keys to match by; needed to merge.
+        received: float32 [H, T] from `attend`; needed to prune.
+        size: float32 [T]. origin: int32 [T], a token's place in its image's input.
+        cu: int32 [B + 1] row bounds of the images. longest: a bound on the tokens of an image.
+        merge_theta, prune_theta: float32 [1] on the device, read there: a changed threshold is never stale.
+        protected: tokens whose origin is below it never merge, receive or go.
+        stats: int32 [3], zero in its last place; receives the tokens kept in the batch and in its longest image.
+        room: rows that the result may take; None for as many as there are now.
+
+    Returns:
+        The plan.
+    """
+    rows, images = size.shape[0], cu.shape[0] - 1
+    slot = torch.empty(rows, dtype=torch.int32, device=size.device)
+    kept = torch.empty(images, dtype=torch.int32, device=size.device)
+    bounds = torch.empty(images + 1, dtype=torch.int32, device=size.device)
+    prunes = prune_theta is not None
+    new_size = torch.empty_like(size) if merge_theta is not None else size
+    half = pow2((longest + 1) // 2)
+    # a pointer that its constexpr flag leaves unread may be any tensor
+    pointers = (received if prunes else size, size, origin, cu,
+                merge_theta if merge_theta is not None else size, prune_theta if prunes else size,
+                new_size, slot, kept, bounds, stats)  # fmt: skip
+    numbers = (protected, rows, images, rows if room is None else room)
+    shape = {
+        "H": received.shape[0] if received is not None else 1,
+        "PRUNES": prunes, "SPARES": prunes and protected == 0, "HALF": half, "TILE": _TILE,
+        "SCAN": min(pow2(images), 1024),
+    }  # fmt: skip
+    if merge_theta is None:
+        _plan_kernel[(images,)](size, origin, *pointers, *numbers, MERGES=False, num_warps=4, **shape)
+    elif k is None:
+        raise ValueError("merging needs the keys")
+    elif half <= _ONE_TILE:
+        _match_plan_kernel[(images,)](
+            k, *pointers, *strides(k), *numbers, HK=k.shape[1], D=k.shape[2], DB=pow2(k.shape[2]),
+            num_warps=8 if half == _ONE_TILE else 4, **shape,
+        )  # fmt: skip
+    else:
+        best, partner = match(k, origin, cu, longest, protected)
+        _plan_kernel[(images,)](best, partner, *pointers, *numbers, MERGES=True, num_warps=8, **shape)
+    return Plan(slot, new_size, bounds)

@@ -1,0 +1,167 @@
+"""match + plan + fold against `reduction.make_plan` and `reduction.fold`: the definition of the method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltmp.ops.match.reference import match as match_reference
+from ltmp.reduction import fold as fold_reference
+from ltmp.reduction import make_plan, similarity_metric
+
+from .helpers import DEVICE, Batch, thresholds
+
+triton = pytest.importorskip("triton")
+from ltmp.ops.fold.triton import fold  # noqa: E402
+from ltmp.ops.match.triton import match  # noqa: E402
+from ltmp.ops.norm.triton import Norm, add_norm  # noqa: E402
+from ltmp.ops.plan.triton import plan  # noqa: E402
+
+COUNTS = [[1], [2], [7], [9, 1, 64, 65, 2, 3], [33, 30, 31, 32], [150, 3, 197]]
+LONG = [[300, 1, 270]]
+
+
+def random_received(batch: Batch) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch.qkv.shape[2], batch.qkv.shape[0], generator=generator).to(DEVICE)
+
+
+def importance_of(batch: Batch, received: Tensor) -> Tensor:
+    counts = torch.tensor([n for n in batch.counts for _ in range(n)], device=DEVICE)
+    return received[:, : batch.live].sum(0) / (counts * received.shape[0])
+
+
+def check(
+    batch: Batch, variant: str, protected: int, merge: float, prune: float, longest: int | None = None,
+    received: Tensor | None = None,
+) -> list[int]:  # fmt: skip
+    """Same survivors, order, sizes and features as the definition; returns the counts left."""
+    _, k, _ = batch.heads
+    learned = thresholds(variant, merge, prune)
+    steps = learned.config.steps
+    received = random_received(batch) if received is None else received
+    tokens = batch.tokens()
+    importance = batch.pad(importance_of(batch, received))
+    expected = make_plan(tokens, similarity_metric(batch.pad(k)), importance, learned, 0, steps, protected)
+    left = [int(n) for n in expected.tokens.counts().tolist()]
+
+    stats = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    found = plan(
+        k, received, batch.size, batch.origin, batch.cu, longest or batch.longest,
+        learned.merge if "merge" in steps else None, learned.prune if "prune" in steps else None, protected, stats,
+    )  # fmt: skip
+    assert found.cu.diff().tolist() == left
+    assert stats.tolist() == [sum(left), max(left), 0]
+
+    x = torch.randn(batch.qkv.shape[0], 24, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    room = sum(left) + 3
+    norm = Norm(torch.rand(24, device=DEVICE), torch.rand(24, device=DEVICE), 1e-6)
+    y, scale = torch.randn_like(x), torch.rand(24, device=DEVICE)
+    new, normed, size, origin = fold(
+        x, y, scale, norm, found, batch.size, batch.origin, batch.cu, longest or batch.longest, room
+    )
+    total = sum(left)
+    features = fold_reference(batch.pad(x + scale * y), tokens.size, expected)
+
+    def live(values: Tensor) -> Tensor:
+        return torch.cat([image[:n] for image, n in zip(values, left, strict=True)])
+
+    assert origin[:total].tolist() == live(expected.tokens.origin).tolist()
+    assert size[:total].tolist() == live(expected.tokens.size).tolist()
+    torch.testing.assert_close(new[:total], live(features), atol=1e-5, rtol=1e-5)
+    reference_norm = torch.nn.functional.layer_norm(new[:total], (24,), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(normed[:total], reference_norm, atol=1e-5, rtol=1e-5)
+    return left
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltm", "ltp"])
+@pytest.mark.parametrize("protected", [0, 1, 2, 5])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_matches_definition(counts: list[int], protected: int, variant: str) -> None:
+    batch = Batch.random(counts)
+    prune = importance_of(batch, random_received(batch)).median().item()
+    check(batch, variant, protected, 0.4, prune)
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltp"])
+@pytest.mark.parametrize("counts", LONG, ids=str)
+def test_long_images(counts: list[int], variant: str) -> None:
+    batch = Batch.random(counts)
+    check(batch, variant, 1, 0.4, importance_of(batch, random_received(batch)).median().item())
+
+
+def test_loose_bound() -> None:
+    check(Batch.random([20, 31]), "ltmp", 1, 0.4, 0.01, longest=200)
+    check(Batch.random([20, 31]), "ltmp", 1, 0.4, 0.01, longest=300)
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltp"])
+@pytest.mark.parametrize("protected", [0, 1])
+def test_everything_prunable_leaves_one_token(variant: str, protected: int) -> None:
+    batch = Batch.random([1, 2, 40, 33])
+    assert check(batch, variant, protected, 0.3, 2.0) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltp"])
+def test_first_of_equals_is_spared(variant: str) -> None:
+    batch = Batch.random([5, 1, 6, 70])
+    check(batch, variant, 0, 1.0, 2.0, received=torch.ones_like(random_received(batch)))
+
+
+def test_equal_tokens_all_merge_into_the_first_free_odd_token() -> None:
+    batch = Batch.random([9, 64])
+    batch.qkv[: batch.live] = batch.qkv[:1]
+    batch.origin[: batch.live] = torch.cat([torch.arange(n) for n in batch.counts]).int().to(DEVICE)
+    # cosines of equal vectors round to 1 or just below
+    assert check(batch, "ltm", 1, 0.999, 0.0) == [5, 33]
+
+
+def test_only_protected_tokens_left() -> None:
+    batch = Batch.random([2, 5, 1])
+    assert check(batch, "ltmp", 5, -1.0, 2.0) == [2, 5, 1]
+
+
+@pytest.mark.parametrize("counts", [[9, 64, 1], [300, 40]], ids=str)
+def test_match(counts: list[int]) -> None:
+    batch = Batch.random(counts, heads=3)
+    _, k, _ = batch.heads
+    best, partner = match(k, batch.origin, batch.cu, batch.longest, 2)
+    tokens = batch.tokens()
+    free = tokens.live & (tokens.origin >= 2)
+    expected, expected_partner = match_reference(similarity_metric(batch.pad(k)), free)
+    for image, n in enumerate(counts):
+        first, half = int(batch.cu[image]), (n + 1) // 2
+        found = best[first : first + half]
+        torch.testing.assert_close(found, expected[image, :half], atol=1e-5, rtol=0)
+        some = found > -2
+        assert torch.equal(partner[first : first + half][some].long(), expected_partner[image, :half][some])
+
+
+def test_room_too_small_is_reported_and_harmless() -> None:
+    batch = Batch.random([40, 30, 20])
+    _, k, _ = batch.heads
+    stats = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    merge = torch.tensor([2.0], device=DEVICE)
+    found = plan(k, None, batch.size, batch.origin, batch.cu, 40, merge, None, 1, stats, room=50)
+    assert stats.tolist() == [90, 40, 0]
+    assert found.cu.tolist() == [0, 40, 50, 50]
+    x = torch.randn(batch.qkv.shape[0], 16, device=DEVICE)
+    new, normed, _, _ = fold(x, None, None, None, found, batch.size, batch.origin, batch.cu, 40, 50)
+    assert new.shape == (50, 16)
+    assert normed is None
+
+
+@pytest.mark.parametrize("affine", [0, 1, 2])
+@pytest.mark.parametrize("adds", [False, True])
+def test_add_norm(affine: int, adds: bool) -> None:
+    x, y = torch.randn(2, 7, 40, device=DEVICE)
+    weight = torch.rand(40, device=DEVICE) if affine else None
+    bias = torch.rand(40, device=DEVICE) if affine == 2 else None
+    scale = torch.rand(40, device=DEVICE)
+    total, normed = add_norm(x, y if adds else None, scale if adds else None, Norm(weight, bias, 1e-5))
+    expected = x + scale * y if adds else x
+    torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        normed, torch.nn.functional.layer_norm(expected, (40,), weight, bias, 1e-5), atol=1e-5, rtol=1e-5
+    )
