@@ -11,8 +11,8 @@ from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig
 from .errors import LTMPError as LTMPError
-from .learn import LearnResult as LearnResult
-from .learn import learn as learn
+from .learning import LearnResult as LearnResult
+from .learning import learn as learn
 from .models import attach as attach
 from .models import detach as detach
 from .stack import dense as dense
