@@ -93,18 +93,25 @@ def make_plan(
     state = _Scored(place, tokens.size, tokens.keep, tokens.origin, importance.detach(), metric)
     into = place
     for step in steps:
-        if step == "merge":
-            state, into = _merge(state, into, thresholds, block, protected)
-        else:
+        rank = place[0]
+        if step == "merge" and length > 1:
+            state, into, rank = _merge(state, into, thresholds, block, protected)
+        elif step == "prune":
             state = _prune(state, thresholds, block, protected)
-        state = take_all(state, (state.keep <= 0).to(torch.int8).argsort(dim=1, stable=True))
+        # live tokens first, each part in its order
+        state = take_all(state, (rank + length * (state.keep <= 0)).argsort(dim=1))
     return Plan(Tokens(state.size, state.keep, state.origin), state.place, into)
 
 
-def _merge(state: _Scored, into: Tensor, thresholds: Thresholds, block: int, protected: int) -> tuple[_Scored, Tensor]:
-    """Fold each selected even token into the odd token most like it; the new order is evens, then odds."""
-    if state.keep.shape[1] < 2:
-        return state, into
+def _merge(
+    state: _Scored, into: Tensor, thresholds: Thresholds, block: int, protected: int
+) -> tuple[_Scored, Tensor, Tensor]:
+    """Fold each selected even token into the odd token most like it; evens, then odds.
+
+    Returns:
+        The state, where each token is folded into, and int64 [N], the rank that sorts the tokens into their new order:
+        the old one in a block that cannot merge, because deployment skips it.
+    """
     free = (state.keep > 0) & (state.origin >= protected)
     best, partner = match(state.metric, free)
     gone = thresholds.select("merge", block, best, best > float("-inf"))
@@ -129,7 +136,8 @@ def _merge(state: _Scored, into: Tensor, thresholds: Thresholds, block: int, pro
         keep=torch.cat([even(state.keep) * (1 - gone), odd(state.keep)], 1),
         importance=torch.cat([even(state.importance), importance], 1),
     )
-    return state, into
+    rank = torch.where(thresholds.can_merge[block], torch.arange(len(order), device=order.device), order)
+    return state, into, rank
 
 
 def _prune(state: _Scored, thresholds: Thresholds, block: int, protected: int) -> _Scored:

@@ -114,9 +114,14 @@ class Thresholds(nn.Module):
         on = dict(zip(("merge", "prune"), active[block], strict=True))
         return tuple(step for step in self.config.steps if on[step])
 
+    @property
+    def can_merge(self) -> Tensor:
+        """bool [L], whether a block's merge threshold can select anything: no cosine is above 1."""
+        return self.merge.detach() < 1
+
     def active(self) -> tuple[tuple[bool, bool], ...]:
         """For each block whether its merge and its prune threshold can select anything. Reads the device once."""
-        both = torch.stack([self.merge.detach() < 1, self.prune.detach() > 0], 1).tolist()
+        both = torch.stack([self.can_merge, self.prune.detach() > 0], 1).tolist()
         return tuple((merge, prune) for merge, prune in both)
 
     def extra_repr(self) -> str:

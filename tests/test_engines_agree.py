@@ -1,0 +1,112 @@
+"""Masked training, packed deployment of a batch, and one image at a time are one function of any tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ltmp
+import reference
+from helpers import assert_close, tiny_vit
+from ltmp.config import VARIANTS
+from ltmp.models import stack_of
+from ltmp.stack import sizes_of
+
+DEPTH, WIDTH = 3, 16
+
+merge_thresholds = st.lists(st.floats(-0.6, 1.1), min_size=DEPTH, max_size=DEPTH)
+# in units of 1/N, the mean of importance
+prune_thresholds = st.lists(st.floats(-0.2, 2.0), min_size=DEPTH, max_size=DEPTH)
+
+
+def prefix_model(protected: int) -> Any:
+    if protected == 0:
+        return tiny_vit(class_token=False, global_pool="avg")
+    return tiny_vit(reg_tokens=protected - 1)
+
+
+def run_stack(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The live rows of each image, the counts [B, L], and the size of each live row."""
+    model.ltmp.train(masked)
+    with torch.no_grad(), ltmp.record() as calls:
+        out = stack_of(model)(x)
+    size = sizes_of(out)
+    size = torch.ones(out.shape[:2]) if size is None else size
+    return [row[n > 0] for row, n in zip(out, size, strict=True)], torch.cat(calls.kept), [n[n > 0] for n in size]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 4),
+    patches=st.integers(1, 20),
+    protected=st.sampled_from([0, 1, 2, 5]),
+    variant=st.sampled_from(sorted(VARIANTS)),
+    merge=merge_thresholds,
+    prune=prune_thresholds,
+    seed=st.integers(0, 10_000),
+)
+def test_any_tokens_any_thresholds(
+    images: int, patches: int, protected: int, variant: str, merge: list[float], prune: list[float], seed: int
+) -> None:
+    model = prefix_model(protected)
+    tokens = patches + protected
+    x = torch.randn(images, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    merge, prune = torch.tensor(merge).tolist(), (torch.tensor(prune) / tokens).tolist()
+    expected = [reference.run(reference.OneImage(model, row, protected), merge, prune, variant) for row in x]
+    # rounding may decide what lies this close to its threshold, or a tie between two partners
+    assume(min(image.margin for image, _ in expected) > 1e-4 / tokens)
+
+    ltmp.attach(model, ltmp.LTMPConfig(variant=variant))
+    model.ltmp.set(merge, prune)
+    counts = [counts for _, counts in expected]
+    for masked, parts in ((False, x[None]), (False, x[:, None]), (True, x[None]), (True, x[:, None])):
+        found = [run_stack(model, part, masked) for part in parts]
+        assert torch.cat([kept for _, kept, _ in found]).tolist() == counts
+        rows, sizes = ([row for part in found for row in part[k]] for k in (0, 2))
+        for (image, _), row, size in zip(expected, rows, sizes, strict=True):
+            order = image.prefix_first()
+            assert size.tolist() == [token.size for token in order]
+            assert_close(row, torch.stack([token.x for token in order]), atol=1e-5 * max(1.0, float(row.abs().max())))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_shortest_images(tokens: int, variant: str) -> None:
+    model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant=variant))
+    model.ltmp.set([-2.0] * DEPTH, [10.0] * DEPTH)
+    x = torch.randn(2, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
+    packed, masked = run_stack(model, x, False), run_stack(model, x, True)
+    assert packed[1].tolist() == masked[1].tolist()
+    for a, b in zip(packed[0], masked[0], strict=True):
+        assert_close(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
+def test_equal_tokens(masked: bool) -> None:
+    """Every cosine is 1 and every token equally important: the even ones merge, and their mean is what they were."""
+    model = ltmp.attach(tiny_vit())
+    x = torch.ones(2, 9, WIDTH)
+    model.ltmp.set([0.5] * DEPTH, [0.0] * DEPTH)
+    rows, kept, sizes = run_stack(model, x, masked)
+    # of eight patches four are at odd places and stay; of those two, then one
+    assert kept.tolist() == [[5.0, 3.0, 2.0]] * 2
+    assert sizes[0].tolist() == [1.0, 8.0]
+    assert_close(rows[0][1], rows[0][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
+@pytest.mark.parametrize("protected", [0, 1, 2, 5])
+def test_everything_pruned_leaves_the_prefix(protected: int, masked: bool) -> None:
+    """Without a prefix the most important token stays: an image is never empty."""
+    model = ltmp.attach(prefix_model(protected))
+    model.ltmp.set(None, [0.0, 10.0, 0.0])
+    x = torch.randn(3, 12, WIDTH, generator=torch.Generator().manual_seed(0))
+    rows, kept, _ = run_stack(model, x, masked)
+    left = max(protected, 1)
+    assert kept.tolist() == [[12.0, left, left]] * 3
+    assert all(row.isfinite().all() for row in rows)
