@@ -1,0 +1,167 @@
+"""Accuracy, agreement with the dense model and FLOPs share, on the deployed model and real batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LTMPError
+from ..models import is_attached
+from ..stack import dense, record
+from .throughput import Throughput, measure
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on `images` images; accuracies and agreement in percent, None where there are no labels.
+
+    Attributes:
+        share: mean over images of the FLOPs share; `share_std`, `share_min` and `share_max` are its spread.
+        kept: mean tokens after each block, [L].
+        tokens: tokens that enter the first block, class token included.
+        agreement: how often the reduced model's first choice is the dense model's.
+        skipped: images that could not be read.
+        throughput: images per second, dense and reduced.
+    """
+
+    images: int
+    top1: float | None
+    top5: float | None
+    dense_top1: float | None
+    dense_top5: float | None
+    agreement: float
+    share: float
+    share_std: float
+    share_min: float
+    share_max: float
+    tokens: int
+    kept: list[float]
+    skipped: int = 0
+    throughput: Throughput | None = None
+
+
+@dataclass
+class _Choices:
+    """Running counts of right answers."""
+
+    images: int = 0
+    labelled: int = 0
+    top1: int = 0
+    top5: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Count a batch, logits [B, K] and labels [B] (-1: none); returns the first choices [B]."""
+        choices = logits.topk(min(5, logits.shape[-1]), -1).indices
+        right = choices == labels[:, None]
+        self.images += len(labels)
+        self.labelled += int((labels >= 0).sum())
+        self.top1 += int(right[:, 0].sum())
+        self.top5 += int(right.sum())
+        return choices[:, 0]
+
+    def percent(self, right: int) -> float | None:
+        return 100 * right / self.labelled if self.labelled else None
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    *,
+    device: torch.device | str | None = None,
+    amp: torch.dtype | None = None,
+    limit: int | None = None,
+    speed: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Run `model` reduced and dense on the same images.
+
+    Args:
+        model: an attached model; left on `device` and in the mode it had.
+        loader: gives (images [B, C, H, W], labels [B]), label -1 where there is none.
+        device: where to run; None is where the model lies.
+        amp: autocast type, e.g. `torch.bfloat16`.
+        limit: stop after this many images.
+        speed: measure images per second on the first batch, too.
+        progress: called after each batch with its number of images.
+
+    Raises:
+        LTMPError: nothing is attached, no images, NaN or infinity, or a label outside the head's classes.
+    """
+    if not is_attached(model):
+        raise LTMPError("nothing to evaluate: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
+    device = torch.device(device) if device else next(model.parameters()).device
+    reduced, plain, agreed, throughput = _Choices(), _Choices(), 0, None
+    with deployed(model, device, amp=amp), record() as calls:
+        for images, labels in _first(loader, limit):
+            images, labels = images.to(device), labels.to(device)
+            logits = model(images)
+            # a record of its own, which nobody reads: the dense and the timed calls are not the result
+            with record():
+                with dense():
+                    dense_logits = model(images)
+                if speed and throughput is None:
+                    throughput = measure(model, images)
+            _check(images, labels, dense_logits)
+            agreed += int((reduced.add(logits, labels) == plain.add(dense_logits, labels)).sum())
+            if progress:
+                progress(len(images))
+    if not reduced.images:
+        raise LTMPError("nothing to evaluate: the data gave no images")
+    share = calls.share()
+    return Evaluation(
+        images=reduced.images,
+        top1=reduced.percent(reduced.top1),
+        top5=reduced.percent(reduced.top5),
+        dense_top1=plain.percent(plain.top1),
+        dense_top5=plain.percent(plain.top5),
+        agreement=100 * agreed / reduced.images,
+        share=share.mean().item(),
+        share_std=share.std(correction=0).item(),
+        share_min=share.min().item(),
+        share_max=share.max().item(),
+        tokens=calls.geometry[0].tokens,
+        kept=torch.cat(calls.kept).mean(0).tolist(),
+        skipped=len(getattr(loader, "skipped", ())),
+        throughput=throughput,
+    )
+
+
+def _first(loader: Batches, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches until `limit` images, the last one cut to fit."""
+    left = limit
+    for images, labels in loader:
+        yield images[:left], labels[:left]
+        if left is not None:
+            left -= len(images)
+            if left <= 0:
+                return
+
+
+def _check(images: Tensor, labels: Tensor, logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        guilty = "the model's weights" if images.isfinite().all() else "the images"
+        raise LTMPError(f"the model's output is NaN or infinite, because of {guilty}: repair them first")
+    if int(labels.max()) >= logits.shape[-1]:
+        raise LTMPError(
+            f"a label is {int(labels.max())} but the model's head has {logits.shape[-1]} classes, numbered from 0: "
+            "use the model fine-tuned on these classes, or a class map"
+        )
+
+
+@contextmanager
+def deployed(model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients on `device` inside; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.to(device).eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,121 @@
+"""Results as a table on screen, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..files import atomic_path
+from .accuracy import Evaluation
+
+Row = Mapping[str, object]
+
+
+def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
+    """The dense model and the reduced one, a row each, as they are shown and written to CSV."""
+    speed = evaluation.throughput
+    dense: Row = {
+        "model": "dense",
+        "top-1 %": evaluation.dense_top1,
+        "top-5 %": evaluation.dense_top5,
+        "agreement %": 100.0,
+        "FLOPs share": 1.0,
+        "share std": 0.0,
+        "images/s": speed.dense if speed else None,
+        "speed-up": 1.0 if speed else None,
+    }
+    reduced: Row = {
+        "model": name,
+        "top-1 %": evaluation.top1,
+        "top-5 %": evaluation.top5,
+        "agreement %": evaluation.agreement,
+        "FLOPs share": evaluation.share,
+        "share std": evaluation.share_std,
+        "images/s": speed.reduced if speed else None,
+        "speed-up": speed.speedup if speed else None,
+    }
+    return [dense, reduced]
+
+
+def tokens_row(evaluation: Evaluation) -> Row:
+    """Mean tokens after each block, a column a block."""
+    return {"tokens": evaluation.tokens} | {f"block {i}": kept for i, kept in enumerate(evaluation.kept)}
+
+
+def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> None:
+    """Print rows as a table, with rich where it is installed."""
+    file = file or sys.stdout
+    columns, cells = _cells(rows)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(_plain(columns, cells, title), file=file)
+        return
+    table = Table(title=title or None)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in cells:
+        table.add_row(*row)
+    Console(file=file).print(table)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table."""
+    columns, cells = _cells(rows)
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_json(values: Any, path: str | Path) -> None:
+    """Write JSON to a file, or to the screen where `path` is "-"."""
+    _write(json.dumps(values, indent=2) + "\n", path)
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """Write rows to a CSV file with a header, or to the screen where `path` is "-"."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(buffer.getvalue(), path)
+
+
+def as_json(evaluation: Evaluation, **about: Any) -> dict[str, Any]:
+    """An evaluation as plain values, with what it was made from in front."""
+    return {**about, **asdict(evaluation)}
+
+
+def _write(text: str, path: str | Path) -> None:
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    columns = list(rows[0])
+    return columns, [[_format(row.get(column)) for column in columns] for row in rows]
+
+
+def _format(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return str(value)
+
+
+def _plain(columns: list[str], cells: list[list[str]], title: str) -> str:
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [columns, *cells]
+    ]
+    return "\n".join([title, *lines] if title else lines)

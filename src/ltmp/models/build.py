@@ -1,0 +1,135 @@
+"""A timm model by name, with weights from a file or from timm, and one clear sentence for everything that can fail."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoint import read_state_dict, split_seed_state
+from ..errors import LTMPError, UsageError
+
+
+def build_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """timm.create_model in evaluation mode, checked.
+
+    Args:
+        name: a timm model name.
+        weights: a checkpoint, safetensors or torch's format read without unpickling code; a file of the seed's training
+            is taken without its thresholds.
+        pretrained: take timm's weights, from its cache or over the network.
+        num_classes: outputs of the head; None leaves the model's own number.
+        image_size: pixels a side; None leaves the model's own.
+        model_kwargs: more arguments of the timm model.
+
+    Raises:
+        UsageError: the name or an argument is not known to timm.
+        LTMPError: the weights cannot be had, do not fit, or hold NaN.
+    """
+    _check_name(name)
+    kwargs = dict(model_kwargs or {})
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if image_size is not None:
+        kwargs["img_size"] = image_size
+    model = _create(name, pretrained and weights is None, kwargs)
+    _check_patches(model)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint of `model`, all of it or nothing.
+
+    Raises:
+        LTMPError: unreadable, not finite, or made for another shape; the message names the first parameter at fault.
+    """
+    state = split_seed_state(read_state_dict(path))[1]
+    _check_finite(state, path)
+    _check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    # A name with a source ("hf-hub:...", "local-dir:...") is timm's to look up.
+    architecture = name.partition(".")[0]
+    if ":" in name or timm.is_model(architecture):
+        return
+    near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has all names"
+    raise UsageError(f"timm knows no model {name!r}: {hint}")
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise UsageError(f"timm cannot build {name} with {kwargs or 'its defaults'}: {_first_line(error)}") from error
+    # What is missing may be the network, the hub's answer or the weights themselves, each with its own class.
+    except Exception as error:
+        if not pretrained:
+            raise UsageError(f"timm cannot build {name}: {_first_line(error)}") from error
+        raise LTMPError(
+            f"cannot get the pretrained weights of {name} ({_first_line(error)}): without a network, copy the "
+            "checkpoint here and give its file as --weights FILE (weights= in Python)"
+        ) from error
+
+
+def _check_patches(model: nn.Module) -> None:
+    embed: Any = getattr(model, "patch_embed", None)
+    patch, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if patch and size and (size[0] < patch[0] or size[1] < patch[1]):
+        raise UsageError(
+            f"images of {size[0]}x{size[1]} pixels are smaller than one {patch[0]}x{patch[1]} patch: "
+            "give a larger image size"
+        )
+
+
+def _check_finite(state: dict[str, Tensor], path: str | Path) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise LTMPError(
+                f"{path} holds NaN or infinity in {key!r}: the run that wrote it diverged, or it is damaged"
+            )
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unknown:
+        faults = [f"lacks {sorted(missing)[0]!r}"] * bool(missing) + [f"has {sorted(unknown)[0]!r}"] * bool(unknown)
+        raise LTMPError(
+            f"{path} is not a checkpoint of this model: it {' and '.join(faults)} "
+            f"({len(missing)} missing, {len(unknown)} unknown parameters); check --model and --model-kwargs"
+        )
+    for key in own:
+        if own[key].shape == state[key].shape:
+            continue
+        here, there = list(own[key].shape), list(state[key].shape)
+        if key.startswith("head"):
+            raise LTMPError(
+                f"{path} has {there[0]} classes but the model's head has {here[0]}: use --num-classes {there[0]}"
+            )
+        raise LTMPError(
+            f"{path} does not fit the model: {key!r} is {there} there and {here} here; check --model, --img-size and "
+            "--model-kwargs"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
