@@ -1,0 +1,53 @@
+"""The command line: one verb a job. Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import LTMPError, MissingExtraError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ltmp`; what can go wrong is told in one sentence, with a traceback only under --debug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except LTMPError as error:
+        return _fail(str(error), error.exit_code, arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, arguments)
+    except BrokenPipeError:
+        # whoever read our output has seen enough
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        import typer
+    except ImportError as error:
+        raise MissingExtraError("typer", "cli", "The command line") from error
+    from .app import app
+
+    try:
+        return int(app(arguments, prog_name="ltmp", standalone_mode=False) or 0)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # Typer's own complaints about options; their class moved from click into typer
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message() or "no verb given"
+        return _fail(f"{message} (ltmp --help and ltmp VERB --help explain)", 2, arguments)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> int:
+    if "--debug" in arguments:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,76 @@
+"""The options that several verbs share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
+
+Model = Annotated[str, typer.Option(help="timm model name, e.g. deit_small_patch16_224.", rich_help_panel=_MODEL)]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Checkpoint of the model (.safetensors, .pth, .pth.tar).", rich_help_panel=_MODEL),
+]
+Pretrained = Annotated[bool, typer.Option(help="Take timm's pretrained weights instead.", rich_help_panel=_MODEL)]
+NumClasses = Annotated[int | None, typer.Option(help="Outputs of the model's head.", rich_help_panel=_MODEL)]
+ImageSize = Annotated[
+    int | None, typer.Option("--img-size", help="Pixels a side; default: the model's own.", rich_help_panel=_MODEL)
+]
+ModelKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE", help="More arguments of the timm model; may be repeated.", rich_help_panel=_MODEL
+    ),
+]
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Folder or .tar of class folders, flat folder of images, or a timm dataset (hfds/..., torch/...).",
+        rich_help_panel=_DATA,
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of the data; a folder's train/ or val/ is found by itself.", rich_help_panel=_DATA),
+]
+DataRoot = Annotated[Path | None, typer.Option(help="Where a timm dataset lies on disk.", rich_help_panel=_DATA)]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(help="The model's class names, one a line (.txt), where folders differ.", rich_help_panel=_DATA),
+]
+Interpolation = Annotated[
+    str | None, typer.Option(help="Resizing: bicubic, bilinear, ...; default: the model's.", rich_help_panel=_DATA)
+]
+Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="Mean of the channels.", rich_help_panel=_DATA)]
+Std = Annotated[
+    tuple[float, float, float] | None,
+    typer.Option(help="Standard deviation of the channels.", rich_help_panel=_DATA),
+]
+CropPct = Annotated[float | None, typer.Option(help="Share of the resized image kept; 1: all.", rich_help_panel=_DATA)]
+CropMode = Annotated[
+    str | None, typer.Option(help="center, squash (ignores the aspect ratio) or border.", rich_help_panel=_DATA)
+]
+Strict = Annotated[
+    bool, typer.Option(help="Refuse an image that cannot be read instead of skipping it.", rich_help_panel=_DATA)
+]
+
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.", rich_help_panel=_RUN)]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.", rich_help_panel=_RUN)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=_RUN)]
+Amp = Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=_RUN)]
+Engine = Annotated[
+    str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=_RUN)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_OUTPUT)]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is the screen.", rich_help_panel=_OUTPUT),
+]
+Csv = Annotated[
+    str | None,
+    typer.Option("--csv", metavar="FILE", help="Write the table as CSV; - is the screen.", rich_help_panel=_OUTPUT),
+]

@@ -1,0 +1,205 @@
+"""Every verb does its job from the command line and says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ltmp as package
+from ltmp.cli import main
+from ltmp.cli import setup as cli_setup
+from ltmp.errors import UsageError
+
+LEARN = ("--views", 12, "--batch-size", 3, "--target", 0.7)
+
+
+def error(capsys) -> str:
+    """The one line on stderr that says what went wrong."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_learn_then_eval_then_info(ltmp, images, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert ltmp("learn", "--data", images, "--out", out, *LEARN, "--json", out / "learn.json") == 0
+    file = out / "thresholds.safetensors"
+    assert file.stat().st_size < 10_000
+    learned = json.loads((out / "learn.json").read_text())
+    assert (learned["target"], len(learned["history"])) == (0.7, 4)
+    assert {"architecture", "share", "top1", "top1_dense", "views"} <= learned.keys()
+    assert not (out / "run.pt").exists()
+
+    result, table = tmp_path / "eval.json", tmp_path / "eval.csv"
+    assert ltmp("eval", "--data", images, "--thresholds", file, "--json", result, "--csv", table) == 0
+    measured = json.loads(result.read_text())
+    assert (measured["images"], measured["tokens"], len(measured["kept"])) == (6, 17, 3)
+    assert measured["share"] == pytest.approx(learned["share"])
+    assert measured["top1"] == pytest.approx(learned["top1"])
+    assert [row["model"] for row in csv.DictReader(table.open())] == ["dense", "reduced (thresholds.safetensors)"]
+
+    capsys.readouterr()
+    assert ltmp("info", file, "--json", "-") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["variant"], about["target"], len(about["merge"])) == ("ltmp", 0.7, 3)
+
+
+def test_info_without_a_file_names_versions(ltmp, capsys):
+    assert ltmp("info") == 0
+    assert f"torch: {torch.__version__}" in capsys.readouterr().out
+
+
+def test_json_on_screen_is_all_there_is(ltmp, images, tmp_path, capsys):
+    file = tmp_path / "off.safetensors"
+    learn_nothing(file)
+    capsys.readouterr()
+    assert ltmp("eval", "--data", images, "--thresholds", file, "--json", "-", "--no-speed", "--limit", 4) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 4
+
+
+def learn_nothing(path) -> None:
+    """A thresholds file of three blocks that selects nothing."""
+    import timm
+
+    from .conftest import NAME, SHAPE
+
+    package.save(package.attach(timm.create_model(NAME, img_size=32, num_classes=3, **SHAPE)), path, architecture=NAME)
+
+
+def test_model_name_comes_from_the_thresholds(images, weights, tmp_path):
+    from .conftest import MODEL
+
+    file = tmp_path / "off.safetensors"
+    learn_nothing(file)
+    assert main(["eval", *MODEL[2:], "--weights", str(weights), "--thresholds", str(file), "--data", str(images)]) == 0
+
+
+def test_broken_image_is_counted_or_refused(ltmp, images, tmp_path, capsys):
+    (images / "val" / "bee" / "1.png").write_bytes(b"")
+    file = tmp_path / "off.safetensors"
+    learn_nothing(file)
+    assert ltmp("eval", "--data", images, "--thresholds", file, "--json", tmp_path / "r.json") == 0
+    assert "skipped 1 images" in capsys.readouterr().err.replace("\n", " ")
+    values = json.loads((tmp_path / "r.json").read_text())
+    assert (values["images"], values["skipped"]) == (5, 1)
+    assert ltmp("eval", "--data", images, "--thresholds", file, "--strict") == 1
+    assert "bee/1.png" in error(capsys)
+
+
+def test_unlabelled_images_are_learned_from_by_distillation(ltmp, images, tmp_path):
+    flat = images / "train" / "ant"
+    out = tmp_path / "run"
+    assert ltmp("learn", "--data", flat, "--out", out, *LEARN, "--json", out / "learn.json") == 0
+    assert "top1" not in json.loads((out / "learn.json").read_text())
+
+
+def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ltmp("learn", "--data", images, "--out", whole, *LEARN) == 0
+
+    from ltmp.cli import app
+
+    def stop_at_second_step(model, loader, *args, on_step, **kwargs):
+        def watch(step):
+            on_step(step)
+            if step.step == 2:
+                raise KeyboardInterrupt
+
+        return package.learn(model, loader, *args, on_step=watch, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "run_learning", stop_at_second_step)
+        assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 130
+    assert "--resume" in error(capsys)
+    assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 2
+    assert "--resume" in error(capsys)
+    assert ltmp("learn", "--data", images, "--out", broken, *LEARN, "--resume") == 0
+    one, other = (package.checkpoint.read(folder / "thresholds.safetensors") for folder in (whole, broken))
+    assert torch.equal(one.merge, other.merge)
+    assert torch.equal(one.prune, other.prune)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["learn", "--target", "0.7"], 2, "'--data'"),
+        (["nonsense"], 2, "nonsense"),
+        (["learn", "--data", "DATA", "--target", "1.5"], 2, "target is 1.5"),
+        (["learn", "--data", "DATA", "--target", "0.01"], 2, "out of reach"),
+        (["learn", "--data", "DATA", "--variant", "ltx"], 2, "ltmp, ltpm, ltm, ltp"),
+        (["learn", "--data", "DATA", "--resume"], 2, "nothing to resume"),
+        (["learn", "--data", "gone"], 2, "gone does not exist"),
+        (["learn", "--data", "DATA", "--out", "file/run"], 1, "cannot write"),
+        (["learn", "--data", "DATA", "--device", "cuda:99"], 2, "cuda:99"),
+        (["learn", "--data", "DATA", "--device", "tpux"], 2, "tpux"),
+        (["learn", "--data", "DATA", "--model-kwargs", "depth"], 2, "NAME=VALUE"),
+        (["learn", "--data", "DATA", "--num-classes", "5"], 1, "--num-classes 3"),
+        (["learn", "--data", "DATA", "--model", "vit_tinny_patch16_224"], 2, "vit_tiny_patch16_224"),
+        (["eval", "--data", "DATA", "--thresholds", "gone.safetensors"], 1, "gone.safetensors"),
+        (["info", "gone.safetensors"], 1, "gone.safetensors"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, code, expected, ltmp, images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert ltmp(*(str(images) if word == "DATA" else word for word in arguments)) == code
+    assert expected in error(capsys)
+
+
+def test_weights_must_be_named(images, capsys):
+    assert main(["learn", "--data", str(images), "--model", "vit_tiny_patch16_224"]) == 2
+    assert "--weights" in error(capsys)
+
+
+def test_class_count_must_match_the_head(ltmp, images, tmp_path, capsys):
+    (images / "train" / "dog").mkdir()
+    (images / "train" / "ant" / "0.png").rename(images / "train" / "dog" / "0.png")
+    assert ltmp("learn", "--data", images) == 1
+    assert "4 classes but the model's head has 3" in error(capsys)
+
+
+def test_traceback_only_with_debug(ltmp, tmp_path, capsys):
+    ltmp("info", tmp_path / "gone.safetensors")
+    assert "Traceback" not in capsys.readouterr().err
+    ltmp("info", tmp_path / "gone.safetensors", "--debug")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_unexpected_error_is_one_line_too(monkeypatch, capsys):
+    from ltmp.cli import app
+
+    def fail():
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(app, "_describe_machine", fail)
+    assert main(["info"]) == 1
+    assert error(capsys) == "error: ZeroDivisionError: by zero (add --debug for the traceback)"
+
+
+def test_missing_typer_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert main(["info"]) == 1
+    assert "pip install 'ltmp[cli]'" in error(capsys)
+
+
+@pytest.mark.parametrize("verb", ["learn", "eval", "demo", "info"])
+def test_help_teaches(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert "Usage: ltmp" in capsys.readouterr().out
+
+
+def test_installed_command_reports_its_version():
+    done = subprocess.run([sys.executable, "-m", "ltmp.cli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ltmp {package.__version__}\n"
+
+
+def test_model_kwargs_are_literals_or_words():
+    parsed = cli_setup.parse_kwargs(["img_size=224 qk_norm=True", "global_pool=avg"])
+    assert parsed == {"img_size": 224, "qk_norm": True, "global_pool": "avg"}
+    with pytest.raises(UsageError, match="NAME=VALUE"):
+        cli_setup.parse_kwargs(["=3"])
