@@ -7,6 +7,7 @@ deployment, where the tail is cut: parity sees the same sequence either way (pap
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,10 @@ class Plan:
     def merged(self) -> Tensor:
         """bool [B, N], the old places whose token was folded into another."""
         return self.into != torch.arange(self.into.shape[1], device=self.into.device)
+
+
+WATCHED: ContextVar[list[tuple[int, Tokens, Plan]] | None] = ContextVar("ltmp_watched", default=None)
+"""Where set, every plan is appended with its block and the state before it: how drawings follow the patches."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,11 @@ def make_plan(
             state = _prune(state, thresholds, block, protected)
         # live tokens first, each part in its order
         state = take_all(state, (rank + length * (state.keep <= 0)).argsort(dim=1))
-    return Plan(Tokens(state.size, state.keep, state.origin), state.place, into)
+    plan = Plan(Tokens(state.size, state.keep, state.origin), state.place, into)
+    watched = WATCHED.get()
+    if watched is not None:
+        watched.append((block, tokens, plan))
+    return plan
 
 
 def _merge(
