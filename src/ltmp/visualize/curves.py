@@ -1,0 +1,46 @@
+"""Accuracy against FLOPs share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..errors import MissingExtraError
+from ..files import atomic_path
+
+
+def plot_tradeoff(
+    shares: Sequence[float], accuracies: Sequence[float], path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Write a picture (.png, .svg or .pdf) of accuracy in percent against FLOPs share; the point at 1 is dense.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        LTMPError: the file cannot be written.
+    """
+    figure_class = _figure()
+    figure = figure_class(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    points = sorted(zip(shares, accuracies, strict=True))
+    axes.plot(*zip(*points, strict=True), marker="o")
+    for share, accuracy in points:
+        axes.annotate(f"{accuracy:.1f}", (share, accuracy), textcoords="offset points", xytext=(0, 7), ha="center")
+    axes.set(xlabel="share of the dense model's multiply-adds", ylabel="top-1 accuracy (%)", title=title)
+    axes.margins(y=0.3)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def _figure() -> type:
+    """matplotlib's Figure, without pyplot: no window system, no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot", "Drawing") from error
+    return Figure
+
+
+def save_figure(figure: object, path: str | os.PathLike[str]) -> None:
+    """Write a matplotlib figure; the name's ending is the format."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=os.fspath(path).rpartition(".")[2], dpi=150)  # type: ignore[attr-defined]
