@@ -22,6 +22,8 @@ def liven(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights large enough that attention is far from uniform; timm's own start at nearly nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if name.startswith("ltmp."):
+            continue
         scale = 0.02 if name.endswith("bias") else 1.5 / parameter.shape[-1] ** 0.5
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name and name.endswith("weight"):

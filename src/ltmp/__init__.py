@@ -15,5 +15,8 @@ from .learning import LearnResult as LearnResult
 from .learning import learn as learn
 from .models import attach as attach
 from .models import detach as detach
+from .models.registry import install as _install
 from .stack import dense as dense
 from .stack import record as record
+
+_install()

@@ -1,4 +1,4 @@
-"""Thresholds on disk: a few hundred bytes of safetensors with what they were made for, or a checkpoint of the seed's."""
+"""Thresholds on disk: a few hundred bytes of safetensors with what they were made for, or a checkpoint of the seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .files import atomic_path
 from .models import attach, is_attached, stack_of, thresholds_of
 
 FORMAT = "ltmp-thresholds"
-_SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
+SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def split_seed_state(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
     found: dict[str, dict[int, float]] = {"merge": {}, "prune": {}}
     weights = {}
     for key, value in state.items():
-        match = _SEED_KEY.fullmatch(key)
+        match = SEED_KEY.fullmatch(key)
         if match:
             found[match[2]][int(match[1])] = float(value)
         else:

@@ -41,7 +41,7 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
 def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     """Give every block of `model` its two thresholds, all off, and make it run reduced.
 
-    In place: parameter names, weights and the way to call the model stay as they are; `model.ltmp` holds the thresholds.
+    In place: parameter names, weights and the way to call the model stay; `model.ltmp` holds the thresholds.
     In eval mode tokens are really removed, for any batch size; in train mode (`model.train()`, or `model.ltmp.train()`
     alone) they are masked, so that gradients reach the thresholds. Attaching again starts over with new thresholds.
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class Parts:
     """The weights of a standard block, for engines that fuse across its modules.
 
-    `norm1`/`norm2` are LayerNorms over C; `qkv` one Linear to [q, k, v]; `q_norm`/`k_norm` act on [..., D] (Identity when
-    absent); `scale1`/`scale2` are layer-scale vectors [C] or None; `act` is "gelu", "gelu_tanh" or "quick_gelu".
+    `norm1`/`norm2` are LayerNorms over C; `qkv` one Linear to [q, k, v]; `q_norm`/`k_norm` act on [..., D] (Identity
+    when absent); `scale1`/`scale2` are layer-scale vectors [C] or None; `act` is "gelu", "gelu_tanh" or "quick_gelu".
     """
 
     norm1: nn.LayerNorm
