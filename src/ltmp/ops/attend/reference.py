@@ -85,14 +85,13 @@ def attend_rows(
     """
     outs, received = [], []
     scale = q.shape[-1] ** -0.5
-    bias = size.log()
     plain = bool((size == 1).all())
-    for qi, ki, vi, bi in zip(*(t.split(counts) for t in (q, k, v, bias)), strict=True):
-        n = qi.shape[0]
-        qi, ki, vi = (t.transpose(0, 1) for t in (qi.float(), ki.float(), vi))
-        score = (qi @ ki.transpose(1, 2)).mul_(scale)
-        p = (score if plain else score.add_(bi)).softmax(-1)
-        outs.append((p.to(vi.dtype) @ vi).transpose(0, 1))
-        if need_importance:
-            received.append(p.sum((0, 1)).div_(n * q.shape[1]))
+    with torch.autocast(q.device.type, enabled=False):
+        for qi, ki, vi, bi in zip(*(t.split(counts) for t in (q, k, v, size.log())), strict=True):
+            qi, ki, vi = (t.transpose(0, 1) for t in (qi.float(), ki.float(), vi))
+            score = (qi @ ki.transpose(1, 2)).mul_(scale)
+            p = (score if plain else score.add_(bi)).softmax(-1)
+            outs.append((p.to(vi.dtype) @ vi).transpose(0, 1))
+            if need_importance:
+                received.append(p.mean((0, 1)))
     return torch.cat(outs), torch.cat(received) if need_importance else None

@@ -19,7 +19,8 @@ def match(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         partner: int64 [B, ceil(N/2)], which odd token: 0 is the token at place 1.
     """
     # no .contiguous() copies: matmul takes the strided halves as they are
-    cosine = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    with torch.autocast(metric.device.type, enabled=False):
+        cosine = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     possible = free[:, ::2, None] & free[:, None, 1::2]
     best, partner = cosine.masked_fill_(~possible, float("-inf")).max(-1)
     return best, partner
