@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from ..files import atomic_path
 
 def save_run(path: str | Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     """Write a run's settings and state; plain tensors and numbers only."""
+    # through memory: writing a file itself, torch reports a full disk as "unexpected pos 768 vs 662"
+    buffer = io.BytesIO()
+    torch.save({"format": "ltmp-run", "settings": settings, "state": state}, buffer)
     with atomic_path(path) as temporary:
-        torch.save({"format": "ltmp-run", "settings": settings, "state": state}, temporary)
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
