@@ -17,29 +17,29 @@ from .._triton import LOG2E, image_rows, pow2, precision, strides
 _ON_CHIP = 64 * 1024
 """Bytes of keys and values of one head that one program may hold; two programs then share a multiprocessor."""
 
-_CHUNK = 64
-"""Keys in a chunk of the one-pass kernel."""
-
 
 @triton.jit
-def _load_tile(POINTER, row, live, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
-    """[rows, DB] of one head, zeros where there is no row or no column."""
+def _load_tile(POINTER, row, n, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
+    """[rows, DB] of one head; rows past the image repeat its last one, which needs no mask, columns past D are zero."""
     column = tl.arange(0, DB)
-    mask = live[:, None] & (column < D)[None, :] if D < DB else live[:, None]
-    return tl.load(POINTER + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    at = POINTER + tl.minimum(row, n - 1)[:, None] * stride + column[None, :]
+    return tl.load(at, mask=(column < D)[None, :], other=0.0) if D < DB else tl.load(at)
 
 
 @triton.jit
-def _log2_size(SIZE, row, live):  # noqa: N803
-    """What a key's size adds to its scores; -inf where there is no key."""
-    return tl.where(live, tl.log2(tl.load(SIZE + row, mask=live, other=1.0)), -float("inf"))
-
-
-@triton.jit
-def _store_tile(OUT, tile, row, live, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
+def _store_tile(OUT, tile, row, n, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
     column = tl.arange(0, DB)
-    mask = live[:, None] & (column < D)[None, :] if D < DB else live[:, None]
-    tl.store(OUT + row[:, None] * stride + column[None, :], tile.to(OUT.dtype.element_ty), mask=mask)
+    at = OUT + row[:, None] * stride + column[None, :]
+    tl.store(at, tile.to(OUT.dtype.element_ty), mask=(row < n)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _votes(weight, dtype: tl.constexpr):
+    """[16, rows] whose rows sum to `weight` [rows]: two halves, so that a matrix unit loses none of its precision."""
+    high = weight.to(dtype)
+    low = (weight - high.to(tl.float32)).to(dtype)
+    row = tl.arange(0, 16)[:, None]
+    return tl.where(row == 0, high[None, :], tl.where(row == 1, low[None, :], 0.0)).to(dtype)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _head(
     D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
     WANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one image with at most CHUNKS x BN keys, all held on chip."""
+    """One head of one image of at most CHUNKS x BN keys, all held on chip."""
     lane = tl.arange(0, BN)
     keys = ()
     values = ()
@@ -56,13 +56,14 @@ def _head(
     received = ()
     for c in tl.static_range(CHUNKS):
         key = c * BN + lane
-        keys = keys + (_load_tile(K, key, key < n, k_row, D, DB),)
-        values = values + (_load_tile(V, key, key < n, v_row, D, DB),)
-        bias = bias + (_log2_size(SIZE, key, key < n),)
-        received = received + (tl.zeros([BM // 16, 8, BN], tl.float32),)
+        keys = keys + (_load_tile(K, key, n, k_row, D, DB),)
+        values = values + (_load_tile(V, key, n, v_row, D, DB),)
+        size = tl.load(SIZE + key, mask=key < n, other=1.0)
+        bias = bias + (tl.where(key < n, tl.log2(size), -float("inf")),)
+        received = received + (tl.zeros([16, BN], tl.float32),)
     for m0 in range(0, n, BM):
         query = m0 + tl.arange(0, BM)
-        q = _load_tile(Q, query, query < n, q_row, D, DB)
+        q = _load_tile(Q, query, n, q_row, D, DB)
         top = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         out = tl.zeros([BM, DB], tl.float32)
@@ -80,18 +81,18 @@ def _head(
             tops = tops + (highest,)
             top = highest
         share = tl.where(query < n, 1 / total, 0.0)
-        _store_tile(OUT, out * share[:, None], query, query < n, out_row, D, DB)
+        _store_tile(OUT, out * share[:, None], query, n, out_row, D, DB)
         if WANT:
+            # the sum over queries is a matrix product too; across the threads of a warp it would cost more than the softmax
             added = ()
             for c in tl.static_range(CHUNKS):
-                column = weights[c].to(tl.float32) * (tl.exp2(tops[c] - top) * share)[:, None]
-                # rows 8 apart sit in one thread of a matrix unit's result: summing those first costs no shuffle
-                added = added + (received[c] + tl.sum(tl.reshape(column, (BM // 16, 2, 8, BN)), 1),)
+                votes = _votes(tl.exp2(tops[c] - top) * share, values[c].dtype)
+                added = added + (tl.dot(votes, weights[c], received[c], input_precision=PRECISION),)
             received = added
     if WANT:
         for c in tl.static_range(CHUNKS):
             key = c * BN + lane
-            tl.store(RECEIVED + key, tl.sum(tl.sum(received[c], 0), 0), mask=key < n)
+            tl.store(RECEIVED + key, tl.sum(received[c], 0), mask=key < n)
 
 
 @triton.jit
@@ -105,30 +106,19 @@ def _one_pass_kernel(
     image = tl.program_id(0) // H
     head = tl.program_id(0) % H
     first, n = image_rows(CU, image)
-    Q += first * q_row + head * q_head
-    K += first * k_row + head * k_head
-    V += first * v_row + head * v_head
-    OUT += first * (H * D) + head * D
-    SIZE += first
-    RECEIVED += head.to(tl.int64) * rows + first
-    # images of one batch differ in length: each runs with the chunks it fills
-    if n <= BN:
-        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
-              D, DB, BM, BN, 1, WANT, PRECISION)  # fmt: skip
-    elif (n <= 2 * BN) | (CHUNKS <= 2):
-        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
-              D, DB, BM, BN, min(CHUNKS, 2), WANT, PRECISION)  # fmt: skip
-    elif (n <= 3 * BN) | (CHUNKS <= 3):
-        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
-              D, DB, BM, BN, min(CHUNKS, 3), WANT, PRECISION)  # fmt: skip
-    else:
-        _head(Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, H * D,
-              D, DB, BM, BN, CHUNKS, WANT, PRECISION)  # fmt: skip
+    # images of one batch differ in length: each runs with the chunks that it fills
+    for chunks in tl.static_range(1, CHUNKS + 1):
+        if (n > (chunks - 1) * BN) & ((n <= chunks * BN) | (chunks == CHUNKS)):
+            _head(
+                Q + first * q_row + head * q_head, K + first * k_row + head * k_head, V + first * v_row + head * v_head,
+                SIZE + first, OUT + first * (H * D) + head * D, RECEIVED + head.to(tl.int64) * rows + first,
+                n, scale, q_row, k_row, v_row, H * D, D, DB, BM, BN, chunks, WANT, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
 def _flash_kernel(
-    Q, K, V, SIZE, OUT, LSE, CU, scale, rows,  # noqa: N803
+    Q, K, V, BIAS, OUT, LSE, CU, scale, rows,  # noqa: N803
     q_row, q_head, k_row, k_head, v_row, v_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -142,30 +132,31 @@ def _flash_kernel(
         Q += first * q_row + head * q_head
         K += first * k_row + head * k_head
         V += first * v_row + head * v_head
+        BIAS += first
         query = m0 + tl.arange(0, BM)
-        q = _load_tile(Q, query, query < n, q_row, D, DB)
+        q = _load_tile(Q, query, n, q_row, D, DB)
         top = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         out = tl.zeros([BM, DB], tl.float32)
         for n0 in range(0, n, BN):
             key = n0 + tl.arange(0, BN)
-            k = _load_tile(K, key, key < n, k_row, D, DB)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            score += _log2_size(SIZE + first, key, key < n)[None, :]
+            k = _load_tile(K, key, n, k_row, D, DB)
+            bias = tl.load(BIAS + key, mask=key < n, other=-float("inf"))
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
             highest = tl.maximum(top, tl.max(score, 1))
             fade = tl.exp2(top - highest)
             weight = tl.exp2(score - highest[:, None])
             total = total * fade + tl.sum(weight, 1)
-            v = _load_tile(V, key, key < n, v_row, D, DB)
+            v = _load_tile(V, key, n, v_row, D, DB)
             out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
             top = highest
-        _store_tile(OUT + first * (H * D) + head * D, out / total[:, None], query, query < n, H * D, D, DB)
+        _store_tile(OUT + first * (H * D) + head * D, out / total[:, None], query, n, H * D, D, DB)
         tl.store(LSE + head.to(tl.int64) * rows + first + query, top + tl.log2(total), mask=query < n)
 
 
 @triton.jit
 def _received_kernel(
-    Q, K, SIZE, LSE, RECEIVED, CU, scale, rows, q_row, q_head, k_row, k_head,  # noqa: N803
+    Q, K, BIAS, LSE, RECEIVED, CU, scale, rows, q_row, q_head, k_row, k_head,  # noqa: N803
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -179,16 +170,32 @@ def _received_kernel(
         K += first * k_row + head * k_head
         of_head = head.to(tl.int64) * rows + first
         key = n0 + tl.arange(0, BN)
-        k = _load_tile(K, key, key < n, k_row, D, DB)
-        bias = _log2_size(SIZE + first, key, key < n)
+        k = _load_tile(K, key, n, k_row, D, DB)
+        bias = tl.load(BIAS + first + key, mask=key < n, other=0.0)
         received = tl.zeros([BN], tl.float32)
         for m0 in range(0, n, BM):
             query = m0 + tl.arange(0, BM)
-            q = _load_tile(Q, query, query < n, q_row, D, DB)
+            q = _load_tile(Q, query, n, q_row, D, DB)
             lse = tl.load(LSE + of_head + query, mask=query < n, other=float("inf"))
             score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None]
             received += tl.sum(tl.exp2(score - lse[None, :]), 1)
         tl.store(RECEIVED + of_head + key, received, mask=key < n)
+
+
+def chunks_on_chip(longest: int, head_bytes: int) -> tuple[int, int] | None:
+    """Keys in a chunk and chunks for the one-pass kernel, or None where an image's keys do not fit on chip.
+
+    The sizes are the fastest measured on an H100 for heads of 64 in bfloat16.
+
+    Args:
+        head_bytes: of one key or value, padded to a power of two.
+    """
+    keys = triton.cdiv(longest, 64) * 64
+    if keys > 256 or 2 * keys * head_bytes > _ON_CHIP:
+        return None
+    if head_bytes > 128 or keys in (64, 192):
+        return 64, keys // 64
+    return 128, keys // 128
 
 
 def attend(
@@ -215,26 +222,27 @@ def attend(
     of_q, of_k, of_v = strides(q), strides(k), strides(v)
     block = pow2(width)
     shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
-    chunks = triton.cdiv(longest, _CHUNK)
-    if chunks <= 4 and 2 * chunks * _CHUNK * block * q.element_size() <= _ON_CHIP:
-        received = torch.empty(heads, rows, device=q.device) if want_received else size
+    one_pass = chunks_on_chip(longest, block * q.element_size())
+    received = torch.empty(heads, rows, device=q.device) if want_received else None
+    if one_pass is not None:
+        chunk, chunks = one_pass
         _one_pass_kernel[(images * heads,)](
-            q, k, v, size, out, received, cu, scale, rows, *of_q, *of_k, *of_v,
-            BM=64, BN=_CHUNK, CHUNKS=chunks, WANT=want_received, num_warps=4, num_stages=2, **shape,
+            q, k, v, size, out, size if received is None else received, cu, scale, rows, *of_q, *of_k, *of_v,
+            BM=64, BN=chunk, CHUNKS=chunks, WANT=want_received, num_warps=4, num_stages=1, **shape,
         )  # fmt: skip
-        return out, received if want_received else None
+        return out, received
+    bias = size.log2()
     lse = torch.empty(heads, rows, device=q.device)
     narrow = block * q.element_size() <= 128
     tile, chunk = (128, 64) if narrow else (64, 32)
+    # two programs of eight warps share a multiprocessor only if none takes more than 128 registers a thread
+    limit = {"maxnreg": 128, "num_warps": 8, "num_stages": 3} if narrow else {"num_warps": 4, "num_stages": 2}
     _flash_kernel[(triton.cdiv(longest, tile), images * heads)](
-        q, k, v, size, out, lse, cu, scale, rows, *of_q, *of_k, *of_v,
-        BM=tile, BN=chunk, num_warps=4 if tile == 64 else 8, num_stages=3 if narrow else 2, **shape,
-    )  # fmt: skip
-    if not want_received:
-        return out, None
-    received = torch.empty(heads, rows, device=q.device)
-    _received_kernel[(triton.cdiv(longest, tile), images * heads)](
-        q, k, size, lse, received, cu, scale, rows, *of_q, *of_k,
-        BM=chunk, BN=tile, num_warps=4 if tile == 64 else 8, num_stages=3 if narrow else 2, **shape,
-    )  # fmt: skip
+        q, k, v, bias, out, lse, cu, scale, rows, *of_q, *of_k, *of_v, BM=tile, BN=chunk, **limit, **shape
+    )
+    if received is not None:
+        _received_kernel[(triton.cdiv(longest, 64), images * heads)](
+            q, k, bias, lse, received, cu, scale, rows, *of_q, *of_k,
+            BM=chunk, BN=64, num_warps=4, num_stages=3 if narrow else 2, **shape,
+        )  # fmt: skip
     return out, received

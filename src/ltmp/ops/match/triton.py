@@ -10,7 +10,10 @@ from torch import Tensor
 from .._triton import image_rows, pow2, strides
 
 _TILE = 128
-"""Tokens of one parity that one program compares at a time."""
+"""Even tokens that one program finds partners for."""
+
+RECEIVERS = tl.constexpr(64)
+"""Odd tokens it compares them with at a time; more would leave room for one program only on a multiprocessor."""
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def metric_tile(
 @triton.jit
 def best_partner(
     K, ORIGIN, even, n, k_row, k_head, protected,  # noqa: N803
-    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
     """Cosine and number of the most similar odd token for a tile of even tokens; -inf where none may be taken."""
     is_even = 2 * even < n
@@ -40,8 +43,8 @@ def best_partner(
     a = metric_tile(K, 2 * even, is_even, k_row, k_head, H, D, DB)
     best = tl.full(even.shape, -float("inf"), tl.float32)
     partner = tl.zeros(even.shape, tl.int32)
-    for start in range(0, n // 2, TILE):
-        odd = start + tl.arange(0, TILE)
+    for start in range(0, n // 2, RECEIVERS):
+        odd = start + tl.arange(0, RECEIVERS)
         is_odd = 2 * odd + 1 < n
         free_odd = is_odd & (tl.load(ORIGIN + 2 * odd + 1, mask=is_odd, other=-1) >= protected)
         b = metric_tile(K, 2 * odd + 1, is_odd, k_row, k_head, H, D, DB)
@@ -64,7 +67,7 @@ def _match_kernel(
     first, n = image_rows(CU, tl.program_id(0))
     even = tl.program_id(1) * TILE + tl.arange(0, TILE)
     if tl.program_id(1) * TILE * 2 < n:
-        best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, H, D, DB, TILE)
+        best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, H, D, DB)
         tl.store(BEST + first + even, best, mask=2 * even < n)
         tl.store(PARTNER + first + even, partner, mask=2 * even < n)
 

@@ -93,21 +93,21 @@ def _merge_image(
             spared = (even == spared_even) & (spared_odd < 0)
         keep = keep & ((importance > prune_theta) | spared)
     count = tl.sum(keep.to(tl.int32), 0)
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(SLOT + 2 * even, tl.where(keep, place, tl.where(merged, -2 - partner, -1)), mask=live)
+    stayed = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(SLOT + 2 * even, tl.where(keep, stayed, tl.where(merged, -2 - partner, -1)), mask=live)
     tl.store(SIZE_OUT + 2 * even, size, mask=live)
     for start in range(0, n // 2, TILE):
         odd = start + tl.arange(0, TILE)
-        live = 2 * odd + 1 < n
+        is_odd = 2 * odd + 1 < n
         new_size, received, origin = _receivers(
             RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, size, importance, H, PRUNES
         )  # fmt: skip
-        stays = live
+        stays = is_odd
         if PRUNES:
-            stays = live & ((received > prune_theta) | (origin < protected) | (odd == spared_odd))
+            stays = is_odd & ((received > prune_theta) | (origin < protected) | (odd == spared_odd))
         place = count + tl.cumsum(stays.to(tl.int32), 0) - 1
-        tl.store(SLOT + 2 * odd + 1, tl.where(stays, place, -1), mask=live)
-        tl.store(SIZE_OUT + 2 * odd + 1, new_size, mask=live)
+        tl.store(SLOT + 2 * odd + 1, tl.where(stays, place, -1), mask=is_odd)
+        tl.store(SIZE_OUT + 2 * odd + 1, new_size, mask=is_odd)
         count += tl.sum(stays.to(tl.int32), 0)
     return count
 
@@ -176,7 +176,7 @@ def _match_plan_kernel(
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     even = tl.arange(0, HALF)
-    best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, HK, D, DB, HALF)
+    best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, HK, D, DB)
     prune_theta = tl.load(PRUNE) if PRUNES else 0.0
     count = _merge_image(
         best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first, SLOT + first, n, rows,

@@ -1,0 +1,283 @@
+"""Deployment on packed rows with Triton kernels: one row a live token, whatever the images of the batch have left.
+
+A block is eight launches where its weights are known (`Recipe.parts`): the residual addition, the fold and the norm
+after each branch are one kernel, and in half precision the GELU rides in the matrix product. Other blocks run their own
+modules on the rows, with the same kernels around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.attend.triton import attend
+from ..ops.fold.triton import fold
+from ..ops.match.triton import similarity_metric
+from ..ops.norm.triton import Norm, add_norm
+from ..ops.plan.triton import Plan, plan
+
+if TYPE_CHECKING:
+    from ..models.recipe import Parts, Recipe
+    from ..stack import Reduced, ReducedStack
+
+Active = tuple[tuple[bool, bool], ...]
+"""For each block whether its merge and its prune threshold can select anything."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed sizes of a batch after each block, so that nothing needs to be read back while it runs.
+
+    Attributes:
+        rows: tokens of the whole batch.
+        longest: tokens of its longest image.
+    """
+
+    rows: tuple[int, ...]
+    longest: tuple[int, ...]
+
+    def holds(self, stats: Sequence[Sequence[int]]) -> bool:
+        """Whether a batch with these `stats` (tokens, longest image) after each block fitted."""
+        return all(
+            total <= rows and most <= longest
+            for (total, most, *_), rows, longest in zip(stats, self.rows, self.longest, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch between two blocks.
+
+    Attributes:
+        x: [T, C], image b in rows cu[b]:cu[b + 1].
+        normed: [T, C], `x` after the next block's first norm, or None where that block takes its norm itself.
+        size: float32 [T], patches in each token.
+        origin: int32 [T], each token's place in its image's input.
+        cu: int32 [B + 1], on the device.
+        longest: a bound on the tokens of an image.
+        whole: nothing was reduced yet: every image has `longest` tokens of size 1, and x has no spare rows.
+    """
+
+    x: Tensor
+    normed: Tensor | None
+    size: Tensor
+    origin: Tensor
+    cu: Tensor
+    longest: int
+    whole: bool
+
+    @classmethod
+    def start(cls, x: Tensor, norm: Norm | None) -> Rows:
+        """All tokens of [B, N, C]."""
+        images, length, _ = x.shape
+        device = x.device
+        x = x.flatten(0, 1).contiguous()
+        cu = torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device)
+        origin = torch.arange(length, dtype=torch.int32, device=device).repeat(images)
+        size = torch.ones(images * length, device=device)
+        return cls(x, _norm(x, norm), size, origin, cu, length, True)
+
+
+class Branches(Protocol):
+    """The two residual branches of a block, on rows."""
+
+    norm1: Norm | None
+    norm2: Norm | None
+    scale1: Tensor | None
+    scale2: Tensor | None
+
+    def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Each [T, H, D]."""
+
+    def out(self, y: Tensor) -> Tensor:
+        """[T, H * D] to [T, C]."""
+
+    def mlp(self, x: Tensor, normed: Tensor | None) -> Tensor:
+        """[T, C] to [T, C]."""
+
+
+class OwnBranches:
+    """A block that runs its own modules, norms and layer scale included."""
+
+    norm1 = norm2 = None
+    scale1 = scale2 = None
+
+    def __init__(self, block: nn.Module, recipe: Recipe) -> None:
+        self.block, self.recipe = block, recipe
+
+    def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        return self.recipe.qkv(self.block, rows.x)
+
+    def out(self, y: Tensor) -> Tensor:
+        return self.recipe.out(self.block, y)
+
+    def mlp(self, x: Tensor, normed: Tensor | None) -> Tensor:
+        return self.recipe.mlp(self.block, x)
+
+
+class FusedBranches:
+    """A standard block, by its weights: norms, residual additions and layer scale are left to the fused kernels."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.norm1, self.norm2 = Norm.of(parts.norm1), Norm.of(parts.norm2)
+        self.scale1, self.scale2 = parts.scale1, parts.scale2
+
+    def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.parts
+        q, k, v = parts.qkv(rows.normed).unflatten(-1, (3, parts.heads, -1)).unbind(1)
+        return parts.q_norm(q), parts.k_norm(k), v
+
+    def out(self, y: Tensor) -> Tensor:
+        return self.parts.proj(y)
+
+    def mlp(self, x: Tensor, normed: Tensor | None) -> Tensor:
+        assert normed is not None
+        return self.parts.fc2(_activated(self.parts.fc1, self.parts.act, normed))
+
+
+def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
+    """`act(linear(x))`.
+
+    In half precision the GELU is the matrix product's epilogue, in its tanh form, on the sum before it is rounded. That
+    is closer to the exact GELU than the host's own two steps, which round the sum first (bfloat16, root mean square
+    over normal inputs: 1.7e-3 against 2.4e-3). Float32 keeps the host's form to the last bit.
+    """
+    if act == "quick_gelu":
+        y = linear(x)
+        return y * torch.sigmoid(1.702 * y)
+    if x.is_cuda and linear.bias is not None and linear.weight.dtype == x.dtype != torch.float32:
+        return torch._addmm_activation(linear.bias, x, linear.weight.t(), use_gelu=True)
+    return F.gelu(linear(x), approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:
+    return None if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+
+
+def branches(stack: ReducedStack) -> list[Branches]:
+    """The blocks of a stack, fused where they are standard."""
+    found: list[Branches] = []
+    for block in stack.blocks:
+        parts = stack.recipe.parts(block)
+        found.append(OwnBranches(block, stack.recipe) if parts is None else FusedBranches(parts))
+    return found
+
+
+def run(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
+    """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces."""
+    return Pass(stack, x, active).run()
+
+
+class Pass:
+    """One batch on its way through the blocks.
+
+    Args:
+        capacity: sizes after each block, for a pass that reads nothing back; None for exact sizes.
+
+    Attributes:
+        stats: int32 [L, 3] on the device, tokens of the batch and of its longest image after each block that reduces,
+            zero after the others.
+    """
+
+    def __init__(self, stack: ReducedStack, x: Tensor, active: Active, capacity: Capacity | None = None) -> None:
+        self.stack, self.x, self.active, self.capacity = stack, x, active, capacity
+        self.branches = branches(stack)
+        self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
+
+    @torch.no_grad()
+    def run(self) -> Reduced:
+        """Blocks only: the host's own norm and head follow."""
+        from ..stack import Reduced
+
+        rows = Rows.start(self.x, self.branches[0].norm1)
+        bounds = []
+        for i in range(len(self.branches)):
+            rows = self._block(i, rows)
+            bounds.append(rows.cu)
+        x, size = unpack(rows, self.stack.protected)
+        return Reduced(x, size, torch.stack(bounds).diff().float().T)
+
+    def _block(self, i: int, rows: Rows) -> Rows:
+        block = self.branches[i]
+        steps = self.stack.thresholds.steps(self.active, i)
+        q, k, v = block.qkv(rows)
+        y, received = _attend(q, k, v, rows, "prune" in steps)
+        y = block.out(y)
+        if steps:
+            rows = self._reduce(i, steps, rows, y, k, received)
+        else:
+            x, normed = add_norm(rows.x, y, block.scale1, block.norm2)
+            rows = replace(rows, x=x, normed=normed)
+        y = block.mlp(rows.x, rows.normed)
+        following = self.branches[i + 1].norm1 if i + 1 < len(self.branches) else None
+        x, normed = add_norm(rows.x, y, block.scale2, following)
+        return replace(rows, x=x, normed=normed)
+
+    def _reduce(
+        self, i: int, steps: tuple[str, ...], rows: Rows, y: Tensor | None, k: Tensor, received: Tensor | None
+    ) -> Rows:
+        """Add the branch `y` and reduce by `steps`."""
+        block, thresholds, protected = self.branches[i], self.stack.thresholds, self.stack.protected
+        scale = block.scale1
+        if steps == ("prune", "merge"):
+            # parity is taken after the drop, so the drop comes first, at the size that there is
+            spare = torch.zeros_like(self.stats[i])
+            dropped = plan(None, received, rows.size, rows.origin, rows.cu, rows.longest,
+                           None, thresholds.prune[i : i + 1], protected, spare)  # fmt: skip
+            metric, *_ = _fold(rows, similarity_metric(k, rows.cu).flatten(1), None, None, None, dropped)
+            x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
+            rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
+            k, y, scale, steps = metric.unsqueeze(1), None, None, ("merge",)
+        planned = plan(
+            k, received, rows.size, rows.origin, rows.cu, rows.longest,
+            thresholds.merge[i : i + 1] if "merge" in steps else None,
+            thresholds.prune[i : i + 1] if "prune" in steps else None,
+            protected, self.stats[i], None if self.capacity is None else self.capacity.rows[i],
+        )  # fmt: skip
+        if self.capacity is None:
+            room, longest, _ = self.stats[i].tolist()
+        else:
+            room, longest = self.capacity.rows[i], self.capacity.longest[i]
+        x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norm2, planned, room)
+        return Rows(x, normed, size, origin, planned.cu, longest, False)
+
+
+def _fold(
+    rows: Rows, x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm | None, planned: Plan,
+    room: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    room = x.shape[0] if room is None else room
+    return fold(x, y, scale, norm, planned, rows.size, rows.origin, rows.cu, rows.longest, room)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, want_received: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention [T, H * D] and, if wanted, what each token received; the stock fused one where that says all."""
+    if not rows.whole or want_received:
+        return attend(q, k, v, rows.size, rows.cu, rows.longest, want_received)
+    images = (t.unflatten(0, (-1, rows.longest)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*images).transpose(1, 2).flatten(2).flatten(0, 1), None
+
+
+def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor]:
+    """Rows as padded images again, prefix tokens first.
+
+    Returns:
+        x [B, longest, C] and size float32 [B, longest], both 0 where an image has no such token.
+    """
+    images = rows.cu.shape[0] - 1
+    if rows.whole:
+        return rows.x.unflatten(0, (images, -1)), rows.size.unflatten(0, (images, -1))
+    place = torch.arange(rows.longest, device=rows.x.device)
+    live = place < rows.cu.diff()[:, None]
+    at = (rows.cu[:-1, None] + place).clamp(max=rows.x.shape[0] - 1).long()
+    if protected > 1:
+        origin = torch.where(live, rows.origin[at], protected)
+        order = (origin - protected).clamp(max=0).argsort(dim=1, stable=True)
+        at, live = at.gather(1, order), live.gather(1, order)
+    return torch.where(live[..., None], rows.x[at], 0), torch.where(live, rows.size[at], 0)

@@ -1,0 +1,83 @@
+"""The Triton engine is the packed torch engine in another layout: equal counts, logits apart by rounding only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor
+
+from helpers import assert_close, attach_reducing, embed, random_images, tiny_vit
+from ltmp.engines import packed
+from ltmp.models import stack_of
+from ltmp.stack import Reduced
+
+pytest.importorskip("triton")
+from ltmp.engines import triton as engine  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+HOSTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale": {"init_values": 0.1},
+    "qk norm": {"qk_norm": True},
+    "no bias, five prefix tokens": {"qkv_bias": False, "reg_tokens": 4},
+    "no prefix, mean pooled": {"class_token": False, "global_pool": "avg"},
+    "distilled": {"cls": VisionTransformerDistilled},
+    "tanh": {"act_layer": "gelu_tanh"},
+    "own modules": {"norm_layer": "rmsnorm"},
+    "head of 24": {"embed_dim": 48},
+}
+
+
+def both(model: Any, images: Tensor, **kwargs: Any) -> tuple[Reduced, Reduced]:
+    model, images = model.to(DEVICE), images.to(DEVICE)
+    stack, x = stack_of(model), embed(model, images)
+    active = stack.thresholds.active()
+    with torch.no_grad():
+        return packed.run(stack, x, active), engine.Pass(stack, x, active, **kwargs).run()
+
+
+def assert_same(expected: Reduced, found: Reduced, atol: float = 1e-4) -> None:
+    assert found.kept.tolist() == expected.kept.tolist()
+    longest = expected.size.shape[1]
+    assert_close(found.size[:, :longest], expected.size, 0)
+    assert not found.size[:, longest:].any()
+    assert_close(found.x[:, :longest], expected.x, atol)
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm", "ltp"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_agrees_with_packed(host: str, variant: str) -> None:
+    images = random_images(3)
+    model = attach_reducing(tiny_vit(**HOSTS[host]), images, variant)
+    expected, found = both(model, images)
+    assert expected.kept.std(0).max() > 0, "all images alike: the test tests little"
+    assert_same(expected, found)
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltpm"])
+def test_capacity_gives_the_same(variant: str) -> None:
+    images = random_images(3)
+    model = attach_reducing(tiny_vit(), images, variant)
+    expected, _ = both(model, images)
+    room = tuple(int(n) + 7 for n in expected.kept.sum(0))
+    longest = tuple(int(n) + 2 for n in expected.kept.amax(0))
+    expected, found = both(model, images, capacity=engine.Capacity(room, longest))
+    assert_same(expected, found)
+
+
+def test_blocks_that_are_off() -> None:
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(depth=5), images)
+    merge, prune = model.ltmp.merge.tolist(), model.ltmp.prune.tolist()
+    model.ltmp.set([1, merge[1], 1, merge[3], merge[4]], [0, prune[1], 0, 0, prune[4]])
+    assert_same(*both(model, images))
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_any_batch(images: int) -> None:
+    model = attach_reducing(tiny_vit(), random_images(4))
+    assert_same(*both(model, random_images(images, seed=3)))
