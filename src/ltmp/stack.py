@@ -24,8 +24,8 @@ class Reduced:
     """What an engine hands back.
 
     Attributes:
-        x: [B, N', C], prefix tokens first, then the other live tokens; rows past an image's count are zero or gone.
-        size: float32 [B, N'], patches in each token, 0 for a row that is not there.
+        x: [B, N', C], prefix tokens first, then the other live tokens; what rows of size 0 hold means nothing.
+        size: float32 [B, N'], patches in each token, 0 for a row that is not there; differentiable like `kept`.
         kept: float32 [B, L], tokens after each block; differentiable from the masked engine.
     """
 
@@ -83,6 +83,16 @@ def dense() -> Iterator[None]:
         yield
     finally:
         _DENSE.reset(token)
+
+
+def recording() -> Record | None:
+    """The record that calls of this thread go to, if any."""
+    return _RECORD.get()
+
+
+def is_dense() -> bool:
+    """Whether this thread is inside `dense()`."""
+    return _DENSE.get()
 
 
 class ReducedStack(nn.ModuleList):
@@ -158,12 +168,13 @@ class ReducedStack(nn.ModuleList):
                     "call ltmp.detach(model) for this"
                 )
         thresholds = self.thresholds
-        active = thresholds.active()
+        active = select.active(thresholds)
         calls = _RECORD.get()
         if thresholds.training:
             # a threshold that selects nothing today may learn to
             active = ((True, True),) * thresholds.depth
-        if _DENSE.get() or not any(merge or prune for merge, prune in active):
+        nothing = x.shape[0] == 0 or not any(merge or prune for merge, prune in active)
+        if _DENSE.get() or nothing:
             for block in self.blocks:
                 x = block(x)
             if calls is not None:

@@ -51,10 +51,11 @@ def prefix_first(x: Tensor, tokens: Tokens, protected: int) -> tuple[Tensor, Ten
     """Bring the prefix tokens back to where the host's head looks for them.
 
     Returns:
-        x [B, N, C] and size float32 [B, N], 0 for rows that are gone; a gone row's features are zero.
+        x [B, N, C] and size float32 [B, N], 0 for rows that are gone; the size carries the gradient of keeping the row,
+        for heads that pool rows.
     """
-    size = tokens.size * tokens.live
+    size = tokens.size * tokens.keep
     if protected > 1:
         order = (tokens.origin - protected).clamp_(max=0).argsort(dim=1, stable=True)
         x, size = take(x, order), take(size, order)
-    return x * (size > 0)[..., None].to(x.dtype), size
+    return x, size

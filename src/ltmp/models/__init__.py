@@ -56,6 +56,10 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         LTMPError: the model cannot be reduced; it is unchanged, and the message names every reason.
     """
     config = config or LTMPConfig()
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise LTMPError(
+            f"cannot attach to a {type(model).__name__}, which would run its thresholds, too: attach inside"
+        )
     host, recipe = find_host(model)
     problems = _find_problems(host, recipe)
     if problems:
@@ -63,6 +67,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     if is_attached(model):
         detach(model)
     parent, name = _container(host, recipe)
+    if isinstance(getattr(parent, name), ReducedStack):
+        raise LTMPError(f"already attached to the {type(host).__name__} inside: call ltmp.detach on that one first")
     blocks = getattr(parent, name)
     thresholds = Thresholds(len(blocks), config).to(next(host.parameters()).device)
     thresholds.train(host.training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -139,26 +140,38 @@ class SizedPool:
         if size is None or (kind == "token" and host.attn_pool is None):
             return type(host).pool(host, x, pool_type)
         if not host.pool_include_prefix:
-            x, size = x[:, host.num_prefix_tokens :], size[:, host.num_prefix_tokens :]
+            size = _without_prefix(size, host.num_prefix_tokens)
         if host.attn_pool is not None:
-            return host.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
+            return host.attn_pool(x, attn_mask=_log(size).to(x.dtype)[:, None, None, :])
         mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
         top = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
         return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
 
 
+def _without_prefix(size: Tensor, prefix: int) -> Tensor:
+    """Sizes [B, N] with those of the prefix 0, but for images that have nothing else left to pool."""
+    patches = torch.cat([torch.zeros_like(size[:, :prefix]), size[:, prefix:]], 1)
+    return torch.where((patches > 0).any(1, keepdim=True), patches, size)
+
+
+def _log(size: Tensor) -> Tensor:
+    """-inf for rows that are not there, and no gradient to them: that of log(0) would be NaN."""
+    there = size > 0
+    return torch.where(there, size, torch.ones_like(size)).log().masked_fill(~there, float("-inf"))
+
+
 class RefusedIntermediates:
-    """Stands in for `host.forward_intermediates`, which would return too few feature maps."""
+    """Stands in for the host's ways to look between its blocks, where a reduced model has fewer features."""
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            "a reduced model has no full grid of features for forward_intermediates: call ltmp.detach(model) first"
+            "a reduced model has no full grid of features between its blocks: call ltmp.detach(model) first"
         )
 
 
 def _overrides(host: Any) -> dict[str, Any]:
     refuse = RefusedIntermediates()
-    found: dict[str, Any] = {"forward_intermediates": refuse}
+    found: dict[str, Any] = {"forward_intermediates": refuse, "prune_intermediate_layers": refuse}
     if host.global_pool != "token":
         found["pool"] = SizedPool(host)
     return found
