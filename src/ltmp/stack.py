@@ -145,6 +145,11 @@ class ReducedStack(nn.ModuleList):
         return bool(getattr(self.host, "grad_checkpointing", False))
 
     @property
+    def prefix_only(self) -> bool:
+        """Whether the host's head reads the prefix tokens alone: after the last attention no other token matters."""
+        return self.recipe.final_norm(self.host) is None
+
+    @property
     def blocks(self) -> list[nn.Module]:
         return list(self._modules.values())
 

@@ -17,8 +17,9 @@ MERGE_FIRST = 0.9
 class _Calibrating(Thresholds):
     """Thresholds that set themselves, at each block, to what selects the wanted number of tokens of this batch."""
 
-    def __init__(self, model: Thresholds, kept: list[float], tokens: int) -> None:
+    def __init__(self, model: Thresholds, kept: list[float], tokens: int, last_free: bool) -> None:
         super().__init__(model.depth, model.config)
+        self.last_free = last_free
         before = [float(tokens), *kept[:-1]]
         self.removed = [b - k for b, k in zip(before, kept, strict=True)]
         steps = model.config.steps
@@ -32,6 +33,10 @@ class _Calibrating(Thresholds):
 
     @torch.no_grad()
     def select(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
+        if self.last_free and block == self.depth - 1:
+            # nothing reads these tokens any more: no mean of attention weights is above 1
+            self.prune[block] = 1.0
+            return super().select(step, block, score, free)
         scores = score[free].sort(descending=step == "merge").values
         wanted = round(self.removed[block] * self.part[step] * score.shape[0])
         wanted = min(wanted, scores.numel() - 1)
@@ -54,8 +59,9 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
     with record() as calls, dense():
         model(images[:1])
     geometry = calls.geometry[0]
-    kept = schedule(target, geometry, stack.protected)
-    calibrating = _Calibrating(thresholds, kept, geometry.tokens).to(images.device)
+    last_free = stack.prefix_only and "prune" in thresholds.config.steps
+    kept = schedule(target, geometry, stack.protected, last_free)
+    calibrating = _Calibrating(thresholds, kept, geometry.tokens, last_free).to(images.device)
     with stack.using(calibrating):
         model(images)
     thresholds.set(calibrating.merge.clamp(max=1), calibrating.prune.clamp(min=0))

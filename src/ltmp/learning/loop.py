@@ -87,7 +87,7 @@ def learn(
     lr: float = 1.0,
     distill: bool = False,
     budget_weight: float = 10.0,
-    calibration: int = 256,
+    calibration: int = 512,
     seed: int = 0,
     device: str | torch.device | None = None,
     amp: torch.dtype | None = None,
@@ -215,7 +215,7 @@ class _Run:
     Importance lives near 1/N; a step in its logarithm means the same for every model and block.
     """
 
-    RATES: ClassVar = {"merge": 4e-3, "prune": 6e-2}
+    RATES: ClassVar = {"merge": 8e-3, "prune": 0.12}
     AVERAGED = 0.3
 
     def __init__(self, thresholds: Thresholds, lr: float, steps: int) -> None:
@@ -247,7 +247,11 @@ class _Run:
         """One step of the optimiser from the gradients that the thresholds hold."""
         for name, latent in self.latent.items():
             threshold = getattr(self.thresholds, name)
-            latent.grad = threshold.grad * threshold.data if name == "prune" else threshold.grad
+            if name == "prune":
+                # a threshold of 1 drops all there is, on purpose (see calibrate): it stays
+                latent.grad = threshold.grad * threshold.data * (threshold.data < 1)
+            else:
+                latent.grad = threshold.grad
             threshold.grad = None
         self.optimizer.step()
         self.schedule.step()
@@ -264,7 +268,7 @@ class _Run:
 
     def write(self, latent: dict[str, Tensor]) -> None:
         for name, value in latent.items():
-            getattr(self.thresholds, name).data.copy_(value.exp() if name == "prune" else value.clamp(-1, 1))
+            getattr(self.thresholds, name).data.copy_(value.exp().clamp(max=1) if name == "prune" else value.clamp(-1, 1))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -311,7 +315,7 @@ def meet_budget(
     def move(shift: float) -> None:
         # one unit: 0.1 of cosine, and a factor e on importance
         moved = torch.where(merges, (merge - 0.1 * shift).clamp(-1, 1 - 1e-6), merge)
-        thresholds.set(moved, prune * math.exp(shift))
+        thresholds.set(moved, torch.where(prune < 1, (prune * math.exp(shift)).clamp(max=1 - 1e-6), prune))
 
     low, high, shift = -1.0, 1.0, 0.0
     looks: list[tuple[float, float, float]] = []
