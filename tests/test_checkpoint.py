@@ -1,0 +1,235 @@
+"""Thresholds on disk: small, bound to their model, and refused in one sentence when they cannot be right."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ltmp
+from helpers import random_images, run_recorded, tiny_vit
+from ltmp import LTMPConfig, LTMPError
+from ltmp.checkpoint import FORMAT, apply, read, read_state_dict, split_seed_state
+from ltmp.models import is_attached
+
+MERGE, PRUNE = [0.5, 0.6, 0.7], [0.01, 0.02, 0.03]
+
+
+def attached(**kwargs: Any) -> Any:
+    model = ltmp.attach(tiny_vit(**kwargs))
+    depth = model.ltmp.depth
+    model.ltmp.set((MERGE * 4)[:depth], (PRUNE * 4)[:depth])
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "thresholds.safetensors"
+    ltmp.save(attached(), path, target=0.6, share=0.59)
+    return path
+
+
+def test_round_trip(saved: Path) -> None:
+    model = tiny_vit()
+    file = ltmp.load(model, saved)
+    assert torch.equal(model.ltmp.merge, torch.tensor(MERGE))
+    assert torch.equal(model.ltmp.prune, torch.tensor(PRUNE))
+    assert not model.ltmp.training
+    assert file.metadata["target"] == 0.6
+    assert file.metadata["share"] == 0.59
+    assert file.metadata["depth"] == 3
+    assert file.metadata["width"] == 16
+    assert file.metadata["input_size"] == [16, 16]
+    assert file.metadata["version"] == ltmp.__version__
+
+
+@torch.no_grad()
+def test_loaded_model_is_the_saved_one(saved: Path) -> None:
+    images = random_images(3)
+    expected, kept = run_recorded(attached(), images)
+    model = tiny_vit()
+    ltmp.load(model, saved)
+    logits, again = run_recorded(model, images)
+    assert torch.equal(logits, expected)
+    assert torch.equal(kept, again)
+    assert kept[:, -1].lt(17).all()
+
+
+def test_small(saved: Path) -> None:
+    assert saved.stat().st_size < 10_000
+
+
+def test_settings_travel(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    ltmp.save(ltmp.attach(tiny_vit(), LTMPConfig(variant="ltpm", tau=0.3, engine="packed")), path)
+    model = tiny_vit()
+    ltmp.load(model, path)
+    assert model.ltmp.config == LTMPConfig(variant="ltpm", tau=0.3, engine="packed")
+    other = tiny_vit()
+    ltmp.load(other, path, engine="auto")
+    assert other.ltmp.config.engine == "auto"
+
+
+def test_saving_needs_an_attachment(tmp_path: Path) -> None:
+    with pytest.raises(LTMPError, match="nothing is attached"):
+        ltmp.save(tiny_vit(), tmp_path / "t.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "depth": (partial(tiny_vit, depth=4), "number of blocks 3, but this model's is 4"),
+    "width": (partial(tiny_vit, embed_dim=32), "width 16, but this model's is 32"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("before", [False, True], ids=["bare", "attached"])
+def test_another_model_is_refused_and_unchanged(saved: Path, name: str, before: bool) -> None:
+    build, fragment = REFUSED[name]
+    model = build()
+    if before:
+        ltmp.attach(model)
+    with pytest.raises(LTMPError, match=fragment):
+        ltmp.load(model, saved)
+    assert is_attached(model) is before
+    if before:
+        assert model.ltmp.merge.tolist() == [1.0] * model.ltmp.depth
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "t.safetensors", attached()
+    model.pretrained_cfg = {"architecture": "deit_tiny"}
+    ltmp.save(model, path)
+    other = tiny_vit()
+    other.pretrained_cfg = {"architecture": "vit_tiny"}
+    with pytest.raises(LTMPError, match="architecture deit_tiny, but this model's is vit_tiny"):
+        ltmp.load(other, path)
+
+
+def test_another_variant_is_refused(saved: Path) -> None:
+    model = ltmp.attach(tiny_vit(), LTMPConfig(variant="ltm"))
+    with pytest.raises(LTMPError, match=r"variant ltmp, but the model was attached as ltm"):
+        ltmp.load(model, saved)
+
+
+def write_tensors(path: Path, **tensors: torch.Tensor) -> None:
+    about = json.dumps({"config": LTMPConfig().to_dict()})
+    save_file(tensors, path, metadata={"format": FORMAT, "ltmp": about})
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, merge=torch.tensor([0.5, float("nan"), 0.5]), prune=torch.zeros(3))
+    model = tiny_vit()
+    with pytest.raises(LTMPError, match=r"t\.safetensors: merge thresholds hold NaN or infinity"):
+        ltmp.load(model, path)
+    assert not is_attached(model)
+
+
+class Code:
+    """What unpickling would run."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch /tmp/unpickled",)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
+    "missing": ("t.safetensors", lambda path, good: None, "no thresholds file"),
+    "truncated": ("t.safetensors", lambda path, good: path.write_bytes(good.read_bytes()[:-7]) and None, "not a whole"),
+    "empty": ("t.safetensors", lambda path, good: path.touch(), "not a whole"),
+    "text": ("t.safetensors", lambda path, good: path.write_text("hello") and None, "not a whole"),
+    "other-tensors": ("t.safetensors", lambda path, good: save_file({"a": torch.ones(1)}, path), "holds no thresholds"),
+    "one-vector": ("t.safetensors", lambda path, good: write_tensors(path, merge=torch.ones(3)), "not a whole"),
+    "missing-pth": ("t.pth", lambda path, good: None, "no checkpoint"),
+    "folder": ("t.pth", lambda path, good: path.mkdir(), "truncated or not a checkpoint"),
+    "text-pth": ("t.pth", lambda path, good: path.write_text("hello") and None, "not a checkpoint"),
+    "empty-pth": ("t.pth", lambda path, good: path.touch(), "not a checkpoint"),
+    "pickle": (
+        "t.pth",
+        lambda path, good: path.write_bytes(pickle.dumps({"a": 1}, protocol=2)) and None,
+        "not a checkpoint",
+    ),
+    "code": ("t.pth", lambda path, good: torch.save({"state_dict": Code()}, path), "nothing else is unpickled"),
+    "list": ("t.pth", lambda path, good: torch.save([torch.ones(1)], path), "no state dict"),
+    "whole-model": ("t.pth", lambda path, good: torch.save(tiny_vit(), path), "nothing else is unpickled"),
+    "weights-only": ("t.pth", lambda path, good: torch.save(tiny_vit().state_dict(), path), "holds no thresholds"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused_in_a_sentence(tmp_path: Path, saved: Path, name: str) -> None:
+    file, write, fragment = BROKEN[name]
+    path = tmp_path / "broken" / file
+    path.parent.mkdir()
+    write(path, saved)
+    model = tiny_vit()
+    with pytest.raises(LTMPError, match=fragment) as refusal:
+        ltmp.load(model, path)
+    assert "\n" not in str(refusal.value)
+    assert str(path) in str(refusal.value)
+    assert not is_attached(model)
+    assert not Path("/tmp/unpickled").exists()
+
+
+def test_truncated_torch_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "t.pth.tar"
+    torch.save({"state_dict": tiny_vit().state_dict()}, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(LTMPError, match="truncated or not a checkpoint"):
+        read_state_dict(path)
+
+
+# -- the seed's checkpoints
+
+
+def seed_keys(steps: tuple[str, ...], depth: int = 3, prefix: str = "") -> dict[str, torch.Tensor]:
+    values = {"merge": MERGE, "prune": PRUNE}
+    return {f"{prefix}blocks.{i}.{s}_masker.threshold": torch.tensor(values[s][i]) for s in steps for i in range(depth)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(("steps", "variant"), [(("merge", "prune"), "ltmp"), (("merge",), "ltm"), (("prune",), "ltp")])
+@pytest.mark.parametrize("key", ["state_dict", "state_dict_ema", "model", None])
+def test_seed_checkpoints(tmp_path: Path, steps: tuple[str, ...], variant: str, key: str | None, prefix: str) -> None:
+    state = seed_keys(steps, prefix=prefix)
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({key: state, "epoch": 1} if key else state, path)
+    file = read(path)
+    assert file.config.variant == variant
+    assert file.merge.tolist() == pytest.approx(MERGE if "merge" in steps else [1.0] * 3)
+    assert file.prune.tolist() == pytest.approx(PRUNE if "prune" in steps else [0.0] * 3)
+    model = tiny_vit()
+    ltmp.load(model, path)
+    assert model.ltmp.config.variant == variant
+
+
+def test_seed_checkpoint_as_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_file(seed_keys(("merge", "prune")), path)
+    assert read(path).merge.tolist() == pytest.approx(MERGE)
+
+
+def test_seed_checkpoint_is_parted_from_the_weights() -> None:
+    host = tiny_vit().state_dict()
+    found, weights = split_seed_state({**host, **seed_keys(("merge", "prune"))})
+    assert found is not None
+    assert weights.keys() == host.keys()
+    assert split_seed_state(host)[0] is None
+
+
+def test_a_part_of_the_steps_fits_the_whole_variant(tmp_path: Path) -> None:
+    """A merge-only file on a model attached as ltmp: pruning stays off."""
+    path = tmp_path / "t.pth"
+    torch.save(seed_keys(("merge",)), path)
+    model = ltmp.attach(tiny_vit())
+    apply(model, read(path))
+    assert model.ltmp.config.variant == "ltmp"
+    assert model.ltmp.prune.tolist() == [0.0] * 3
