@@ -15,7 +15,7 @@ from ltmp.models import stack_of
 from ltmp.stack import Reduced
 
 pytest.importorskip("triton")
-from ltmp.engines import triton as engine  # noqa: E402
+from ltmp.engines import triton as engine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -2,16 +2,84 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from ..errors import LTMPError
+from ..reduction import WATCHED
+from ..thresholds import Thresholds
 from . import packed
+from .request import REQUEST, Active
+
+if TYPE_CHECKING:
+    from ..stack import Reduced, ReducedStack
+
+Run = Callable[["ReducedStack", Tensor, Active], "Reduced"]
+
+_CAPABILITY = (8, 0)
+"""The least that the kernels are written for: Ampere, with bfloat16 and tf32."""
 
 
-def engine(name: str, device: torch.device) -> Callable[..., Any]:
-    """The engine called `name`; `auto` picks what is best for `device`."""
-    if name in ("auto", "packed"):
+def engine(name: str, device: torch.device) -> Run:
+    """The engine called `name`; `auto` picks what is best for `device`.
+
+    `graph` and `auto` run the whole host in a CUDA graph where they can (`graph.GraphedForward`); what comes here in
+    their name runs at exact sizes.
+
+    Raises:
+        LTMPError: a named engine cannot run on `device`; the message says why.
+    """
+    if name == "packed":
         return packed.run
-    raise RuntimeError(f"engine {name!r} needs a CUDA device with Triton; use engine='packed' on {device.type}")
+    reason = unavailable(device)
+    if name == "auto":
+        return packed.run if reason or device.type != "cuda" else _differentiable_or_triton
+    if reason:
+        raise LTMPError(f"engine {name!r} {reason}: use engine='packed'")
+    return _triton
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`, as the end of a sentence, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, but the model is on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (capability, _CAPABILITY))
+        return f"needs compute capability {need}, but {torch.cuda.get_device_name(device)} has {have}"
+    return None
+
+
+def active(thresholds: Thresholds) -> Active:
+    """`thresholds.active()`, or what the caller of this pass read before: a CUDA graph cannot read the device."""
+    request = REQUEST.get()
+    if request is not None and request.active is not None:
+        return request.active
+    return thresholds.active()
+
+
+def follows_thresholds(stack: ReducedStack) -> bool:
+    """Whether the decisions are plain comparisons that nobody watches: all that the kernels know."""
+    policy = stack.thresholds
+    return isinstance(policy, Thresholds) and type(policy).select is Thresholds.select and WATCHED.get() is None
+
+
+def _triton(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
+    from . import triton
+
+    return triton.run(stack, x, active) if follows_thresholds(stack) else packed.run(stack, x, active)
+
+
+def _differentiable_or_triton(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return packed.run(stack, x, active)
+    return _triton(stack, x, active)

@@ -7,7 +7,6 @@ modules on the rows, with the same kernels around them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,33 +19,11 @@ from ..ops.fold.triton import fold
 from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
+from .request import REQUEST, Active, Capacity
 
 if TYPE_CHECKING:
     from ..models.recipe import Parts, Recipe
     from ..stack import Reduced, ReducedStack
-
-Active = tuple[tuple[bool, bool], ...]
-"""For each block whether its merge and its prune threshold can select anything."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Fixed sizes of a batch after each block, so that nothing needs to be read back while it runs.
-
-    Attributes:
-        rows: tokens of the whole batch.
-        longest: tokens of its longest image.
-    """
-
-    rows: tuple[int, ...]
-    longest: tuple[int, ...]
-
-    def holds(self, stats: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch with these `stats` (tokens, longest image) after each block fitted."""
-        return all(
-            total <= rows and most <= longest
-            for (total, most, *_), rows, longest in zip(stats, self.rows, self.longest, strict=True)
-        )
 
 
 @dataclass(frozen=True)
@@ -86,10 +63,13 @@ class Rows:
 class Branches(Protocol):
     """The two residual branches of a block, on rows."""
 
-    norm1: Norm | None
-    norm2: Norm | None
-    scale1: Tensor | None
-    scale2: Tensor | None
+    @property
+    def norms(self) -> tuple[Norm | None, Norm | None]:
+        """The norms before the branches, where the kernel before them is to take them."""
+
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """Layer-scale vectors [C] that the kernel after a branch is to apply."""
 
     def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Each [T, H, D]."""
@@ -104,8 +84,8 @@ class Branches(Protocol):
 class OwnBranches:
     """A block that runs its own modules, norms and layer scale included."""
 
-    norm1 = norm2 = None
-    scale1 = scale2 = None
+    norms = (None, None)
+    scales = (None, None)
 
     def __init__(self, block: nn.Module, recipe: Recipe) -> None:
         self.block, self.recipe = block, recipe
@@ -125,8 +105,8 @@ class FusedBranches:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.norm1, self.norm2 = Norm.of(parts.norm1), Norm.of(parts.norm2)
-        self.scale1, self.scale2 = parts.scale1, parts.scale2
+        self.norms = (Norm.of(parts.norm1), Norm.of(parts.norm2))
+        self.scales = (parts.scale1, parts.scale2)
 
     def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         parts = self.parts
@@ -170,8 +150,15 @@ def branches(stack: ReducedStack) -> list[Branches]:
 
 
 def run(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
-    """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces."""
-    return Pass(stack, x, active).run()
+    """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces.
+
+    A caller may ask for fixed sizes instead, with nothing read back (`request.Request`).
+    """
+    request = REQUEST.get()
+    batch = Pass(stack, x, active, None if request is None else request.capacity)
+    if request is not None:
+        request.stats = batch.stats
+    return batch.run()
 
 
 class Pass:
@@ -195,7 +182,7 @@ class Pass:
         """Blocks only: the host's own norm and head follow."""
         from ..stack import Reduced
 
-        rows = Rows.start(self.x, self.branches[0].norm1)
+        rows = Rows.start(self.x, self.branches[0].norms[0])
         bounds = []
         for i in range(len(self.branches)):
             rows = self._block(i, rows)
@@ -212,11 +199,11 @@ class Pass:
         if steps:
             rows = self._reduce(i, steps, rows, y, k, received)
         else:
-            x, normed = add_norm(rows.x, y, block.scale1, block.norm2)
+            x, normed = add_norm(rows.x, y, block.scales[0], block.norms[1])
             rows = replace(rows, x=x, normed=normed)
         y = block.mlp(rows.x, rows.normed)
-        following = self.branches[i + 1].norm1 if i + 1 < len(self.branches) else None
-        x, normed = add_norm(rows.x, y, block.scale2, following)
+        following = self.branches[i + 1].norms[0] if i + 1 < len(self.branches) else None
+        x, normed = add_norm(rows.x, y, block.scales[1], following)
         return replace(rows, x=x, normed=normed)
 
     def _reduce(
@@ -224,7 +211,7 @@ class Pass:
     ) -> Rows:
         """Add the branch `y` and reduce by `steps`."""
         block, thresholds, protected = self.branches[i], self.stack.thresholds, self.stack.protected
-        scale = block.scale1
+        scale = block.scales[0]
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
@@ -244,7 +231,7 @@ class Pass:
             room, longest, _ = self.stats[i].tolist()
         else:
             room, longest = self.capacity.rows[i], self.capacity.longest[i]
-        x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norm2, planned, room)
+        x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room)
         return Rows(x, normed, size, origin, planned.cu, longest, False)
 
 

@@ -15,7 +15,7 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def image_rows(CU, image):  # noqa: N803
+def image_rows(CU, image):
     """First row (int64: a batch may hold more than 2^31 numbers) and token count of an image."""
     first = tl.load(CU + image)
     return first.to(tl.int64), tl.load(CU + image + 1) - first

@@ -19,7 +19,7 @@ _ON_CHIP = 64 * 1024
 
 
 @triton.jit
-def _load_tile(POINTER, row, n, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
+def _load_tile(POINTER, row, n, stride, D: tl.constexpr, DB: tl.constexpr):
     """[rows, DB] of one head; rows past the image repeat its last one, which needs no mask, columns past D are zero."""
     column = tl.arange(0, DB)
     at = POINTER + tl.minimum(row, n - 1)[:, None] * stride + column[None, :]
@@ -27,7 +27,7 @@ def _load_tile(POINTER, row, n, stride, D: tl.constexpr, DB: tl.constexpr):  # n
 
 
 @triton.jit
-def _store_tile(OUT, tile, row, n, stride, D: tl.constexpr, DB: tl.constexpr):  # noqa: N803
+def _store_tile(OUT, tile, row, n, stride, D: tl.constexpr, DB: tl.constexpr):
     column = tl.arange(0, DB)
     at = OUT + row[:, None] * stride + column[None, :]
     tl.store(at, tile.to(OUT.dtype.element_ty), mask=(row < n)[:, None] & (column < D)[None, :])
@@ -44,7 +44,7 @@ def _votes(weight, dtype: tl.constexpr):
 
 @triton.jit
 def _head(
-    Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, out_row,  # noqa: N803
+    Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, out_row,
     D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
     WANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def _head(
         share = tl.where(query < n, 1 / total, 0.0)
         _store_tile(OUT, out * share[:, None], query, n, out_row, D, DB)
         if WANT:
-            # the sum over queries is a matrix product too; across the threads of a warp it would cost more than the softmax
+            # the sum over queries is a matrix product too: across threads it would cost more than the softmax
             added = ()
             for c in tl.static_range(CHUNKS):
                 votes = _votes(tl.exp2(tops[c] - top) * share, values[c].dtype)
@@ -97,7 +97,7 @@ def _head(
 
 @triton.jit
 def _one_pass_kernel(
-    Q, K, V, SIZE, OUT, RECEIVED, CU, scale, rows,  # noqa: N803
+    Q, K, V, SIZE, OUT, RECEIVED, CU, scale, rows,
     q_row, q_head, k_row, k_head, v_row, v_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CHUNKS: tl.constexpr, WANT: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,7 +118,7 @@ def _one_pass_kernel(
 
 @triton.jit
 def _flash_kernel(
-    Q, K, V, BIAS, OUT, LSE, CU, scale, rows,  # noqa: N803
+    Q, K, V, BIAS, OUT, LSE, CU, scale, rows,
     q_row, q_head, k_row, k_head, v_row, v_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,7 +156,7 @@ def _flash_kernel(
 
 @triton.jit
 def _received_kernel(
-    Q, K, BIAS, LSE, RECEIVED, CU, scale, rows, q_row, q_head, k_row, k_head,  # noqa: N803
+    Q, K, BIAS, LSE, RECEIVED, CU, scale, rows, q_row, q_head, k_row, k_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -14,7 +14,7 @@ from ..plan.triton import Plan
 
 @triton.jit
 def _fold_kernel(
-    X, Y, LAYER_SCALE, W, BIAS, CU, CU_OUT, SIZE, NEW_SIZE, SLOT, ORIGIN, X_OUT, H_OUT, SIZE_OUT, ORIGIN_OUT,  # noqa: N803
+    X, Y, LAYER_SCALE, W, BIAS, CU, CU_OUT, SIZE, NEW_SIZE, SLOT, ORIGIN, X_OUT, H_OUT, SIZE_OUT, ORIGIN_OUT,
     room, eps,
     C: tl.constexpr, CB: tl.constexpr, HALF: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
     AFFINE: tl.constexpr, NORMS: tl.constexpr,

@@ -18,7 +18,7 @@ RECEIVERS = tl.constexpr(64)
 
 @triton.jit
 def metric_tile(
-    K, row, live, k_row, k_head,  # noqa: N803
+    K, row, live, k_row, k_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
     """float32 [rows, DB] unit vectors: the mean of the keys over heads."""
@@ -34,7 +34,7 @@ def metric_tile(
 
 @triton.jit
 def best_partner(
-    K, ORIGIN, even, n, k_row, k_head, protected,  # noqa: N803
+    K, ORIGIN, even, n, k_row, k_head, protected,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
     """Cosine and number of the most similar odd token for a tile of even tokens; -inf where none may be taken."""
@@ -60,7 +60,7 @@ def best_partner(
 
 @triton.jit
 def _match_kernel(
-    K, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,  # noqa: N803
+    K, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program = one tile of even tokens of one image."""
@@ -74,7 +74,7 @@ def _match_kernel(
 
 @triton.jit
 def _metric_kernel(
-    K, CU, METRIC, k_row, k_head, images,  # noqa: N803
+    K, CU, METRIC, k_row, k_head, images,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -104,8 +104,8 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
         longest: a bound on the tokens of an image.
 
     Returns:
-        best: float32 [T] and partner: int32 [T]; row cu[b] + i speaks of the even token at place 2 i of image b and names
-        its partner at place 2 partner + 1; -inf where there is none. Other rows are not written.
+        best: float32 [T] and partner: int32 [T]; row cu[b] + i speaks of the even token at place 2 i of image b and
+        names its partner at place 2 partner + 1; -inf where there is none. Other rows are not written.
     """
     half = (longest + 1) // 2
     tile = min(pow2(half), _TILE)

@@ -25,7 +25,7 @@ class Norm(NamedTuple):
 
 @triton.jit
 def residual_row(
-    X, Y, LAYER_SCALE, row, C: tl.constexpr, CB: tl.constexpr,  # noqa: N803
+    X, Y, LAYER_SCALE, row, C: tl.constexpr, CB: tl.constexpr,
     ADDS: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """float32 [CB]: `x + layer_scale * y` of one row, zeros past C."""
@@ -40,7 +40,7 @@ def residual_row(
 
 
 @triton.jit
-def norm_row(x, W, BIAS, eps, C: tl.constexpr, CB: tl.constexpr, AFFINE: tl.constexpr):  # noqa: N803
+def norm_row(x, W, BIAS, eps, C: tl.constexpr, CB: tl.constexpr, AFFINE: tl.constexpr):
     """Layer norm of one row in float32; AFFINE: 0 none, 1 weight, 2 weight and bias."""
     column = tl.arange(0, CB)
     centred = tl.where(column < C, x - tl.sum(x, 0) / C, 0.0)
@@ -54,7 +54,7 @@ def norm_row(x, W, BIAS, eps, C: tl.constexpr, CB: tl.constexpr, AFFINE: tl.cons
 
 @triton.jit
 def _add_norm_kernel(
-    X, Y, LAYER_SCALE, W, BIAS, X_OUT, H_OUT, eps,  # noqa: N803
+    X, Y, LAYER_SCALE, W, BIAS, X_OUT, H_OUT, eps,
     C: tl.constexpr, CB: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
     AFFINE: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip

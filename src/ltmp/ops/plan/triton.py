@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def _importance(RECEIVED, token, live, n, rows, H: tl.constexpr):  # noqa: N803
+def _importance(RECEIVED, token, live, n, rows, H: tl.constexpr):
     """Mean attention received over heads and queries."""
     total = tl.load(RECEIVED + token, mask=live, other=0.0)
     for head in tl.static_range(1, H):
@@ -45,7 +45,7 @@ def _importance(RECEIVED, token, live, n, rows, H: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def _receivers(
-    RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, even_size, even_importance,  # noqa: N803
+    RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, even_size, even_importance,
     H: tl.constexpr, PRUNES: tl.constexpr,
 ):  # fmt: skip
     """Size and importance of a tile of odd tokens after what merges into them, and where each came from."""
@@ -63,7 +63,7 @@ def _receivers(
 
 @triton.jit
 def _merge_image(
-    best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,  # noqa: N803
+    best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,
     H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Merge, then prune if PRUNES; returns how many tokens stay. `best` and `partner` are [HALF], for even tokens."""
@@ -114,7 +114,7 @@ def _merge_image(
 
 @triton.jit
 def _prune_image(
-    RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,  # noqa: N803
+    RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,
     H: tl.constexpr, SPARES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Prune alone: survivors keep their order; returns how many stay."""
@@ -141,7 +141,7 @@ def _prune_image(
 
 
 @triton.jit
-def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr):  # noqa: N803
+def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr):
     """Publish an image's count; the program that comes last turns the counts into row bounds.
 
     STATS holds [tokens of the batch, longest image, programs done]: the last is zero before and after.
@@ -167,7 +167,7 @@ def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr)
 
 @triton.jit
 def _match_plan_kernel(
-    K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,  # noqa: N803
+    K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
     k_row, k_head, protected, rows, images, room,
     HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
     SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
@@ -187,7 +187,7 @@ def _match_plan_kernel(
 
 @triton.jit
 def _plan_kernel(
-    BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,  # noqa: N803
+    BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
     protected, rows, images, room,
     H: tl.constexpr, MERGES: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
     HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,

@@ -1,0 +1,363 @@
+"""The whole host, head included, as one CUDA graph for each batch size: nothing is launched or read while it runs.
+
+Every block gets a fixed room for its tokens, planned from batches that ran before. Whether a batch fitted is read with
+its result; one that did not is run again at its exact sizes, and the room grows. A result is never handed out before
+that is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .request import Active, Capacity, Request, requested
+
+if TYPE_CHECKING:
+    from ..flops import Geometry
+    from ..stack import ReducedStack
+
+log = logging.getLogger("ltmp")
+
+T = TypeVar("T")
+
+GRAPHS = 8
+"""Graphs kept for one model, by default; the least recently used one goes first."""
+
+_ROWS = 128
+"""Rooms are multiples of this many rows: a matrix product's tile."""
+
+_SLACK = 0.02
+"""Room beyond the largest batch seen. Totals of random batches of 256 images vary by about 1 %."""
+
+
+_TIGHT = 0.9
+"""Share of its room that a batch should use in at least one block."""
+
+_PATIENCE = 32
+"""Batches in a row that may use less before the room is planned anew."""
+
+
+class Recorder(Protocol):
+    """Turns a call into something that can be replayed; tests bring one that needs no GPU."""
+
+    def record(self, call: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """A replay function, and the outputs whose memory each replay fills anew."""
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        """How long a replay takes."""
+
+    def release(self) -> None:
+        """Give freed memory back before another try."""
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool: they never run at the same time, and what they hand out is copied."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def record(self, call: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # kernels compile and libraries take their workspaces before the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = call()
+        return graph.replay, outputs
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        replay()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(5):
+            replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / 5
+
+    def release(self) -> None:
+        self._pool = None
+        torch.cuda.empty_cache()
+
+
+def plan_capacity(stats: Sequence[Sequence[int]], tokens: int, rows: int, least: Capacity | None = None) -> Capacity:
+    """Room for batches like one that ran.
+
+    Args:
+        stats: [L][tokens of the batch, longest image], zeros where a block reduced nothing.
+        tokens: of one image at the start; rows: of the whole batch at the start.
+        least: room that must not shrink.
+
+    Returns:
+        What the batch took and a little more, never more than it started with.
+    """
+    room: list[int] = []
+    longest: list[int] = []
+    for i, (total, most, *_) in enumerate(stats):
+        before = (rows, tokens) if i == 0 else (room[-1], longest[-1])
+        wanted = -(-int(total * (1 + _SLACK)) // _ROWS) * _ROWS
+        # counts of single images vary more than their sum, and a loose bound on them costs next to nothing
+        reach = -(-int(most * 1.1) // 16) * 16
+        if least is not None:
+            wanted, reach = max(wanted, least.rows[i]), max(reach, least.longest[i])
+        room.append(min(wanted, before[0]) if most else before[0])
+        longest.append(min(reach, before[1]) if most else before[1])
+    return Capacity(tuple(room), tuple(longest))
+
+
+@dataclass
+class Graph:
+    """One recorded forward.
+
+    Attributes:
+        images: where the input goes.
+        replay: runs it.
+        output: what the host returns; the next replay overwrites it.
+        kept: float32 [B, L], tokens after each block; geometry: what they cost.
+        report: int32 on the device: stats [L, 3], then which thresholds can select anything [L, 2].
+        active: the same when it was recorded.
+        capacity: None for a dense graph.
+        weights: every tensor that it reads, held so that none is freed under it.
+        loose: batches in a row that used little of the room.
+    """
+
+    images: Tensor
+    replay: Callable[[], None]
+    output: Any
+    kept: Tensor
+    geometry: Geometry
+    report: Tensor
+    active: Active
+    capacity: Capacity | None
+    weights: list[Tensor]
+    loose: int = 0
+
+    def wastes(self, stats: list[list[int]]) -> bool:
+        """Whether batches have long needed far less room than there is: thresholds changed, or the images did."""
+        if self.capacity is None:
+            return False
+        used = max(total / rows for (total, *_), rows in zip(stats, self.capacity.rows, strict=True))
+        self.loose = self.loose + 1 if used < _TIGHT else 0
+        return self.loose >= _PATIENCE
+
+    def run(self, images: Tensor) -> tuple[list[list[int]], Active]:
+        """Replay on up to as many images as were recorded; the stats and the thresholds that were active."""
+        count = images.shape[0]
+        self.images[:count].copy_(images)
+        if count < self.images.shape[0]:
+            self.images[count:].copy_(images[-1:].expand_as(self.images[count:]))
+        self.replay()
+        depth = len(self.active)
+        report = self.report.tolist()
+        stats = [report[3 * i : 3 * i + 3] for i in range(depth)]
+        flags = report[3 * depth :]
+        return stats, tuple((bool(a), bool(b)) for a, b in zip(flags[:depth], flags[depth:], strict=True))
+
+
+class GraphedForward:
+    """Stands in for `host.forward` of a model whose engine is `graph` or `auto`.
+
+    The first batch of a size runs at exact sizes; the second is recorded with the room that the first one took. A
+    batch a little smaller than a recorded one is filled up; other sizes run exactly until they come again. Thresholds
+    are read from device memory, so new values need no new graph; one that switches a step on or off does, as does a
+    model that was moved, cast or given other weights.
+
+    Args:
+        host: the transformer; its own class's `forward` is what is recorded.
+        stack: its reduced blocks.
+        recorder: makes the graphs.
+        graphs: how many to keep.
+    """
+
+    def __init__(
+        self, host: nn.Module, stack: ReducedStack, recorder: Recorder | None = None, graphs: int = GRAPHS
+    ) -> None:
+        self.host, self.stack, self.graphs = host, stack, graphs
+        self._forget(recorder)
+
+    def _forget(self, recorder: Recorder | None = None) -> None:
+        self.recorder: Recorder = recorder or CudaRecorder()
+        self._recorded: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+        self._seen: set[tuple[Any, ...]] = set()
+        self._room: dict[tuple[Any, ...], Capacity] = {}
+        self._refused: set[tuple[Any, ...]] = set()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"host": self.host, "stack": self.stack, "graphs": self.graphs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not self._applies(images):
+            return type(self.host).forward(self.host, images, *args, **kwargs)
+        # graphs write to memory of their own: one caller at a time
+        with self._lock, torch.no_grad():
+            return self._run(images)
+
+    def _applies(self, images: Tensor) -> bool:
+        from ..stack import is_dense
+        from .select import follows_thresholds, unavailable
+
+        return (
+            isinstance(images, Tensor)
+            and images.ndim == 4
+            and len(images) > 0
+            and (images.is_cuda or not isinstance(self.recorder, CudaRecorder))
+            and not self.host.training
+            and follows_thresholds(self.stack)
+            and not is_dense()
+            and unavailable(images.device) is None
+            and not torch.is_autocast_enabled(images.device.type)
+            and not torch.compiler.is_compiling()
+            and not (
+                self.automatic and torch.is_grad_enabled() and any(p.requires_grad for p in self.host.parameters())
+            )
+        )
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a dense graph may run instead, where it is faster."""
+        return self.stack.thresholds.config.engine == "auto"
+
+    def _run(self, images: Tensor) -> Any:
+        key = (len(images), images.shape[1:], images.dtype, images.device)
+        graph = self._recorded.get(key) or self._larger(key)
+        if graph is None and key in self._seen and key not in self._refused:
+            graph = self._record(key, images)
+        if graph is None:
+            return self._exactly(key, images)
+        stats, active = graph.run(images)
+        if active != graph.active or not self._reads(graph.weights):
+            self._drop(graph)
+            return self._exactly(key, images)
+        if graph.capacity is not None and not graph.capacity.holds(stats):
+            log.debug("a batch needed more room than planned; it runs again at its exact size")
+            self._drop(graph, replan=False)
+            return self._exactly(key, images)
+        if graph.wastes(stats):
+            self._drop(graph)
+        _note(graph.kept[: len(images)].clone(), graph.geometry)
+        return tree_map(
+            lambda value: value[: len(images)].clone() if isinstance(value, Tensor) else value, graph.output
+        )
+
+    def _larger(self, key: tuple[Any, ...]) -> Graph | None:
+        """The smallest recorded batch that this one fills at least by half."""
+        fits = [k for k in self._recorded if k[1:] == key[1:] and key[0] <= k[0] <= 2 * key[0]]
+        if not fits or key in self._seen:
+            return None
+        best = min(fits)
+        self._recorded.move_to_end(best)
+        return self._recorded[best]
+
+    def _exactly(self, key: tuple[Any, ...], images: Tensor) -> Any:
+        """Run at exact sizes, and remember how much room it took."""
+        request = Request()
+        output, kept, geometry = self._forward(images, request)
+        _note(kept, geometry)
+        self._seen.add(key)
+        if request.stats is not None:
+            rows = len(images) * geometry.tokens
+            self._room[key] = plan_capacity(request.stats.tolist(), geometry.tokens, rows, self._room.get(key))
+        return output
+
+    def _forward(self, images: Tensor, request: Request, as_dense: bool = False) -> tuple[Any, Tensor, Geometry]:
+        """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
+        from ..stack import dense, record
+
+        with requested(request), record() as calls, dense() if as_dense else nullcontext():
+            output = type(self.host).forward(self.host, images)
+        return output, calls.kept[0], calls.geometry[0]
+
+    def _record(self, key: tuple[Any, ...], images: Tensor) -> Graph | None:
+        """A new graph for batches like this one, or None when there is no memory for it."""
+        active = self.stack.thresholds.active()
+        room = self._room.get(key)
+        if room is None and any(map(any, active)):
+            return None
+        try:
+            graph = self._trace(images, active, room)
+            if self.automatic and graph.capacity is not None:
+                graph = self._faster(graph, images, active)
+        except torch.OutOfMemoryError:
+            self._recorded.clear()
+            self.recorder.release()
+            self._refused.add(key)
+            log.warning("no memory for a CUDA graph of %d images: they run without one, more slowly", key[0])
+            return None
+        self._recorded[key] = graph
+        while len(self._recorded) > self.graphs:
+            self._recorded.popitem(last=False)
+        return graph
+
+    def _faster(self, graph: Graph, images: Tensor, active: Active) -> Graph:
+        dense = self._trace(images, active, None)
+        reduced_time, dense_time = (self.recorder.seconds(g.replay) for g in (graph, dense))
+        if reduced_time <= dense_time:
+            return graph
+        log.warning(
+            "token reduction does not pay for batches of %d on this device (%.2f ms against %.2f ms dense): "
+            "running dense; name an engine to reduce all the same",
+            len(images), 1e3 * reduced_time, 1e3 * dense_time,
+        )  # fmt: skip
+        return dense
+
+    def _trace(self, images: Tensor, active: Active, capacity: Capacity | None) -> Graph:
+        """Record the host on `images`; without capacity, dense."""
+        static = images.clone()
+        thresholds = self.stack.thresholds
+        weights = self._weights()
+        costs: list[Geometry] = []
+
+        def call() -> tuple[Any, Tensor, Tensor]:
+            request = Request(active, capacity)
+            output, kept, geometry = self._forward(static, request, as_dense=capacity is None)
+            costs.append(geometry)
+            flags = torch.cat([thresholds.merge < 1, thresholds.prune > 0]).int()
+            stats = flags.new_zeros(len(active), 3) if request.stats is None else request.stats
+            return output, kept, torch.cat([stats.flatten(), flags])
+
+        replay, (output, kept, report) = self.recorder.record(call)
+        return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights)
+
+    def _weights(self) -> list[Tensor]:
+        return [t.data for t in (*self.host.parameters(), *self.host.buffers(), *self.stack.thresholds.parameters())]
+
+    def _reads(self, weights: list[Tensor]) -> bool:
+        """Whether the model still consists of exactly these tensors."""
+        now = self._weights()
+        return len(now) == len(weights) and all(
+            a.data_ptr() == b.data_ptr() and a.dtype == b.dtype for a, b in zip(now, weights, strict=True)
+        )
+
+    def _drop(self, graph: Graph, replan: bool = True) -> None:
+        """Forget a graph, and the room that it was planned with unless the next one may only be larger."""
+        for key in [key for key, value in self._recorded.items() if value is graph]:
+            del self._recorded[key]
+            if replan:
+                self._room.pop(key, None)
+
+
+def _note(kept: Tensor, geometry: Geometry) -> None:
+    """What the stack would have recorded."""
+    from ..stack import recording
+
+    calls = recording()
+    if calls is not None:
+        calls.add(kept, geometry)

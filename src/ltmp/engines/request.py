@@ -1,0 +1,62 @@
+"""What a caller above the host asks of the engine below it, and learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Active = tuple[tuple[bool, bool], ...]
+"""For each block whether its merge and its prune threshold can select anything."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed sizes of a batch after each block, so that nothing needs to be read back while it runs.
+
+    Attributes:
+        rows: tokens of the whole batch.
+        longest: tokens of its longest image.
+    """
+
+    rows: tuple[int, ...]
+    longest: tuple[int, ...]
+
+    def holds(self, stats: Sequence[Sequence[int]]) -> bool:
+        """Whether a batch with these `stats` (tokens, longest image, ...) after each block fitted."""
+        return all(
+            total <= rows and most <= longest
+            for (total, most, *_), rows, longest in zip(stats, self.rows, self.longest, strict=True)
+        )
+
+
+@dataclass
+class Request:
+    """One call's terms.
+
+    Attributes:
+        active: which thresholds count as on, where the caller has read them already.
+        capacity: sizes to run at without reading anything back; None for exact sizes.
+        stats: filled by the engine, int32 [L, 3] on the device: tokens of the batch and of its longest image after each
+            block that reduces, zero after the others.
+    """
+
+    active: Active | None = None
+    capacity: Capacity | None = None
+    stats: Tensor | None = None
+
+
+REQUEST: ContextVar[Request | None] = ContextVar("ltmp_request", default=None)
+
+
+@contextmanager
+def requested(request: Request) -> Iterator[Request]:
+    """Run the engine on these terms inside, in this thread only."""
+    token = REQUEST.set(request)
+    try:
+        yield request
+    finally:
+        REQUEST.reset(token)

@@ -1,0 +1,308 @@
+"""Control flow of the graph engine, with a stand-in for CUDA graphs: what is recorded, and when it must not be."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_
+
+import ltmp
+from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
+from ltmp.engines.request import Capacity
+from ltmp.models import stack_of
+
+pytest.importorskip("triton")
+from ltmp.engines import graph
+from ltmp.engines.graph import GraphedForward, plan_capacity
+
+# batches that outgrow their room leave nonsense behind in it, and NumPy says so
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+SIZE = 12
+
+
+def images_of(count: int, seed: int = 0) -> Tensor:
+    return random_images(count, size=SIZE, seed=seed).to(DEVICE)
+
+
+class Rerun:
+    """A recorder without a GPU: a replay runs the call again and fills the first outputs."""
+
+    def __init__(self, full: bool = False, times: tuple[float, ...] = ()) -> None:
+        self.recorded = self.replayed = 0
+        self.full, self.times, self.released = full, list(times), False
+
+    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.full:
+            raise torch.OutOfMemoryError("no room")
+        outputs = call()
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            tree_map_(lambda old, new: old.copy_(new), outputs, call())
+
+        return replay, outputs
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        return self.times.pop(0)
+
+    def release(self) -> None:
+        self.released = True
+
+
+class Case:
+    """A reduced model, the same model on the packed engine, and the graphs between caller and host."""
+
+    def __init__(self, recorder: Rerun | None = None, engine: str = "graph", graphs: int = 8, **kwargs: Any) -> None:
+        self.recorder = recorder or Rerun()
+        small = {"img_size": SIZE, "depth": 2, **kwargs}
+        self.model = attach_reducing(tiny_vit(**small), images_of(4).cpu()).to(DEVICE).requires_grad_(False)
+        self.packed = copy.deepcopy(self.model)
+        for model, name in ((self.packed, "packed"), (self.model, engine)):
+            model.ltmp.config = ltmp.LTMPConfig(engine=name)
+        self.forward = GraphedForward(self.model, stack_of(self.model), self.recorder, graphs)
+        self.model.forward = self.forward
+
+    def check(self, images: int, seed: int = 0) -> None:
+        """The graph engine gives what packed gives: counts and logits."""
+        batch = images_of(images, seed)
+        (found, kept), (expected, counts) = run_recorded(self.model, batch), run_recorded(self.packed, batch)
+        assert kept.tolist() == counts.tolist()
+        assert_close(found, expected, 1e-4)
+
+    def follow(self, change: Callable[[Any], Any]) -> None:
+        """The same change to both models."""
+        change(self.model)
+        change(self.packed)
+
+
+def test_second_batch_of_a_size_is_recorded_and_later_ones_replayed() -> None:
+    case = Case()
+    for seed in range(4):
+        case.check(4, seed % 2)
+    assert (case.recorder.recorded, case.recorder.replayed) == (1, 3)
+
+
+def test_results_do_not_change_under_the_caller() -> None:
+    case = Case()
+    case.check(4)
+    first, second = (images_of(4, seed) for seed in (0, 1))
+    logits = case.model(first)
+    before = logits.clone()
+    case.model(second)
+    assert torch.equal(logits, before)
+
+
+def test_tail_fills_a_recorded_batch() -> None:
+    case = Case()
+    case.check(4)
+    case.check(4)
+    case.check(3, seed=2)
+    assert (case.recorder.recorded, case.recorder.replayed) == (1, 2)
+    case.check(1, seed=3)
+    assert case.recorder.replayed == 2, "one image would waste three quarters of the batch"
+
+
+def test_overflow_is_run_again_and_room_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_ROWS", 1)
+    monkeypatch.setattr(graph, "_SLACK", -0.3)
+    case = Case()
+    case.check(4)
+    monkeypatch.setattr(graph, "_SLACK", 0.0)
+    case.check(4)
+    assert (case.recorder.recorded, case.recorder.replayed) == (1, 1), "recorded with too little room, then run exactly"
+    case.check(4)
+    case.check(4)
+    assert (case.recorder.recorded, case.recorder.replayed) == (2, 3)
+
+
+def test_too_long_an_image_is_an_overflow() -> None:
+    assert not Capacity((100, 90), (50, 40)).holds([[100, 50, 0], [80, 41, 0]])
+    assert not Capacity((100, 90), (50, 40)).holds([[101, 50, 0], [80, 40, 0]])
+    assert Capacity((100, 90), (50, 40)).holds([[100, 50, 0], [90, 40, 0]])
+
+
+def test_plan_never_grows_from_block_to_block_nor_past_the_start() -> None:
+    plan = plan_capacity([[0, 0, 0], [1000, 99, 0], [0, 0, 0], [999, 50, 0]], tokens=100, rows=1010)
+    assert plan.rows == (1010, 1010, 1010, 1010)
+    assert plan.longest == (100, 100, 100, 64)
+    wider = plan_capacity([[500, 60, 0]], tokens=100, rows=1000, least=Capacity((700,), (64,)))
+    assert wider == Capacity((700,), (80,))
+
+
+def test_new_thresholds_are_never_stale() -> None:
+    case = Case()
+    case.check(4)
+    case.check(4)
+    lower = (case.model.ltmp.merge - 0.1).tolist()
+    case.follow(lambda model: model.ltmp.set(lower, None))
+    case.check(4)
+    case.check(4)
+
+
+def test_a_step_switched_on_or_off_is_recorded_anew() -> None:
+    case = Case()
+    case.check(4)
+    case.check(4)
+    case.follow(lambda model: model.ltmp.set([1.0, 0.5], [0.0, 0.0]))
+    case.check(4)
+    case.check(4)
+    assert case.recorder.recorded == 2
+
+
+@pytest.mark.parametrize("change", ["cast", "new weights", "loaded", "train"])
+def test_model_changed_after_recording(change: str) -> None:
+    case = Case()
+    case.check(4)
+    case.check(4)
+    other = {name: value * 1.1 for name, value in tiny_vit(seed=3, img_size=SIZE, depth=2).state_dict().items()}
+
+    def apply(model: Any) -> None:
+        if change == "cast":
+            model.double().float()
+        elif change == "new weights":
+            for name, value in other.items():
+                if "blocks.1" in name:
+                    model.get_parameter(name).data = value.to(DEVICE)
+        elif change == "loaded":
+            model.load_state_dict(other, strict=False)
+        else:
+            model.train()
+            model.eval()
+
+    case.follow(apply)
+    case.check(4)
+    case.check(4)
+
+
+def test_other_image_size_has_its_own_graph() -> None:
+    case = Case(dynamic_img_size=True)
+    for size in (12, 16, 12, 16, 12, 16):
+        images = random_images(4, size=size).to(DEVICE)
+        assert_close(case.model(images), case.packed(images), 1e-4)
+    assert case.recorder.recorded == 2
+
+
+def test_room_far_too_large_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_PATIENCE", 2)
+    monkeypatch.setattr(graph, "_ROWS", 1)
+    case = Case()
+    case.check(4)
+    case.check(4)
+    before = case.forward._room.copy()
+    case.follow(lambda model: model.ltmp.set([-1.0, -1.0], [1.0, 1.0]))
+    for _ in range(3):
+        case.check(4)
+    assert all(case.forward._room[key].rows < room.rows for key, room in before.items())
+
+
+def test_least_recently_used_graph_goes() -> None:
+    case = Case(graphs=2)
+    for images in (1, 3, 7):
+        case.check(images)
+        case.check(images)
+    assert [key[0] for key in case.forward._recorded] == [3, 7]
+
+
+def test_no_memory_while_recording(caplog: pytest.LogCaptureFixture) -> None:
+    case = Case(Rerun(full=True))
+    with caplog.at_level(logging.WARNING, "ltmp"):
+        for _ in range(3):
+            case.check(4)
+    assert [record.message for record in caplog.records] == [
+        "no memory for a CUDA graph of 4 images: they run without one, more slowly"
+    ]
+    assert case.recorder.released
+
+
+def test_auto_runs_dense_where_that_is_faster(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # by name, `auto` would take the packed engine here
+    monkeypatch.setattr(GraphedForward, "automatic", True)
+    case = Case(Rerun(times=(2e-3, 1e-3)))
+    case.check(4)
+    images = images_of(4)
+    with caplog.at_level(logging.WARNING, "ltmp"):
+        for _ in range(3):
+            logits, kept = run_recorded(case.model, images)
+            with ltmp.stack.dense():
+                assert_close(logits, case.packed(images), 1e-5)
+            assert kept.unique().tolist() == [10.0]
+    assert len(caplog.records) == 1
+    assert "does not pay for batches of 4" in caplog.records[0].message
+
+
+def test_auto_reduces_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphedForward, "automatic", True)
+    case = Case(Rerun(times=(1e-3, 2e-3)))
+    for _ in range(3):
+        case.check(4)
+
+
+def test_all_off_is_dense() -> None:
+    case = Case()
+    case.follow(lambda model: model.ltmp.set([1.0] * 2, [0.0] * 2))
+    for _ in range(3):
+        case.check(4)
+
+
+def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
+    case = Case()
+    case.check(4)
+    images = images_of(4)
+    with ltmp.stack.dense():
+        assert_close(case.model(images), case.packed(images), 0)
+    case.model.train()
+    case.model(images)
+    assert case.recorder.recorded == 0
+
+
+def test_copies_and_pickles_start_without_graphs() -> None:
+    case = Case()
+    case.check(4)
+    case.check(4)
+    images = images_of(4)
+    for twin in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
+        assert twin.forward.host is twin
+        assert not twin.forward._recorded
+        assert_close(twin(images), case.model(images), 1e-4)
+
+
+def stress(batches: int, most: int) -> int:
+    """Random batch sizes, contents and thresholds, and room that is too small on purpose; returns replays."""
+    generator = torch.Generator().manual_seed(0)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    case = Case(graphs=3)
+    start: Tensor = case.model.ltmp.merge.clone()
+    for i in range(batches):
+        if i % 7 == 3:
+            shift = float(torch.rand((), generator=generator)) * 0.2 - 0.1
+            values = (start + shift).tolist()
+            case.follow(lambda model, values=values: model.ltmp.set(values, None))
+        if i % 11 == 5:
+            for key, room in case.forward._room.items():
+                smaller = Capacity(tuple(max(1, n // 2) for n in room.rows), room.longest)
+                case.forward._room[key] = smaller
+                case.forward._recorded.pop(key, None)
+        case.check(number(1, most), seed=i)
+    return case.recorder.replayed
+
+
+@pytest.mark.slow
+def test_stress() -> None:
+    assert stress(300, 5) > 100
