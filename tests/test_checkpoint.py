@@ -211,6 +211,16 @@ def test_seed_checkpoints(tmp_path: Path, steps: tuple[str, ...], variant: str, 
     assert model.ltmp.config.variant == variant
 
 
+def test_seed_checkpoint_does_not_say_the_order(tmp_path: Path) -> None:
+    """Its keys are the same for ltmp and ltpm: the model that they are loaded into decides."""
+    path = tmp_path / "t.pth"
+    torch.save(seed_keys(("merge", "prune")), path)
+    model = ltmp.attach(tiny_vit(), LTMPConfig(variant="ltpm"))
+    ltmp.load(model, path)
+    assert model.ltmp.config.variant == "ltpm"
+    assert model.ltmp.merge.tolist() == pytest.approx(MERGE)
+
+
 def test_seed_checkpoint_as_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     save_file(seed_keys(("merge", "prune")), path)

@@ -187,6 +187,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None =
     return file
 
 
+def _fits(file: ThresholdFile, config: LTMPConfig) -> bool:
+    """Whether the file's steps are those of `config` or some of them. A seed checkpoint does not say their order."""
+    if file.config.steps == config.steps:
+        return True
+    theirs, ours = set(file.config.steps), set(config.steps)
+    return theirs < ours or (theirs == ours and not file.metadata)
+
+
 def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds") -> None:
     """Set an attached model's thresholds and variant, after checking that they belong to it.
 
@@ -202,7 +210,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 "use the model it was learned on, or learn thresholds for this one"
             )
     thresholds = thresholds_of(model)
-    if thresholds.config.steps != file.config.steps and not set(file.config.steps) < set(thresholds.config.steps):
+    if not _fits(file, thresholds.config):
         raise LTMPError(
             f"{source} is for variant {file.config.variant}, but the model was attached as "
             f"{thresholds.config.variant}: attach with LTMPConfig(variant={file.config.variant!r})"

@@ -112,7 +112,7 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     own = model.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unknown:
-        faults = [f"lacks {sorted(missing)[0]!r}"] * bool(missing) + [f"has {sorted(unknown)[0]!r}"] * bool(unknown)
+        faults = [f"{what} {min(keys)!r}" for what, keys in (("lacks", missing), ("has", unknown)) if keys]
         raise LTMPError(
             f"{path} is not a checkpoint of this model: it {' and '.join(faults)} "
             f"({len(missing)} missing, {len(unknown)} unknown parameters); check --model and --model-kwargs"

@@ -1,0 +1,56 @@
+"""Check the accuracy of learned thresholds by the command line of the paper's code, at any batch size.
+
+python tools/validate_timm.py /path/to/imagenet --model ltmp_deit_small_patch16_224 --checkpoint FILE -b 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common import add_options, build, open_images, run, variant
+
+import ltmp
+from ltmp.checkpoint import apply, read, read_state_dict, split_seed_state
+from ltmp.cli.setup import autocast_type, pick_device
+from ltmp.errors import UsageError
+from ltmp.evaluate import evaluate, report
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, batch_size=64)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="whole checkpoint or thresholds alone, of the paper's code or of ltmp; "
+        "thresholds alone need --pretrained or --weights, too",
+    )
+    parser.add_argument("--engine", default="auto", help="what runs the reduced model: auto, packed, triton or graph")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    return parser.parse_args(arguments)
+
+
+def validate(args: argparse.Namespace) -> None:
+    file = read(args.checkpoint)
+    weights = args.weights or (args.checkpoint if holds_weights(args.checkpoint) else None)
+    if weights is None and not args.pretrained:
+        raise UsageError(f"{args.checkpoint} holds thresholds alone: add --pretrained, or --weights FILE")
+    model = ltmp.attach(build(args, weights), ltmp.LTMPConfig(variant=variant(args), engine=args.engine))
+    apply(model, file, source=str(args.checkpoint))
+    images = open_images(args, model, "validation")
+    result = evaluate(model, images, device=pick_device(args.device), amp=autocast_type(args.amp))
+    report.show(report.comparison(result), f"{args.model}, {result.images} images")
+    if args.json:
+        report.write_json(report.as_json(result, model=args.model, checkpoint=str(args.checkpoint)), args.json)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a file with thresholds is a whole checkpoint; a thresholds file of ours says what it was made for."""
+    return not read(path).metadata and bool(split_seed_state(read_state_dict(path))[1])
+
+
+if __name__ == "__main__":
+    sys.exit(run(validate, parse()))
