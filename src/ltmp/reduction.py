@@ -45,9 +45,8 @@ WATCHED: ContextVar[list[tuple[int, Tokens, Plan]] | None] = ContextVar("ltmp_wa
 
 @dataclass(frozen=True)
 class _Scored:
-    """Tokens on their way through a plan; `place` is where each stood when the plan began."""
+    """Tokens on their way through a plan, [B, N] each; the metric is [B, N, D]."""
 
-    place: Tensor
     size: Tensor
     keep: Tensor
     origin: Tensor
@@ -90,63 +89,60 @@ def make_plan(
         The plan; `plan.tokens.keep` carries the gradient of the two thresholds.
     """
     images, length = tokens.keep.shape
-    place = torch.arange(length, device=tokens.keep.device).expand(images, length)
+    place = torch.arange(length, device=tokens.keep.device)
+    into = order = place.expand(images, length)
     if importance is None:
         importance = tokens.keep.detach()
     if metric is None:
         metric = tokens.keep.detach()[..., None]
-    state = _Scored(place, tokens.size, tokens.keep, tokens.origin, importance.detach(), metric)
-    into = place
+    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance.detach(), metric)
+    rank = place
     for step in steps:
-        rank = place[0]
-        if step == "merge" and length > 1:
-            state, into, rank = _merge(state, into, thresholds, block, protected)
-        elif step == "prune":
+        if step == "prune":
             state = _prune(state, thresholds, block, protected)
-        # live tokens first, each part in its order
-        state = take_all(state, (rank + length * (state.keep <= 0)).argsort(dim=1))
-    plan = Plan(Tokens(state.size, state.keep, state.origin), state.place, into)
+        elif length > 1:
+            if step is not steps[0]:
+                # parity is taken among those that are left
+                order = _live_first(state.keep, rank)
+                state = take_all(state, order)
+            state, partner = _merge(state, thresholds, block, protected)
+            receiver = torch.where(partner < 0, order[:, ::2], order[:, 1::2].gather(1, partner.clamp_min(0)))
+            into = into.scatter(1, order[:, ::2], receiver)
+            # evens, then odds; but a block that cannot merge keeps its order, because deployment skips it
+            evens_first = place // 2 + place % 2 * ((length + 1) // 2)
+            rank = torch.where(thresholds.can_merge[block], evens_first, place)
+    last = _live_first(state.keep, rank)
+    after = Tokens(*(take(t, last) for t in (state.size, state.keep, state.origin)))
+    plan = Plan(after, order.gather(1, last), into)
     watched = WATCHED.get()
     if watched is not None:
         watched.append((block, tokens, plan))
     return plan
 
 
-def _merge(
-    state: _Scored, into: Tensor, thresholds: Thresholds, block: int, protected: int
-) -> tuple[_Scored, Tensor, Tensor]:
-    """Fold each selected even token into the odd token most like it; evens, then odds.
+def _live_first(keep: Tensor, rank: Tensor) -> Tensor:
+    """int64 [B, N], the order with the live tokens first, each part by rank [N]."""
+    return (rank + len(rank) * (keep <= 0)).argsort(dim=1)
+
+
+def _merge(state: _Scored, thresholds: Thresholds, block: int, protected: int) -> tuple[_Scored, Tensor]:
+    """Fold each selected even token into the odd token most like it.
 
     Returns:
-        The state, where each token is folded into, and int64 [N], the rank that sorts the tokens into their new order:
-        the old one in a block that cannot merge, because deployment skips it.
+        The state, every token still in its place, and int64 [B, ceil(N/2)]: the odd token that each even one went
+        into, or -1.
     """
     free = (state.keep > 0) & (state.origin >= protected)
     best, partner = match(state.metric, free)
     gone = thresholds.select("merge", block, best, best > float("-inf"))
     moved = gone.detach()
-
-    def even(v: Tensor) -> Tensor:
-        return v[:, ::2]
-
-    def odd(v: Tensor) -> Tensor:
-        return v[:, 1::2]
-
-    size = odd(state.size).scatter_add(1, partner, even(state.size) * moved)
-    arriving = (even(state.importance) * moved).masked_fill(moved == 0, float("-inf"))
-    importance = odd(state.importance).scatter_reduce(1, partner, arriving, "amax")
-    receiver = torch.where(moved > 0, odd(state.place).gather(1, partner), even(state.place))
-    into = into.scatter(1, even(state.place), receiver)
-
-    order = torch.cat([state.place.new_tensor(range(a, state.keep.shape[1], 2)) for a in (0, 1)])
-    state = replace(
-        take_all(state, order.expand_as(state.place)),
-        size=torch.cat([even(state.size), size], 1),
-        keep=torch.cat([even(state.keep) * (1 - gone), odd(state.keep)], 1),
-        importance=torch.cat([even(state.importance), importance], 1),
-    )
-    rank = torch.where(thresholds.can_merge[block], torch.arange(len(order), device=order.device), order)
-    return state, into, rank
+    size, importance, leaving = state.size.clone(), state.importance.clone(), torch.zeros_like(state.keep)
+    size[:, 1::2].scatter_add_(1, partner, size[:, ::2] * moved)
+    arriving = importance[:, ::2].masked_fill(moved == 0, float("-inf"))
+    importance[:, 1::2] = importance[:, 1::2].scatter_reduce(1, partner, arriving, "amax")
+    leaving[:, ::2] = gone
+    state = replace(state, size=size, importance=importance, keep=state.keep * (1 - leaving))
+    return state, partner.masked_fill_(moved == 0, -1)
 
 
 def _prune(state: _Scored, thresholds: Thresholds, block: int, protected: int) -> _Scored:
@@ -157,7 +153,7 @@ def _prune(state: _Scored, thresholds: Thresholds, block: int, protected: int) -
         top = state.importance.masked_fill(state.keep <= 0, float("-inf")).argmax(1, keepdim=True)
         spared = spared.scatter(1, top, True)
     kept = thresholds.select("prune", block, state.importance, (state.keep > 0) & ~spared)
-    return replace(state, keep=state.keep * torch.where(spared, torch.ones_like(kept), kept))
+    return replace(state, keep=state.keep * kept.masked_fill(spared, 1.0))
 
 
 def fold(x: Tensor, size: Tensor, plan: Plan) -> Tensor:

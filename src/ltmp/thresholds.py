@@ -15,7 +15,7 @@ def over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     in this order is exactly 0 or 1; `hard + soft - soft` is not.
     """
     hard = (score > threshold).to(score.dtype)
-    if not threshold.requires_grad:
+    if not (threshold.requires_grad and torch.is_grad_enabled()):
         return hard
     soft = torch.sigmoid((score - threshold) / tau)
     return soft + (hard - soft).detach()
@@ -28,7 +28,7 @@ def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     temperature fits every token count. The decision itself compares the plain numbers, like deployment.
     """
     hard = (score > threshold).to(score.dtype)
-    if not threshold.requires_grad:
+    if not (threshold.requires_grad and torch.is_grad_enabled()):
         return hard
     tiny = torch.finfo(score.dtype).tiny
     soft = torch.sigmoid((score.clamp_min(tiny).log() - threshold.clamp_min(tiny).log()) / tau)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan, similarity_metric
-from ..tokens import Tokens
+from ..tokens import Tokens, take
 from .masked import prefix_first
 
 if TYPE_CHECKING:
@@ -95,27 +95,21 @@ def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[
     """
     left = [int(n) for n in plan.tokens.counts().tolist()]
     number = torch.tensor(counts, device=x.device)
-    first = number.cumsum(0) - number
-    image, place = _places(left, x.device)
-    target = first[image] + plan.order[image, place]
-    survivors = x[target]
-
-    gone_image, gone_place = (plan.merged & (torch.arange(size.shape[1], device=x.device) < number[:, None])).nonzero(
-        as_tuple=True
-    )
-    if gone_image.numel():
-        # rows of the survivors, by where they stood; -1 where a receiver was itself pruned
-        moved_to = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
-        moved_to[target] = torch.arange(target.numel(), device=x.device)
-        receiver = moved_to[first[gone_image] + plan.into[gone_image, gone_place]]
-        alive = receiver >= 0
-        receiver, gone_image, gone_place = receiver[alive], gone_image[alive], gone_place[alive]
-        source = first[gone_image] + gone_place
-        new_size = plan.tokens.size[image, place].to(x.dtype)
-        old_size = size[image, plan.order[image, place]].to(x.dtype)
-        weight = size[gone_image, gone_place].to(x.dtype) / new_size[receiver]
-        survivors = survivors * (old_size / new_size)[:, None]
-        survivors = survivors.index_add(0, receiver, x[source] * weight[:, None])
+    first = (number.cumsum(0) - number)[:, None]
+    live = plan.tokens.live
+    old_row = (plan.order + first)[live]
+    out = x[old_row]
+    image, place = plan.merged.nonzero(as_tuple=True)
+    if len(image):
+        # a receiver may itself have been dropped: what merged into it goes too
+        new_row = torch.full((len(x),), -1, device=x.device).scatter(
+            0, old_row, torch.arange(len(out), device=x.device)
+        )
+        receiver = new_row[(plan.into + first)[image, place]]
+        old_size, new_size = take(size, plan.order)[live], plan.tokens.size[live]
+        weight = size[image, place] / new_size[receiver] * (receiver >= 0)
+        moved = x[first[image, 0] + place] * weight[:, None].to(x.dtype)
+        out = (out * (old_size / new_size)[:, None].to(x.dtype)).index_add(0, receiver.clamp_min(0), moved)
     longest = max(left)
-    tokens = Tokens(*(t[:, :longest] for t in (plan.tokens.size, plan.tokens.keep, plan.tokens.origin)))
-    return survivors, tokens, left
+    state = plan.tokens
+    return out, Tokens(state.size[:, :longest], state.keep[:, :longest], state.origin[:, :longest]), left
