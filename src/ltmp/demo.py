@@ -41,12 +41,12 @@ class Recipe:
 
     width: int = 64
     depth: int = 6
-    heads: int = 4
+    heads: int = 2
     batch: int = 64
-    small_epochs: float = 18
+    small_epochs: float = 17
     small_lr: float = 1e-2
     full_epochs: float = 2
-    full_lr: float = 1e-3
+    full_lr: float = 3e-3
     views: int = 2000
     val_images: int = 1000
 

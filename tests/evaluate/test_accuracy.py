@@ -139,3 +139,7 @@ def test_throughput_times_both_in_turns(reducing):
     assert len(calls) == 8
     assert (result.batch_size, result.rounds) == (4, 3)
     assert min(result.dense, result.reduced, result.speedup) > 0
+
+
+def test_throughput_of_a_slow_model_stops_early(reducing):
+    assert measure(reducing, torch.randn(4, 3, 32, 32), rounds=50, seconds=0).rounds == 3

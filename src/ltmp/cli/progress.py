@@ -27,8 +27,15 @@ def progress_bar(text: str, total: int | None) -> Iterator[Callable[..., None]]:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(text, total=total or None)
+        tenth = 0
 
         def advance(done: int = 1, text: str | None = None) -> None:
+            nonlocal tenth
             progress.update(task, advance=done, description=text)
+            now = progress.tasks[0]
+            # in a log file a bar cannot move: a line for every tenth instead
+            if not console.is_terminal and now.total and 10 * now.completed // now.total > tenth:
+                tenth = int(10 * now.completed // now.total)
+                console.print(f"{now.description} ({now.completed:g} of {now.total:g})", markup=False)
 
         yield advance

@@ -26,8 +26,8 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
         "top-5 %": evaluation.dense_top5,
         "agree %": 100.0,
         "share": 1.0,
-        "share std": 0.0,
-        "images/s": speed.dense if speed else None,
+        "std": 0.0,
+        "img/s": speed.dense if speed else None,
         "speed-up": 1.0 if speed else None,
     }
     reduced: Row = {
@@ -36,8 +36,8 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
         "top-5 %": evaluation.top5,
         "agree %": evaluation.agreement,
         "share": evaluation.share,
-        "share std": evaluation.share_std,
-        "images/s": speed.reduced if speed else None,
+        "std": evaluation.share_std,
+        "img/s": speed.reduced if speed else None,
         "speed-up": speed.speedup if speed else None,
     }
     return [dense, reduced]

@@ -16,7 +16,7 @@ from ..stack import dense
 
 @dataclass(frozen=True)
 class Throughput:
-    """Median images per second of `rounds` turns at one batch size.
+    """Median images per second of `rounds` turns, after a warm-up, at one batch size.
 
     Attributes:
         speedup: median over the turns of dense time over reduced time.
@@ -29,20 +29,25 @@ class Throughput:
     speedup: float
 
 
-def measure(model: nn.Module, images: Tensor, *, rounds: int = 9, warmup: int = 2) -> Throughput:
+def measure(model: nn.Module, images: Tensor, *, rounds: int = 9, warmup: int = 1, seconds: float = 20.0) -> Throughput:
     """Time an attached model on one batch [B, C, H, W], dense and reduced in turns.
+
+    Stops after `rounds` turns, or after 3 once `seconds` are over.
 
     The caller has put the model in evaluation mode, where gradients, autocast and the device are as deployed.
     """
     times: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(warmup + rounds):
+    start = perf_counter()
+    for turn in range(warmup + rounds):
+        if turn >= warmup + 3 and perf_counter() - start > seconds:
+            break
         for plain in (True, False):
             with dense() if plain else nullcontext():
                 times[plain].append(_seconds(lambda: model(images), images.device))
     slow, fast = times[True][warmup:], times[False][warmup:]
     return Throughput(
         batch_size=len(images),
-        rounds=rounds,
+        rounds=len(slow),
         dense=len(images) / median(slow),
         reduced=len(images) / median(fast),
         speedup=median(a / b for a, b in zip(slow, fast, strict=True)),
