@@ -172,10 +172,13 @@ def learn_target(model: VisionTransformer, target: float, recipe: Recipe, seed: 
 
 
 def survivors(model: VisionTransformer, digits: Any) -> list[Tensor]:
-    """One digit of each class, painted by what became of its patches after the last block."""
+    """One digit of each class, painted by what the last block's attention still sees of it.
+
+    After that attention only the class token is read, so what is left there says nothing.
+    """
     images, _ = _samples(digits)
     side = SIZE // PATCH
-    groups = patch_groups(model, images)[:, -1, model.num_prefix_tokens :]
+    groups = patch_groups(model, images)[:, -2, model.num_prefix_tokens :]
     return [paint_groups(image, group, (side, side)) for image, group in zip(_colours(digits), groups, strict=True)]
 
 
