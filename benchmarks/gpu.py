@@ -1,0 +1,186 @@
+"""The table of the GPU engine: every way to run a model, on models and batches that deployment uses.
+
+    python benchmarks/gpu.py                          all cases, bfloat16, random weights with calibrated thresholds
+    python benchmarks/gpu.py --case deit_s --profile  one case, and where its time goes
+    python benchmarks/gpu.py --dry                    the same on a CPU, tiny: a check that the script runs
+
+Compiling comes first, one process a case at the same time; timing is then one case after the other, both sides of every
+ratio in turns in one process. Rows go to a CSV with device, versions and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if "--dry" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import ltmp
+from ltmp.evaluate.bench import Bench, Row, table
+from ltmp.learning.calibrate import calibrate
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a batch; `target` is the least ratio over the best dense way that we ask of the graph engine."""
+
+    name: str
+    model: str
+    batch: int
+    size: int
+    share: float
+    target: float | None = None
+
+
+CASES = [
+    Case("deit_s", "deit_small_patch16_224", 256, 224, 0.555, 1.5),
+    Case("deit_b", "deit_base_patch16_224", 256, 224, 0.57, 1.6),
+    Case("vit_l", "vit_large_patch16_224", 128, 224, 0.57, 1.63),
+    Case("vit_b_384", "vit_base_patch16_384", 64, 384, 0.637, 1.38),
+    Case("vit_s_518", "vit_small_patch14_dinov2", 32, 518, 0.6),
+    Case("deit_s_64", "deit_small_patch16_224", 64, 224, 0.555),
+    Case("deit_s_16", "deit_small_patch16_224", 16, 224, 0.555),
+    Case("deit_s_1", "deit_small_patch16_224", 1, 224, 0.555),
+]
+
+DRY = [replace(case, batch=2, size=32) for case in CASES[:2]]
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> nn.Module:
+    """Random weights whose attention is not flat, so that importance and similarity have a spread to decide by."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            scale = 1.5 if "qkv" in name else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / parameter.shape[1] ** 0.5)
+        elif name.endswith("gamma"):
+            parameter.fill_(0.5)
+    return model
+
+
+def smooth(count: int, size: int, seed: int = 0) -> Tensor:
+    """[count, 3, size, size] noise whose neighbouring patches are alike, as in photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, size // 16, size // 16, generator=generator)
+    # one image in an even mix of plain and busy ones
+    busy = torch.rand(count, 1, 1, 1, generator=generator)
+    images = nn.functional.interpolate(coarse, size, mode="bilinear")
+    return images + 0.5 * busy * torch.randn(images.shape, generator=generator)
+
+
+def build(case: Case, device: torch.device, dtype: torch.dtype, dry: bool) -> tuple[nn.Module, Tensor]:
+    """The attached, calibrated model and its batch."""
+    kwargs = {"img_size": case.size, "num_classes": 1000}
+    if dry:
+        kwargs |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = lively(timm.create_model(case.model, **kwargs)).eval().to(device, dtype).requires_grad_(False)
+    images = smooth(case.batch, case.size).to(device, dtype)
+    ltmp.attach(model)
+    calibration = smooth(min(64, max(16, case.batch)), case.size, seed=1).to(device, dtype)
+    calibrate(model, calibration, case.share)
+    return model, images
+
+
+def measure(case: Case, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    model, images = build(case, device, dtype, options.dry)
+    bench = Bench(model, images, compiled=not options.no_compile and device.type == "cuda", baseline=options.baseline)
+    rows = bench.run(seconds=options.seconds)
+    if options.profile and device.type == "cuda":
+        profile(bench.reduced_ways()["graph"])
+    return rows
+
+
+def profile(call: object) -> None:
+    """Time of each kernel of one forward, the most expensive first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with torch.inference_mode():
+        for _ in range(3):
+            call()
+        with profiler(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    for event in events[:22]:
+        print(f"  {event.self_device_time_total / 3:9.0f} us {event.count // 3:4d} x {event.key[:90]}")
+
+
+def warm(cases: list[Case], arguments: list[str]) -> None:
+    """Fill the compilers' caches, one process a case."""
+    command = [sys.executable, __file__, *arguments, "--only-warm"]
+    running = [subprocess.Popen([*command, "--case", case.name], stdout=subprocess.DEVNULL) for case in cases]
+    for process in running:
+        process.wait()
+
+
+def save(path: Path, case: Case, rows: list[Row], dtype: torch.dtype, device: torch.device) -> None:
+    import triton
+
+    known = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "torch": torch.__version__, "triton": triton.__version__, "timm": timm.__version__,
+        "case": case.name, "model": case.model, "batch": case.batch, "size": case.size, "dtype": str(dtype)[6:],
+    }  # fmt: skip
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        lines = [{**known, **row.to_dict()} for row in rows]
+        writer = csv.DictWriter(file, lines[0].keys())
+        if new:
+            writer.writeheader()
+        writer.writerows(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="may be repeated")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("results.csv"))
+    parser.add_argument("--seconds", type=float, default=1.0, help="to time each way")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the dense ways")
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave out the fixed-rate merge")
+    parser.add_argument("--profile", action="store_true", help="print where the graph engine's time goes")
+    parser.add_argument("--dry", action="store_true", help="tiny models on the CPU, nothing saved")
+    parser.add_argument("--only-warm", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.dry else "cuda")
+    dtype = torch.float32 if options.dry else torch.bfloat16
+    cases = [case for case in (DRY if options.dry else CASES) if not options.case or case.name in options.case]
+    begin = time.time()
+    if options.only_warm:
+        for case in cases:
+            measure(case, argparse.Namespace(**{**vars(options), "seconds": 0.01, "profile": False}), device, dtype)
+        return 0
+    if not options.dry and len(cases) > 1:
+        # the same model at another batch size finds nearly everything compiled
+        warm(list({case.model: case for case in reversed(cases)}.values()), sys.argv[1:])
+        print(f"compiled after {time.time() - begin:.0f} s", flush=True)
+    missed = []
+    for case in cases:
+        rows = measure(case, options, device, dtype)
+        print(f"\n{case.name}: {case.model}, batch {case.batch}, {case.size} px, {str(dtype)[6:]}", flush=True)
+        print(table(rows), flush=True)
+        if not options.dry:
+            save(options.csv, case, rows, dtype, device)
+        ratio = next((row.ratio for row in rows if row.way == "graph"), None)
+        if case.target is not None and not options.dry and (ratio is None or ratio < case.target):
+            missed.append(f"{case.name}: {ratio} instead of {case.target}")
+    print(f"\n{time.time() - begin:.0f} s; " + ("missed " + "; ".join(missed) if missed else "no target missed"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
