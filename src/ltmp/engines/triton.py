@@ -170,11 +170,13 @@ class Pass:
     Attributes:
         stats: int32 [L, 3] on the device, tokens of the batch and of its longest image after each block that reduces,
             zero after the others.
+        plans: for each block what it did with its tokens, the last step of it; None where nothing.
     """
 
     def __init__(self, stack: ReducedStack, x: Tensor, active: Active, capacity: Capacity | None = None) -> None:
         self.stack, self.x, self.active, self.capacity = stack, x, active, capacity
         self.branches = branches(stack)
+        self.plans: list[Plan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
 
     @torch.no_grad()
@@ -227,6 +229,7 @@ class Pass:
             thresholds.prune[i : i + 1] if "prune" in steps else None,
             protected, self.stats[i], None if self.capacity is None else self.capacity.rows[i],
         )  # fmt: skip
+        self.plans[i] = planned
         if self.capacity is None:
             room, longest, _ = self.stats[i].tolist()
         else:

@@ -1,0 +1,374 @@
+"""Images per second of every way to run a model, side by side in one process, after a check that they agree.
+
+A way whose decisions or logits are wrong has no speed: the check comes first, and a red one leaves the column empty.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engines import packed, select
+from ..errors import LTMPError
+from ..models import detach, stack_of
+from ..reduction import make_plan, similarity_metric
+from ..stack import ReducedStack, record
+from ..thresholds import Thresholds
+from ..tokens import Tokens
+
+Call = Callable[[], Tensor]
+
+DECISIONS = 0.999
+"""Share of decisions that must equal the reference's, block by block on the same inputs."""
+
+SHARE = 0.005
+"""How far a way's FLOPs share may be from the float32 reference's."""
+
+LOGITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""How far logits may be from float32 beyond what the packed engine's are, as a share of their norm.
+
+One decision that rounding flips moves every later token of its image to the other parity, so half precision is judged
+by its decisions; this catches what is broken, not what is rounded.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the model.
+
+    Attributes:
+        way: its name.
+        images_per_second: median over the rounds, None where the check is red.
+        share: mean FLOPs share of its images; 1 for dense.
+        ideal: 1 / share.
+        ratio: speed over the fastest dense way, None where either is missing.
+        decisions: share of decisions equal to the reference's on the same inputs, None where none were compared.
+        logits: distance of its logits from float32, as a share of their norm.
+        note: why there is no speed.
+    """
+
+    way: str
+    images_per_second: float | None
+    share: float
+    ideal: float
+    ratio: float | None
+    decisions: float | None
+    logits: float
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class FixedRate(Thresholds):
+    """The fixed schedule that learned thresholds replace: the same number of most similar tokens merges in every block.
+
+    Written from the description in Bolya et al., Token Merging (ICLR 2023), sections 3 and 4.1.
+
+    Args:
+        rate: tokens to merge in a block; at most half of the free ones can.
+    """
+
+    def __init__(self, model: Thresholds, rate: int) -> None:
+        super().__init__(model.depth, replace(model.config, variant="ltm"))
+        self.rate = rate
+        self.eval()
+
+    def active(self) -> tuple[tuple[bool, bool], ...]:
+        return ((True, False),) * self.depth
+
+    @torch.no_grad()
+    def select(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
+        chosen = score.masked_fill(~free, float("-inf")).topk(min(self.rate, score.shape[1]), 1).indices
+        return torch.zeros_like(score).scatter(1, chosen, 1.0) * free
+
+
+def fixed_rate(model: nn.Module, images: Tensor, share: float) -> int:
+    """The largest rate whose FLOPs share on `images` is not below `share`."""
+    low, high = 1, images.shape[-1] ** 2
+    while high - low > 1:
+        rate = (low + high) // 2
+        if _shares(model, images, FixedRate(stack_of(model).thresholds, rate)).mean().item() >= share:
+            low = rate
+        else:
+            high = rate
+    return low
+
+
+def _shares(model: nn.Module, images: Tensor, policy: Thresholds) -> Tensor:
+    with record() as calls, stack_of(model).using(policy.to(images.device)):
+        model(images)
+    return calls.share()
+
+
+@torch.no_grad()
+def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
+    """Share of equal decisions of the Triton engine and the method's definition, each block on the engine's own inputs.
+
+    Args:
+        x: [B, N, C] embedded tokens.
+
+    Returns:
+        Of all live tokens of all blocks that reduce, how many are kept, dropped or merged into the same partner alike.
+    """
+    from ..engines import triton
+
+    active = select.active(stack.thresholds)
+    equal: list[Tensor] = []
+
+    class Compared(triton.Pass):
+        def _block(self, i: int, rows: triton.Rows) -> triton.Rows:
+            q, k, v = self.branches[i].qkv(rows)
+            after = super()._block(i, rows)
+            planned = self.plans[i]
+            if planned is not None:
+                live = int(rows.cu[-1])
+                wanted = _reference_slots(stack, i, active, rows, q[:live], k[:live], v[:live])
+                equal.append(planned.slot[:live].clamp(max=0) == wanted)
+            return after
+
+    Compared(stack, x, active).run()
+    return torch.cat(equal).double().mean().item() if equal else 1.0
+
+
+def _reference_slots(
+    stack: ReducedStack, block: int, active: Any, rows: Any, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the odd token at place 2 i + 1."""
+    counts = rows.cu.diff().tolist()
+    live = sum(counts)
+    size, origin = (packed.pad(t[:live], counts) for t in (rows.size, rows.origin.long()))
+    there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
+    tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
+    _, importance = packed._attend(q, k, v, tokens, counts, True)
+    assert importance is not None
+    steps = stack.thresholds.steps(active, block)
+    plan = make_plan(
+        tokens, packed.pad(similarity_metric(k), counts), packed.pad(importance, counts),
+        stack.thresholds, block, steps, stack.protected,
+    )  # fmt: skip
+    kept = torch.zeros_like(origin).scatter(1, plan.order, (plan.tokens.keep > 0).long())
+    slots = torch.where(plan.merged, -2 - plan.into // 2, kept - 1)
+    return packed.rows(slots, counts)
+
+
+@contextmanager
+def _engine(model: nn.Module, name: str) -> Iterator[None]:
+    """Run `model` with a named engine inside."""
+    thresholds = stack_of(model).thresholds
+    before = thresholds.config
+    thresholds.config = replace(before, engine=name)
+    try:
+        yield
+    finally:
+        thresholds.config = before
+
+
+class Bench:
+    """All ways to run one attached model on one batch.
+
+    Args:
+        model: attached, in evaluation mode, on its device and in its type; left as it was.
+        images: [B, 3, H, W] like it.
+        compiled: try `torch.compile` for the dense model, too.
+        baseline: compare with a fixed-rate merge at the same share.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, compiled: bool = True, baseline: bool = True) -> None:
+        self.model, self.images = model, images
+        self.stack = stack_of(model)
+        self.baseline = baseline
+        self.dense = detach(copy.deepcopy(model))
+        self.compiled = compiled
+
+    def dense_ways(self) -> dict[str, Call]:
+        """The host without reduction: eager and compiled, plain and in a CUDA graph."""
+        ways: dict[str, Call] = {"dense": lambda: self.dense(self.images)}
+        if self.compiled:
+            compiled = torch.compile(self.dense)
+            ways["dense, compiled"] = lambda: compiled(self.images)
+        if self.images.is_cuda:
+            from ..engines.graph import CudaRecorder
+
+            for name, call in list(ways.items()):
+                replay, output = CudaRecorder().record(call)
+                ways[f"{name}, graph"] = lambda replay=replay, output=output: (replay(), output)[1]  # type: ignore[misc]
+        return ways
+
+    def reduced_ways(self) -> dict[str, Call]:
+        """The model's own thresholds on each engine that runs here, and the fixed rate."""
+        ways: dict[str, Call] = {"packed": self._way("packed")}
+        if select.unavailable(self.images.device) is None:
+            ways["triton"] = self._way("triton")
+            if self.images.is_cuda:
+                ways["graph"] = self._graph_way()
+        if self.baseline:
+            ways["fixed-rate merge"] = self._fixed_way()
+        return ways
+
+    def _way(self, engine: str) -> Call:
+        def call() -> Tensor:
+            with _engine(self.model, engine):
+                return self.model(self.images)
+
+        return call
+
+    def _graph_way(self) -> Call:
+        from ..engines.graph import GraphedForward
+
+        forward = GraphedForward(self.stack.host, self.stack)
+
+        def call() -> Tensor:
+            with _engine(self.model, "graph"):
+                return forward(self.images)
+
+        return call
+
+    def _fixed_way(self) -> Call:
+        share = self._recorded(self._way("packed"))[1]
+        few = self.images[:8]
+        policy = FixedRate(self.stack.thresholds, fixed_rate(self.model, few, share)).to(self.images.device)
+
+        def call() -> Tensor:
+            with self.stack.using(policy):
+                return self.model(self.images)
+
+        return call
+
+    @staticmethod
+    def _recorded(call: Call) -> tuple[Tensor, float]:
+        """Logits, and the mean FLOPs share; 1 where nothing was recorded."""
+        with record() as calls:
+            logits = call()
+        return logits, calls.share().mean().item() if calls.kept else 1.0
+
+    @torch.inference_mode()
+    def run(self, seconds: float = 2.0, report: Callable[[Row], None] | None = None) -> list[Row]:
+        """Check every way, then time those that pass, in turns.
+
+        Args:
+            seconds: roughly how long to time each way.
+            report: called with each row as soon as it is known.
+
+        Raises:
+            LTMPError: the model is in train mode.
+        """
+        if self.model.training or self.stack.thresholds.training:
+            raise LTMPError("a model is timed as deployed: call model.eval() first")
+        ways = {**self.dense_ways(), **self.reduced_ways()}
+        exact = self._reference()
+        rows = [self._checked(name, call, exact) for name, call in ways.items()]
+        speeds = timed({row.way: ways[row.way] for row in rows if not row.note}, len(self.images), seconds)
+        best = max((speeds[row.way] for row in rows if row.way in speeds and row.way.startswith("dense")), default=None)
+        done = []
+        for row in rows:
+            speed = speeds.get(row.way)
+            ratio = speed / best if speed is not None and best is not None else None
+            done.append(replace(row, images_per_second=speed, ratio=ratio))
+            if report:
+                report(done[-1])
+        return done
+
+    def _reference(self) -> dict[str, Tensor]:
+        """Logits of dense and reduced in float32, on a few images."""
+        few = self.images[:16].float()
+        reduced = copy.deepcopy(self.model).float()
+        with _engine(reduced, "packed"):
+            logits = reduced(few)
+        return {"packed": logits, "dense": detach(reduced)(few)}
+
+    def _checked(self, name: str, call: Call, exact: dict[str, Tensor]) -> Row:
+        """The row of one way without its speed; `note` says what is wrong with it."""
+        for _ in range(3):  # the graph engine takes two batches to get going
+            logits, share = self._recorded(call)
+        is_dense = name.startswith("dense")
+        wanted = exact["dense" if is_dense else "packed"]
+        few = len(wanted)
+        distance = _distance(logits[:few], wanted)
+        decisions = None
+        note = ""
+        if name == "fixed-rate merge":
+            distance = float("nan")
+        elif not torch.isfinite(logits).all():
+            note = "logits are not finite"
+        elif not is_dense:
+            allowed = LOGITS[self.images.dtype]
+            if name != "packed":
+                allowed += _distance(self._way("packed")()[:few], wanted)
+                decisions = decisions_agree(self.stack, self._embedded(few))
+                if decisions < DECISIONS:
+                    note = f"only {100 * decisions:.2f} % of decisions equal the reference's"
+            with record() as calls, _engine(self.model, "packed"):
+                self.model(self.images)
+            if abs(share - calls.share().mean().item()) > SHARE:
+                note = f"share {share:.4f} instead of {calls.share().mean().item():.4f}"
+            if distance > allowed:
+                note = f"logits are {distance:.3f} of their norm from float32's, allowed {allowed:.3f}"
+        return Row(name, None, share, 1 / share, None, decisions, distance, note)
+
+    def _embedded(self, count: int) -> Tensor:
+        """[count, N, C], what enters the first block."""
+        found: list[Tensor] = []
+        hook = self.stack.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        try:
+            with _engine(self.model, "packed"):
+                self.model(self.images[:count])
+        finally:
+            hook.remove()
+        return found[0]
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+def timed(ways: dict[str, Call], images: int, seconds: float) -> dict[str, float]:
+    """Images per second of each way: medians over rounds in which every way has its turn."""
+    cuda = torch.cuda.is_available()
+    once = {name: min(_elapsed(call, 1, cuda) for _ in range(2)) for name, call in ways.items()}
+    repeats = {name: max(1, round(seconds / 10 / max(took, 1e-6))) for name, took in once.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    rounds = 10 if max(once.values(), default=0) < seconds else 3
+    for _ in range(rounds):
+        for name, call in ways.items():
+            times[name].append(_elapsed(call, repeats[name], cuda))
+    return {name: images / median(found) for name, found in times.items()}
+
+
+def _elapsed(call: Call, repeats: int, cuda: bool) -> float:
+    """Seconds a call, on the device's own clock where it has one."""
+    if not cuda:
+        begin = perf_counter()
+        for _ in range(repeats):
+            call()
+        return (perf_counter() - begin) / repeats
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    for _ in range(repeats):
+        call()
+    end_event.record()
+    torch.cuda.synchronize()
+    return begin_event.elapsed_time(end_event) / 1e3 / repeats
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, one line each."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None or value != value else format(value, form)
+
+    lines = [f"{'way':<24}{'images/s':>10}{'share':>8}{'ideal':>7}{'ratio':>7}{'decisions':>11}{'logits':>9}"]
+    for row in rows:
+        speed, ratio = cell(row.images_per_second, ".0f"), cell(row.ratio, ".2f")
+        decisions, logits = cell(row.decisions, ".3%"), cell(row.logits, ".4f")
+        line = f"{row.way:<24}{speed:>10}{row.share:>8.3f}{row.ideal:>7.2f}{ratio:>7}{decisions:>11}{logits:>9}"
+        lines.append(f"{line}  {row.note}".rstrip())
+    return "\n".join(lines)
