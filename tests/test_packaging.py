@@ -20,7 +20,7 @@ HEAVY = ("timm", "torchvision", "transformers", "triton", "typer", "rich", "matp
 EXTRAS = ("typer", "rich", "matplotlib", "mlxtend", "sklearn", "pandas")
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing
-NEED_EXTRAS = re.compile(r"ltmp\.cli\.(app|options|progress|__main__)|ltmp\..*triton")
+NEED_EXTRAS = re.compile(r"ltmp\.cli\.(app|options|progress|learning|evaluating|__main__)|ltmp\..*triton")
 
 
 def run(code: str) -> str:

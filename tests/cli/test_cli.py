@@ -49,6 +49,16 @@ def test_learn_then_eval_then_info(ltmp, images, tmp_path, capsys):
     assert (about["variant"], about["target"], len(about["merge"])) == ("ltmp", 0.7, 3)
 
 
+def test_bench_times_each_batch_size(ltmp, images, tmp_path):
+    file, table = tmp_path / "off.safetensors", tmp_path / "bench.csv"
+    learn_nothing(file)
+    sizes = ("--batch-size", 1, "--batch-size", 4, "--rounds", 2)
+    assert ltmp("bench", "--data", images, "--thresholds", file, *sizes, "--csv", table) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["batch"], float(row["share"])) for row in rows] == [("1", 1.0), ("4", 1.0)]
+    assert all(float(row["speed-up"]) > 0 for row in rows)
+
+
 def test_info_without_a_file_names_versions(ltmp, capsys):
     assert ltmp("info") == 0
     assert f"torch: {torch.__version__}" in capsys.readouterr().out
@@ -102,7 +112,7 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ltmp("learn", "--data", images, "--out", whole, *LEARN) == 0
 
-    from ltmp.cli import app
+    from ltmp.cli import learning
 
     def stop_at_second_step(model, loader, *args, on_step, **kwargs):
         def watch(step):
@@ -113,7 +123,7 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
         return package.learn(model, loader, *args, on_step=watch, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(app, "run_learning", stop_at_second_step)
+        patch.setattr(learning, "run_learning", stop_at_second_step)
         assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 130
     assert "--resume" in error(capsys)
     assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 2
@@ -187,7 +197,7 @@ def test_missing_typer_names_the_extra(monkeypatch, capsys):
     assert "pip install 'ltmp[cli]'" in error(capsys)
 
 
-@pytest.mark.parametrize("verb", ["learn", "eval", "demo", "info"])
+@pytest.mark.parametrize("verb", ["learn", "eval", "bench", "demo", "info"])
 def test_help_teaches(verb, capsys):
     assert main([verb, "--help"]) == 0
     assert "Usage: ltmp" in capsys.readouterr().out

@@ -45,16 +45,16 @@ class ModelOptions:
 class DataOptions:
     """Which images, and how they are read."""
 
-    root: Path | None
-    class_map: Path | None
-    interpolation: str | None
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
-    crop_pct: float | None
-    crop_mode: str | None
-    strict: bool
-    batch_size: int
-    workers: int
+    root: Path | None = None
+    class_map: Path | None = None
+    interpolation: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    strict: bool = False
+    batch_size: int = 64
+    workers: int = 0
 
     def open(
         self,

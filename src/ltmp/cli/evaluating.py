@@ -1,0 +1,161 @@
+"""`ltmp eval` and `ltmp bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from .. import load, record
+from ..checkpoint import read
+from ..data import Loader
+from ..errors import UsageError
+from ..evaluate import Evaluation, deployed, evaluate, measure, report
+from . import options as o
+from .progress import console, progress_bar
+from .setup import DataOptions, ModelOptions, autocast_type, pick_device
+
+Thresholds = Annotated[Path, typer.Option(help="The file that `ltmp learn` wrote.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="timm model name; default: the one in the thresholds file.", rich_help_panel="Model"),
+]
+
+
+def evaluate_verb(
+    data: o.Data,
+    thresholds: Thresholds,
+    model: ModelName = None,
+    engine: o.Engine = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None,
+    speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = False,
+    num_classes: o.NumClasses = None,
+    img_size: o.ImageSize = None,
+    model_kwargs: o.ModelKwargs = None,
+    split: o.Split = None,
+    data_root: o.DataRoot = None,
+    class_map: o.ClassMap = None,
+    interpolation: o.Interpolation = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
+    strict: o.Strict = False,
+    batch_size: o.BatchSize = 64,
+    workers: o.Workers = 0,
+    device: o.Device = "auto",
+    amp: o.Amp = False,
+    json: o.Json = None,
+    csv: o.Csv = None,
+    debug: o.Debug = False,
+) -> None:
+    """Compare the reduced model with the dense one: accuracy, agreement, FLOPs share, tokens and speed.
+
+    Example: ltmp eval --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained
+    """
+    name = model or _name_in(thresholds)
+    network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
+    load(network, thresholds, engine=engine)
+    loader = DataOptions(
+        data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
+    ).open(data, network, split=split or "validation")
+    result = evaluate_with_bar(
+        network, loader, device=pick_device(device), amp=autocast_type(amp), limit=limit, speed=speed
+    )
+    report_skipped(loader.skipped)
+    rows = report.comparison(result, name=f"reduced ({thresholds.name})")
+    if "-" not in (json, csv):
+        report.show(rows, f"{name}, {result.images} images")
+        report.show([report.tokens_row(result)], "mean tokens after each block")
+    if json:
+        report.write_json(report.as_json(result, model=name, thresholds=str(thresholds)), json)
+    if csv:
+        report.write_csv(rows, csv)
+
+
+def bench_verb(
+    data: o.Data,
+    thresholds: Thresholds,
+    model: ModelName = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="May be repeated; default: 1, 8 and 32.", rich_help_panel="Running")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of dense and reduced at each batch size.")] = 15,
+    engine: o.Engine = None,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = False,
+    num_classes: o.NumClasses = None,
+    img_size: o.ImageSize = None,
+    model_kwargs: o.ModelKwargs = None,
+    split: o.Split = None,
+    data_root: o.DataRoot = None,
+    class_map: o.ClassMap = None,
+    device: o.Device = "auto",
+    amp: o.Amp = False,
+    json: o.Json = None,
+    csv: o.Csv = None,
+    debug: o.Debug = False,
+) -> None:
+    """Time the reduced model against the dense one on your own images, in turns, at several batch sizes.
+
+    Example: ltmp bench --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained --batch-size 32
+    """
+    sizes = sorted(set(batch_size or (1, 8, 32)))
+    name = model or _name_in(thresholds)
+    network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
+    load(network, thresholds, engine=engine)
+    loader = DataOptions(data_root, class_map, batch_size=max(sizes)).open(data, network, split=split or "validation")
+    place = pick_device(device)
+    images = next(iter(loader))[0].to(place)
+    rows = []
+    with deployed(network, place, amp=autocast_type(amp)), progress_bar("timing", len(sizes)) as advance:
+        for size in sizes:
+            rows.append(_bench_row(network, images[:size], rounds))
+            advance()
+    if "-" not in (json, csv):
+        report.show(rows, f"{name} on {place}, {torch.get_num_threads()} threads")
+    if json:
+        report.write_json({"model": name, "thresholds": str(thresholds), "device": str(place), "rows": rows}, json)
+    if csv:
+        report.write_csv(rows, csv)
+
+
+def _bench_row(network: nn.Module, images: torch.Tensor, rounds: int) -> dict[str, object]:
+    with record() as calls:
+        network(images)
+    share = calls.share().mean().item()
+    with record():
+        speed = measure(network, images, rounds=rounds)
+    return {
+        "batch": speed.batch_size,
+        "share": share,
+        "dense img/s": speed.dense,
+        "reduced img/s": speed.reduced,
+        "speed-up": speed.speedup,
+    }
+
+
+def _name_in(thresholds: Path) -> str:
+    name = read(thresholds).metadata.get("architecture")
+    if name is None:
+        raise UsageError(f"{thresholds} does not say which model it is for: give --model NAME")
+    return str(name)
+
+
+def evaluate_with_bar(network: nn.Module, loader: Loader, *, limit: int | None = None, **how: Any) -> Evaluation:
+    """`evaluate` with a progress bar."""
+    total = min(limit or loader.images, loader.images)
+    with progress_bar("evaluating", total) as advance:
+        return evaluate(network, loader, limit=limit, progress=advance, **how)
+
+
+def report_skipped(skipped: dict[str, str]) -> None:
+    """Say how many images could not be read, and one of them."""
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        console.print(f"skipped {len(skipped)} images that cannot be read, the first: {name} ({reason})", markup=False)

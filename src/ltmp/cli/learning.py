@@ -1,0 +1,164 @@
+"""`ltmp learn`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import LearnResult, attach, save
+from .. import learn as run_learning
+from ..config import LTMPConfig
+from ..errors import LTMPError, UsageError
+from ..evaluate import Evaluation, report
+from ..files import atomic_path
+from . import options as o
+from .evaluating import evaluate_with_bar, report_skipped
+from .progress import progress_bar
+from .setup import DataOptions, ModelOptions, autocast_type, pick_device
+
+
+class InterruptedRunError(LTMPError):
+    """Stopped by Ctrl-C, with something to say about how to go on."""
+
+    exit_code = 130
+
+
+def learn_verb(
+    data: o.Data,
+    model: o.Model,
+    target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
+    variant: Annotated[
+        str, typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.")
+    ] = "ltmp",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
+    ] = False,
+    views: Annotated[int, typer.Option(min=1, help="Images to look at.")] = 20_000,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Learn from the dense model's answers instead of labels.")
+    ] = False,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Ignore folder names; implies --distill.")] = False,
+    val: Annotated[
+        str | None,
+        typer.Option(help="Data to report accuracy on; default: val/ of the data folder.", rich_help_panel="Data"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Order of the images.")] = 0,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = False,
+    num_classes: o.NumClasses = None,
+    img_size: o.ImageSize = None,
+    model_kwargs: o.ModelKwargs = None,
+    split: o.Split = None,
+    data_root: o.DataRoot = None,
+    class_map: o.ClassMap = None,
+    interpolation: o.Interpolation = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
+    strict: o.Strict = False,
+    batch_size: o.BatchSize = 64,
+    workers: o.Workers = 0,
+    device: o.Device = "auto",
+    amp: o.Amp = False,
+    json: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Learn the thresholds of a model for a FLOPs budget; the model itself is not changed.
+
+    Writes OUT/thresholds.safetensors (under 10 KB). Ctrl-C saves the run; --resume goes on with it.
+
+    Example: ltmp learn --data imagenet/ --model deit_small_patch16_224 --pretrained --target 0.6
+    """
+    folder = out or Path("runs") / f"{model}-{variant}-{target:g}"
+    run_file = _prepare(folder, resume)
+    network = attach(
+        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), _config(variant)
+    )
+    reading = DataOptions(
+        data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
+    )
+    loader = reading.open(data, network, split=split or "train", labelled=not unlabelled, shuffle=True, seed=seed)
+    distill = distill or not getattr(loader.dataset, "labelled", True)
+    place = pick_device(device)
+    with progress_bar("learning", None) as advance:
+        try:
+            result = run_learning(
+                network,
+                loader,
+                target,
+                views=views,
+                accumulate=accumulate,
+                lr=lr,
+                distill=distill,
+                seed=seed,
+                device=place,
+                amp=autocast_type(amp),
+                checkpoint=run_file,
+                on_step=lambda step: advance(1, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"),
+            )
+        except KeyboardInterrupt:
+            raise InterruptedRunError(_how_to_go_on(run_file)) from None
+    held_out = val or _validation_folder(data)
+    evaluation = None
+    if held_out:
+        checking = reading.open(held_out, network, split="validation")
+        evaluation = evaluate_with_bar(network, checking, device=place, amp=autocast_type(amp), speed=False)
+    path = folder / "thresholds.safetensors"
+    about = _about(model, result, evaluation)
+    save(network, path, **about)
+    run_file.unlink(missing_ok=True)
+    report_skipped(loader.skipped)
+    report.show([about], f"thresholds in {path}")
+    if json:
+        report.write_json(
+            {**about, "thresholds": str(path), "history": [asdict(step) for step in result.history]}, json
+        )
+
+
+def _prepare(folder: Path, resume: bool) -> Path:
+    """The run's checkpoint file; fails before the work where the folder cannot be written or the intent is unclear."""
+    run_file = folder / "run.pt"
+    if run_file.exists() and not resume:
+        raise UsageError(f"{folder} holds an interrupted run: add --resume to go on, or choose another --out")
+    if resume and not run_file.exists():
+        raise UsageError(f"nothing to resume in {folder}: expected {run_file}, leave --resume out to start")
+    probe = folder / ".probe"
+    with atomic_path(probe):
+        pass
+    probe.unlink()
+    return run_file
+
+
+def _config(variant: str) -> LTMPConfig:
+    try:
+        return LTMPConfig(variant=variant)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _how_to_go_on(run_file: Path) -> str:
+    if run_file.exists():
+        return f"interrupted; the run is saved in {run_file}: give the same command with --resume to go on"
+    return "interrupted before the first step: nothing was saved, start again"
+
+
+def _validation_folder(data: str) -> str | None:
+    """The data folder itself where it has a validation part that is not what was learned from."""
+    names = ("val", "validation")
+    return data if any((Path(data) / name).is_dir() for name in names) else None
+
+
+def _about(model: str, result: LearnResult, evaluation: Evaluation | None) -> dict[str, Any]:
+    """What a thresholds file says about itself; measured on held-out images where there are any."""
+    measured = {} if evaluation is None else {"top1_dense": evaluation.dense_top1, "top1": evaluation.top1}
+    share = result.share if evaluation is None else evaluation.share
+    return {"architecture": model, "target": result.target, "share": share, **measured, "views": result.views}
