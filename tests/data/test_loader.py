@@ -105,6 +105,14 @@ def test_streaming_source_runs_over_epochs_and_resumes():
     assert seen(loader.stream(4, 10)) == [4, 5, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("done", range(7))
+def test_streaming_source_resumes_at_any_batch(done):
+    loader = make_loader(Streaming(), 4)
+    everything = [images.tolist() for images, _ in loader.stream(0, 28)]
+    assert len(everything) == 7
+    assert [images.tolist() for images, _ in loader.stream(4 * done, 28)] == everything[done:]
+
+
 def test_streaming_source_without_images_is_an_error():
     class Empty(IterableDataset):
         def __iter__(self):

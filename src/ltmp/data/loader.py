@@ -87,7 +87,8 @@ class Loader:
     def stream(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the views `start` to `stop`, whatever was iterated before.
 
-        A streaming source is read from its beginning and the first `start` views are dropped (whole batches).
+        A streaming source is read from its beginning and the batches before `start` are dropped; a short last batch
+        of an epoch counts as a whole one, so that batch b begins at view b * batch_size there, too.
         """
         if isinstance(self.dataset, IterableDataset):
             return self._take(self._stream(self.dataset, start, stop))
@@ -101,9 +102,9 @@ class Loader:
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
             for batch in self._batches(dataset):
-                view += batch.size
-                if view > start:
+                if view >= start:
                     yield batch
+                view += self.batch_size
                 if view >= stop:
                     return
             if view == before:
