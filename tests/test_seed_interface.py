@@ -20,6 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 import ltmp
 from helpers import liven, random_images, run_recorded
 from ltmp.config import VARIANTS
+from ltmp.models import is_attached
+from ltmp.models.build import build_model
 from ltmp.models.registry import parse_name
 
 DEPTH = 6
@@ -199,6 +201,13 @@ def test_ltmp_load_reads_the_seeds_training_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(model.ltmp.merge, expected["merge"])
     _, kept = run_recorded(model, random_images(2, size=64))
     assert (kept[:, -1] < 17).all()
+
+
+def test_jobs_build_the_host_of_a_name() -> None:
+    """Attaching is theirs to do; a misspelt name is answered with timm's own."""
+    assert not is_attached(build_model("ltm_test_vit", image_size=64))
+    with pytest.raises(ltmp.LTMPError, match="did you mean test_vit, test_vit4, test_vit3"):
+        build_model("ltmp_test_vitt")
 
 
 def test_offline_pretrained_is_one_sentence(tmp_path: Path) -> None:

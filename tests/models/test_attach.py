@@ -483,6 +483,12 @@ def other_mlp() -> Any:
     return model
 
 
+def hooked() -> Any:
+    model = tiny_vit()
+    model.blocks[1].attn.register_forward_hook(lambda *_: None)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "parallel": (partial(tiny_vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
     "diff-parallel": (partial(tiny_vit, block_fn=DiffParallelScalingBlock), "DiffParallelScalingBlock"),
@@ -491,6 +497,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "gated": (gated, "gate"),
     "diff-attention": (partial(tiny_vit, attn_layer="diff"), "DiffAttention"),
     "attention-dropout": (partial(tiny_vit, attn_drop_rate=0.1), "attn_drop_rate=0"),
+    "hooked": (hooked, "blocks.1 has forward hooks"),
     "other-mlp": (other_mlp, "Sequential"),
     "no-pooling": (partial(tiny_vit, class_token=False, global_pool=""), "global_pool=''"),
     "prr-pooling": (partial(tiny_vit, global_pool="prr"), "global_pool='prr'"),

@@ -25,7 +25,7 @@ def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -
     recompute = stack.grad_checkpointing and torch.is_grad_enabled()
     for i in range(stack.thresholds.depth):
         if recompute:
-            x, tokens = checkpoint(_block, stack, i, x, tokens, active, use_reentrant=False)  # type: ignore[misc]
+            x, tokens = checkpoint(_block, stack, i, x, tokens, active, use_reentrant=False)
         else:
             x, tokens = _block(stack, i, x, tokens, active)
         kept.append(tokens.counts())

@@ -55,8 +55,8 @@ def _attend(
     """Attention on rows: image by image on a CPU, where a map fits the cache, padded elsewhere, to fill the device."""
     if q.device.type == "cpu":
         return attend_rows(q, k, v, rows(tokens.size, counts), counts, need_importance)
-    out, importance = attend(*(pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v)),
-                             tokens.size, tokens.keep)  # fmt: skip
+    padded_q, padded_k, padded_v = (pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v))
+    out, importance = attend(padded_q, padded_k, padded_v, tokens.size, tokens.keep)
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import read_state_dict, split_seed_state
 from ..errors import LTMPError, UsageError
+from .registry import parse_name
 
 
 def build_model(
@@ -24,7 +25,7 @@ def build_model(
     """timm.create_model in evaluation mode, checked.
 
     Args:
-        name: a timm model name.
+        name: a timm model name; of an `ltmp_*` name the host is built, with nothing attached.
         weights: a checkpoint, safetensors or torch's format read without unpickling code; a file of the seed's training
             is taken without its thresholds.
         pretrained: take timm's weights, from its cache or over the network.
@@ -36,6 +37,7 @@ def build_model(
         UsageError: the name or an argument is not known to timm.
         LTMPError: the weights cannot be had, do not fit, or hold NaN.
     """
+    name = parse_name(name)[1]
     _check_name(name)
     kwargs = dict(model_kwargs or {})
     if num_classes is not None:
@@ -68,7 +70,7 @@ def _check_name(name: str) -> None:
     architecture = name.partition(".")[0]
     if ":" in name or timm.is_model(architecture):
         return
-    near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    near = difflib.get_close_matches(architecture, [n for n in timm.list_models() if parse_name(n)[0] is None], n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has all names"
     raise UsageError(f"timm knows no model {name!r}: {hint}")
 

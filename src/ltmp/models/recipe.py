@@ -48,8 +48,8 @@ class Recipe:
         problems: host -> what stands in the way, one phrase each; empty when it can be attached.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
         overrides: host -> attributes to set on it while attached (pooling that knows sizes, refusals).
-        final_norm: host -> the module between the blocks and the pooling, or None where the head reads the prefix tokens
-            alone.
+        final_norm: host -> the module between the blocks and the pooling, or None where the head reads nothing but the
+            prefix tokens.
     """
 
     name: str

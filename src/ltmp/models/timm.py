@@ -103,6 +103,8 @@ def _block_problems(block: Any) -> str | None:
     if extra:
         return f"has parts that this version does not know: {', '.join(extra)}"
     attn = block.attn
+    if any(part._forward_hooks or part._forward_pre_hooks for part in (block, attn)):
+        return "has forward hooks, which would no longer run: remove them"
     if type(attn) is not Attention:
         return f"uses {type(attn).__name__}, not timm's standard Attention"
     extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)

@@ -38,7 +38,7 @@ class _Attend(torch.autograd.Function):
         return out, importance
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, size, keep, lse, out = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             live = (keep > 0)[:, None, None, :]
@@ -66,7 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple
         importance: float32 [B, N], mean attention received over heads and live queries (section 3.3); no gradient.
     """
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return _Attend.apply(*heads_first, size, keep)  # type: ignore[no-any-return]
+    return _Attend.apply(*heads_first, size, keep)
 
 
 def attend_rows(
