@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -130,7 +130,7 @@ class Graph:
         report: int32 on the device: stats [L, 3], then which thresholds can select anything [L, 2].
         active: the same when it was recorded.
         capacity: None for a dense graph.
-        weights: every tensor that it reads, held so that none is freed under it.
+        weights: what it reads.
         loose: batches in a row that used little of the room.
     """
 
@@ -142,7 +142,7 @@ class Graph:
     report: Tensor
     active: Active
     capacity: Capacity | None
-    weights: list[Tensor]
+    weights: Snapshot
     loose: int = 0
 
     def wastes(self, stats: list[list[int]]) -> bool:
@@ -153,18 +153,47 @@ class Graph:
         self.loose = self.loose + 1 if used < _TIGHT else 0
         return self.loose >= _PATIENCE
 
-    def run(self, images: Tensor) -> tuple[list[list[int]], Active]:
-        """Replay on up to as many images as were recorded; the stats and the thresholds that were active."""
+    def launch(self, images: Tensor) -> None:
+        """Replay on up to as many images as were recorded."""
         count = images.shape[0]
         self.images[:count].copy_(images)
         if count < self.images.shape[0]:
             self.images[count:].copy_(images[-1:].expand_as(self.images[count:]))
         self.replay()
+
+    def read(self) -> tuple[list[list[int]], Active]:
+        """Wait for the replay: its stats, and the thresholds that were active."""
         depth = len(self.active)
         report = self.report.tolist()
         stats = [report[3 * i : 3 * i + 3] for i in range(depth)]
         flags = report[3 * depth :]
         return stats, tuple((bool(a), bool(b)) for a, b in zip(flags[:depth], flags[depth:], strict=True))
+
+
+class Snapshot:
+    """What a module tree consisted of: its children, and where each weight lies.
+
+    The weights are held, so that none is freed under a graph that reads it, and none of the same address is new.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places: list[tuple[dict[str, Any], str, Any, int]] = []
+        self._held: list[Tensor] = []
+        for module in modules:
+            places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+            for place in places:
+                for name, value in place.items():
+                    at = value.data_ptr() if isinstance(value, Tensor) else 0
+                    self._places.append((place, name, value, at))
+                    if isinstance(value, Tensor):
+                        self._held.append(value.data)
+
+    def holds(self) -> bool:
+        """Whether all is where it was. Runs for every batch: a dictionary look-up for each part."""
+        return all(
+            place.get(name) is value and (not at or value.data_ptr() == at)  # type: ignore[union-attr]
+            for place, name, value, at in self._places
+        )
 
 
 class GraphedForward:
@@ -242,20 +271,31 @@ class GraphedForward:
             graph = self._record(key, images)
         if graph is None:
             return self._exactly(key, images)
-        stats, active = graph.run(images)
-        if active != graph.active or not self._reads(graph.weights):
-            self._drop(graph)
-            return self._exactly(key, images)
+        graph.launch(images)
+        same = graph.weights.holds()
+        if self.automatic and graph.capacity is None:
+            # dense by choice, whatever the thresholds say: nothing to wait for
+            return self._handed_out(graph, len(images)) if same else self._again(graph, key, images)
+        stats, active = graph.read()
+        if not same or active != graph.active:
+            return self._again(graph, key, images)
         if graph.capacity is not None and not graph.capacity.holds(stats):
             log.debug("a batch needed more room than planned; it runs again at its exact size")
             self._drop(graph, replan=False)
             return self._exactly(key, images)
         if graph.wastes(stats):
             self._drop(graph)
-        _note(graph.kept[: len(images)].clone(), graph.geometry)
-        return tree_map(
-            lambda value: value[: len(images)].clone() if isinstance(value, Tensor) else value, graph.output
-        )
+        return self._handed_out(graph, len(images))
+
+    def _handed_out(self, graph: Graph, count: int) -> Any:
+        """Copies of what a replay left for its first `count` images."""
+        _note(graph.kept[:count], graph.geometry)
+        return tree_map(lambda value: value[:count].clone() if isinstance(value, Tensor) else value, graph.output)
+
+    def _again(self, graph: Graph, key: tuple[Any, ...], images: Tensor) -> Any:
+        """The graph is of another model by now: start over."""
+        self._drop(graph)
+        return self._exactly(key, images)
 
     def _larger(self, key: tuple[Any, ...]) -> Graph | None:
         """The smallest recorded batch that this one fills at least by half."""
@@ -322,7 +362,7 @@ class GraphedForward:
         """Record the host on `images`; without capacity, dense."""
         static = images.clone()
         thresholds = self.stack.thresholds
-        weights = self._weights()
+        weights = Snapshot([*self.host.modules(), thresholds])
         costs: list[Geometry] = []
 
         def call() -> tuple[Any, Tensor, Tensor]:
@@ -335,16 +375,6 @@ class GraphedForward:
 
         replay, (output, kept, report) = self.recorder.record(call)
         return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights)
-
-    def _weights(self) -> list[Tensor]:
-        return [t.data for t in (*self.host.parameters(), *self.host.buffers(), *self.stack.thresholds.parameters())]
-
-    def _reads(self, weights: list[Tensor]) -> bool:
-        """Whether the model still consists of exactly these tensors."""
-        now = self._weights()
-        return len(now) == len(weights) and all(
-            a.data_ptr() == b.data_ptr() and a.dtype == b.dtype for a, b in zip(now, weights, strict=True)
-        )
 
     def _drop(self, graph: Graph, replan: bool = True) -> None:
         """Forget a graph, and the room that it was planned with unless the next one may only be larger."""
@@ -360,4 +390,4 @@ def _note(kept: Tensor, geometry: Geometry) -> None:
 
     calls = recording()
     if calls is not None:
-        calls.add(kept, geometry)
+        calls.add(kept.clone(), geometry)

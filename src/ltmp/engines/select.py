@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,7 @@ def engine(name: str, device: torch.device) -> Run:
     return _triton
 
 
+@cache
 def unavailable(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on `device`, as the end of a sentence, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -7,6 +7,7 @@ modules on the rows, with the same kernels around them.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -161,6 +162,30 @@ def run(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
     return batch.run()
 
 
+def compile_ahead(stack: ReducedStack, x: Tensor) -> None:
+    """Compile what batches like `x` [B, N, C] will need, several kernels at a time.
+
+    Kernels are compiled when they first run, which adds up to a minute for a first batch. Here one block runs at each
+    length that has kernels of its own, all lengths at the same time, on images of a single token.
+    """
+    images, tokens, width = x.shape
+    lengths = [tokens, *(n for n in (32, 64, 128, 192, 256, 512, 1024) if n < tokens)]
+    depth = stack.thresholds.depth
+    capacity = Capacity((images,) * depth, (1,) * depth)
+    cu = torch.arange(images + 1, dtype=torch.int32, device=x.device)
+    row = torch.zeros(images, width, dtype=x.dtype, device=x.device)
+
+    @torch.no_grad()
+    def block(longest: int) -> None:
+        with torch.cuda.device(x.device):
+            origin = torch.zeros(images, dtype=torch.int32, device=x.device)
+            rows = Rows(row, row, torch.ones(images, device=x.device), origin, cu, longest, False)
+            Pass(stack, x, ((True, True),) * depth, capacity).block(0, rows)
+
+    with ThreadPoolExecutor(len(lengths)) as threads:
+        list(threads.map(block, lengths))
+
+
 class Pass:
     """One batch on its way through the blocks.
 
@@ -187,12 +212,13 @@ class Pass:
         rows = Rows.start(self.x, self.branches[0].norms[0])
         bounds = []
         for i in range(len(self.branches)):
-            rows = self._block(i, rows)
+            rows = self.block(i, rows)
             bounds.append(rows.cu)
         x, size = unpack(rows, self.stack.protected)
         return Reduced(x, size, torch.stack(bounds).diff().float().T)
 
-    def _block(self, i: int, rows: Rows) -> Rows:
+    def block(self, i: int, rows: Rows) -> Rows:
+        """Run one block."""
         block = self.branches[i]
         steps = self.stack.thresholds.steps(self.active, i)
         q, k, v = block.qkv(rows)

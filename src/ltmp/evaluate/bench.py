@@ -125,9 +125,9 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
     equal: list[Tensor] = []
 
     class Compared(triton.Pass):
-        def _block(self, i: int, rows: triton.Rows) -> triton.Rows:
+        def block(self, i: int, rows: triton.Rows) -> triton.Rows:
             q, k, v = self.branches[i].qkv(rows)
-            after = super()._block(i, rows)
+            after = super().block(i, rows)
             planned = self.plans[i]
             if planned is not None:
                 live = int(rows.cu[-1])
@@ -188,6 +188,8 @@ class Bench:
         self.baseline = baseline
         self.dense = detach(copy.deepcopy(model))
         self.compiled = compiled
+        self.ways: dict[str, Call] = {}
+        self.rows: list[Row] = []
 
     def dense_ways(self) -> dict[str, Call]:
         """The host without reduction: eager and compiled, plain and in a CUDA graph."""
@@ -209,7 +211,8 @@ class Bench:
         if select.unavailable(self.images.device) is None:
             ways["triton"] = self._way("triton")
             if self.images.is_cuda:
-                ways["graph"] = self._graph_way()
+                ways["graph"] = self._graph_way("graph")
+                ways["auto"] = self._graph_way("auto")
         if self.baseline:
             ways["fixed-rate merge"] = self._fixed_way()
         return ways
@@ -221,13 +224,13 @@ class Bench:
 
         return call
 
-    def _graph_way(self) -> Call:
+    def _graph_way(self, engine: str) -> Call:
         from ..engines.graph import GraphedForward
 
         forward = GraphedForward(self.stack.host, self.stack)
 
         def call() -> Tensor:
-            with _engine(self.model, "graph"):
+            with _engine(self.model, engine):
                 return forward(self.images)
 
         return call
@@ -250,31 +253,40 @@ class Bench:
             logits = call()
         return logits, calls.share().mean().item() if calls.kept else 1.0
 
-    @torch.inference_mode()
-    def run(self, seconds: float = 2.0, report: Callable[[Row], None] | None = None) -> list[Row]:
-        """Check every way, then time those that pass, in turns.
+    def run(self, seconds: float = 2.0) -> list[Row]:
+        """Check every way, then time those that pass, in turns; `seconds` is roughly how long to time each."""
+        self.check()
+        return self.time(seconds)
 
-        Args:
-            seconds: roughly how long to time each way.
-            report: called with each row as soon as it is known.
+    @torch.inference_mode()
+    def check(self) -> list[Row]:
+        """Run every way a few times, which compiles what it needs, and compare it with float32; rows have no speed yet.
 
         Raises:
             LTMPError: the model is in train mode.
         """
         if self.model.training or self.stack.thresholds.training:
             raise LTMPError("a model is timed as deployed: call model.eval() first")
-        ways = {**self.dense_ways(), **self.reduced_ways()}
+        if self.images.is_cuda and select.unavailable(self.images.device) is None:
+            from ..engines.triton import compile_ahead
+
+            compile_ahead(self.stack, self._embedded(len(self.images)))
+        self.ways = {**self.dense_ways(), **self.reduced_ways()}
         exact = self._reference()
-        rows = [self._checked(name, call, exact) for name, call in ways.items()]
-        speeds = timed({row.way: ways[row.way] for row in rows if not row.note}, len(self.images), seconds)
-        best = max((speeds[row.way] for row in rows if row.way in speeds and row.way.startswith("dense")), default=None)
+        self.rows = [self._checked(name, call, exact) for name, call in self.ways.items()]
+        return self.rows
+
+    @torch.inference_mode()
+    def time(self, seconds: float = 2.0) -> list[Row]:
+        """Speeds of the ways that `check` found right."""
+        right = {row.way: self.ways[row.way] for row in self.rows if not row.note}
+        speeds = timed(right, len(self.images), seconds)
+        best = max((speed for way, speed in speeds.items() if way.startswith("dense")), default=None)
         done = []
-        for row in rows:
+        for row in self.rows:
             speed = speeds.get(row.way)
             ratio = speed / best if speed is not None and best is not None else None
             done.append(replace(row, images_per_second=speed, ratio=ratio))
-            if report:
-                report(done[-1])
         return done
 
     def _reference(self) -> dict[str, Tensor]:
@@ -289,7 +301,7 @@ class Bench:
         """The row of one way without its speed; `note` says what is wrong with it."""
         for _ in range(3):  # the graph engine takes two batches to get going
             logits, share = self._recorded(call)
-        is_dense = name.startswith("dense")
+        is_dense = name.startswith("dense") or (name == "auto" and share == 1)
         wanted = exact["dense" if is_dense else "packed"]
         few = len(wanted)
         distance = _distance(logits[:few], wanted)

@@ -45,22 +45,22 @@ def _votes(weight, dtype: tl.constexpr):
 @triton.jit
 def _head(
     Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, out_row,
-    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
+    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, UNITS: tl.constexpr,
     WANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one image of at most CHUNKS x BN keys, all held on chip."""
-    lane = tl.arange(0, BN)
+    """One head of one image of at most 64 x UNITS keys, all held on chip: chunks of 128, an odd unit as one of 64."""
+    CHUNKS: tl.constexpr = (UNITS + 1) // 2
     keys = ()
     values = ()
     bias = ()
     received = ()
     for c in tl.static_range(CHUNKS):
-        key = c * BN + lane
+        key = c * 128 + tl.arange(0, 64 if c * 2 + 1 == UNITS else 128)
         keys = keys + (_load_tile(K, key, n, k_row, D, DB),)
         values = values + (_load_tile(V, key, n, v_row, D, DB),)
         size = tl.load(SIZE + key, mask=key < n, other=1.0)
         bias = bias + (tl.where(key < n, tl.log2(size), -float("inf")),)
-        received = received + (tl.zeros([16, BN], tl.float32),)
+        received = received + (tl.zeros([16, 64 if c * 2 + 1 == UNITS else 128], tl.float32),)
     for m0 in range(0, n, BM):
         query = m0 + tl.arange(0, BM)
         q = _load_tile(Q, query, n, q_row, D, DB)
@@ -91,32 +91,32 @@ def _head(
             received = added
     if WANT:
         for c in tl.static_range(CHUNKS):
-            key = c * BN + lane
+            key = c * 128 + tl.arange(0, 64 if c * 2 + 1 == UNITS else 128)
             tl.store(RECEIVED + key, tl.sum(received[c], 0), mask=key < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _one_pass_kernel(
     Q, K, V, SIZE, OUT, RECEIVED, CU, scale, rows,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHUNKS: tl.constexpr, WANT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, UNITS: tl.constexpr,
+    WANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program = one head of one image."""
     image = tl.program_id(0) // H
     head = tl.program_id(0) % H
     first, n = image_rows(CU, image)
-    # images of one batch differ in length: each runs with the chunks that it fills
-    for chunks in tl.static_range(1, CHUNKS + 1):
-        if (n > (chunks - 1) * BN) & ((n <= chunks * BN) | (chunks == CHUNKS)):
+    # images of one batch differ in length: each runs with the units that it fills
+    for units in tl.static_range(1, UNITS + 1):
+        if (n > (units - 1) * 64) & ((n <= units * 64) | (units == UNITS)):
             _head(
                 Q + first * q_row + head * q_head, K + first * k_row + head * k_head, V + first * v_row + head * v_head,
                 SIZE + first, OUT + first * (H * D) + head * D, RECEIVED + head.to(tl.int64) * rows + first,
-                n, scale, q_row, k_row, v_row, H * D, D, DB, BM, BN, chunks, WANT, PRECISION,
+                n, scale, q_row, k_row, v_row, H * D, D, DB, BM, units, WANT, PRECISION,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _flash_kernel(
     Q, K, V, BIAS, OUT, LSE, CU, scale, rows,
     q_row, q_head, k_row, k_head, v_row, v_head,
@@ -154,7 +154,7 @@ def _flash_kernel(
         tl.store(LSE + head.to(tl.int64) * rows + first + query, top + tl.log2(total), mask=query < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _received_kernel(
     Q, K, BIAS, LSE, RECEIVED, CU, scale, rows, q_row, q_head, k_row, k_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -182,20 +182,14 @@ def _received_kernel(
         tl.store(RECEIVED + of_head + key, received, mask=key < n)
 
 
-def chunks_on_chip(longest: int, head_bytes: int) -> tuple[int, int] | None:
-    """Keys in a chunk and chunks for the one-pass kernel, or None where an image's keys do not fit on chip.
-
-    The sizes are the fastest measured on an H100 for heads of 64 in bfloat16.
+def units_on_chip(longest: int, head_bytes: int) -> int | None:
+    """Units of 64 keys that the one-pass kernel holds for the longest image, or None where they do not fit on chip.
 
     Args:
         head_bytes: of one key or value, padded to a power of two.
     """
-    keys = triton.cdiv(longest, 64) * 64
-    if keys > 256 or 2 * keys * head_bytes > _ON_CHIP:
-        return None
-    if head_bytes > 128 or keys in (64, 192):
-        return 64, keys // 64
-    return 128, keys // 128
+    units = triton.cdiv(longest, 64)
+    return units if units <= 4 and 2 * units * 64 * head_bytes <= _ON_CHIP else None
 
 
 def attend(
@@ -222,24 +216,22 @@ def attend(
     of_q, of_k, of_v = strides(q), strides(k), strides(v)
     block = pow2(width)
     shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
-    one_pass = chunks_on_chip(longest, block * q.element_size())
+    units = units_on_chip(longest, block * q.element_size())
     received = torch.empty(heads, rows, device=q.device) if want_received else None
-    if one_pass is not None:
-        chunk, chunks = one_pass
+    if units is not None:
         _one_pass_kernel[(images * heads,)](
             q, k, v, size, out, size if received is None else received, cu, scale, rows, *of_q, *of_k, *of_v,
-            BM=64, BN=chunk, CHUNKS=chunks, WANT=want_received, num_warps=4, num_stages=1, **shape,
+            BM=64, UNITS=units, WANT=want_received, num_warps=4, num_stages=1, **shape,
         )  # fmt: skip
         return out, received
     bias = size.log2()
     lse = torch.empty(heads, rows, device=q.device)
     narrow = block * q.element_size() <= 128
     tile, chunk = (128, 64) if narrow else (64, 32)
-    # two programs of eight warps share a multiprocessor only if none takes more than 128 registers a thread
-    limit = {"maxnreg": 128, "num_warps": 8, "num_stages": 3} if narrow else {"num_warps": 4, "num_stages": 2}
     _flash_kernel[(triton.cdiv(longest, tile), images * heads)](
-        q, k, v, bias, out, lse, cu, scale, rows, *of_q, *of_k, *of_v, BM=tile, BN=chunk, **limit, **shape
-    )
+        q, k, v, bias, out, lse, cu, scale, rows, *of_q, *of_k, *of_v,
+        BM=tile, BN=chunk, num_warps=4, num_stages=3 if narrow else 2, **shape,
+    )  # fmt: skip
     if received is not None:
         _received_kernel[(triton.cdiv(longest, 64), images * heads)](
             q, k, bias, lse, received, cu, scale, rows, *of_q, *of_k,

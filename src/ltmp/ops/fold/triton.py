@@ -12,7 +12,7 @@ from ..norm.triton import Norm, norm_row, residual_row
 from ..plan.triton import Plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _fold_kernel(
     X, Y, LAYER_SCALE, W, BIAS, CU, CU_OUT, SIZE, NEW_SIZE, SLOT, ORIGIN, X_OUT, H_OUT, SIZE_OUT, ORIGIN_OUT,
     room, eps,

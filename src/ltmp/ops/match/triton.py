@@ -26,7 +26,7 @@ def metric_tile(
     mask = live[:, None] & (column < D)[None, :]
     at = K + row[:, None] * k_row + column[None, :]
     mean = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for head in range(1, H):
+    for head in tl.static_range(1, H):
         mean += tl.load(at + head * k_head, mask=mask, other=0.0).to(tl.float32)
     mean /= H
     return mean / tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)[:, None]
@@ -58,7 +58,7 @@ def best_partner(
     return best, partner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["protected"])
 def _match_kernel(
     K, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr,
@@ -72,7 +72,7 @@ def _match_kernel(
         tl.store(PARTNER + first + even, partner, mask=2 * even < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def _metric_kernel(
     K, CU, METRIC, k_row, k_head, images,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr,
@@ -117,6 +117,6 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
     partner = torch.empty(rows, dtype=torch.int32, device=k.device)
     _match_kernel[(cu.shape[0] - 1, triton.cdiv(half, tile))](
         k, origin, cu, best, partner, *strides(k), protected,
-        H=heads, D=width, DB=pow2(width), TILE=tile, num_warps=8 if tile == 128 else 4,
+        H=heads, D=width, DB=pow2(width), TILE=tile, num_warps=8 if tile == 128 else 4, num_stages=1,
     )  # fmt: skip
     return best, partner

@@ -13,10 +13,14 @@ from .._triton import image_rows, pow2, strides
 from ..match.triton import best_partner, match
 
 _TILE = 32
-"""Receivers, or tokens of a prune-only plan, that are looked at together."""
+"""Receivers that are looked at together."""
 
 _ONE_TILE = 128
 """Tokens of one parity up to which one program both matches and plans an image."""
+
+
+_ANY = ["MERGE", "PRUNE", "STATS", "protected", "rows", "images", "room"]
+"""Arguments whose value or alignment changes from block to block: one compilation serves all."""
 
 
 class Plan(NamedTuple):
@@ -165,7 +169,7 @@ def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr)
         tl.store(STATS + 2, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _match_plan_kernel(
     K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
     k_row, k_head, protected, rows, images, room,
@@ -185,7 +189,7 @@ def _match_plan_kernel(
     _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _plan_kernel(
     BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
     protected, rows, images, room,
@@ -263,9 +267,10 @@ def plan(
     elif half <= _ONE_TILE:
         _match_plan_kernel[(images,)](
             k, *pointers, *strides(k), *numbers, HK=k.shape[1], D=k.shape[2], DB=pow2(k.shape[2]),
-            num_warps=8 if half == _ONE_TILE else 4, **shape,
+            # two programs share a multiprocessor, so that a batch of 256 images is one wave on 132 of them
+            num_warps=8 if half == _ONE_TILE else 4, maxnreg=128 if half == _ONE_TILE else None, num_stages=1, **shape,
         )  # fmt: skip
     else:
         best, partner = match(k, origin, cu, longest, protected)
-        _plan_kernel[(images,)](best, partner, *pointers, *numbers, MERGES=True, num_warps=8, **shape)
+        _plan_kernel[(images,)](best, partner, *pointers, *numbers, MERGES=True, num_warps=8, num_stages=1, **shape)
     return Plan(slot, new_size, bounds)
