@@ -15,6 +15,7 @@ import csv
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,19 +128,37 @@ def profile(call: object) -> None:
         print(f"  {event.self_device_time_total / 3:9.0f} us {event.count // 3:4d} x {event.key[:90]}")
 
 
-def in_turns(cases: list[Case], arguments: list[str]) -> int:
-    """One process a case: they build, compile and check side by side, then time one after the other."""
-    command = [sys.executable, "-u", __file__, *arguments, "--turn"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([*command, "--case", case.name], **pipes) for case in cases]
-    for process in running:
-        while process.poll() is None and process.stdout.readline() != "ready\n":
+class Turn:
+    """A process that builds, compiles and checks one case, says "ready", and times it when told to."""
+
+    def __init__(self, case: Case, arguments: list[str]) -> None:
+        command = [sys.executable, "-u", __file__, *arguments, "--turn", "--case", case.name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.waiting = threading.Thread(target=self._wait, daemon=True)
+        self.waiting.start()
+
+    def _wait(self) -> None:
+        while self.process.poll() is None and self.process.stdout.readline() != "ready\n":
             pass
-    missed = 0
-    for process in running:
-        print(process.communicate("go\n")[0], end="", flush=True)
-        missed += process.returncode
-    return missed
+
+    @property
+    def late(self) -> bool:
+        return self.waiting.is_alive()
+
+    def go(self) -> int:
+        """Let it time its case, print what it prints, and return its exit code."""
+        self.waiting.join()
+        print(self.process.communicate("go\n")[0], end="", flush=True)
+        return self.process.returncode
+
+
+def in_turns(cases: list[Case], arguments: list[str], patience: float) -> int:
+    """Cases that miss their target or fail; after `patience` seconds those that are ready no longer wait for the rest."""
+    turns = [Turn(case, arguments) for case in cases]
+    deadline = time.time() + patience
+    for turn in turns:
+        turn.waiting.join(max(0.0, deadline - time.time()))
+    return sum(turn.go() != 0 for turn in sorted(turns, key=lambda turn: turn.late))
 
 
 def save(path: Path, case: Case, rows: list[Row], dtype: torch.dtype, device: torch.device) -> None:
@@ -169,6 +188,7 @@ def main() -> int:
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave out the fixed-rate merge")
     parser.add_argument("--profile", action="store_true", help="print where the graph engine's time goes")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU, nothing saved")
+    parser.add_argument("--patience", type=float, default=120, help="seconds that ready cases wait for the others")
     parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry else "cuda")
@@ -179,7 +199,7 @@ def main() -> int:
     cases = [case for case in (DRY if options.dry else CASES) if not wanted or case.name in wanted]
     begin = time.time()
     if len(cases) > 1 and not options.dry:
-        missed = in_turns(cases, sys.argv[1:])
+        missed = in_turns(cases, sys.argv[1:], options.patience)
         print(f"\n{time.time() - begin:.0f} s; {missed} of {len(cases)} missed their target or failed")
         return missed
     for case in cases:
