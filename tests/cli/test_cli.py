@@ -28,11 +28,12 @@ def error(capsys) -> str:
 def test_learn_then_eval_then_info(ltmp, images, tmp_path, capsys):
     out = tmp_path / "run"
     assert ltmp("learn", "--data", images, "--out", out, *LEARN, "--json", out / "learn.json") == 0
+    assert "(4 of 4)" in capsys.readouterr().err
     file = out / "thresholds.safetensors"
     assert file.stat().st_size < 10_000
     learned = json.loads((out / "learn.json").read_text())
     assert (learned["target"], len(learned["history"])) == (0.7, 4)
-    assert {"architecture", "share", "top1", "top1_dense", "views"} <= learned.keys()
+    assert {"model_name", "share", "top1", "top1_dense", "views"} <= learned.keys()
     assert not (out / "run.pt").exists()
 
     result, table = tmp_path / "eval.json", tmp_path / "eval.csv"
@@ -47,6 +48,21 @@ def test_learn_then_eval_then_info(ltmp, images, tmp_path, capsys):
     assert ltmp("info", file, "--json", "-") == 0
     about = json.loads(capsys.readouterr().out)
     assert (about["variant"], about["target"], len(about["merge"])) == ("ltmp", 0.7, 3)
+
+
+def test_name_with_a_tag_fits_its_own_thresholds(weights, images, tmp_path):
+    from .conftest import MODEL, NAME
+
+    own = ["--model", f"{NAME}.augreg_in21k_ft_in1k", *MODEL[2:], "--weights", str(weights), "--data", str(images)]
+    assert main(["learn", *own, *map(str, LEARN), "--out", str(tmp_path)]) == 0
+    file = tmp_path / "thresholds.safetensors"
+    assert main(["eval", *own[2:], "--thresholds", str(file)]) == 0
+    assert package.checkpoint.read(file).metadata["model_name"] == own[1]
+
+
+def test_json_of_learning_on_screen(ltmp, images, tmp_path, capsys):
+    assert ltmp("learn", "--data", images, "--out", tmp_path / "run", *LEARN, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["target"] == 0.7
 
 
 def test_bench_times_each_batch_size(ltmp, images, tmp_path):

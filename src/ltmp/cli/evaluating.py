@@ -141,7 +141,9 @@ def _bench_row(network: nn.Module, images: torch.Tensor, rounds: int) -> dict[st
 
 
 def _name_in(thresholds: Path) -> str:
-    name = read(thresholds).metadata.get("architecture")
+    about = read(thresholds).metadata
+    # the full name also says which weights; a file that Python saved knows the architecture only
+    name = about.get("model_name") or about.get("architecture")
     if name is None:
         raise UsageError(f"{thresholds} does not say which model it is for: give --model NAME")
     return str(name)

@@ -89,7 +89,7 @@ def learn_verb(
     loader = reading.open(data, network, split=split or "train", labelled=not unlabelled, shuffle=True, seed=seed)
     distill = distill or not getattr(loader.dataset, "labelled", True)
     place = pick_device(device)
-    with progress_bar("learning", None) as advance:
+    with progress_bar("learning", None) as bar:
         try:
             result = run_learning(
                 network,
@@ -103,7 +103,9 @@ def learn_verb(
                 device=place,
                 amp=autocast_type(amp),
                 checkpoint=run_file,
-                on_step=lambda step: advance(1, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"),
+                on_step=lambda step: bar.reach(
+                    step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
+                ),
             )
         except KeyboardInterrupt:
             raise InterruptedRunError(_how_to_go_on(run_file)) from None
@@ -117,7 +119,8 @@ def learn_verb(
     save(network, path, **about)
     run_file.unlink(missing_ok=True)
     report_skipped(loader.skipped)
-    report.show([about], f"thresholds in {path}")
+    if json != "-":
+        report.show([about], f"thresholds in {path}")
     if json:
         report.write_json(
             {**about, "thresholds": str(path), "history": [asdict(step) for step in result.history]}, json
@@ -161,4 +164,4 @@ def _about(model: str, result: LearnResult, evaluation: Evaluation | None) -> di
     """What a thresholds file says about itself; measured on held-out images where there are any."""
     measured = {} if evaluation is None else {"top1_dense": evaluation.dense_top1, "top1": evaluation.top1}
     share = result.share if evaluation is None else evaluation.share
-    return {"architecture": model, "target": result.target, "share": share, **measured, "views": result.views}
+    return {"model_name": model, "target": result.target, "share": share, **measured, "views": result.views}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,12 +12,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True)
 
 
-@contextmanager
-def progress_bar(text: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A bar with elapsed and remaining time; call what it gives with the steps done, and with a new text if wanted.
+class Bar:
+    """One bar; call it with the steps done and, if wanted, a new text."""
 
-    >>> with progress_bar("learning", 100) as advance:
-    ...     advance(1, text="learning, loss 0.3")
+    def __init__(self, progress: Progress, text: str, total: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task(text, total=total or None)
+        self._tenth = 0.0
+
+    def __call__(self, done: int = 1, text: str | None = None) -> None:
+        self._update(advance=done, description=text)
+
+    def reach(self, completed: int, total: int, text: str) -> None:
+        """Be at `completed` of `total`, for jobs that know themselves where they are, resumed ones too."""
+        self._update(completed=completed, total=total, description=text)
+
+    def _update(self, **values: Any) -> None:
+        self._progress.update(self._task, **values)
+        task = self._progress.tasks[0]
+        if console.is_terminal or not task.total:
+            return
+        # in a log file a bar cannot move: a line for every tenth instead
+        tenth = 10 * task.completed // task.total
+        if tenth > self._tenth:
+            self._tenth = tenth
+            console.print(f"{task.description} ({task.completed:g} of {task.total:g})", markup=False)
+
+
+@contextmanager
+def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
+    """A bar with elapsed and remaining time.
+
+    >>> with progress_bar("training", 100) as advance:
+    ...     advance(1, "training, loss 0.3")
     """
     columns = (
         TextColumn("{task.description}"),
@@ -26,16 +54,4 @@ def progress_bar(text: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(text, total=total or None)
-        tenth = 0
-
-        def advance(done: int = 1, text: str | None = None) -> None:
-            nonlocal tenth
-            progress.update(task, advance=done, description=text)
-            now = progress.tasks[0]
-            # in a log file a bar cannot move: a line for every tenth instead
-            if not console.is_terminal and now.total and 10 * now.completed // now.total > tenth:
-                tenth = int(10 * now.completed // now.total)
-                console.print(f"{now.description} ({now.completed:g} of {now.total:g})", markup=False)
-
-        yield advance
+        yield Bar(progress, text, total)
