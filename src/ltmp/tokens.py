@@ -38,6 +38,21 @@ class Tokens:
         return self.keep.sum(1)
 
 
+@dataclass(frozen=True)
+class Reduced:
+    """What an engine hands back.
+
+    Attributes:
+        x: [B, N', C], prefix tokens first, then the other live tokens; what rows of size 0 hold means nothing.
+        size: float32 [B, N'], patches in each token, 0 for a row that is not there; differentiable like `kept`.
+        kept: float32 [B, L], tokens after each block; differentiable from the masked engine.
+    """
+
+    x: Tensor
+    size: Tensor
+    kept: Tensor
+
+
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows of `values` [B, N] or [B, N, C] at `index` [B, M], image by image."""
     if values.ndim == 3:

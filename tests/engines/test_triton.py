@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import assert_close, attach_reducing, embed, random_images, tiny_vit
 from ltmp.engines import packed
 from ltmp.models import stack_of
-from ltmp.stack import Reduced
+from ltmp.tokens import Reduced
 
 pytest.importorskip("triton")
 from ltmp.engines import triton as engine

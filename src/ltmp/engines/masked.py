@@ -10,16 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..reduction import fold, make_plan, similarity_metric
-from ..tokens import Tokens, take
+from ..tokens import Reduced, Tokens, take
 
 if TYPE_CHECKING:
-    from ..stack import Reduced, ReducedStack
+    from ..stack import ReducedStack
 
 
 def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
     """Run all blocks on [B, N, C] with masks; see `ReducedStack`. Follows the host's gradient checkpointing."""
-    from ..stack import Reduced
-
     tokens = Tokens.start(x.shape[0], x.shape[1], x.device)
     kept = []
     recompute = stack.grad_checkpointing and torch.is_grad_enabled()

@@ -9,17 +9,15 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan, similarity_metric
-from ..tokens import Tokens, take
+from ..tokens import Reduced, Tokens, take
 from .masked import prefix_first
 
 if TYPE_CHECKING:
-    from ..stack import Reduced, ReducedStack
+    from ..stack import ReducedStack
 
 
 def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
     """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`."""
-    from ..stack import Reduced
-
     images, length, width = x.shape
     recipe, thresholds = stack.recipe, stack.thresholds
     tokens = Tokens.start(images, length, x.device)

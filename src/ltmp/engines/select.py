@@ -18,7 +18,8 @@ from . import packed
 from .request import REQUEST, Active
 
 if TYPE_CHECKING:
-    from ..stack import Reduced, ReducedStack
+    from ..stack import ReducedStack
+    from ..tokens import Reduced
 
 Run = Callable[["ReducedStack", Tensor, Active], "Reduced"]
 

@@ -20,11 +20,12 @@ from ..ops.fold.triton import fold
 from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
+from ..tokens import Reduced
 from .request import REQUEST, Active, Capacity
 
 if TYPE_CHECKING:
     from ..models.recipe import Parts, Recipe
-    from ..stack import Reduced, ReducedStack
+    from ..stack import ReducedStack
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,6 @@ class Pass:
     @torch.no_grad()
     def run(self) -> Reduced:
         """Blocks only: the host's own norm and head follow."""
-        from ..stack import Reduced
-
         rows = Rows.start(self.x, self.branches[0].norms[0])
         bounds = []
         for i in range(len(self.branches)):
