@@ -41,9 +41,9 @@ class Recipe:
 
     width: int = 64
     depth: int = 6
-    heads: int = 2
+    heads: int = 4
     batch: int = 64
-    small_epochs: float = 17
+    small_epochs: float = 20
     small_lr: float = 1e-2
     full_epochs: float = 2
     full_lr: float = 3e-3
