@@ -96,7 +96,7 @@ def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[
     first = (number.cumsum(0) - number)[:, None]
     live = plan.tokens.live
     old_row = (plan.order + first)[live]
-    out = x[old_row]
+    out = x.index_select(0, old_row)
     image, place = plan.merged.nonzero(as_tuple=True)
     if len(image):
         # a receiver may itself have been dropped: what merged into it goes too
@@ -106,7 +106,7 @@ def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[
         receiver = new_row[(plan.into + first)[image, place]]
         old_size, new_size = take(size, plan.order)[live], plan.tokens.size[live]
         weight = size[image, place] / new_size[receiver] * (receiver >= 0)
-        moved = x[first[image, 0] + place] * weight[:, None].to(x.dtype)
+        moved = x.index_select(0, first[image, 0] + place) * weight[:, None].to(x.dtype)
         out = (out * (old_size / new_size)[:, None].to(x.dtype)).index_add(0, receiver.clamp_min(0), moved)
     longest = max(left)
     state = plan.tokens
