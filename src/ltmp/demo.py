@@ -223,7 +223,7 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         out / "accuracy.png",
         title="Digits: accuracy against compute",
     )
-    report.show(rows, "dense against reduced")
+    report.show(rows, "dense against reduced (top-1, top-5, agree in %)")
     for name, what in {
         "table.md": "this table (and table.json)",
         "accuracy.png": "accuracy against compute",

@@ -42,7 +42,7 @@ def test_learn_then_eval_then_info(ltmp, images, tmp_path, capsys):
     assert (measured["images"], measured["tokens"], len(measured["kept"])) == (6, 17, 3)
     assert measured["share"] == pytest.approx(learned["share"])
     assert measured["top1"] == pytest.approx(learned["top1"])
-    assert [row["model"] for row in csv.DictReader(table.open())] == ["dense", "reduced (thresholds.safetensors)"]
+    assert [row["model"] for row in csv.DictReader(table.open())] == ["dense", "reduced"]
 
     capsys.readouterr()
     assert ltmp("info", file, "--json", "-") == 0

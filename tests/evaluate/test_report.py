@@ -36,17 +36,24 @@ def test_table_on_screen(rich, monkeypatch):
     screen = io.StringIO()
     report.show(report.comparison(RESULT), "a title", screen)
     text = screen.getvalue()
-    assert all(part in text for part in ("a title", "top-1 %", "70", "72", "0.6123", "150"))
+    assert all(part in text for part in ("a title", "top-1", "70.0", "72.0", "0.612", "150.0"))
     assert "None" not in text
 
 
-def test_tokens_have_a_column_a_block():
-    assert report.tokens_row(RESULT) == {"tokens": 17, "block 0": 12.5, "block 1": 8.0}
+def test_tokens_of_every_block():
+    assert report.tokens_line(RESULT) == "tokens after each block: 17 -> 12.5, 8.0"
+
+
+def test_table_fits_eighty_columns():
+    screen = io.StringIO()
+    report.show(report.comparison(RESULT, name="target 0.75"), file=screen)
+    assert "…" not in screen.getvalue()
+    assert "speed-up" in screen.getvalue()
 
 
 def test_markdown_lines_up():
     lines = report.markdown([{"a": 1, "b": 0.5}, {"a": None, "b": 123.456}]).splitlines()
-    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 0.5 |", "| - | 123.5 |"]
+    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 0.500 |", "| - | 123.5 |"]
 
 
 def test_json_and_csv_read_back(tmp_path):
@@ -55,7 +62,7 @@ def test_json_and_csv_read_back(tmp_path):
     values = json.loads((tmp_path / "result.json").read_text())
     assert (values["model"], values["share"], values["throughput"]["speedup"]) == ("vit", 0.6123, 1.5)
     rows = list(csv.DictReader((tmp_path / "result.csv").open()))
-    assert [row["top-1 %"] for row in rows] == ["72.0", "70.0"]
+    assert [row["top-1"] for row in rows] == ["72.0", "70.0"]
 
 
 def test_dash_is_the_screen(capsys):

@@ -68,10 +68,10 @@ def evaluate_verb(
         network, loader, device=pick_device(device), amp=autocast_type(amp), limit=limit, speed=speed
     )
     report_skipped(loader.skipped)
-    rows = report.comparison(result, name=f"reduced ({thresholds.name})")
+    rows = report.comparison(result)
     if "-" not in (json, csv):
-        report.show(rows, f"{name}, {result.images} images")
-        report.show([report.tokens_row(result)], "mean tokens after each block")
+        report.show(rows, f"{name}, {result.images} images (top-1, top-5, agree in %)")
+        typer.echo(report.tokens_line(result))
     if json:
         report.write_json(report.as_json(result, model=name, thresholds=str(thresholds)), json)
     if csv:

@@ -18,13 +18,13 @@ Row = Mapping[str, object]
 
 
 def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
-    """The dense model and the reduced one, a row each, as they are shown and written to CSV."""
+    """The dense model and the reduced one, a row each, as they are shown and written to CSV; accuracies in percent."""
     speed = evaluation.throughput
     dense: Row = {
         "model": "dense",
-        "top-1 %": evaluation.dense_top1,
-        "top-5 %": evaluation.dense_top5,
-        "agree %": 100.0,
+        "top-1": evaluation.dense_top1,
+        "top-5": evaluation.dense_top5,
+        "agree": 100.0,
         "share": 1.0,
         "std": 0.0,
         "img/s": speed.dense if speed else None,
@@ -32,9 +32,9 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
     }
     reduced: Row = {
         "model": name,
-        "top-1 %": evaluation.top1,
-        "top-5 %": evaluation.top5,
-        "agree %": evaluation.agreement,
+        "top-1": evaluation.top1,
+        "top-5": evaluation.top5,
+        "agree": evaluation.agreement,
         "share": evaluation.share,
         "std": evaluation.share_std,
         "img/s": speed.reduced if speed else None,
@@ -43,9 +43,9 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
     return [dense, reduced]
 
 
-def tokens_row(evaluation: Evaluation) -> Row:
-    """Mean tokens after each block, a column a block."""
-    return {"tokens": evaluation.tokens} | {f"block {i}": kept for i, kept in enumerate(evaluation.kept)}
+def tokens_line(evaluation: Evaluation) -> str:
+    """Tokens that enter and, as a mean over images, those that leave each block."""
+    return f"tokens after each block: {evaluation.tokens} -> {', '.join(f'{kept:.1f}' for kept in evaluation.kept)}"
 
 
 def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> None:
@@ -109,7 +109,7 @@ def _format(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     return str(value)
 
 
