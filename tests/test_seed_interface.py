@@ -18,7 +18,7 @@ from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
 
 import ltmp
-from helpers import liven, random_images, run_recorded
+from helpers import assert_close, liven, random_images, run_recorded
 from ltmp.config import VARIANTS
 from ltmp.models import is_attached
 from ltmp.models.build import build_model
@@ -103,6 +103,20 @@ def test_training_form_masks_and_inference_form_removes() -> None:
         rows[name] = sum(seen)
     assert rows["ltmp_test_vit"] == 3 * 17
     assert rows["inference_ltmp_test_vit"] < 3 * 17
+
+
+@torch.no_grad()
+def test_hybrids_attach() -> None:
+    """A convolutional stem before the blocks is none of our business."""
+    model = liven(timm.create_model("ltmp_vit_tiny_r_s16_p8_224", img_size=64, depth=2, num_classes=5)).eval()
+    model.ltmp.set([0.5] * 2, [0.2] * 2)
+    images = random_images(2, size=64)
+    packed, kept = run_recorded(model, images)
+    model.ltmp.train()
+    masked, again = run_recorded(model, images)
+    assert torch.equal(kept, again)
+    assert kept[:, -1].lt(model.patch_embed.num_patches + 1).all()
+    assert_close(packed, masked, atol=1e-5 * max(1.0, float(masked.abs().max())))
 
 
 def test_pretrained_tags_reach_the_host() -> None:
