@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .config import LTMPConfig
+from .errors import LTMPError
 
 
 def over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
@@ -120,9 +123,15 @@ class Thresholds(nn.Module):
         return self.merge.detach() < 1
 
     def active(self) -> tuple[tuple[bool, bool], ...]:
-        """For each block whether its merge and its prune threshold can select anything. Reads the device once."""
-        both = torch.stack([self.can_merge, self.prune.detach() > 0], 1).tolist()
-        return tuple((merge, prune) for merge, prune in both)
+        """For each block whether its merge and its prune threshold can select anything. Reads the device once.
+
+        Raises:
+            LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
+        """
+        values = torch.stack([self.merge.detach(), self.prune.detach()], 1).tolist()
+        if any(math.isnan(value) for pair in values for value in pair):
+            raise LTMPError("a threshold is NaN: the run or the file that it came from is broken, use another")
+        return tuple((merge < 1, prune > 0) for merge, prune in values)
 
     def extra_repr(self) -> str:
         return f"{self.config.variant}, depth={self.depth}"

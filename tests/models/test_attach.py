@@ -534,6 +534,17 @@ def test_attaching_around_an_attached_model_is_refused() -> None:
     assert not is_attached(wrapper)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
+@pytest.mark.parametrize("name", ["merge", "prune"])
+def test_nan_thresholds_are_refused(name: str, masked: bool) -> None:
+    """They come by other ways than `set`: a state dict, an optimiser gone wrong."""
+    model, images, _ = reducing("plain")
+    model.ltmp.train(masked)
+    model.load_state_dict({f"ltmp.{name}": torch.tensor([0.5, float("nan"), 0.5])}, strict=False)
+    with pytest.raises(ltmp.LTMPError, match="a threshold is NaN"):
+        model(images)
+
+
 CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
     "attn_mask": lambda model, x: model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool)),
     "is_causal": lambda model, x: model(x, is_causal=True),
