@@ -153,7 +153,7 @@ class Turn:
 
 
 def in_turns(cases: list[Case], arguments: list[str], patience: float) -> int:
-    """Cases that miss their target or fail; after `patience` seconds those that are ready no longer wait for the rest."""
+    """How many miss their target or fail; after `patience` seconds the ready ones no longer wait for the rest."""
     turns = [Turn(case, arguments) for case in cases]
     deadline = time.time() + patience
     for turn in turns:

@@ -114,17 +114,17 @@ def test_tail_fills_a_recorded_batch() -> None:
     assert case.recorder.replayed == 2, "one image would waste three quarters of the batch"
 
 
-def test_overflow_is_run_again_and_room_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_ROWS", 1)
-    monkeypatch.setattr(graph, "_SLACK", -0.3)
+def test_overflow_is_run_again_and_room_grows() -> None:
     case = Case()
     case.check(4)
-    monkeypatch.setattr(graph, "_SLACK", 0.0)
+    (key, room), *_ = case.forward._room.items()
+    case.forward._room[key] = Capacity(tuple(n // 3 for n in room.rows), room.longest)
     case.check(4)
     assert (case.recorder.recorded, case.recorder.replayed) == (1, 1), "recorded with too little room, then run exactly"
     case.check(4)
     case.check(4)
     assert (case.recorder.recorded, case.recorder.replayed) == (2, 3)
+    assert case.forward._slack[key] == 2 * graph._SLACK
 
 
 def test_too_long_an_image_is_an_overflow() -> None:

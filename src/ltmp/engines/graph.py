@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .patches import patches_as_product
 from .request import Active, Capacity, Request, requested
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ _ROWS = 128
 """Rooms are multiples of this many rows: a matrix product's tile."""
 
 _SLACK = 0.02
-"""Room beyond the largest batch seen. Totals of random batches of 256 images vary by about 1 %."""
+"""Room beyond the largest batch seen, doubled whenever it was too little. Totals of random batches of 256 images vary
+by about 1 %; photographs sorted by class vary more."""
 
 
 _TIGHT = 0.9
@@ -65,6 +68,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(self, call: Callable[[], T]) -> tuple[Callable[[], None], T]:
         stream = torch.cuda.Stream()
@@ -72,11 +76,13 @@ class CudaRecorder:
         with torch.cuda.stream(stream):
             call()  # kernels compile and libraries take their workspaces before the capture
         torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
+        if not self._graphs:
+            # a pool is gone with the last graph that used it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = call()
+        self._graphs.add(graph)
         return graph.replay, outputs
 
     def seconds(self, replay: Callable[[], None]) -> float:
@@ -89,16 +95,18 @@ class CudaRecorder:
         return (time.perf_counter() - begin) / 5
 
     def release(self) -> None:
-        self._pool = None
         torch.cuda.empty_cache()
 
 
-def plan_capacity(stats: Sequence[Sequence[int]], tokens: int, rows: int, least: Capacity | None = None) -> Capacity:
+def plan_capacity(
+    stats: Sequence[Sequence[int]], tokens: int, rows: int, slack: float = _SLACK, least: Capacity | None = None
+) -> Capacity:
     """Room for batches like one that ran.
 
     Args:
         stats: [L][tokens of the batch, longest image], zeros where a block reduced nothing.
         tokens: of one image at the start; rows: of the whole batch at the start.
+        slack: room beyond what it took, as a share of that.
         least: room that must not shrink.
 
     Returns:
@@ -108,7 +116,7 @@ def plan_capacity(stats: Sequence[Sequence[int]], tokens: int, rows: int, least:
     longest: list[int] = []
     for i, (total, most, *_) in enumerate(stats):
         before = (rows, tokens) if i == 0 else (room[-1], longest[-1])
-        wanted = -(-int(total * (1 + _SLACK)) // _ROWS) * _ROWS
+        wanted = -(-int(total * (1 + slack)) // _ROWS) * _ROWS
         # counts of single images vary more than their sum, and a loose bound on them costs next to nothing
         reach = -(-int(most * 1.1) // 16) * 16
         if least is not None:
@@ -196,6 +204,18 @@ class Snapshot:
         )
 
 
+def install(host: nn.Module, stack: ReducedStack) -> None:
+    """Let `host` run in CUDA graphs when its engine is `graph` or `auto`; without CUDA it stays as it is."""
+    if torch.cuda.is_available():
+        host.forward = GraphedForward(host, stack)
+
+
+def uninstall(host: nn.Module) -> None:
+    """Undo `install`."""
+    if isinstance(vars(host).get("forward"), GraphedForward):
+        del host.forward
+
+
 class GraphedForward:
     """Stands in for `host.forward` of a model whose engine is `graph` or `auto`.
 
@@ -222,6 +242,7 @@ class GraphedForward:
         self._recorded: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._seen: set[tuple[Any, ...]] = set()
         self._room: dict[tuple[Any, ...], Capacity] = {}
+        self._slack: dict[tuple[Any, ...], float] = {}
         self._refused: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
@@ -244,8 +265,10 @@ class GraphedForward:
         from .select import follows_thresholds, unavailable
 
         return (
-            isinstance(images, Tensor)
+            not torch.compiler.is_compiling()
+            and isinstance(images, Tensor)
             and images.ndim == 4
+            and self.stack.thresholds.config.engine in ("graph", "auto")
             and len(images) > 0
             and (images.is_cuda or not isinstance(self.recorder, CudaRecorder))
             and not self.host.training
@@ -253,7 +276,6 @@ class GraphedForward:
             and not is_dense()
             and unavailable(images.device) is None
             and not torch.is_autocast_enabled(images.device.type)
-            and not torch.compiler.is_compiling()
             and not (
                 self.automatic and torch.is_grad_enabled() and any(p.requires_grad for p in self.host.parameters())
             )
@@ -282,6 +304,7 @@ class GraphedForward:
         if graph.capacity is not None and not graph.capacity.holds(stats):
             log.debug("a batch needed more room than planned; it runs again at its exact size")
             self._drop(graph, replan=False)
+            self._slack[key] = 2 * self._slack.get(key, _SLACK)
             return self._exactly(key, images)
         if graph.wastes(stats):
             self._drop(graph)
@@ -314,14 +337,20 @@ class GraphedForward:
         self._seen.add(key)
         if request.stats is not None:
             rows = len(images) * geometry.tokens
-            self._room[key] = plan_capacity(request.stats.tolist(), geometry.tokens, rows, self._room.get(key))
+            slack = self._slack.setdefault(key, _SLACK)
+            self._room[key] = plan_capacity(request.stats.tolist(), geometry.tokens, rows, slack, self._room.get(key))
         return output
 
     def _forward(self, images: Tensor, request: Request, as_dense: bool = False) -> tuple[Any, Tensor, Geometry]:
         """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
         from ..stack import dense, record
 
-        with requested(request), record() as calls, dense() if as_dense else nullcontext():
+        with (
+            requested(request),
+            record() as calls,
+            patches_as_product(self.host),
+            dense() if as_dense else nullcontext(),
+        ):
             output = type(self.host).forward(self.host, images)
         return output, calls.kept[0], calls.geometry[0]
 

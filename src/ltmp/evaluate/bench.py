@@ -30,7 +30,7 @@ DECISIONS = 0.999
 """Share of decisions that must equal the reference's, block by block on the same inputs."""
 
 SHARE = 0.005
-"""How far a way's FLOPs share may be from the float32 reference's."""
+"""How far a way's mean FLOPs share may be from the packed engine's over 64 images or more; fewer average out less."""
 
 LOGITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """How far logits may be from float32 beyond what the packed engine's are, as a share of their norm.
@@ -320,8 +320,9 @@ class Bench:
                     note = f"only {100 * decisions:.2f} % of decisions equal the reference's"
             with record() as calls, _engine(self.model, "packed"):
                 self.model(self.images)
-            if abs(share - calls.share().mean().item()) > SHARE:
-                note = f"share {share:.4f} instead of {calls.share().mean().item():.4f}"
+            wanted_share = calls.share().mean().item()
+            if abs(share - wanted_share) > SHARE * max(1.0, (64 / len(self.images)) ** 0.5):
+                note = f"share {share:.4f} instead of {wanted_share:.4f}"
             if distance > allowed:
                 note = f"logits are {distance:.3f} of their norm from float32's, allowed {allowed:.3f}"
         return Row(name, None, share, 1 / share, None, decisions, distance, note)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..config import LTMPConfig
+from ..engines import graph
 from ..errors import LTMPError
 from ..stack import ReducedStack, carry_sizes
 from ..thresholds import Thresholds
@@ -80,6 +81,7 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     norm = recipe.final_norm(host)
     if norm is not None:
         norm.register_forward_hook(carry_sizes)
+    graph.install(host, stack)
     return model
 
 
@@ -96,6 +98,7 @@ def detach(model: Model) -> Model:
     stack = getattr(parent, name)
     stack.original.train(stack.training)
     setattr(parent, name, stack.original)
+    graph.uninstall(host)
     for attribute in recipe.overrides(host):
         delattr(host, attribute)
     norm = recipe.final_norm(host)

@@ -1,0 +1,110 @@
+"""A named engine works or says in one sentence why not; `auto` always finds one."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+import ltmp
+from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
+from ltmp.config import ENGINES
+from ltmp.engines import graph, packed, select
+from ltmp.errors import LTMPError
+from ltmp.models import stack_of
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """No interpreter, and nothing remembered of the machine."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    select.unavailable.cache_clear()
+    yield
+    select.unavailable.cache_clear()
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize("name", ["triton", "graph"])
+def test_named_engine_without_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (8, 0))
+    with pytest.raises(
+        LTMPError, match=f"engine '{name}' needs an NVIDIA GPU, but the model is on cpu: use engine='pa"
+    ):
+        select.engine(name, CPU)
+
+
+def test_named_engine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LTMPError, match="needs Triton, which is not installed"):
+        select.engine("triton", CUDA)
+
+
+def test_too_old_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (7, 5))
+    with pytest.raises(LTMPError, match=r"needs compute capability 8\.0, but a GPU has 7\.5"):
+        select.engine("graph", CUDA)
+    assert select.engine("auto", CUDA) is packed.run
+
+
+def test_auto() -> None:
+    assert select.engine("auto", CPU) is packed.run
+    assert select.engine("packed", CUDA) is packed.run
+
+
+def test_auto_on_a_gpu_keeps_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0))
+    run = select.engine("auto", CUDA)
+    model = attach_reducing(tiny_vit(), random_images(2))
+    images = random_images(2).requires_grad_()
+    model.ltmp.config = ltmp.LTMPConfig(engine="auto")
+    monkeypatch.setattr(select, "engine", lambda name, device: run)
+    model(images).sum().backward()
+    assert images.grad is not None
+
+
+def test_other_policies_run_on_the_packed_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(ltmp.thresholds.Thresholds):
+        def select(self, step: str, block: int, score: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+            return torch.ones_like(score)
+
+    model = attach_reducing(tiny_vit(), random_images(2))
+    stack = stack_of(model)
+    assert select.follows_thresholds(stack)
+    with stack.using(Other(3, model.ltmp.config).eval()):
+        assert not select.follows_thresholds(stack)
+
+
+def test_every_engine_of_the_config_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0))
+    assert all(callable(select.engine(name, CUDA)) for name in ENGINES)
+
+
+def test_graphs_come_and_go_with_the_attachment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(), images)
+    assert isinstance(vars(model)["forward"], graph.GraphedForward)
+    reduced, kept = run_recorded(model, images)
+    assert kept.max() < 17 or kept.min() < 17
+    ltmp.detach(model)
+    assert "forward" not in vars(model)
+    assert model(images).shape == reduced.shape
+
+
+def test_request_replaces_the_read_of_the_device() -> None:
+    from ltmp.engines.request import Request, requested
+
+    model = attach_reducing(tiny_vit(), random_images(2))
+    with requested(Request(active=((False, False),) * 3)):
+        plain = model(random_images(2))
+    with ltmp.stack.dense():
+        assert_close(plain, model(random_images(2)), 0)
