@@ -43,11 +43,12 @@ class Recipe:
     depth: int = 6
     heads: int = 4
     batch: int = 64
-    small_epochs: float = 20
+    small_epochs: float = 19
     small_lr: float = 1e-2
-    full_epochs: float = 2
+    full_epochs: float = 1.5
     full_lr: float = 3e-3
     views: int = 2000
+    calibration: int = 256
     val_images: int = 1000
 
 
@@ -166,6 +167,7 @@ def learn_target(model: VisionTransformer, target: float, recipe: Recipe, seed: 
             loader,
             target,
             views=recipe.views,
+            calibration=recipe.calibration,
             seed=seed,
             on_step=lambda step: advance(1, f"learning share {target:g}, now {step.share:.3f}"),
         )
