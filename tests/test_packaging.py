@@ -104,4 +104,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "app.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "stack.py") == {"engines", "flops", "thresholds"}
+    assert imports(package / "stack.py") == {"engines", "errors", "flops", "thresholds"}

@@ -86,7 +86,10 @@ def test_sizes_come_with_the_tokens(masked: bool) -> None:
     # merging loses no patch
     assert size.sum(1).tolist() == [17.0] * 3
     assert (size > 0).sum(1).tolist() == calls.kept[0][:, -1].tolist()
-    assert sizes_of(x) is None
+    with ltmp.dense():
+        assert sizes_of(stack_of(model)(x)) is None
+    with pytest.raises(ltmp.LTMPError, match="got lost"):
+        sizes_of(out + 0)
 
 
 @torch.no_grad()

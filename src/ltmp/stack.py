@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .engines import masked, select
+from .errors import LTMPError
 from .flops import Geometry, flops_share
 from .thresholds import Thresholds
 
@@ -132,7 +133,7 @@ class ReducedStack(nn.ModuleList):
     @property
     def prefix_only(self) -> bool:
         """Whether the host's head reads the prefix tokens alone: after the last attention no other token matters."""
-        return self.recipe.final_norm(self.host) is None
+        return self.recipe.prefix_only(self.host)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -170,7 +171,7 @@ class ReducedStack(nn.ModuleList):
             if calls is not None:
                 kept = torch.full((x.shape[0], thresholds.depth), float(x.shape[1]), device=x.device)
                 calls.add(kept, self.geometry(x.shape[1], x.shape[2]))
-            return x
+            return with_sizes(x, None)
         run = masked.run if thresholds.training else select.engine(thresholds.config.engine, x.device)
         reduced = run(self, x, active)
         if calls is not None:
@@ -181,19 +182,30 @@ class ReducedStack(nn.ModuleList):
         return iter((self.forward,))
 
 
-def with_sizes(x: Tensor, size: Tensor) -> Tensor:
-    """`x` with its sizes attached: pooling happens in the host's own code, and they must reach it call by call."""
+def with_sizes(x: Tensor, size: Tensor | None) -> Tensor:
+    """`x` with its sizes attached: pooling happens in the host's own code, and they must reach it call by call.
+
+    None says that every row is one patch.
+    """
     x.ltmp_size = size  # type: ignore[attr-defined]
     return x
 
 
 def sizes_of(x: Tensor) -> Tensor | None:
-    """The sizes that `with_sizes` attached, or None for an ordinary tensor."""
-    return getattr(x, "ltmp_size", None)
+    """The sizes that `with_sizes` attached.
+
+    Raises:
+        LTMPError: none were, so that nobody knows which rows are there: `x` was cut or copied on its way.
+    """
+    if not hasattr(x, "ltmp_size"):
+        raise LTMPError(
+            "the sizes of these tokens got lost between the blocks and the pooling: give forward_head what "
+            "forward_features returned, unchanged, or call ltmp.detach(model)"
+        )
+    return x.ltmp_size
 
 
 def carry_sizes(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the norm between blocks and pooling: sizes go on with the tokens."""
-    size = sizes_of(inputs[0])
-    if size is not None:
-        with_sizes(output, size)
+    if hasattr(inputs[0], "ltmp_size"):
+        with_sizes(output, inputs[0].ltmp_size)

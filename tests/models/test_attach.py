@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import ltmp
 import reference
-from helpers import assert_close, random_images, references, run_recorded, tiny_vit
+from helpers import assert_close, attach_reducing, random_images, references, run_recorded, tiny_vit
 from ltmp.config import VARIANTS
 from ltmp.models import is_attached, stack_of
 
@@ -299,6 +299,41 @@ def test_equal_images_lose_equally_many_tokens() -> None:
     logits, kept = run_recorded(model, images[:1].expand(3, -1, -1, -1))
     assert (kept == kept[0]).all()
     assert_close(logits, logits[:1].expand(3, -1), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("before", "after"), [("token", "avg"), ("avg", "token"), ("avg", "max")])
+def test_pooling_changed_while_attached(before: str, after: str) -> None:
+    """`reset_classifier` may change it; batches and single images still agree, and detach leaves nothing behind."""
+    images = random_images(3)
+    model = attach_reducing(tiny_vit(global_pool=before, fc_norm=False), images)
+    model.reset_classifier(4, global_pool=after)
+    batch = model(images)
+    assert_close(batch, torch.cat([model(image) for image in images.split(1)]), atol=1e-5)
+    model.ltmp.train()
+    assert_close(model(images), batch, atol=1e-4)
+    ltmp.detach(model)
+    assert not model.norm._forward_hooks
+    assert "pool" not in vars(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["", "prr"])
+def test_pooling_that_needs_every_token_is_refused(kind: str) -> None:
+    model = attach_reducing(tiny_vit(global_pool="avg"), random_images(3))
+    model.global_pool = kind
+    with pytest.raises(NotImplementedError, match=r"needs every token.*ltmp\.detach"):
+        model(random_images(3))
+
+
+@torch.no_grad()
+def test_features_and_head_apart() -> None:
+    images = random_images(3)
+    model = attach_reducing(tiny_vit(global_pool="avg"), images)
+    features = model.forward_features(images)
+    assert torch.equal(model.forward_head(features), model(images))
+    with pytest.raises(ltmp.LTMPError, match="got lost between the blocks and the pooling"):
+        model.forward_head(features.clone())
 
 
 # -- training

@@ -78,9 +78,7 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     model.ltmp = thresholds
     for attribute, value in recipe.overrides(host).items():
         setattr(host, attribute, value)
-    norm = recipe.final_norm(host)
-    if norm is not None:
-        norm.register_forward_hook(carry_sizes)
+    recipe.final_norm(host).register_forward_hook(carry_sizes)
     graph.install(host, stack)
     return model
 
@@ -101,11 +99,9 @@ def detach(model: Model) -> Model:
     graph.uninstall(host)
     for attribute in recipe.overrides(host):
         delattr(host, attribute)
-    norm = recipe.final_norm(host)
-    if norm is not None:
-        for key, hook in list(norm._forward_hooks.items()):
-            if hook is carry_sizes:
-                del norm._forward_hooks[key]
+    hooks = recipe.final_norm(host)._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is carry_sizes]:
+        del hooks[key]
     del model.ltmp
     return model
 

@@ -48,8 +48,8 @@ class Recipe:
         problems: host -> what stands in the way, one phrase each; empty when it can be attached.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
         overrides: host -> attributes to set on it while attached (pooling that knows sizes, refusals).
-        final_norm: host -> the module between the blocks and the pooling, or None where the head reads nothing but the
-            prefix tokens.
+        final_norm: host -> the module between the blocks and the pooling.
+        prefix_only: host -> whether its head reads nothing but the prefix tokens.
     """
 
     name: str
@@ -62,4 +62,5 @@ class Recipe:
     problems: Callable[[nn.Module], list[str]]
     mlp_ratio: Callable[[nn.Module], float]
     overrides: Callable[[nn.Module], dict[str, Any]]
-    final_norm: Callable[[nn.Module], nn.Module | None]
+    final_norm: Callable[[nn.Module], nn.Module]
+    prefix_only: Callable[[nn.Module], bool]

@@ -125,8 +125,15 @@ def _map_pool_takes_mask(pool: nn.Module) -> bool:
     )
 
 
-def _final_norm(host: Any) -> nn.Module | None:
-    return None if host.global_pool == "token" else host.norm
+def _final_norm(host: Any) -> nn.Module:
+    return host.norm
+
+
+def _prefix_only(host: Any) -> bool:
+    return host.global_pool == "token"
+
+
+_POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
 class SizedPool:
@@ -137,10 +144,14 @@ class SizedPool:
 
     def __call__(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         host = self.host
-        size = sizes_of(x)
         kind = host.global_pool if pool_type is None else pool_type
-        if size is None or (kind == "token" and host.attn_pool is None):
+        size = None if kind == "token" and host.attn_pool is None else sizes_of(x)
+        if size is None:
             return type(host).pool(host, x, pool_type)
+        if kind not in _POOLS:
+            raise NotImplementedError(
+                f"global_pool={kind!r} needs every token, and a reduced image has fewer: call ltmp.detach(model) first"
+            )
         if not host.pool_include_prefix:
             size = _without_prefix(size, host.num_prefix_tokens)
         if host.attn_pool is not None:
@@ -173,10 +184,8 @@ class RefusedIntermediates:
 
 def _overrides(host: Any) -> dict[str, Any]:
     refuse = RefusedIntermediates()
-    found: dict[str, Any] = {"forward_intermediates": refuse, "prune_intermediate_layers": refuse}
-    if host.global_pool != "token":
-        found["pool"] = SizedPool(host)
-    return found
+    # whatever the pooling is now: reset_classifier may change it
+    return {"pool": SizedPool(host), "forward_intermediates": refuse, "prune_intermediate_layers": refuse}
 
 
 RECIPE = Recipe(
@@ -191,6 +200,7 @@ RECIPE = Recipe(
     mlp_ratio=_mlp_ratio,
     overrides=_overrides,
     final_norm=_final_norm,
+    prefix_only=_prefix_only,
 )
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE, VisionTransformerDistilled: RECIPE}
