@@ -63,6 +63,29 @@ def test_split_folder_rule(name, class_folders, tmp_path):
     assert len(open_dataset(root, split="validation")) == 12
 
 
+@pytest.mark.parametrize(("there", "asked"), [("train", "validation"), ("val", "train")])
+def test_other_split_is_never_taken_instead(there, asked, class_folders, tmp_path):
+    root = tmp_path / "half"
+    root.mkdir()
+    class_folders.rename(root / there)
+    with pytest.raises(LTMPError, match=f"has {there}/ but no {'val' if asked == 'validation' else 'train'}/"):
+        open_dataset(root, split=asked)
+
+
+def test_a_class_may_be_called_train(class_folders):
+    (class_folders / "cow").rename(class_folders / "train")
+    assert open_dataset(class_folders, split="train").class_to_index == {"ant": 0, "bee": 1, "train": 2}
+
+
+def test_splits_without_labels(class_folders, tmp_path):
+    root = tmp_path / "flat"
+    root.mkdir()
+    (class_folders / "ant").rename(root / "train")
+    (class_folders / "bee").rename(root / "val")
+    data = open_dataset(root, split="train")
+    assert (len(data), data.labelled) == (4, False)
+
+
 def test_broken_images_keep_their_place(class_folders):
     (class_folders / "bee" / "1.png").write_bytes(b"")
     (class_folders / "cow" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")

@@ -18,6 +18,9 @@ Transform = Callable[[Image.Image], Any]
 ClassMap = Mapping[str, int] | str | Path
 
 UNLABELLED = -1
+# Names of a split's folder, the usual one first.
+TRAIN = ("train", "training")
+EVALUATION = ("val", "validation", "valid", "eval", "evaluation")
 # Prefixes of the dataset names that timm.data.create_dataset understands.
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "torch", "wds")
 # The class name that timm gives to images that lie in no class folder.
@@ -84,8 +87,8 @@ def open_dataset(
     Args:
         source: a folder of class folders, a .tar of class folders, a flat folder or tar of unlabelled images,
             or a dataset name that timm.data.create_dataset takes ("hfds/...", "torch/cifar10", "wds/...").
-        split: "train" or "validation" for a folder, where PATH/train, PATH/val or PATH/validation is used when
-            present and PATH itself otherwise; for a timm dataset, the split's name there.
+        split: "train" or "validation" for a folder, where PATH/train, PATH/val or PATH/validation is used; PATH
+            itself where it is not split. For a timm dataset, the split's name there.
         transform: from the Pillow image to what the model takes; see `eval_transform`.
         mode: "RGB", or "L" for a model of one channel.
         labelled: False ignores the labels that are there.
@@ -97,7 +100,8 @@ def open_dataset(
         `Images`, or timm's iterable dataset for sources that stream ("wds/", "hfids/", "tfds/").
 
     Raises:
-        UsageError: the source does not exist. LTMPError: it holds no images, or mixes labelled and unlabelled.
+        UsageError: the source does not exist.
+        LTMPError: it holds no images, mixes labelled and unlabelled, or has other splits but not this one.
     """
     path = Path(source)
     if not path.exists():
@@ -139,7 +143,8 @@ def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:
     # Opening the tar anew for each image keeps the file's position out of the hands of forked workers.
     options: dict[str, Any] = {"cache_tarfiles": False} if path.is_file() else {}
     try:
-        reader = create_dataset("", root=str(path), split=split, class_map=_class_map(class_map), **options).reader
+        root = str(path if path.is_file() else _split_folder(path, split))
+        reader = create_dataset("", root=root, search_split=False, class_map=_class_map(class_map), **options).reader
     except tarfile.TarError as error:
         raise LTMPError(f"{path} is not a readable, uncompressed .tar: {error}") from error
     # timm's word for "no image found": a RuntimeError for a folder, a failing unpacking for a tar.
@@ -150,6 +155,27 @@ def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:
             "or a flat one of unlabelled images"
         ) from error
     return reader
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    """The split's folder in `path`, or `path` where it is not split.
+
+    A class may be called "train", too: a split has folders in it, or nothing but splits beside it.
+    """
+    folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
+    named = folders & {*TRAIN, *EVALUATION, split}
+    only = folders <= {*named, "test"}
+    splits = {name for name in named if only or any(inner.is_dir() for inner in (path / name).iterdir())}
+    wanted = next((names for names in (TRAIN, EVALUATION) if split in names), (split,))
+    for name in (split, *wanted):
+        if name in splits:
+            return path / name
+    if splits:
+        other = sorted(splits)[0]
+        raise LTMPError(
+            f"{path} has {other}/ but no {wanted[0]}/: add it, or give the folder to use itself, such as {path / other}"
+        )
+    return path
 
 
 def _open_timm(
