@@ -38,9 +38,11 @@ def engine(name: str, device: torch.device) -> Run:
     """
     if name == "packed":
         return packed.run
+    if name == "auto" and (device.type != "cuda" or torch.compiler.is_compiling()):
+        return packed.run
     reason = unavailable(device)
     if name == "auto":
-        return packed.run if reason or device.type != "cuda" else _differentiable_or_triton
+        return packed.run if reason else _differentiable_or_triton
     if reason:
         raise LTMPError(f"engine {name!r} {reason}: use engine='packed'")
     return _triton

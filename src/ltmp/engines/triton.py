@@ -273,6 +273,8 @@ def _fold(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, want_received: bool) -> tuple[Tensor, Tensor | None]:
     """Attention [T, H * D] and, if wanted, what each token received; the stock fused one where that says all."""
+    # under autocast the head norms of q and k leave them in float32
+    q, k = q.to(v.dtype), k.to(v.dtype)
     if not rows.whole or want_received:
         return attend(q, k, v, rows.size, rows.cu, rows.longest, want_received)
     images = (t.unflatten(0, (-1, rows.longest)).transpose(1, 2) for t in (q, k, v))

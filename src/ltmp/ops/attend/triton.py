@@ -15,7 +15,8 @@ from torch import Tensor
 from .._triton import LOG2E, image_rows, pow2, precision, strides
 
 _ON_CHIP = 64 * 1024
-"""Bytes of keys and values of one head that one program may hold; two programs then share a multiprocessor."""
+"""Bytes of keys and values of one head that one program may hold; two programs then share a Hopper multiprocessor, and
+with what else the kernel keeps in shared memory one fits on any since Ampere. Float32 products need twice the rest."""
 
 
 @triton.jit
@@ -182,14 +183,15 @@ def _received_kernel(
         tl.store(RECEIVED + of_head + key, received, mask=key < n)
 
 
-def units_on_chip(longest: int, head_bytes: int) -> int | None:
+def units_on_chip(longest: int, width: int, number_bytes: int) -> int | None:
     """Units of 64 keys that the one-pass kernel holds for the longest image, or None where they do not fit on chip.
 
     Args:
-        head_bytes: of one key or value, padded to a power of two.
+        width: of a head; number_bytes: of one of its numbers.
     """
     units = triton.cdiv(longest, 64)
-    return units if units <= 4 and 2 * units * 64 * head_bytes <= _ON_CHIP else None
+    room = _ON_CHIP if number_bytes == 2 else _ON_CHIP // 2
+    return units if units <= 4 and 2 * units * 64 * pow2(width) * number_bytes <= room else None
 
 
 def attend(
@@ -216,7 +218,7 @@ def attend(
     of_q, of_k, of_v = strides(q), strides(k), strides(v)
     block = pow2(width)
     shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
-    units = units_on_chip(longest, block * q.element_size())
+    units = units_on_chip(longest, width, q.element_size())
     received = torch.empty(heads, rows, device=q.device) if want_received else None
     if units is not None:
         _one_pass_kernel[(images * heads,)](

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from .._triton import image_rows, pow2, strides
 
-_TILE = 128
-"""Even tokens that one program finds partners for."""
 
-RECEIVERS = tl.constexpr(64)
-"""Odd tokens it compares them with at a time; more would leave room for one program only on a multiprocessor."""
+def tile_of(width: int) -> tuple[int, int]:
+    """Even tokens that a program finds partners for, and odd ones it compares them with at a time.
+
+    Each is in shared memory twice, as the halves of float32; together they take the 96 KiB of any GPU since Ampere.
+    """
+    block = pow2(width)
+    return min(128, 8192 // block), min(64, 4096 // block)
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def metric_tile(
 @triton.jit
 def best_partner(
     K, ORIGIN, even, n, k_row, k_head, protected,
-    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
     """Cosine and number of the most similar odd token for a tile of even tokens; -inf where none may be taken."""
     is_even = 2 * even < n
@@ -43,8 +46,8 @@ def best_partner(
     a = metric_tile(K, 2 * even, is_even, k_row, k_head, H, D, DB)
     best = tl.full(even.shape, -float("inf"), tl.float32)
     partner = tl.zeros(even.shape, tl.int32)
-    for start in range(0, n // 2, RECEIVERS):
-        odd = start + tl.arange(0, RECEIVERS)
+    for start in range(0, n // 2, ODD):
+        odd = start + tl.arange(0, ODD)
         is_odd = 2 * odd + 1 < n
         free_odd = is_odd & (tl.load(ORIGIN + 2 * odd + 1, mask=is_odd, other=-1) >= protected)
         b = metric_tile(K, 2 * odd + 1, is_odd, k_row, k_head, H, D, DB)
@@ -61,13 +64,15 @@ def best_partner(
 @triton.jit(do_not_specialize=["protected"])
 def _match_kernel(
     K, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,
-    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
     """One program = one tile of even tokens of one image."""
     first, n = image_rows(CU, tl.program_id(0))
     even = tl.program_id(1) * TILE + tl.arange(0, TILE)
     if tl.program_id(1) * TILE * 2 < n:
-        best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, H, D, DB)
+        best, partner = best_partner(
+            K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, H, D, DB, ODD
+        )
         tl.store(BEST + first + even, best, mask=2 * even < n)
         tl.store(PARTNER + first + even, partner, mask=2 * even < n)
 
@@ -108,7 +113,8 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
         names its partner at place 2 partner + 1; -inf where there is none. Other rows are not written.
     """
     half = (longest + 1) // 2
-    tile = min(pow2(half), _TILE)
+    most, odd = tile_of(k.shape[2])
+    tile = min(pow2(half), most)
     if half > tile and k.shape[1] > 1:
         # several tiles read each key several times: take the mean over heads once
         k = similarity_metric(k, cu)
@@ -117,6 +123,6 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
     partner = torch.empty(rows, dtype=torch.int32, device=k.device)
     _match_kernel[(cu.shape[0] - 1, triton.cdiv(half, tile))](
         k, origin, cu, best, partner, *strides(k), protected,
-        H=heads, D=width, DB=pow2(width), TILE=tile, num_warps=8 if tile == 128 else 4, num_stages=1,
+        H=heads, D=width, DB=pow2(width), TILE=tile, ODD=odd, num_warps=8 if tile == 128 else 4, num_stages=1,
     )  # fmt: skip
     return best, partner

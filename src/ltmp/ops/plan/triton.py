@@ -10,14 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import image_rows, pow2, strides
-from ..match.triton import best_partner, match
+from ..match.triton import best_partner, match, tile_of
 
 _TILE = 32
 """Receivers that are looked at together."""
-
-_ONE_TILE = 128
-"""Tokens of one parity up to which one program both matches and plans an image."""
-
 
 _ANY = ["MERGE", "PRUNE", "STATS", "protected", "rows", "images", "room"]
 """Arguments whose value or alignment changes from block to block: one compilation serves all."""
@@ -173,14 +169,14 @@ def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr)
 def _match_plan_kernel(
     K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
     k_row, k_head, protected, rows, images, room,
-    HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ODD: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
     SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program = one image short enough to match in one tile."""
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     even = tl.arange(0, HALF)
-    best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, HK, D, DB)
+    best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, HK, D, DB, ODD)
     prune_theta = tl.load(PRUNE) if PRUNES else 0.0
     count = _merge_image(
         best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first, SLOT + first, n, rows,
@@ -264,11 +260,13 @@ def plan(
         _plan_kernel[(images,)](size, origin, *pointers, *numbers, MERGES=False, num_warps=4, **shape)
     elif k is None:
         raise ValueError("merging needs the keys")
-    elif half <= _ONE_TILE:
+    elif half <= tile_of(k.shape[2])[0]:
+        wide = half == 128
         _match_plan_kernel[(images,)](
-            k, *pointers, *strides(k), *numbers, HK=k.shape[1], D=k.shape[2], DB=pow2(k.shape[2]),
+            k, *pointers, *strides(k), *numbers,
+            HK=k.shape[1], D=k.shape[2], DB=pow2(k.shape[2]), ODD=tile_of(k.shape[2])[1],
             # two programs share a multiprocessor, so that a batch of 256 images is one wave on 132 of them
-            num_warps=8 if half == _ONE_TILE else 4, maxnreg=128 if half == _ONE_TILE else None, num_stages=1, **shape,
+            num_warps=8 if wide else 4, maxnreg=128 if wide else None, num_stages=1, **shape,
         )  # fmt: skip
     else:
         best, partner = match(k, origin, cu, longest, protected)
