@@ -43,9 +43,9 @@ class Recipe:
     depth: int = 6
     heads: int = 4
     batch: int = 64
-    small_epochs: float = 19
+    small_epochs: float = 20
     small_lr: float = 1e-2
-    full_epochs: float = 1.5
+    full_epochs: float = 2
     full_lr: float = 3e-3
     views: int = 2000
     calibration: int = 256
