@@ -102,8 +102,8 @@ def learn(
 
     Args:
         model: attached; left in eval mode on `device`.
-        loader: batches of images [B, 3, H, W] and labels [B]; a `ltmp.data.Loader`, or any iterable that can be
-            iterated again and again. A run resumes exactly where the loader gives the same batches again.
+        loader: shuffled batches of images [B, 3, H, W] and labels [B]; a `ltmp.data.Loader`, or any iterable that can
+            be iterated again and again. A run resumes exactly where the loader gives the same batches again.
         target: share of the dense model's multiply-adds, in (0, 1).
         views: images to optimise on; calibration and the final adjustment add at most `12 * calibration`.
         accumulate: batches an optimisation step.
@@ -216,6 +216,7 @@ class _Run:
     """
 
     RATES: ClassVar = {"merge": 8e-3, "prune": 0.12}
+    FULL_RUN = 250
     AVERAGED = 0.3
 
     def __init__(self, thresholds: Thresholds, lr: float, steps: int) -> None:
@@ -224,6 +225,8 @@ class _Run:
         self.names = thresholds.config.steps
         self.latent = {name: torch.zeros_like(getattr(thresholds, name).data) for name in self.names}
         self.mean = {name: torch.zeros_like(value) for name, value in self.latent.items()}
+        # Adam's steps are all of one size at first: a short run takes smaller ones, or it would end in their noise
+        lr *= min(1.0, math.sqrt(steps / self.FULL_RUN))
         self.optimizer = torch.optim.Adam(
             [{"params": [self.latent[name]], "lr": lr * self.RATES[name]} for name in self.names], betas=(0.9, 0.99)
         )
@@ -268,7 +271,8 @@ class _Run:
 
     def write(self, latent: dict[str, Tensor]) -> None:
         for name, value in latent.items():
-            getattr(self.thresholds, name).data.copy_(value.exp().clamp(max=1) if name == "prune" else value.clamp(-1, 1))
+            plain = value.exp().clamp(max=1) if name == "prune" else value.clamp(-1, 1)
+            getattr(self.thresholds, name).data.copy_(plain)
 
     def state(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,188 @@
+"""Learning: only thresholds move, the budget is met, and a killed run ends where an unbroken one does."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ltmp
+from helpers import random_images, tiny_vit
+from ltmp.errors import LTMPError, UsageError
+from ltmp.flops import Geometry, flops_share
+from ltmp.learning import calibrate
+from ltmp.learning.budget import lowest_share, schedule
+from ltmp.learning.loop import measure_share
+from ltmp.models import thresholds_of
+
+TARGET = 0.65
+SETTINGS = {"views": 96, "calibration": 48}
+
+
+def model_and_batches(**kwargs: object) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    model = tiny_vit(depth=4, **kwargs)
+    images = random_images(96)
+    with torch.no_grad():
+        labels = model(images).argmax(-1)
+    return ltmp.attach(model), list(zip(images.split(16), labels.split(16), strict=True))
+
+
+@pytest.mark.parametrize("distill", [False, True], ids=["labels", "distilled"])
+@pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm", "ltp"])
+def test_meets_the_budget_on_other_images(variant: str, distill: bool) -> None:
+    model, batches = model_and_batches()
+    ltmp.attach(model, ltmp.LTMPConfig(variant=variant))
+    target = 0.75 if variant == "ltm" else TARGET
+    result = ltmp.learn(model, batches, target, distill=distill, **SETTINGS)
+    assert abs(result.share - target) <= 0.01
+    # 17 tokens a block: other images scatter more than those of a real model
+    assert abs(measure_share(model, random_images(128, seed=1), 64) - target) <= 0.04
+
+
+def test_only_the_thresholds_change() -> None:
+    model, batches = model_and_batches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    ltmp.learn(model, batches, TARGET, **SETTINGS)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"ltmp.merge", "ltmp.prune"}
+    assert trains == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert not model.training
+    assert not model.ltmp.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_move_both_thresholds_of_every_block_that_may_move() -> None:
+    model, batches = model_and_batches()
+    calibrate(model, torch.cat([images for images, _ in batches]), TARGET)
+    start = {name: value.detach().clone() for name, value in thresholds_of(model).named_parameters()}
+    ltmp.learn(model, batches, TARGET, **SETTINGS)
+    assert (model.ltmp.merge != start["merge"])[:-1].all()
+    assert (model.ltmp.prune != start["prune"])[:-1].all()
+    # nothing reads the patches after the last attention of a class-token model: there it stays at "drop all"
+    assert model.ltmp.prune[-1] == 1
+
+
+def test_views_steps_and_progress_are_counted() -> None:
+    model, batches = model_and_batches()
+    seen = []
+    result = ltmp.learn(model, batches, TARGET, views=64, calibration=32, accumulate=2, on_step=seen.append)
+    assert [step.step for step in seen] == [1, 2]
+    assert all(step.steps == 2 and step.loss > 0 and 0 < step.share < 1 for step in seen)
+    assert 64 + 2 * 32 <= result.views <= 64 + 11 * 32
+    assert result.history == seen
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    ends = []
+    for accumulate in (1, 2):
+        model, batches = model_and_batches()
+        if accumulate == 1:
+            pairs = zip(batches[::2], batches[1::2], strict=True)
+            batches = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs]
+        ltmp.learn(model, batches, TARGET, views=32, calibration=32, accumulate=accumulate, budget_weight=0.0)
+        ends.append(model.ltmp.merge.detach().clone())
+    assert (ends[0] - ends[1]).abs().max() < 1e-4
+
+
+class Killed(BaseException):
+    """What no handler in the loop may swallow."""
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, Killed], ids=["ctrl-c", "killed"])
+def test_a_broken_run_ends_where_an_unbroken_one_does(tmp_path, signal: type[BaseException]) -> None:  # type: ignore[no-untyped-def]
+    whole, batches = model_and_batches()
+    ltmp.learn(whole, batches, TARGET, checkpoint=tmp_path / "whole.pt", save_every=2, **SETTINGS)
+
+    def stop(step) -> None:  # type: ignore[no-untyped-def]
+        if step.step == 5:
+            raise signal
+
+    broken, batches = model_and_batches()
+    run = tmp_path / "run.pt"
+    with pytest.raises(signal):
+        ltmp.learn(broken, batches, TARGET, checkpoint=run, save_every=2, on_step=stop, **SETTINGS)
+    broken, batches = model_and_batches()
+    result = ltmp.learn(broken, batches, TARGET, checkpoint=run, save_every=2, **SETTINGS)
+    assert [step.step for step in result.history] == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(broken.ltmp.merge, whole.ltmp.merge)
+    assert torch.equal(broken.ltmp.prune, whole.ltmp.prune)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model, batches = model_and_batches()
+    ltmp.learn(model, batches, TARGET, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    with pytest.raises(LTMPError, match=r"other settings \(target 0.65, now 0.7\)"):
+        ltmp.learn(model, batches, 0.7, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    (tmp_path / "run.pt").write_bytes((tmp_path / "run.pt").read_bytes()[:1000])
+    with pytest.raises(LTMPError, match="truncated or not a learning run"):
+        ltmp.learn(model, batches, TARGET, checkpoint=tmp_path / "run.pt", **SETTINGS)
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.5, 1.5, float("nan"), "half"])
+def test_a_target_outside_the_open_interval_is_refused(target: object) -> None:
+    model, batches = model_and_batches()
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        ltmp.learn(model, batches, target, **SETTINGS)  # type: ignore[arg-type]
+
+
+def test_a_target_out_of_reach_is_refused_with_the_least() -> None:
+    model, batches = model_and_batches()
+    with pytest.raises(UsageError, match=r"out of reach: .* ask for more than 0\.\d{3}"):
+        ltmp.learn(model, batches, 0.05, **SETTINGS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_in_images_or_weights_is_said(bad: float) -> None:
+    model, batches = model_and_batches()
+    images = batches[0][0].clone()
+    images[0, 0, 0, 0] = bad
+    with pytest.raises(LTMPError, match="an image holds NaN or infinity"):
+        ltmp.learn(model, [(images, batches[0][1])], TARGET, **SETTINGS)
+    model, batches = model_and_batches()
+    with torch.no_grad():
+        model.head.weight[0, 0] = bad
+    with pytest.raises(LTMPError, match="NaN or infinity"):
+        ltmp.learn(model, batches, TARGET, **SETTINGS)
+
+
+def test_no_images_and_nothing_attached_are_said() -> None:
+    model, batches = model_and_batches()
+    with pytest.raises(LTMPError, match="no images to learn from"):
+        ltmp.learn(model, [], TARGET)
+    with pytest.raises(LTMPError, match=r"call ltmp.attach\(model\) first"):
+        ltmp.learn(ltmp.detach(model), batches, TARGET)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_calibration_alone_is_near_the_budget(pool: str) -> None:
+    model = ltmp.attach(tiny_vit(depth=4, img_size=32, global_pool=pool))
+    images = random_images(64, size=32)
+    calibrate(model, images, 0.7)
+    assert abs(measure_share(model, images, 64) - 0.7) < 0.03
+    # a pooled head reads every token: the last block may not drop all of them
+    assert (model.ltmp.prune[-1] == 1) == (pool == "token")
+
+
+def test_the_schedule_costs_the_target() -> None:
+    geometry = Geometry(tokens=197, width=384, mlp_ratio=(4.0,) * 12)
+    for target in (0.9, 0.6, 0.4, 0.3):
+        for last_free in (False, True):
+            kept = schedule(target, geometry, 1, last_free)
+            assert float(flops_share(torch.tensor(kept), geometry)) == pytest.approx(target, abs=1e-3)
+            assert all(b <= a for a, b in pairwise(kept))
+    # the first block's attention, and from there on the class token alone
+    first, alone, dense = 4 * 197 + 2 * 197**2 / 384, 4 + 2 / 384, 12 * 197 + 2 * 197**2 / 384
+    assert lowest_share(geometry, 1) == pytest.approx((first + 11 * alone + 12 * 8) / (12 * dense), rel=1e-4)
+
+
+def test_accuracy_survives_a_learned_half() -> None:
+    """Labels are the dense model's own: after learning, most answers are still those."""
+    model, batches = model_and_batches()
+    ltmp.learn(model, batches, 0.6, **SETTINGS)
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    with torch.inference_mode():
+        agreement = float((model(images).argmax(-1) == labels).float().mean())
+    assert agreement >= 0.8
