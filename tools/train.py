@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "mean of its ratios to the paper's 5e-6 and 5e-3",
     )
     parser.add_argument("--tau", type=float, default=ltmp.LTMPConfig.tau, help="temperature of the merge gradient")
-    parser.add_argument("--views", type=int, default=20_000, help="images to look at")
+    parser.add_argument("--views", type=int, default=16_000, help="images to look at")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="output folder; default: output/MODEL-TARGET")
     return parser.parse_args(arguments)

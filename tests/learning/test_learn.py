@@ -14,7 +14,7 @@ from ltmp.errors import LTMPError, UsageError
 from ltmp.flops import Geometry, flops_share
 from ltmp.learning import calibrate
 from ltmp.learning.budget import lowest_share, schedule
-from ltmp.learning.loop import measure_share
+from ltmp.learning.loop import measure_share, meet_budget
 from ltmp.models import thresholds_of
 
 TARGET = 0.65
@@ -71,7 +71,8 @@ def test_views_steps_and_progress_are_counted() -> None:
     result = ltmp.learn(model, batches, TARGET, views=64, calibration=32, accumulate=2, on_step=seen.append)
     assert [step.step for step in seen] == [1, 2]
     assert all(step.steps == 2 and step.loss > 0 and 0 < step.share < 1 for step in seen)
-    assert 64 + 2 * 32 <= result.views <= 64 + 11 * 32
+    # calibration, then each of both candidates: some looks for the budget and one for the loss
+    assert 64 + 5 * 32 <= result.views <= 64 + 23 * 32
     assert result.history == seen
 
 
@@ -186,3 +187,15 @@ def test_accuracy_survives_a_learned_half() -> None:
     with torch.inference_mode():
         agreement = float((model(images).argmax(-1) == labels).float().mean())
     assert agreement >= 0.8
+
+
+def test_learning_never_ends_behind_its_calibrated_start() -> None:
+    model, batches = model_and_batches()
+    images = torch.cat([images for images, _ in batches])[:48]
+    calibrate(model, images, TARGET)
+    meet_budget(model, images, TARGET, 16)
+    start = {name: value.detach().clone() for name, value in thresholds_of(model).named_parameters()}
+    # steps so large that what they learn is worthless
+    ltmp.learn(model, batches, TARGET, lr=1000.0, **SETTINGS)
+    assert torch.equal(model.ltmp.merge, start["merge"])
+    assert torch.equal(model.ltmp.prune, start["prune"])
