@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from time import perf_counter
+from unittest.mock import patch
 
 import timm
 import torch
 from torch import Tensor, nn
 
 import ltmp
+from ltmp.engines import onednn
 from ltmp.learning import calibrate
 from ltmp.models import stack_of
 
@@ -55,19 +57,35 @@ def check(model: nn.Module, images: Tensor) -> float:
 
 def row(model: nn.Module, images: Tensor, rounds: int) -> dict[str, float]:
     share = check(model, images)
-    times: dict[str, list[float]] = {"fused": [], "plain": [], "reduced": []}
+    times: dict[str, list[float]] = {"fused": [], "plain": [], "reduced": [], "own layers": []}
+    contexts = {"fused": ltmp.dense, "plain": ltmp.dense, "reduced": nullcontext, "own layers": without_onednn}
     for turn in range(rounds + 1):
         for name in times:
             set_fused(model, name == "fused")
-            with nullcontext() if name == "reduced" else ltmp.dense():
+            with contexts[name]():
                 elapsed = seconds(lambda: model(images))
             if turn:
                 times[name].append(elapsed)
     dense = min(("fused", "plain"), key=lambda name: median(times[name]))
-    ratios = [a / b for a, b in zip(times[dense], times["reduced"], strict=True)]
-    return {"batch": len(images), "share": share, "ideal": 1 / share, "ratio": median(ratios),
-            "dense images/s": len(images) / median(times[dense]),
-            "reduced images/s": len(images) / median(times["reduced"])}  # fmt: skip
+    ratio, own = (
+        median(a / b for a, b in zip(times[dense], times[name], strict=True)) for name in ("reduced", "own layers")
+    )
+    speeds = {
+        f"{name} images/s": len(images) / median(times[key]) for name, key in (("dense", dense), ("reduced",) * 2)
+    }
+    return {
+        "batch": len(images),
+        "share": share,
+        "ideal": 1 / share,
+        "ratio": ratio,
+        "ratio, own layers": own,
+        **speeds,
+    }
+
+
+def without_onednn() -> AbstractContextManager[object]:
+    """The reduced model with the host's own linear layers, as the dense one has them: what reduction alone brings."""
+    return patch.object(onednn, "_applies", return_value=False)
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan, similarity_metric
 from ..tokens import Reduced, Tokens, take
 from .masked import prefix_first
+from .onednn import halves
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
@@ -31,15 +32,16 @@ def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -
             kept.append(counts)
             continue
         x = x.reshape(-1, width)
-        q, k, v = recipe.qkv(block, x)
+        half = halves(recipe, block, x)
+        q, k, v = half.qkv(x)
         y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
-        x = x + recipe.out(block, y.flatten(-2))
+        x = x + half.out(y.flatten(-2))
         if steps:
             metric = pad(similarity_metric(k), counts) if "merge" in steps else None
             importance = pad(importance, counts) if importance is not None else None
             plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
             x, tokens, counts = _fold_rows(x, tokens.size, counts, plan)
-        x = x + recipe.mlp(block, x)
+        x = x + half.mlp(x)
         kept.append(counts)
     if x.ndim == 2:
         x = pad(x, counts)
