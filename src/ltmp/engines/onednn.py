@@ -8,18 +8,29 @@ autocast are asked for, or where a block is not plain, the host's modules run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
     from ..models.recipe import Parts, Recipe
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+if _AVAILABLE:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+        """torch's FLOP counter knows `linear` but not this form of it."""
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class Halves(NamedTuple):
@@ -46,8 +57,7 @@ def _applies(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _AVAILABLE
     )
 
 
