@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import SwiGLU
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ltmp
 from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
@@ -69,6 +70,10 @@ def test_what_is_not_a_plain_inference_block_runs_its_own_modules() -> None:
         assert not by_onednn(block, x.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
             assert not by_onednn(block, x)
+        with FlopCounterMode(display=False) as counter:
+            assert not by_onednn(block, x)
+            onednn.halves(RECIPE, block, x).out(x)
+        assert counter.get_total_flops() == 2 * 7 * 16 * 16
         assert not by_onednn(block.train(), x)
         assert not by_onednn(tiny_vit(mlp_layer=SwiGLU).blocks[0], x)
 
