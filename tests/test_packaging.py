@@ -17,10 +17,14 @@ import ltmp
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("timm", "torchvision", "transformers", "triton", "typer", "rich", "matplotlib", "mlxtend")
-EXTRAS = ("typer", "rich", "matplotlib", "mlxtend", "sklearn", "pandas")
+EXTRAS = (
+    "typer", "rich", "matplotlib", "mlxtend", "sklearn", "pandas", "transformers", "open_clip", "onnx", "onnxscript",
+    "onnxruntime", "openvino", "pyarrow", "ray", "fastapi", "uvicorn", "prometheus_client", "gradio", "imageio_ffmpeg",
+    "tensorboard", "wandb",
+)  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing
-NEED_EXTRAS = re.compile(r"ltmp\.cli\.(app|options|progress|learning|evaluating|__main__)|ltmp\..*triton")
+NEED_EXTRAS = re.compile(r"ltmp\.cli\..+|ltmp\..*triton|ltmp\.models\.(transformers|open_clip)")
 
 
 def run(code: str) -> str:
@@ -62,10 +66,13 @@ def test_version_is_the_same_everywhere():
 # A layer may import from itself and from those to its right.
 LAYERS = (
     ("cli",),
-    ("demo",),
-    ("visualize", "learning", "evaluate"),
+    ("app", "serve"),
+    ("demo", "predict", "report"),
+    ("export", "visualize", "learning"),
+    ("evaluate",),
+    ("distributed",),
     ("data",),
-    ("checkpoint", "models"),
+    ("hub", "checkpoint", "models"),
     ("stack", "engines"),
     ("reduction",),
     ("thresholds", "tokens"),
