@@ -143,3 +143,18 @@ def test_throughput_times_both_in_turns(reducing):
 
 def test_throughput_of_a_slow_model_stops_early(reducing):
     assert measure(reducing, torch.randn(4, 3, 32, 32), rounds=50, seconds=0).rounds == 3
+
+
+def test_rows_of_images_add_up_to_the_figures(reducing):
+    parts = []
+    result = evaluate(reducing, batches(), limit=7, speed=False, on_images=parts.append)
+    label, dense, reduced, share, kept = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("label", "dense", "reduced", "share", "kept")
+    )
+    assert len(share) == result.images == 7
+    assert torch.equal(label, everything(batches())[1][:7])
+    assert result.top1 == pytest.approx(100 * (reduced == label).float().mean().item())
+    assert result.dense_top1 == pytest.approx(100 * (dense == label).float().mean().item())
+    assert result.agreement == pytest.approx(100 * (dense == reduced).float().mean().item())
+    assert (result.share, result.share_min) == (pytest.approx(share.mean().item()), share.min().item())
+    assert kept.mean(0).tolist() == pytest.approx(result.kept)

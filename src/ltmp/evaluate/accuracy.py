@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LTMPError
+from ..flops import flops_share
 from ..models import is_attached
 from ..stack import dense, record
 from .throughput import Throughput, measure
@@ -46,6 +47,24 @@ class Evaluation:
     throughput: Throughput | None = None
 
 
+@dataclass(frozen=True)
+class ImageRows:
+    """What became of each image of a batch, a row an image, on the CPU.
+
+    Attributes:
+        label: int64 [B], -1 where there is none.
+        dense, reduced: int64 [B], the first choice of each model.
+        share: [B], FLOPs share.
+        kept: [B, L], tokens after each block.
+    """
+
+    label: Tensor
+    dense: Tensor
+    reduced: Tensor
+    share: Tensor
+    kept: Tensor
+
+
 @dataclass
 class _Choices:
     """Running counts of right answers."""
@@ -78,6 +97,7 @@ def evaluate(
     limit: int | None = None,
     speed: bool = True,
     progress: Callable[[int], None] | None = None,
+    on_images: Callable[[ImageRows], None] | None = None,
 ) -> Evaluation:
     """Run `model` reduced and dense on the same images.
 
@@ -89,6 +109,7 @@ def evaluate(
         limit: stop after this many images.
         speed: measure images per second on the first batch, too.
         progress: called after each batch with its number of images.
+        on_images: called after each batch with what became of each of its images, in the loader's order.
 
     Raises:
         LTMPError: nothing is attached, no images, NaN or infinity, or a label outside the head's classes.
@@ -108,7 +129,12 @@ def evaluate(
                 if speed and throughput is None:
                     throughput = measure(model, images)
             _check(images, labels, dense_logits)
-            agreed += int((reduced.add(logits, labels) == plain.add(dense_logits, labels)).sum())
+            choices, dense_choices = reduced.add(logits, labels), plain.add(dense_logits, labels)
+            agreed += int((choices == dense_choices).sum())
+            if on_images:
+                kept = calls.kept[-1]
+                rows = (labels, dense_choices, choices, flops_share(kept, calls.geometry[-1]), kept)
+                on_images(ImageRows(*(values.cpu() for values in rows)))
             if progress:
                 progress(len(images))
     if not reduced.images:
