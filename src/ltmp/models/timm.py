@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..stack import sizes_of
+from .pooling import log_size, sized_mean, without_prefix
 from .recipe import Parts, Recipe
 
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -153,24 +153,12 @@ class SizedPool:
                 f"global_pool={kind!r} needs every token, and a reduced image has fewer: call ltmp.detach(model) first"
             )
         if not host.pool_include_prefix:
-            size = _without_prefix(size, host.num_prefix_tokens)
+            size = without_prefix(size, host.num_prefix_tokens)
         if host.attn_pool is not None:
-            return host.attn_pool(x, attn_mask=_log(size).to(x.dtype)[:, None, None, :])
-        mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
+            return host.attn_pool(x, attn_mask=log_size(size).to(x.dtype)[:, None, None, :])
+        mean = sized_mean(x, size)
         top = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
         return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
-
-
-def _without_prefix(size: Tensor, prefix: int) -> Tensor:
-    """Sizes [B, N] with those of the prefix 0, but for images that have nothing else left to pool."""
-    patches = torch.cat([torch.zeros_like(size[:, :prefix]), size[:, prefix:]], 1)
-    return torch.where((patches > 0).any(1, keepdim=True), patches, size)
-
-
-def _log(size: Tensor) -> Tensor:
-    """-inf for rows that are not there, and no gradient to them: that of log(0) would be NaN."""
-    there = size > 0
-    return torch.where(there, size, torch.ones_like(size)).log().masked_fill(~there, float("-inf"))
 
 
 class RefusedIntermediates:
