@@ -21,8 +21,7 @@ from ltmp.cli.setup import autocast_type, pick_device
 from ltmp.errors import UsageError
 from ltmp.evaluate import Evaluation, evaluate, report
 from ltmp.files import atomic_path
-from ltmp.learning import LearnResult
-from ltmp.learning.loop import Step
+from ltmp.learning import LearnResult, Step
 from ltmp.models import thresholds_of
 
 SEED_RATES = (5e-6, 5e-3)

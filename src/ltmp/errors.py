@@ -21,3 +21,8 @@ class MissingExtraError(LTMPError):
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed: pip install 'ltmp[{extra}]'"
         )
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

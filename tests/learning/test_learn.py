@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.flops import Geometry, flops_share
-from ltmp.learning import calibrate
+from ltmp.learning import calibrate, heldout, loop
 from ltmp.learning.budget import lowest_share, schedule
-from ltmp.learning.loop import measure_share, meet_budget
+from ltmp.learning.heldout import HeldOut
+from ltmp.learning.objective import teacher
 from ltmp.models import thresholds_of
 
 TARGET = 0.65
@@ -38,7 +40,7 @@ def test_meets_the_budget_on_other_images(variant: str, distill: bool) -> None:
     result = ltmp.learn(model, batches, target, distill=distill, **SETTINGS)
     assert abs(result.share - target) <= 0.01
     # 17 tokens a block: other images scatter more than those of a real model
-    assert abs(measure_share(model, random_images(128, seed=1), 64) - target) <= 0.04
+    assert abs(HeldOut(model, random_images(128, seed=1), 64).share() - target) <= 0.04
 
 
 def test_only_the_thresholds_change() -> None:
@@ -74,6 +76,39 @@ def test_views_steps_and_progress_are_counted() -> None:
     # calibration, then each of both candidates: some looks for the budget and one for the loss
     assert 64 + 5 * 32 <= result.views <= 64 + 23 * 32
     assert result.history == seen
+
+
+def test_progress_reaches_the_end_of_each_stage() -> None:
+    model, batches = model_and_batches()
+    seen: list[tuple[int, int, str]] = []
+    ltmp.learn(model, batches, TARGET, views=32, calibration=32, progress=lambda *report: seen.append(report))
+    stages = [list(reports) for _, reports in groupby(seen, key=lambda report: report[2])]
+    assert [stage[0][2].split()[0] for stage in stages] == ["reading", "meeting"]
+    assert seen[:2] == [(16, 32, stages[0][0][2]), (32, 32, stages[0][0][2])]
+    # once before the first step and once after the last
+    meeting = [done for done, _, _ in stages[1]]
+    assert sum(later < earlier for earlier, later in pairwise(meeting)) == 1
+    assert all(0 < done <= total == 12 * 32 for done, total, _ in stages[1])
+    assert stages[1][-1][0] == 12 * 32
+
+
+def test_the_dense_model_looks_at_the_images_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = []
+    monkeypatch.setattr(heldout, "teacher", lambda model, part: taught.append(part) or teacher(model, part))
+    model, batches = model_and_batches()
+    ltmp.learn(model, batches, TARGET, **SETTINGS)
+    assert torch.equal(torch.cat(taught), torch.cat([images for images, _ in batches])[:48])
+
+
+@pytest.mark.parametrize(("every", "saved"), [(2, [2, 4, 6]), (4, [4, 6])])
+def test_the_run_is_saved_every_few_steps_and_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, every: int, saved: list[int]
+) -> None:
+    found = []
+    monkeypatch.setattr(loop, "save_run", lambda path, settings, state: found.append(state["step"]))
+    model, batches = model_and_batches()
+    ltmp.learn(model, batches, TARGET, checkpoint=tmp_path / "run.pt", save_every=every, **SETTINGS)
+    assert found == saved
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:
@@ -162,7 +197,7 @@ def test_calibration_alone_is_near_the_budget(pool: str) -> None:
     model = ltmp.attach(tiny_vit(depth=4, img_size=32, global_pool=pool))
     images = random_images(64, size=32)
     calibrate(model, images, 0.7)
-    assert abs(measure_share(model, images, 64) - 0.7) < 0.03
+    assert abs(HeldOut(model, images, 64).share() - 0.7) < 0.03
     # a pooled head reads every token: the last block may not drop all of them
     assert (model.ltmp.prune[-1] == 1) == (pool == "token")
 
@@ -193,7 +228,7 @@ def test_learning_never_ends_behind_its_calibrated_start() -> None:
     model, batches = model_and_batches()
     images = torch.cat([images for images, _ in batches])[:48]
     calibrate(model, images, TARGET)
-    meet_budget(model, images, TARGET, 16)
+    HeldOut(model, images, 16).meet_budget(TARGET)
     start = {name: value.detach().clone() for name, value in thresholds_of(model).named_parameters()}
     # steps so large that what they learn is worthless
     ltmp.learn(model, batches, TARGET, lr=1000.0, **SETTINGS)

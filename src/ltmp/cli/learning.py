@@ -108,6 +108,7 @@ def learn_verb(
                 on_step=lambda step: bar.reach(
                     step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
                 ),
+                progress=bar.reach,
             )
         except KeyboardInterrupt:
             raise InterruptedRunError(_how_to_go_on(run_file)) from None

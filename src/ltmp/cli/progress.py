@@ -34,6 +34,9 @@ class Bar:
             return
         # in a log file a bar cannot move: a line for every tenth instead
         tenth = 10 * task.completed // task.total
+        if tenth < self._tenth:
+            # the next stage of the job has begun
+            self._tenth = 0.0
         if tenth > self._tenth:
             self._tenth = tenth
             console.print(f"{task.description} ({task.completed:g} of {task.total:g})", markup=False)

@@ -3,3 +3,4 @@
 from .calibrate import calibrate as calibrate
 from .loop import LearnResult as LearnResult
 from .loop import learn as learn
+from .run import Step as Step

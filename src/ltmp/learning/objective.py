@@ -1,13 +1,20 @@
-"""What the thresholds are learned for: the task, from labels or from the dense model's own answers."""
+"""What the thresholds are learned for: the task, from labels or from the dense model's own answers, and the budget."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import LTMPError
-from ..stack import dense
+from ..models import thresholds_of
+from ..stack import dense, record
+from .budget import budget_loss
 
 
 @torch.no_grad()
@@ -32,3 +39,49 @@ def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None) -> T
     if labels is None:
         raise LTMPError("there is nothing to learn from: give labels, or learn from the dense model (distill)")
     return F.cross_entropy(logits.float(), labels)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step descends: task loss and budget loss of an attached model.
+
+    Attributes:
+        distill: learn from the dense model's answers instead of labels.
+        cast: autocast of the forward passes.
+    """
+
+    model: nn.Module
+    target: float
+    budget_weight: float
+    distill: bool
+    cast: AbstractContextManager[Any]
+
+    def gradients(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float]:
+        """Leave in the thresholds the mean gradients of the next `count` batches.
+
+        Returns:
+            Mean task loss and mean share.
+
+        Raises:
+            LTMPError: the loss is not finite.
+        """
+        losses, shares = [], []
+        place = thresholds_of(self.model).merge.device
+        for _ in range(count):
+            images, labels = (t.to(place, non_blocking=True) for t in next(batches))
+            with self.cast:
+                taught = teacher(self.model, images) if self.distill else None
+                with record() as calls:
+                    logits = self.model(images)
+            share = calls.share()
+            task = task_loss(logits, labels, taught)
+            total = task + budget_loss(share, self.target, self.budget_weight)
+            if not total.isfinite():
+                raise LTMPError(
+                    "the loss is not finite: look for NaN or infinity in the images and the model's weights, "
+                    "or learn without amp"
+                )
+            (total / count).backward()
+            losses.append(task.detach())
+            shares.append(share.detach().mean())
+        return float(torch.stack(losses).mean()), float(torch.stack(shares).mean())

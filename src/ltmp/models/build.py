@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import read_state_dict, split_seed_state
-from ..errors import LTMPError, UsageError
-from .registry import parse_name
+from ..errors import LTMPError, UsageError, first_line
+from .registry import no_weights, parse_name
 
 
 def build_model(
@@ -81,15 +81,12 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (TypeError, AssertionError) as error:
-        raise UsageError(f"timm cannot build {name} with {kwargs or 'its defaults'}: {_first_line(error)}") from error
+        raise UsageError(f"timm cannot build {name} with {kwargs or 'its defaults'}: {first_line(error)}") from error
     # What is missing may be the network, the hub's answer or the weights themselves, each with its own class.
     except Exception as error:
         if not pretrained:
-            raise UsageError(f"timm cannot build {name}: {_first_line(error)}") from error
-        raise LTMPError(
-            f"cannot get the pretrained weights of {name} ({_first_line(error)}): without a network, copy the "
-            "checkpoint here and give its file as --weights FILE (weights= in Python)"
-        ) from error
+            raise UsageError(f"timm cannot build {name}: {first_line(error)}") from error
+        raise no_weights(name, error, "give its file as --weights FILE (weights= in Python)") from error
 
 
 def _check_patches(model: nn.Module) -> None:
@@ -131,7 +128,3 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
             f"{path} does not fit the model: {key!r} is {there} there and {here} here; check --model, --img-size and "
             "--model-kwargs"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

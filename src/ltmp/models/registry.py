@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import SEED_KEY, split_seed_state
 from ..config import VARIANTS, LTMPConfig
-from ..errors import LTMPError
+from ..errors import LTMPError, first_line
 from . import attach, is_attached, thresholds_of
 
 INFERENCE = "inference_"
@@ -86,11 +86,15 @@ def _build_host(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
     except Exception as error:
         if not pretrained or isinstance(error, TypeError | AssertionError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LTMPError(
-            f"cannot get the pretrained weights of {name} ({reason}): without a network, copy the checkpoint here and "
-            'give pretrained_cfg_overlay={"file": PATH} besides pretrained=True'
-        ) from error
+        raise no_weights(name, error, 'give pretrained_cfg_overlay={"file": PATH} besides pretrained=True') from error
+
+
+def no_weights(name: str, error: Exception, instead: str) -> LTMPError:
+    """What to say where timm could not get `name`'s weights; `instead` is how a file of them is given."""
+    return LTMPError(
+        f"cannot get the pretrained weights of {name} ({first_line(error)}): without a network, copy the checkpoint "
+        f"here and {instead}"
+    )
 
 
 def _accept_seed_keys(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -1,0 +1,132 @@
+"""The images kept apart from optimisation: thresholds are moved onto the budget there, and judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ..models import thresholds_of
+from ..stack import record
+from .objective import task_loss, teacher
+
+Progress = Callable[[int, int, str], None]
+"""Called with how much is done, of how much, and what it is."""
+
+TOLERANCE = 1e-3
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Thresholds that meet the budget on the images kept apart.
+
+    Attributes:
+        merge, prune: float32 [L].
+        share: deployed; loss: divergence from the dense model's answers.
+        looks: how often the images were looked at.
+    """
+
+    merge: Tensor
+    prune: Tensor
+    share: float
+    loss: float
+    looks: int
+
+
+class HeldOut:
+    """An attached model and images that it is not optimised on.
+
+    Args:
+        images: [N, 3, H, W] on the model's device; batch: how many to run at once.
+        progress: told of each batch while a candidate is made.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, batch: int, progress: Progress | None = None) -> None:
+        self.model = model
+        self.count = len(images)
+        self.parts = images.split(batch)
+        self.progress = progress
+        self._done = 0
+
+    def candidate(self, target: float, text: str = "meeting the budget") -> Candidate:
+        """Move the model's thresholds onto the budget and judge them as deployed."""
+        self._done = 0
+        share, looks = self.meet_budget(target)
+        loss = self.divergence()
+        thresholds = thresholds_of(self.model)
+        values = (thresholds.merge.detach().cpu().clone(), thresholds.prune.detach().cpu().clone())
+        if self.progress is not None:
+            self.progress(self._most, self._most, text)
+        return Candidate(*values, share, loss, looks + 1)
+
+    @torch.inference_mode()
+    def share(self) -> float:
+        """Mean deployed FLOPs share."""
+        with record() as calls:
+            for part in self.parts:
+                self.model(part)
+                self._tick(part)
+        return float(calls.share().mean())
+
+    @torch.inference_mode()
+    def divergence(self) -> float:
+        """Mean divergence of the deployed model's answers from the dense model's."""
+        losses = []
+        for part, answer in zip(self.parts, self._answers, strict=True):
+            losses.append(len(part) * float(task_loss(self.model(part), None, answer)))
+            self._tick(part)
+        return sum(losses) / self.count
+
+    def meet_budget(self, target: float, tolerance: float = TOLERANCE, tries: int = TRIES) -> tuple[float, int]:
+        """Move all thresholds together until the deployed share is `target`: bisection on one scalar.
+
+        Returns:
+            The share reached and how often the images were looked at.
+        """
+        thresholds = thresholds_of(self.model)
+        merge, prune = thresholds.merge.detach().clone(), thresholds.prune.detach().clone()
+        merges = merge < 1
+
+        def move(shift: float) -> None:
+            # one unit: 0.1 of cosine, and a factor e on importance
+            moved = torch.where(merges, (merge - 0.1 * shift).clamp(-1, 1 - 1e-6), merge)
+            thresholds.set(moved, torch.where(prune < 1, (prune * math.exp(shift)).clamp(max=1 - 1e-6), prune))
+
+        low, high, shift = -1.0, 1.0, 0.0
+        looks: list[tuple[float, float, float]] = []
+        while len(looks) < tries:
+            move(shift)
+            share = self.share()
+            looks.append((abs(share - target), shift, share))
+            if abs(share - target) <= tolerance:
+                break
+            low, high = (shift, high) if share > target else (low, shift)
+            # a small first step: learning ends near the budget
+            shift = (low + high) / 2 if len(looks) > 1 else math.copysign(0.1, share - target)
+        _, shift, share = min(looks)
+        move(shift)
+        return share, len(looks)
+
+    @cached_property
+    def _answers(self) -> list[Tensor]:
+        """The dense model's, kept: they are the same for every candidate."""
+        found = []
+        for part in self.parts:
+            found.append(teacher(self.model, part))
+            self._tick(part)
+        return found
+
+    @property
+    def _most(self) -> int:
+        """Images that a candidate may take: every try, the dense answers and the divergence."""
+        return (TRIES + 2) * self.count
+
+    def _tick(self, part: Tensor) -> None:
+        self._done += len(part)
+        if self.progress is not None:
+            self.progress(self._done, self._most, "meeting the budget")
