@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import LTMPError
 from ..flops import flops_share
 from ..models import is_attached
+from ..models.outputs import logits_of
 from ..stack import dense, record
 from .throughput import Throughput, measure
 
@@ -121,11 +122,11 @@ def evaluate(
     with deployed(model, device, amp=amp), record() as calls:
         for images, labels in _first(loader, limit):
             images, labels = images.to(device), labels.to(device)
-            logits = model(images)
+            logits = logits_of(model(images))
             # a record of its own, which nobody reads: the dense and the timed calls are not the result
             with record():
                 with dense():
-                    dense_logits = model(images)
+                    dense_logits = logits_of(model(images))
                 if speed and throughput is None:
                     throughput = measure(model, images)
             _check(images, labels, dense_logits)

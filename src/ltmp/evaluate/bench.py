@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from ..engines import packed, select
 from ..errors import LTMPError
 from ..models import detach, stack_of
+from ..models.outputs import logits_of
 from ..reduction import make_plan, similarity_metric
 from ..stack import ReducedStack, record
 from ..thresholds import Thresholds
 from ..tokens import Tokens
 
-Call = Callable[[], Tensor]
+Call = Callable[[], Any]
 
 DECISIONS = 0.999
 """Share of decisions that must equal the reference's, block by block on the same inputs."""
@@ -250,7 +251,7 @@ class Bench:
     def _recorded(call: Call) -> tuple[Tensor, float]:
         """Logits, and the mean FLOPs share; 1 where nothing was recorded."""
         with record() as calls:
-            logits = call()
+            logits = logits_of(call())
         return logits, calls.share().mean().item() if calls.kept else 1.0
 
     def run(self, seconds: float = 2.0) -> list[Row]:
@@ -294,8 +295,8 @@ class Bench:
         few = self.images[:16].float()
         reduced = copy.deepcopy(self.model).float()
         with _engine(reduced, "packed"):
-            logits = reduced(few)
-        return {"packed": logits, "dense": detach(reduced)(few)}
+            logits = logits_of(reduced(few))
+        return {"packed": logits, "dense": logits_of(detach(reduced)(few))}
 
     def _checked(self, name: str, call: Call, exact: dict[str, Tensor]) -> Row:
         """The row of one way without its speed; `note` says what is wrong with it."""
@@ -314,7 +315,7 @@ class Bench:
         elif not is_dense:
             allowed = LOGITS[self.images.dtype]
             if name != "packed":
-                allowed += _distance(self._way("packed")()[:few], wanted)
+                allowed += _distance(logits_of(self._way("packed")())[:few], wanted)
                 decisions = decisions_agree(self.stack, self._embedded(few))
                 if decisions < DECISIONS:
                     note = f"only {100 * decisions:.2f} % of decisions equal the reference's"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import thresholds_of
+from ..models.outputs import logits_of
 from ..stack import record
 from .objective import task_loss, teacher
 
@@ -78,7 +79,7 @@ class HeldOut:
         """Mean divergence of the deployed model's answers from the dense model's."""
         losses = []
         for part, answer in zip(self.parts, self._answers, strict=True):
-            losses.append(len(part) * float(task_loss(self.model(part), None, answer)))
+            losses.append(len(part) * float(task_loss(logits_of(self.model(part)), None, answer)))
             self._tick(part)
         return sum(losses) / self.count
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import LTMPError
 from ..models import thresholds_of
+from ..models.outputs import logits_of
 from ..stack import dense, record
 from .budget import budget_loss
 
@@ -21,7 +22,7 @@ from .budget import budget_loss
 def teacher(model: nn.Module, images: Tensor) -> Tensor:
     """Logits [B, K] of the same model with nothing removed."""
     with dense():
-        return model(images)
+        return logits_of(model(images))
 
 
 def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None) -> Tensor:
@@ -72,7 +73,7 @@ class Objective:
             with self.cast:
                 taught = teacher(self.model, images) if self.distill else None
                 with record() as calls:
-                    logits = self.model(images)
+                    logits = logits_of(self.model(images))
             share = calls.share()
             task = task_loss(logits, labels, taught)
             total = task + budget_loss(share, self.target, self.budget_weight)
