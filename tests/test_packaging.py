@@ -76,6 +76,7 @@ LAYERS = (
     ("stack", "engines"),
     ("reduction",),
     ("thresholds", "tokens"),
+    ("sources",),
     ("ops",),
     ("config", "files", "flops"),
     ("errors", "_version"),
@@ -111,4 +112,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "app.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "stack.py") == {"engines", "errors", "flops", "thresholds"}
+    assert imports(package / "stack.py") == {"engines", "errors", "flops", "sources", "thresholds", "tokens"}

@@ -16,6 +16,9 @@ from .learning import learn as learn
 from .models import attach as attach
 from .models import detach as detach
 from .models.registry import install as _install
+from .sources import Trace as Trace
+from .sources import trace as trace
+from .sources import unmerge as unmerge
 from .stack import dense as dense
 from .stack import record as record
 

@@ -7,7 +7,6 @@ deployment, where the tail is cut: parity sees the same sequence either way (pap
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops.match.reference import match
+from .sources import follow
 from .thresholds import Thresholds
 from .tokens import Tokens, take, take_all
 
@@ -37,10 +37,6 @@ class Plan:
     def merged(self) -> Tensor:
         """bool [B, N], the old places whose token was folded into another."""
         return self.into != torch.arange(self.into.shape[1], device=self.into.device)
-
-
-WATCHED: ContextVar[list[tuple[int, Tokens, Plan]] | None] = ContextVar("ltmp_watched", default=None)
-"""Where set, every plan is appended with its block and the state before it: how drawings follow the patches."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +109,10 @@ def make_plan(
             rank = torch.where(thresholds.can_merge[block], evens_first, place)
     last = _live_first(state.keep, rank)
     after = Tokens(*(take(t, last) for t in (state.size, state.keep, state.origin)))
-    plan = Plan(after, order.gather(1, last), into)
-    watched = WATCHED.get()
-    if watched is not None:
-        watched.append((block, tokens, plan))
-    return plan
+    order = order.gather(1, last)
+    if tokens.source is not None:
+        after = replace(after, source=follow(tokens.source, into, order, after.live, block))
+    return Plan(after, order, into)
 
 
 def _live_first(keep: Tensor, rank: Tensor) -> Tensor:

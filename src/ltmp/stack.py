@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .engines import masked, select
+from .engines.blockwise import Blockwise
+from .engines.request import Active
 from .errors import LTMPError
 from .flops import Geometry, flops_share
+from .sources import tracing, unmerging
 from .thresholds import Thresholds
+from .tokens import Reduced
 
 if TYPE_CHECKING:
     from .models.recipe import Recipe
@@ -85,7 +90,7 @@ class ReducedStack(nn.ModuleList):
     """The host's own blocks under their own names, run with token reduction between attention and MLP.
 
     Checkpoints of the host still load. Called like the container it replaces; iterating gives one callable that runs
-    everything, because some hosts loop over their blocks.
+    everything, because some hosts loop over their blocks. Inside `unmerge()` it gives one callable a block.
     """
 
     def __init__(
@@ -152,34 +157,67 @@ class ReducedStack(nn.ModuleList):
         Returns:
             [B, N', C]; `sizes_of` tells the pooling how many patches each row stands for.
         """
-        for name, value in [*enumerate(args), *kwargs.items()]:
-            if value is not None and value is not False:
-                raise NotImplementedError(
-                    f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
-                    "call ltmp.detach(model) for this"
-                )
-        thresholds = self.thresholds
-        active = select.active(thresholds)
-        calls = _RECORD.get()
-        if thresholds.training:
-            # a threshold that selects nothing today may learn to
-            active = ((True, True),) * thresholds.depth
-        nothing = x.shape[0] == 0 or not any(merge or prune for merge, prune in active)
-        if _DENSE.get() or nothing:
-            for block in self.blocks:
+        refuse_arguments(args, kwargs)
+        if unmerging():
+            for block in self:
                 x = block(x)
-            if calls is not None:
-                kept = torch.full((x.shape[0], thresholds.depth), float(x.shape[1]), device=x.device)
-                calls.add(kept, self.geometry(x.shape[1], x.shape[2]))
-            return with_sizes(x, None)
-        run = masked.run if thresholds.training else select.engine(thresholds.config.engine, x.device)
-        reduced = run(self, x, active)
+            return x
+        active = self.active(x)
+        if any(map(any, active)):
+            thresholds = self.thresholds
+            run = masked.run if thresholds.training else select.engine(thresholds.config.engine, x.device)
+            reduced = run(self, x, active)
+            self.note(x, reduced)
+            return with_sizes(reduced.x, reduced.size)
+        given = x
+        for block in self.blocks:
+            x = block(x)
+        if recording() is not None or tracing() is not None:
+            self.note(given, Reduced.whole(x, len(active)))
+        return with_sizes(x, None)
+
+    def active(self, x: Tensor) -> Active:
+        """For each block whether merging and pruning can select anything of `x`; nothing inside `dense()`."""
+        thresholds = self.thresholds
+        if is_dense() or x.shape[0] == 0:
+            return ((False, False),) * thresholds.depth
+        active = select.active(thresholds)
+        # a threshold that selects nothing today may learn to
+        return ((True, True),) * thresholds.depth if thresholds.training else active
+
+    def note(self, x: Tensor, reduced: Reduced) -> None:
+        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C]."""
+        calls, traced = recording(), tracing()
         if calls is not None:
             calls.add(reduced.kept, self.geometry(x.shape[1], x.shape[2]))
-        return with_sizes(reduced.x, reduced.size)
+        if traced is not None and reduced.source is not None:
+            traced.add(reduced.source, reduced.trail or ())
+
+    def _one_by_one(self) -> list[Callable[..., Tensor]]:
+        """One callable a block, each from every patch in its place to every patch in its place."""
+        way = Blockwise(self)
+        return [partial(_call_one, way, i) for i in range(self.thresholds.depth)]
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:  # type: ignore[override]
-        return iter((self.forward,))
+        return iter(self._one_by_one() if unmerging() else (self.forward,))
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._one_by_one()[index] if unmerging() else super().__getitem__(index)
+
+
+def _call_one(way: Blockwise, i: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    refuse_arguments(args, kwargs)
+    return with_sizes(way(i, x), None)
+
+
+def refuse_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError: a host gave its blocks something besides the tokens."""
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if value is not None and value is not False:
+            raise NotImplementedError(
+                f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
+                "call ltmp.detach(model) for this"
+            )
 
 
 def with_sizes(x: Tensor, size: Tensor | None) -> Tensor:

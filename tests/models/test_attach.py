@@ -320,9 +320,10 @@ def test_pooling_changed_while_attached(before: str, after: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["", "prr"])
 def test_pooling_that_needs_every_token_is_refused(kind: str) -> None:
-    model = attach_reducing(tiny_vit(global_pool="avg"), random_images(3))
-    model.global_pool = kind
-    with pytest.raises(NotImplementedError, match=r"needs every token.*ltmp\.detach"):
+    model = attach_reducing(tiny_vit(global_pool=kind), random_images(3))
+    with pytest.raises(NotImplementedError, match=r"needs every token.*ltmp\.unmerge"):
+        model(random_images(3))
+    with ltmp.unmerge():
         model(random_images(3))
 
 
@@ -534,8 +535,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "attention-dropout": (partial(tiny_vit, attn_drop_rate=0.1), "attn_drop_rate=0"),
     "hooked": (hooked, "blocks.1 has forward hooks"),
     "other-mlp": (other_mlp, "Sequential"),
-    "no-pooling": (partial(tiny_vit, class_token=False, global_pool=""), "global_pool=''"),
-    "prr-pooling": (partial(tiny_vit, global_pool="prr"), "global_pool='prr'"),
     "own-features": (partial(tiny_vit, OwnFeatures), "OwnFeatures has its own forward_features"),
     "resnet": (lambda: timm.create_model("resnet10t").eval(), "found none of the known hosts"),
     "container": (lambda: nn.Sequential(tiny_vit()), "attach inside"),
@@ -556,8 +555,8 @@ def test_refuses_and_changes_nothing(name: str) -> None:
 
 
 def test_names_every_reason() -> None:
-    model = tiny_vit(global_pool="prr", attn_drop_rate=0.1)
-    with pytest.raises(ltmp.LTMPError, match="prr") as refusal:
+    model = tiny_vit(OwnFeatures, attn_drop_rate=0.1)
+    with pytest.raises(ltmp.LTMPError, match="forward_features") as refusal:
         ltmp.attach(model)
     assert "attn_drop_rate" in str(refusal.value)
 
@@ -583,9 +582,7 @@ def test_nan_thresholds_are_refused(name: str, masked: bool) -> None:
 CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
     "attn_mask": lambda model, x: model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool)),
     "is_causal": lambda model, x: model(x, is_causal=True),
-    "forward_intermediates": lambda model, x: model.forward_intermediates(x),
-    "get_intermediate_layers": lambda model, x: model.get_intermediate_layers(x),
-    "prune_intermediate_layers": lambda model, x: model.prune_intermediate_layers(1),
+    "intermediates with attn_mask": lambda model, x: model.forward_intermediates(x, attn_mask=torch.ones(17, 17)),
 }
 
 

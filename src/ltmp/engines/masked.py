@@ -10,50 +10,57 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..reduction import fold, make_plan, similarity_metric
-from ..tokens import Reduced, Tokens, take
+from ..tokens import Reduced, State, take
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
 
 
 def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
-    """Run all blocks on [B, N, C] with masks; see `ReducedStack`. Follows the host's gradient checkpointing."""
-    tokens = Tokens.start(x.shape[0], x.shape[1], x.device)
-    kept = []
-    recompute = stack.grad_checkpointing and torch.is_grad_enabled()
+    """Run all blocks on [B, N, C] with masks; see `ReducedStack`."""
+    state = State.start(x, packs=False)
     for i in range(stack.thresholds.depth):
-        if recompute:
-            x, tokens = checkpoint(_block, stack, i, x, tokens, active, use_reentrant=False)
-        else:
-            x, tokens = _block(stack, i, x, tokens, active)
-        kept.append(tokens.counts())
-    x, size = prefix_first(x, tokens, stack.protected)
-    return Reduced(x, size, torch.stack(kept, 1))
+        state = step(stack, i, state, active)
+    return finish(state, state.x, torch.stack(state.kept, 1), stack.protected)
 
 
-def _block(
-    stack: ReducedStack, i: int, x: Tensor, tokens: Tokens, active: tuple[tuple[bool, bool], ...]
-) -> tuple[Tensor, Tokens]:
+def step(stack: ReducedStack, i: int, state: State, active: tuple[tuple[bool, bool], ...]) -> State:
+    """Run block `i`. Follows the host's gradient checkpointing."""
+    if stack.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(_block, stack, i, state, active, use_reentrant=False)
+    return _block(stack, i, state, active)
+
+
+def _block(stack: ReducedStack, i: int, state: State, active: tuple[tuple[bool, bool], ...]) -> State:
     recipe, block, thresholds = stack.recipe, stack.blocks[i], stack.thresholds
+    x, tokens = state.x, state.tokens
     q, k, v = recipe.qkv(block, x)
     y, importance = attend(q, k, v, tokens.size, tokens.keep)
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)
     if steps:
+        state = state.attended(x)
         plan = make_plan(tokens, similarity_metric(k), importance, thresholds, i, steps, stack.protected)
         x, tokens = fold(x, tokens.size, plan), plan.tokens
-    return x + recipe.mlp(block, x), tokens
+    return state.after(x + recipe.mlp(block, x), tokens)
 
 
-def prefix_first(x: Tensor, tokens: Tokens, protected: int) -> tuple[Tensor, Tensor]:
+def finish(state: State, x: Tensor, kept: Tensor, protected: int) -> Reduced:
     """Bring the prefix tokens back to where the host's head looks for them.
 
+    Args:
+        x: [B, N, C], the features of `state` as padded images.
+        kept: float32 [B, L], tokens after each block.
+
     Returns:
-        x [B, N, C] and size float32 [B, N], 0 for rows that are gone; the size carries the gradient of keeping the row,
-        for heads that pool rows.
+        Sizes are 0 for rows that are gone, and carry the gradient of keeping the row, for heads that pool rows.
     """
-    size = tokens.size * tokens.keep
+    tokens = state.tokens
+    size, source = tokens.size * tokens.keep, tokens.source
     if protected > 1:
         order = (tokens.origin - protected).clamp_(max=0).argsort(dim=1, stable=True)
         x, size = take(x, order), take(size, order)
-    return x, size
+        if source is not None:
+            row = order.argsort(dim=1).int()
+            source = torch.where(source < 0, source, row.gather(1, source.clamp_min(0).long()))
+    return Reduced(x, size, kept, source, state.trail)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan, similarity_metric
-from ..tokens import Reduced, Tokens, take
-from .masked import prefix_first
+from ..tokens import Reduced, State, Tokens, take
+from .masked import finish
 from .onednn import halves
 
 if TYPE_CHECKING:
@@ -19,34 +19,39 @@ if TYPE_CHECKING:
 
 def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
     """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`."""
-    images, length, width = x.shape
-    recipe, thresholds = stack.recipe, stack.thresholds
-    tokens = Tokens.start(images, length, x.device)
-    counts = [length] * images
-    kept: list[list[int]] = []
-    for i, block in enumerate(stack.blocks):
-        steps = thresholds.steps(active, i)
-        if not steps and x.ndim == 3:
-            # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
-            x = block(x)
-            kept.append(counts)
-            continue
-        x = x.reshape(-1, width)
-        half = halves(recipe, block, x)
-        q, k, v = half.qkv(x)
-        y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
-        x = x + half.out(y.flatten(-2))
-        if steps:
-            metric = pad(similarity_metric(k), counts) if "merge" in steps else None
-            importance = pad(importance, counts) if importance is not None else None
-            plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
-            x, tokens, counts = _fold_rows(x, tokens.size, counts, plan)
-        x = x + half.mlp(x)
-        kept.append(counts)
-    if x.ndim == 2:
-        x = pad(x, counts)
-    x, size = prefix_first(x, tokens, stack.protected)
-    return Reduced(x, size, torch.tensor(kept, dtype=torch.float32, device=x.device).T)
+    state = State.start(x, packs=True)
+    for i in range(stack.thresholds.depth):
+        state = step(stack, i, state, active)
+    x = state.x if state.x.ndim == 3 else pad(state.x, _counts(state))
+    kept = torch.tensor(state.kept, dtype=torch.float32, device=x.device).T
+    return finish(state, x, kept, stack.protected)
+
+
+def step(stack: ReducedStack, i: int, state: State, active: tuple[tuple[bool, bool], ...]) -> State:
+    """Run block `i` on the live tokens."""
+    recipe, block, thresholds = stack.recipe, stack.blocks[i], stack.thresholds
+    x, tokens, counts = state.x, state.tokens, _counts(state)
+    steps = thresholds.steps(active, i)
+    if not steps and x.ndim == 3:
+        # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
+        return state.after(block(x), tokens, counts)
+    x = x.reshape(-1, x.shape[-1])
+    half = halves(recipe, block, x)
+    q, k, v = half.qkv(x)
+    y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
+    x = x + half.out(y.flatten(-2))
+    if steps:
+        state = state.attended(x)
+        metric = pad(similarity_metric(k), counts) if "merge" in steps else None
+        importance = pad(importance, counts) if importance is not None else None
+        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
+        x, tokens, counts = _fold_rows(x, tokens.size, counts, plan)
+    return state.after(x + half.mlp(x), tokens, counts)
+
+
+def _counts(state: State) -> list[int]:
+    assert state.counts is not None
+    return state.counts
 
 
 def _attend(
@@ -110,6 +115,6 @@ def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[
         weight = size[image, place] / new_size[receiver] * (receiver >= 0)
         moved = x.index_select(0, first[image, 0] + place) * weight[:, None].to(x.dtype)
         out = (out * (old_size / new_size)[:, None].to(x.dtype)).index_add(0, receiver.clamp_min(0), moved)
-    longest = max(left)
-    state = plan.tokens
-    return out, Tokens(state.size[:, :longest], state.keep[:, :longest], state.origin[:, :longest]), left
+    longest, after = max(left), plan.tokens
+    cut = Tokens(after.size[:, :longest], after.keep[:, :longest], after.origin[:, :longest], after.source)
+    return out, cut, left

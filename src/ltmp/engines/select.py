@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LTMPError
-from ..reduction import WATCHED
+from ..sources import tracing
 from ..thresholds import Thresholds
 from . import packed
 from .request import REQUEST, Active
@@ -73,9 +73,9 @@ def active(thresholds: Thresholds) -> Active:
 
 
 def follows_thresholds(stack: ReducedStack) -> bool:
-    """Whether the decisions are plain comparisons that nobody watches: all that the kernels know."""
+    """Whether the decisions are plain comparisons that nobody traces: all that the kernels know."""
     policy = stack.thresholds
-    return isinstance(policy, Thresholds) and type(policy).select is Thresholds.select and WATCHED.get() is None
+    return isinstance(policy, Thresholds) and type(policy).select is Thresholds.select and tracing() is None
 
 
 def _triton(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:

@@ -57,7 +57,9 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         LTMPError: the model cannot be reduced; it is unchanged, and the message names every reason.
     """
     config = config or LTMPConfig()
-    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    # timm's feature extractor is a dictionary, but runs one of its entries and no other
+    runs_all = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    if runs_all and type(model).__name__ != "FeatureGetterNet":
         raise LTMPError(
             f"cannot attach to a {type(model).__name__}, which would run its thresholds, too: attach inside"
         )

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..stack import sizes_of
+from .intermediates import Unmerged
 from .pooling import log_size, sized_mean, without_prefix
 from .recipe import Parts, Recipe
 
@@ -86,11 +87,7 @@ def _problems(host: Any) -> list[str]:
         if trouble:
             found.append(f"blocks.{i} {trouble}")
             break
-    if host.global_pool == "":
-        found.append("global_pool='' returns every token, and a reduced image has fewer of them")
-    elif host.global_pool == "prr":
-        found.append("global_pool='prr' refines all patches, and a reduced image has fewer of them")
-    elif host.global_pool == "map" and not _map_pool_takes_mask(host.attn_pool):
+    if host.global_pool == "map" and not _map_pool_takes_mask(host.attn_pool):
         found.append("this timm's attention pooling takes no mask (timm >= 1.0.20 does)")
     return found
 
@@ -150,7 +147,8 @@ class SizedPool:
             return type(host).pool(host, x, pool_type)
         if kind not in _POOLS:
             raise NotImplementedError(
-                f"global_pool={kind!r} needs every token, and a reduced image has fewer: call ltmp.detach(model) first"
+                f"global_pool={kind!r} needs every token, and a reduced image has fewer: call the model inside "
+                "`with ltmp.unmerge():`, which gives every patch the features of its token"
             )
         if not host.pool_include_prefix:
             size = without_prefix(size, host.num_prefix_tokens)
@@ -161,19 +159,23 @@ class SizedPool:
         return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
 
 
-class RefusedIntermediates:
-    """Stands in for the host's ways to look between its blocks, where a reduced model has fewer features."""
+class RefusedPruning:
+    """Stands in for the host's way to cut off its last blocks, whose thresholds would stay behind."""
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            "a reduced model has no full grid of features between its blocks: call ltmp.detach(model) first"
+            "an attached model keeps its blocks: build the model with features_only=True and attach to that, "
+            "or wrap this one with timm's FeatureGetterNet(model, prune=False)"
         )
 
 
+_BETWEEN_BLOCKS = ("forward_intermediates", "_intermediate_layers")
+
+
 def _overrides(host: Any) -> dict[str, Any]:
-    refuse = RefusedIntermediates()
+    between = {name: Unmerged(host, name) for name in _BETWEEN_BLOCKS if hasattr(type(host), name)}
     # whatever the pooling is now: reset_classifier may change it
-    return {"pool": SizedPool(host), "forward_intermediates": refuse, "prune_intermediate_layers": refuse}
+    return {"pool": SizedPool(host), "prune_intermediate_layers": RefusedPruning(), **between}
 
 
 RECIPE = Recipe(

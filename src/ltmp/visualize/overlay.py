@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .groups import GONE
-
 PRUNED = (0.45, 0.08, 0.08)
 MERGED = (0.1, 0.55, 0.25)
 
@@ -18,7 +16,7 @@ def paint_groups(image: Tensor, groups: Tensor, grid: tuple[int, int], tint: flo
 
     Args:
         image: [3, H, W] in [0, 1].
-        groups: int64 [N], one row of `patch_groups` without the prefix tokens, numbered as there; -1 is gone.
+        groups: int64 [N], one row of `patch_groups` without the prefix tokens, numbered as there; negative is gone.
         grid: patches in a column and in a row; their product is N.
         tint: how much of the green goes into merged patches, in [0, 1].
 
@@ -31,7 +29,7 @@ def paint_groups(image: Tensor, groups: Tensor, grid: tuple[int, int], tint: flo
     green, red = (image.new_tensor(colour)[:, None, None, None] for colour in (MERGED, PRUNED))
     for group in groups.unique():
         members = groups == group
-        if group == GONE:
+        if group < 0:
             patches[:, members] = red
         elif members.sum() > 1:
             mean = patches[:, members].mean((1, 2, 3), keepdim=True)
