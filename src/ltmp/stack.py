@@ -19,7 +19,7 @@ from .errors import LTMPError
 from .flops import Geometry, flops_share
 from .sources import tracing, unmerging
 from .thresholds import Thresholds
-from .tokens import Reduced
+from .tokens import Positions, Reduced
 
 if TYPE_CHECKING:
     from .models.recipe import Recipe
@@ -91,6 +91,9 @@ class ReducedStack(nn.ModuleList):
 
     Checkpoints of the host still load. Called like the container it replaces; iterating gives one callable that runs
     everything, because some hosts loop over their blocks. Inside `unmerge()` it gives one callable a block.
+
+    Attributes:
+        overridden: dotted path to value, what attributes of the host's parts held that others stand in for.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class ReducedStack(nn.ModuleList):
         self._original = (blocks,)
         self._thresholds = (thresholds,)
         self._host = (host,)
+        self.overridden: dict[str, Any] = {}
         self.training = blocks.training
 
     @property
@@ -133,7 +137,7 @@ class ReducedStack(nn.ModuleList):
     @property
     def grad_checkpointing(self) -> bool:
         """Whether the host asked to recompute blocks in backward."""
-        return bool(getattr(self.host, "grad_checkpointing", False))
+        return self.recipe.grad_checkpointing(self.host)
 
     @property
     def prefix_only(self) -> bool:
@@ -153,25 +157,29 @@ class ReducedStack(nn.ModuleList):
 
         Args:
             x: [B, N, C] embedded tokens, prefix tokens first.
+            args, kwargs: what the host gives its blocks besides: positions that the recipe knows, or nothing.
 
         Returns:
             [B, N', C]; `sizes_of` tells the pooling how many patches each row stands for.
+
+        Raises:
+            NotImplementedError: the host asks its blocks for what a reduced model cannot do.
         """
-        refuse_arguments(args, kwargs)
         if unmerging():
             for block in self:
-                x = block(x)
+                x = block(x, *args, **kwargs)
             return x
+        positions = self.positions(x, args, kwargs)
         active = self.active(x)
         if any(map(any, active)):
             thresholds = self.thresholds
             run = masked.run if thresholds.training else select.engine(thresholds.config.engine, x.device)
-            reduced = run(self, x, active)
+            reduced = run(self, x, active, positions)
             self.note(x, reduced)
             return with_sizes(reduced.x, reduced.size)
         given = x
-        for block in self.blocks:
-            x = block(x)
+        for i in range(len(active)):
+            x = self.whole(i, x, positions)
         if recording() is not None or tracing() is not None:
             self.note(given, Reduced.whole(x, len(active)))
         return with_sizes(x, None)
@@ -193,6 +201,29 @@ class ReducedStack(nn.ModuleList):
         if traced is not None and reduced.source is not None:
             traced.add(reduced.source, reduced.trail or ())
 
+    def positions(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Positions | None:
+        """What the host says of the places of x [B, N, C] when it calls its blocks; if it says more, see `forward`."""
+        rotary = self.recipe.rotary
+        given = None if rotary is None else kwargs.pop(rotary.name, None)
+        for name, value in [*enumerate(args), *kwargs.items()]:
+            if value is not None and value is not False:
+                raise NotImplementedError(
+                    f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
+                    "call ltmp.detach(model) for this"
+                )
+        if rotary is None or given is None:
+            return None
+        return Positions(rotary.table(self.host, given, x.shape[1]), rotary.name, given)
+
+    def rotate(self, block: int, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [..., H, D] as the softmax sees them, of tokens at positions `rows` [..., E]."""
+        assert self.recipe.rotary is not None
+        return self.recipe.rotary.rotate(self.blocks[block], q, k, rows)
+
+    def whole(self, block: int, x: Tensor, positions: Positions | None) -> Tensor:
+        """The host's own block on [B, N, C] of which nothing was reduced yet."""
+        return self.blocks[block](x, **({} if positions is None else positions.argument(block)))
+
     def _one_by_one(self) -> list[Callable[..., Tensor]]:
         """One callable a block, each from every patch in its place to every patch in its place."""
         way = Blockwise(self)
@@ -206,18 +237,7 @@ class ReducedStack(nn.ModuleList):
 
 
 def _call_one(way: Blockwise, i: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    refuse_arguments(args, kwargs)
-    return with_sizes(way(i, x), None)
-
-
-def refuse_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError: a host gave its blocks something besides the tokens."""
-    for name, value in [*enumerate(args), *kwargs.items()]:
-        if value is not None and value is not False:
-            raise NotImplementedError(
-                f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
-                "call ltmp.detach(model) for this"
-            )
+    return with_sizes(way(i, x, way.stack.positions(x, args, kwargs)), None)
 
 
 def with_sizes(x: Tensor, size: Tensor | None) -> Tensor:

@@ -46,6 +46,32 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """What attention needs to know of each token's place (rotary embeddings); a merged token keeps its receiver's.
+
+    Attributes:
+        table: [N, E], a row for each token of the input, or [L, N, E] where each block has rows of its own.
+        name: what the host calls it when it calls its blocks; value: what it gave them.
+    """
+
+    table: Tensor
+    name: str
+    value: Any
+
+    def rows(self, block: int, origin: Tensor) -> Tensor:
+        """[..., E], the rows of the tokens that entered the first block at places `origin` [...].
+
+        Spare rows of a batch at fixed size hold any number there, and are told the nearest place.
+        """
+        table = self.table if self.table.ndim == 2 else self.table[block]
+        return table[origin.long().clamp(0, len(table) - 1)]
+
+    def argument(self, block: int) -> dict[str, Any]:
+        """What the host would call this block with."""
+        return {self.name: self.value if self.table.ndim == 2 else self.value[block]}
+
+
+@dataclass(frozen=True)
 class State:
     """A batch between two blocks.
 
@@ -56,6 +82,7 @@ class State:
         kept: tokens after each block so far, one [B] each.
         trail: the sources after each block so far, where every block is traced, or None.
         dropped: [B, tokens at the start, C], the features of each pruned patch when it went, where unmerging asks.
+        positions: of the tokens at the start, where the host's attention needs them.
     """
 
     x: Tensor
@@ -64,15 +91,17 @@ class State:
     kept: tuple[Any, ...] = ()
     trail: tuple[Tensor, ...] | None = None
     dropped: Tensor | None = None
+    positions: Positions | None = None
 
     @classmethod
-    def start(cls, x: Tensor, *, packs: bool, unmerges: bool = False) -> State:
+    def start(cls, x: Tensor, *, packs: bool, positions: Positions | None, unmerges: bool = False) -> State:
         """[B, N, C] as it enters the first block; `unmerges` says whether `unmerged` will be asked for."""
         images, length, _ = x.shape
         calls = tracing()
         tokens = Tokens.start(images, length, x.device, traced=calls is not None or unmerges)
         trail = () if calls is not None and calls.every_block else None
-        return cls(x, tokens, [length] * images if packs else None, (), trail, x if unmerges else None)
+        dropped = x if unmerges else None
+        return cls(x, tokens, [length] * images if packs else None, (), trail, dropped, positions)
 
     def attended(self, x: Tensor) -> State:
         """The same with the features `x` that a block's attention left: what is dropped next is remembered so."""
@@ -85,7 +114,7 @@ class State:
         trail = self.trail
         if trail is not None and tokens.source is not None:
             trail = (*trail, tokens.source)
-        return State(x, tokens, counts, (*self.kept, kept), trail, self.dropped)
+        return State(x, tokens, counts, (*self.kept, kept), trail, self.dropped, self.positions)
 
     def unmerged(self) -> Tensor:
         """[B, tokens at the start, C]: every patch with the features of its token, or those it had when it was dropped.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LTMPError
-from ..tokens import Reduced, State
+from ..tokens import Positions, Reduced, State
 from . import masked, packed
 from .request import Active
 
@@ -30,10 +30,10 @@ class Blockwise:
         self.active: Active = ()
         self.reached: dict[int, tuple[State, Tensor]] = {}
 
-    def __call__(self, i: int, x: Tensor) -> Tensor:
+    def __call__(self, i: int, x: Tensor, positions: Positions | None) -> Tensor:
         """Block `i`: [B, N, C], what the block before gave, to [B, N, C]."""
         if i == 0 and not self._gave(0, x):
-            self._start(x)
+            self._start(x, positions)
         if not self._gave(i, x):
             raise LTMPError(
                 "the host did something to its features between two blocks, which a reduced model cannot follow: "
@@ -56,11 +56,11 @@ class Blockwise:
     def _checkpoints(self) -> bool:
         return self.stack.grad_checkpointing and torch.is_grad_enabled()
 
-    def _start(self, x: Tensor) -> None:
+    def _start(self, x: Tensor, positions: Positions | None) -> None:
         self.active = self.stack.active(x)
         if self.active[-1][1] and bool(self.stack.thresholds.prune[-1] >= 1):
             # learned for a head that reads none of the last block's patches; here they are read
             self.active = (*self.active[:-1], (self.active[-1][0], False))
         trains = self.stack.thresholds.training and any(map(any, self.active))
         self.step = masked.step if trains else packed.step
-        self.reached = {0: (State.start(x, packs=not trains, unmerges=True), x)}
+        self.reached = {0: (State.start(x, packs=not trains, positions=positions, unmerges=True), x)}

@@ -253,14 +253,14 @@ class GraphedForward:
         self.__dict__.update(state)
         self._forget()
 
-    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self._applies(images):
-            return type(self.host).forward(self.host, images, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not self._applies(args[0]):
+            return type(self.host).forward(self.host, *args, **kwargs)
         # graphs write to memory of their own: one caller at a time
         with self._lock, torch.no_grad():
-            return self._run(images)
+            return self._run(args[0])
 
-    def _applies(self, images: Tensor) -> bool:
+    def _applies(self, images: Any) -> bool:
         from ..stack import is_dense
         from .select import follows_thresholds, unavailable
 

@@ -10,31 +10,34 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..reduction import fold, make_plan, similarity_metric
-from ..tokens import Reduced, State, take
+from ..tokens import Positions, Reduced, State, take
+from .request import Active
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
 
 
-def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
+def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] with masks; see `ReducedStack`."""
-    state = State.start(x, packs=False)
+    state = State.start(x, packs=False, positions=positions)
     for i in range(stack.thresholds.depth):
         state = step(stack, i, state, active)
     return finish(state, state.x, torch.stack(state.kept, 1), stack.protected)
 
 
-def step(stack: ReducedStack, i: int, state: State, active: tuple[tuple[bool, bool], ...]) -> State:
+def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     """Run block `i`. Follows the host's gradient checkpointing."""
     if stack.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(_block, stack, i, state, active, use_reentrant=False)
     return _block(stack, i, state, active)
 
 
-def _block(stack: ReducedStack, i: int, state: State, active: tuple[tuple[bool, bool], ...]) -> State:
+def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     recipe, block, thresholds = stack.recipe, stack.blocks[i], stack.thresholds
     x, tokens = state.x, state.tokens
     q, k, v = recipe.qkv(block, x)
+    if state.positions is not None:
+        q, k = stack.rotate(i, q, k, state.positions.rows(i, tokens.origin))
     y, importance = attend(q, k, v, tokens.size, tokens.keep)
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)

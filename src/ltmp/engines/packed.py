@@ -9,17 +9,18 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan, similarity_metric
-from ..tokens import Reduced, State, Tokens, take
+from ..tokens import Positions, Reduced, State, Tokens, take
 from .masked import finish
 from .onednn import halves
+from .request import Active
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
 
 
-def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -> Reduced:
+def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`."""
-    state = State.start(x, packs=True)
+    state = State.start(x, packs=True, positions=positions)
     for i in range(stack.thresholds.depth):
         state = step(stack, i, state, active)
     x = state.x if state.x.ndim == 3 else pad(state.x, _counts(state))
@@ -27,17 +28,19 @@ def run(stack: ReducedStack, x: Tensor, active: tuple[tuple[bool, bool], ...]) -
     return finish(state, x, kept, stack.protected)
 
 
-def step(stack: ReducedStack, i: int, state: State, active: tuple[tuple[bool, bool], ...]) -> State:
+def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     """Run block `i` on the live tokens."""
     recipe, block, thresholds = stack.recipe, stack.blocks[i], stack.thresholds
     x, tokens, counts = state.x, state.tokens, _counts(state)
     steps = thresholds.steps(active, i)
     if not steps and x.ndim == 3:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
-        return state.after(block(x), tokens, counts)
+        return state.after(stack.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
     half = halves(recipe, block, x)
     q, k, v = half.qkv(x)
+    if state.positions is not None:
+        q, k = stack.rotate(i, q, k, state.positions.rows(i, rows(tokens.origin, counts)))
     y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
     x = x + half.out(y.flatten(-2))
     if steps:

@@ -19,9 +19,9 @@ from .request import REQUEST, Active
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
-    from ..tokens import Reduced
+    from ..tokens import Positions, Reduced
 
-Run = Callable[["ReducedStack", Tensor, Active], "Reduced"]
+Run = Callable[["ReducedStack", Tensor, Active, "Positions | None"], "Reduced"]
 
 _CAPABILITY = (8, 0)
 """The least that the kernels are written for: Ampere, with bfloat16 and tf32."""
@@ -78,13 +78,13 @@ def follows_thresholds(stack: ReducedStack) -> bool:
     return isinstance(policy, Thresholds) and type(policy).select is Thresholds.select and tracing() is None
 
 
-def _triton(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
+def _triton(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
     from . import triton
 
-    return triton.run(stack, x, active) if follows_thresholds(stack) else packed.run(stack, x, active)
+    run = triton.run if follows_thresholds(stack) else packed.run
+    return run(stack, x, active, positions)
 
 
-def _differentiable_or_triton(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return packed.run(stack, x, active)
-    return _triton(stack, x, active)
+def _differentiable_or_triton(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
+    run = packed.run if torch.is_grad_enabled() and x.requires_grad else _triton
+    return run(stack, x, active, positions)

@@ -20,7 +20,7 @@ from ..ops.fold.triton import fold
 from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
-from ..tokens import Reduced
+from ..tokens import Positions, Reduced
 from .request import REQUEST, Active, Capacity
 
 if TYPE_CHECKING:
@@ -151,13 +151,13 @@ def branches(stack: ReducedStack) -> list[Branches]:
     return found
 
 
-def run(stack: ReducedStack, x: Tensor, active: Active) -> Reduced:
+def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces.
 
     A caller may ask for fixed sizes instead, with nothing read back (`request.Request`).
     """
     request = REQUEST.get()
-    batch = Pass(stack, x, active, None if request is None else request.capacity)
+    batch = Pass(stack, x, active, None if request is None else request.capacity, positions)
     if request is not None:
         request.stats = batch.stats
     return batch.run()
@@ -192,6 +192,7 @@ class Pass:
 
     Args:
         capacity: sizes after each block, for a pass that reads nothing back; None for exact sizes.
+        positions: of the tokens of `x`, where the host's attention needs them.
 
     Attributes:
         stats: int32 [L, 3] on the device, tokens of the batch and of its longest image after each block that reduces,
@@ -199,8 +200,11 @@ class Pass:
         plans: for each block what it did with its tokens, the last step of it; None where nothing.
     """
 
-    def __init__(self, stack: ReducedStack, x: Tensor, active: Active, capacity: Capacity | None = None) -> None:
-        self.stack, self.x, self.active, self.capacity = stack, x, active, capacity
+    def __init__(
+        self, stack: ReducedStack, x: Tensor, active: Active, capacity: Capacity | None = None,
+        positions: Positions | None = None,
+    ) -> None:  # fmt: skip
+        self.stack, self.x, self.active, self.capacity, self.positions = stack, x, active, capacity, positions
         self.branches = branches(stack)
         self.plans: list[Plan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
@@ -221,6 +225,8 @@ class Pass:
         block = self.branches[i]
         steps = self.stack.thresholds.steps(self.active, i)
         q, k, v = block.qkv(rows)
+        if self.positions is not None:
+            q, k = self.stack.rotate(i, q, k, self.positions.rows(i, rows.origin))
         y, received = _attend(q, k, v, rows, "prune" in steps)
         y = block.out(y)
         if steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,8 +17,13 @@ from .recipe import Recipe
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LIBRARIES = {"timm": "ltmp.models.timm"}
-"""Host library to the module with its recipes; imported only when a model of that library is attached."""
+_LIBRARIES = {
+    "timm": ("timm", "eva"),
+    "torchvision": ("torchvision",),
+    "open_clip": ("open_clip",),
+    "transformers": ("transformers",),
+}
+"""Host library to our modules with its recipes; imported only when a model of that library is attached."""
 
 
 def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
@@ -28,15 +34,22 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
     """
     for module in model.modules():
         for cls in type(module).__mro__:
-            library = cls.__module__.partition(".")[0]
-            if library in _LIBRARIES:
-                hosts = importlib.import_module(_LIBRARIES[library]).HOSTS
-                if cls in hosts:
-                    return module, hosts[cls]
+            recipe = recipes(cls.__module__.partition(".")[0]).get(cls)
+            if recipe is not None:
+                return module, recipe
     raise LTMPError(
         f"cannot attach to {type(model).__name__}: found none of the known hosts inside "
-        "(timm VisionTransformer and distilled DeiT)"
+        f"(vision transformers of {', '.join(_LIBRARIES)}; docs/hosts.md lists them)"
     )
+
+
+def recipes(library: str) -> dict[type[nn.Module], Recipe]:
+    """The hosts of a library that is installed, each with its recipe."""
+    found: dict[type[nn.Module], Recipe] = {}
+    for name in _LIBRARIES.get(library, ()):
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            found |= importlib.import_module(f"{__name__}.{name}").HOSTS
+    return found
 
 
 def attach(model: Model, config: LTMPConfig | None = None) -> Model:
@@ -69,7 +82,7 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
     if is_attached(model):
         detach(model)
-    parent, name = _container(host, recipe)
+    parent, name = _place(host, recipe.stack)
     if isinstance(getattr(parent, name), ReducedStack):
         raise LTMPError(f"already attached to the {type(host).__name__} inside: call ltmp.detach on that one first")
     blocks = getattr(parent, name)
@@ -78,9 +91,14 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     stack = ReducedStack(blocks, recipe, thresholds, recipe.protected(host), host)
     setattr(parent, name, stack)
     model.ltmp = thresholds
-    for attribute, value in recipe.overrides(host).items():
-        setattr(host, attribute, value)
-    recipe.final_norm(host).register_forward_hook(carry_sizes)
+    for path, value in recipe.overrides(host).items():
+        owner, attribute = _place(host, path)
+        if attribute in vars(owner):
+            stack.overridden[path] = vars(owner)[attribute]
+        setattr(owner, attribute, value)
+    norm = recipe.final_norm(host)
+    if norm is not None:
+        norm.register_forward_hook(carry_sizes)
     graph.install(host, stack)
     return model
 
@@ -94,14 +112,18 @@ def detach(model: Model) -> Model:
     if not is_attached(model):
         return model
     host, recipe = find_host(model)
-    parent, name = _container(host, recipe)
+    parent, name = _place(host, recipe.stack)
     stack = getattr(parent, name)
     stack.original.train(stack.training)
     setattr(parent, name, stack.original)
     graph.uninstall(host)
-    for attribute in recipe.overrides(host):
-        delattr(host, attribute)
-    hooks = recipe.final_norm(host)._forward_hooks
+    for path in recipe.overrides(host):
+        owner, attribute = _place(host, path)
+        delattr(owner, attribute)
+        if path in stack.overridden:
+            setattr(owner, attribute, stack.overridden[path])
+    norm = recipe.final_norm(host)
+    hooks = {} if norm is None else norm._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is carry_sizes]:
         del hooks[key]
     del model.ltmp
@@ -130,14 +152,15 @@ def thresholds_of(model: nn.Module) -> Thresholds:
     return stack_of(model).thresholds
 
 
-def _container(host: nn.Module, recipe: Recipe) -> tuple[Any, str]:
-    path, _, name = recipe.stack.rpartition(".")
+def _place(host: nn.Module, dotted: str) -> tuple[Any, str]:
+    """Whose attribute a dotted path from the host is, and its name there."""
+    path, _, name = dotted.rpartition(".")
     return host.get_submodule(path), name
 
 
 def _find_problems(host: nn.Module, recipe: Recipe) -> list[str]:
     """Problems of the host as it is without us, so that attaching again asks the same questions."""
-    parent, name = _container(host, recipe)
+    parent, name = _place(host, recipe.stack)
     stack = getattr(parent, name)
     if not isinstance(stack, ReducedStack):
         return recipe.problems(host)

@@ -32,6 +32,27 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How a host tells its attention where tokens are.
+
+    Attributes:
+        name: the keyword of the blocks that carries the positions.
+        table: (host, what came under that name, N tokens) -> [N, E], or [L, N, E] where the host gave each block its
+            own; rows of prefix tokens say "not rotated".
+        rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax sees them.
+    """
+
+    name: str
+    table: Callable[[nn.Module, Any, int], Tensor]
+    rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def has_grad_checkpointing(host: nn.Module) -> bool:
+    """timm's way to ask for it."""
+    return bool(getattr(host, "grad_checkpointing", False))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A pre-norm transformer as a few module-level functions (lambdas cannot be pickled with the model).
 
@@ -40,16 +61,19 @@ class Recipe:
     Attributes:
         name: what to call the host in messages.
         stack: dotted path of the container of blocks.
-        qkv: (block, x [..., C]) -> q, k, v, each [..., H, D]; norm, projection and head norms included.
+        qkv: (block, x [..., C]) -> q, k, v, each [..., H, D]; norm, projection and head norms included, and a scale
+            of q where the host's is not 1 / sqrt(D).
         out: (block, y [..., H * D]) -> first residual branch [..., C].
         mlp: (block, x [..., C]) -> second residual branch [..., C].
         parts: block -> its weights for fused engines, or None where it is not a standard one.
         protected: host -> number of prefix tokens.
         problems: host -> what stands in the way, one phrase each; empty when it can be attached.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
-        overrides: host -> attributes to set on it while attached (pooling that knows sizes, refusals).
-        final_norm: host -> the module between the blocks and the pooling.
+        overrides: host -> attributes to set while attached (pooling that knows sizes, refusals), by dotted path.
+        final_norm: host -> the module between the blocks and the pooling; None where nothing pools rows.
         prefix_only: host -> whether its head reads nothing but the prefix tokens.
+        rotary: how its attention learns where tokens are; None where they were told before the first block.
+        grad_checkpointing: host -> whether blocks are to be recomputed in backward.
     """
 
     name: str
@@ -62,5 +86,7 @@ class Recipe:
     problems: Callable[[nn.Module], list[str]]
     mlp_ratio: Callable[[nn.Module], float]
     overrides: Callable[[nn.Module], dict[str, Any]]
-    final_norm: Callable[[nn.Module], nn.Module]
+    final_norm: Callable[[nn.Module], nn.Module | None]
     prefix_only: Callable[[nn.Module], bool]
+    rotary: Rotary | None = None
+    grad_checkpointing: Callable[[nn.Module], bool] = has_grad_checkpointing

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint import SEED_KEY, split_seed_state
 from ..config import VARIANTS, LTMPConfig
 from ..errors import LTMPError, first_line
-from . import attach, is_attached, thresholds_of
+from . import attach, is_attached, recipes, thresholds_of
 
 INFERENCE = "inference_"
 MERGE_START, PRUNE_START = 0.9, 0.0
@@ -40,9 +40,7 @@ def register() -> None:
     import timm
     from timm.models import register_model
 
-    from .timm import HOSTS
-
-    hosts = {cls.__name__ for cls in HOSTS}
+    hosts = {cls.__name__ for cls in recipes("timm")}
     for name in timm.list_models():
         built = timm.model_entrypoint(name).__annotations__.get("return")
         if getattr(built, "__name__", built) in hosts:

@@ -16,7 +16,7 @@ from .pooling import log_size, sized_mean, without_prefix
 from .recipe import Parts, Recipe
 
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
-_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+_ATTENTION_PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
 _MLPS = (Mlp, GluMlp, SwiGLU)
 
 
@@ -37,6 +37,12 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _parts(block: Any) -> Parts | None:
+    scale1, scale2 = (ls.gamma if isinstance(ls, LayerScale) else None for ls in (block.ls1, block.ls2))
+    return standard_parts(block, scale1, scale2)
+
+
+def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None) -> Parts | None:
+    """The weights of a timm block with these layer scales, or None where it has parts that are not plain."""
     attn, mlp = block.attn, block.mlp
     standard = (
         isinstance(block.norm1, nn.LayerNorm)
@@ -49,7 +55,6 @@ def _parts(block: Any) -> Parts | None:
     act = _activation(mlp.act) if standard else None
     if act is None:
         return None
-    scale1, scale2 = (ls.gamma if isinstance(ls, LayerScale) else None for ls in (block.ls1, block.ls2))
     return Parts(
         block.norm1, attn.qkv, attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
         block.norm2, mlp.fc1, act, mlp.fc2, scale2,
@@ -74,16 +79,21 @@ def _protected(host: Any) -> int:
 
 
 def _problems(host: Any) -> list[str]:
+    return find_problems(host, VisionTransformer, Block, (Attention,), _BLOCK_PARTS)
+
+
+def find_problems(
+    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], parts: set[str]
+) -> list[str]:
+    """What keeps a host that its library has as a `base` of `block_class`es from being reduced, one phrase each."""
     found = []
     overridden = [
-        name
-        for name in ("forward", "forward_features", "pool")
-        if getattr(type(host), name) is not getattr(VisionTransformer, name)
+        name for name in ("forward", "forward_features", "pool") if getattr(type(host), name) is not getattr(base, name)
     ]
     if overridden:
         found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
     for i, block in enumerate(host.blocks):
-        trouble = _block_problems(block)
+        trouble = _block_problems(block, block_class, attentions, parts)
         if trouble:
             found.append(f"blocks.{i} {trouble}")
             break
@@ -92,18 +102,18 @@ def _problems(host: Any) -> list[str]:
     return found
 
 
-def _block_problems(block: Any) -> str | None:
+def _block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...], parts: set[str]) -> str | None:
     """Why this block is not the standard pre-norm one that the recipe describes, or None."""
-    if type(block) is not Block:
-        return f"is a {type(block).__name__}, not timm's standard Block"
-    extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
+    if type(block) is not block_class:
+        return f"is a {type(block).__name__}, not timm's standard {block_class.__name__}"
+    extra = sorted(set(dict(block.named_children())) - parts)
     if extra:
         return f"has parts that this version does not know: {', '.join(extra)}"
     attn = block.attn
     if any(part._forward_hooks or part._forward_pre_hooks for part in (block, attn)):
         return "has forward hooks, which would no longer run: remove them"
-    if type(attn) is not Attention:
-        return f"uses {type(attn).__name__}, not timm's standard Attention"
+    if type(attn) not in attentions:
+        return f"uses {type(attn).__name__}, not timm's standard {attentions[0].__name__}"
     extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)
     if extra:
         return f"has an attention with parts that this version does not know: {', '.join(extra)}"
@@ -150,7 +160,7 @@ class SizedPool:
                 f"global_pool={kind!r} needs every token, and a reduced image has fewer: call the model inside "
                 "`with ltmp.unmerge():`, which gives every patch the features of its token"
             )
-        if not host.pool_include_prefix:
+        if not getattr(host, "pool_include_prefix", host.attn_pool is not None):
             size = without_prefix(size, host.num_prefix_tokens)
         if host.attn_pool is not None:
             return host.attn_pool(x, attn_mask=log_size(size).to(x.dtype)[:, None, None, :])

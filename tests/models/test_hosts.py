@@ -1,0 +1,166 @@
+"""Every kind of host (`cases.py`) against every behaviour of an attached model."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import ATTACHED, REFUSED, Case
+from torch import Tensor
+
+import ltmp
+from helpers import assert_close
+from ltmp.models import stack_of
+
+
+@pytest.fixture(params=ATTACHED)
+def case(request: pytest.FixtureRequest) -> Case:
+    return ATTACHED[request.param]
+
+
+def attached(case: Case, seed: int = 0) -> Any:
+    """The host with thresholds drawn at random, around where they remove a part of the tokens."""
+    model = ltmp.attach(case.build())
+    depth = model.ltmp.depth
+    draw = torch.rand(2, depth, generator=torch.Generator().manual_seed(seed))
+    model.ltmp.set(0.4 + 0.4 * draw[0], (0.3 + 0.5 * draw[1]) / case.tokens)
+    return model
+
+
+def recorded(case: Case, model: Any) -> tuple[Tensor, Tensor]:
+    """The output and tokens after each block [B, L]."""
+    with ltmp.record() as calls:
+        output = case.call(model)
+    return output, torch.cat(calls.kept)
+
+
+@torch.no_grad()
+def test_off_thresholds_give_the_dense_output(case: Case) -> None:
+    model = case.build()
+    dense = case.call(model)
+    assert not torch.equal(dense[0], dense[1]), "the images are all the same to this model: the test tests little"
+    ltmp.attach(model)
+    assert_close(case.call(model), dense, atol=1e-5, what="packed")
+    model.ltmp.train()
+    assert_close(case.call(model), dense, atol=1e-5, what="masked")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_masked_is_packed(case: Case, seed: int) -> None:
+    model = attached(case, seed)
+    packed, kept = recorded(case, model)
+    assert kept[:, -1].lt(case.tokens).all()
+    assert kept[:, 0].gt(1).any()
+    model.ltmp.train()
+    masked, same = recorded(case, model)
+    assert same.tolist() == kept.tolist()
+    assert_close(masked, packed, atol=1e-5)
+    with ltmp.dense():
+        assert not torch.allclose(case.call(model), packed, atol=1e-3)
+
+
+@torch.no_grad()
+def test_detach_restores_bit_for_bit(case: Case) -> None:
+    model = case.build()
+    before = {name: (id(module), sorted(vars(module))) for name, module in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    dense = case.call(model)
+    ltmp.attach(model).ltmp.set(None, [0.05] * model.ltmp.depth)
+    assert sorted(model.state_dict()) == sorted([*state, "ltmp.merge", "ltmp.prune"])
+    assert not torch.equal(case.call(model), dense)
+    ltmp.detach(model)
+    assert before == {name: (id(module), sorted(vars(module))) for name, module in model.named_modules()}
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(case.call(model), dense)
+
+
+def gradients(case: Case, model: Any) -> Tensor:
+    """[2, L] of a loss and the share, for merge and prune."""
+    model.train().requires_grad_(False)
+    model.ltmp.requires_grad_(True)
+    with ltmp.record() as calls:
+        output = case.call(model)
+    # what the last block removes matters to the budget, at least
+    (output.square().mean() + calls.share().mean()).backward()
+    return torch.stack([model.ltmp.merge.grad, model.ltmp.prune.grad])
+
+
+def test_both_thresholds_learn(case: Case) -> None:
+    model = attached(case)
+    found = gradients(case, model)
+    assert found.isfinite().all()
+    assert found.ne(0).all()
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("ltmp."))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(case: Case) -> None:
+    expected = gradients(case, attached(case))
+    model = attached(case)
+    case.checkpointing(model)
+    entered: list[int] = []
+    block = stack_of(model).blocks[0]
+    next(block.children()).register_forward_hook(lambda *_: entered.append(1))
+    assert_close(gradients(case, model), expected, atol=1e-5 * float(expected.abs().max()))
+    has = case.checkpointing.__name__ != "no_checkpointing"
+    assert (len(entered) > 1) == has, "recomputed where it was not asked for, or the other way round"
+
+
+@torch.no_grad()
+def test_saved_thresholds_load(case: Case, tmp_path: Path) -> None:
+    model = attached(case)
+    expected = case.call(model)
+    ltmp.save(model, tmp_path / "thresholds.safetensors")
+    fresh = case.build()
+    ltmp.load(fresh, tmp_path / "thresholds.safetensors")
+    assert torch.equal(case.call(fresh), expected)
+
+
+def saved_and_loaded(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "pickle"])
+def test_copies_are_whole_and_their_own(case: Case, clone: Callable[[Any], Any]) -> None:
+    model = attached(case)
+    expected = case.call(model)
+    twin = clone(model)
+    assert torch.equal(case.call(twin), expected)
+    assert stack_of(twin).thresholds is twin.ltmp
+    ltmp.detach(twin)
+    assert torch.equal(case.call(twin), case.call(case.build()))
+    assert torch.equal(case.call(model), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
+def test_autocast(case: Case, masked: bool) -> None:
+    """Reduces much as in float32: a rounded score may fall on the other side of its threshold here and there."""
+    model = attached(case)
+    _, expected = recorded(case, model)
+    model.ltmp.train(masked)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, kept = recorded(case, model)
+    assert output.isfinite().all()
+    assert (kept - expected).abs().max() <= 3
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name: str) -> None:
+    case = REFUSED[name]
+    model = case.build()
+    before = sorted(vars(model))
+    with pytest.raises(ltmp.LTMPError) as refusal:
+        ltmp.attach(model)
+    assert case.refused in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert sorted(vars(model)) == before
