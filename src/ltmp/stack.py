@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .engines import masked, select
 from .engines.blockwise import Blockwise
+from .engines.positions import Positions, positions_of
 from .engines.request import Active
 from .errors import LTMPError
 from .flops import Geometry, flops_share
 from .sources import tracing, unmerging
 from .thresholds import Thresholds
-from .tokens import Positions, Reduced
+from .tokens import Reduced
 
 if TYPE_CHECKING:
     from .models.recipe import Recipe
@@ -202,23 +203,8 @@ class ReducedStack(nn.ModuleList):
             traced.add(reduced.source, reduced.trail or ())
 
     def positions(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Positions | None:
-        """What the host says of the places of x [B, N, C] when it calls its blocks; if it says more, see `forward`."""
-        rotary = self.recipe.rotary
-        given = None if rotary is None else kwargs.pop(rotary.name, None)
-        for name, value in [*enumerate(args), *kwargs.items()]:
-            if value is not None and value is not False:
-                raise NotImplementedError(
-                    f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
-                    "call ltmp.detach(model) for this"
-                )
-        if rotary is None or given is None:
-            return None
-        return Positions(rotary.table(self.host, given, x.shape[1]), rotary.name, given)
-
-    def rotate(self, block: int, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k [..., H, D] as the softmax sees them, of tokens at positions `rows` [..., E]."""
-        assert self.recipe.rotary is not None
-        return self.recipe.rotary.rotate(self.blocks[block], q, k, rows)
+        """What the host says of the places of x [B, N, C] when it calls its blocks."""
+        return positions_of(self.recipe.rotary, self.host, x.shape[1], args, kwargs)
 
     def whole(self, block: int, x: Tensor, positions: Positions | None) -> Tensor:
         """The host's own block on [B, N, C] of which nothing was reduced yet."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .sources import spread, tracing
+
+if TYPE_CHECKING:
+    from .engines.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -43,32 +46,6 @@ class Tokens:
     def counts(self) -> Tensor:
         """float32 [B], live tokens of each image; differentiable."""
         return self.keep.sum(1)
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What attention needs to know of each token's place (rotary embeddings); a merged token keeps its receiver's.
-
-    Attributes:
-        table: [N, E], a row for each token of the input, or [L, N, E] where each block has rows of its own.
-        name: what the host calls it when it calls its blocks; value: what it gave them.
-    """
-
-    table: Tensor
-    name: str
-    value: Any
-
-    def rows(self, block: int, origin: Tensor) -> Tensor:
-        """[..., E], the rows of the tokens that entered the first block at places `origin` [...].
-
-        Spare rows of a batch at fixed size hold any number there, and are told the nearest place.
-        """
-        table = self.table if self.table.ndim == 2 else self.table[block]
-        return table[origin.long().clamp(0, len(table) - 1)]
-
-    def argument(self, block: int) -> dict[str, Any]:
-        """What the host would call this block with."""
-        return {self.name: self.value if self.table.ndim == 2 else self.value[block]}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LTMPError
-from ..tokens import Positions, Reduced, State
+from ..tokens import Reduced, State
 from . import masked, packed
+from .positions import Positions
 from .request import Active
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..reduction import fold, make_plan, similarity_metric
-from ..tokens import Positions, Reduced, State, take
+from ..tokens import Reduced, State, take
+from .positions import Positions
 from .request import Active
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     x, tokens = state.x, state.tokens
     q, k, v = recipe.qkv(block, x)
     if state.positions is not None:
-        q, k = stack.rotate(i, q, k, state.positions.rows(i, tokens.origin))
+        q, k = state.positions.rotate(i, block, q, k, tokens.origin)
     y, importance = attend(q, k, v, tokens.size, tokens.keep)
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)

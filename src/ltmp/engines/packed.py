@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan, similarity_metric
-from ..tokens import Positions, Reduced, State, Tokens, take
+from ..tokens import Reduced, State, Tokens, take
 from .masked import finish
 from .onednn import halves
+from .positions import Positions
 from .request import Active
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     half = halves(recipe, block, x)
     q, k, v = half.qkv(x)
     if state.positions is not None:
-        q, k = stack.rotate(i, q, k, state.positions.rows(i, rows(tokens.origin, counts)))
+        q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
     y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
     x = x + half.out(y.flatten(-2))
     if steps:

@@ -19,7 +19,8 @@ from .request import REQUEST, Active
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
-    from ..tokens import Positions, Reduced
+    from ..tokens import Reduced
+    from .positions import Positions
 
 Run = Callable[["ReducedStack", Tensor, Active, "Positions | None"], "Reduced"]
 

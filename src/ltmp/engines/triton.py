@@ -20,7 +20,8 @@ from ..ops.fold.triton import fold
 from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
-from ..tokens import Positions, Reduced
+from ..tokens import Reduced
+from .positions import Positions
 from .request import REQUEST, Active, Capacity
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class Pass:
         steps = self.stack.thresholds.steps(self.active, i)
         q, k, v = block.qkv(rows)
         if self.positions is not None:
-            q, k = self.stack.rotate(i, q, k, self.positions.rows(i, rows.origin))
+            q, k = self.positions.rotate(i, self.stack.blocks[i], q, k, rows.origin)
         y, received = _attend(q, k, v, rows, "prune" in steps)
         y = block.out(y)
         if steps:
