@@ -1,0 +1,58 @@
+"""Places of tokens that attention itself must know (rotary embeddings), gathered with the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..models.recipe import Rotary
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What a host told its blocks of the places of a batch's tokens; a merged token keeps its receiver's.
+
+    Attributes:
+        rotary: how this host turns queries and keys.
+        value: what it gave its blocks.
+        table: [N, E], a row for each token of the input, or [L, N, E] where each block has rows of its own.
+    """
+
+    rotary: Rotary
+    value: Any
+    table: Tensor
+
+    def rotate(self, i: int, block: nn.Module, q: Tensor, k: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [..., H, D] of block `i` as the softmax sees them.
+
+        Args:
+            origin: int [...], the places where the tokens entered the first block. Spare rows of a batch at fixed size
+                hold any number there, and are told the nearest place.
+        """
+        table = self.table if self.table.ndim == 2 else self.table[i]
+        return self.rotary.rotate(block, q, k, table[origin.long().clamp(0, len(table) - 1)])
+
+    def argument(self, i: int) -> dict[str, Any]:
+        """What the host would call block `i` with."""
+        return {self.rotary.name: self.value if self.table.ndim == 2 else self.value[i]}
+
+
+def positions_of(
+    rotary: Rotary | None, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Positions | None:
+    """What `host` says of the places of its `tokens` when it calls its blocks with `args` and `kwargs`.
+
+    Raises:
+        NotImplementedError: it says more than that.
+    """
+    given = None if rotary is None else kwargs.pop(rotary.name, None)
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if value is not None and value is not False:
+            raise NotImplementedError(
+                f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
+                "call ltmp.detach(model) for this"
+            )
+    return None if rotary is None or given is None else Positions(rotary, given, rotary.table(host, given, tokens))
