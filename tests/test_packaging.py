@@ -24,7 +24,9 @@ EXTRAS = (
 )  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing
-NEED_EXTRAS = re.compile(r"ltmp\.cli\..+|ltmp\..*triton|ltmp\.models\.(transformers|open_clip)")
+NEED_EXTRAS = re.compile(
+    r"ltmp\.cli\..+|ltmp\..*triton|ltmp\.models\.(transformers|open_clip)|ltmp\.serve\.(app|metrics|reading|server)"
+)
 
 
 def run(code: str) -> str:

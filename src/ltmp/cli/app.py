@@ -14,6 +14,7 @@ from . import options as o
 from .evaluating import bench_verb, evaluate_verb
 from .learning import learn_verb
 from .progress import progress_bar
+from .serving import serve_verb
 
 app = typer.Typer(
     help="Learned Thresholds token Merging and Pruning: make a vision transformer cheaper, image by image.",
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("learn")(learn_verb)
 app.command("eval")(evaluate_verb)
 app.command("bench")(bench_verb)
+app.command("serve")(serve_verb)
 
 
 @app.callback(invoke_without_command=True)

@@ -58,7 +58,7 @@ def evaluate_verb(
 
     Example: ltmp eval --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained
     """
-    name = model or _name_in(thresholds)
+    name = model or name_in(thresholds)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
     load(network, thresholds, engine=engine)
     loader = DataOptions(
@@ -106,7 +106,7 @@ def bench_verb(
     Example: ltmp bench --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained --batch-size 32
     """
     sizes = sorted(set(batch_size or (1, 8, 32)))
-    name = model or _name_in(thresholds)
+    name = model or name_in(thresholds)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
     load(network, thresholds, engine=engine)
     loader = DataOptions(data_root, class_map, batch_size=max(sizes)).open(data, network, split=split or "validation")
@@ -140,7 +140,8 @@ def _bench_row(network: nn.Module, images: torch.Tensor, rounds: int) -> dict[st
     }
 
 
-def _name_in(thresholds: Path) -> str:
+def name_in(thresholds: Path) -> str:
+    """The model that a thresholds file says it is for."""
     about = read(thresholds).metadata
     # the full name also says which weights; a file that Python saved knows the architecture only
     name = about.get("model_name") or about.get("architecture")

@@ -1,0 +1,36 @@
+"""A reduced model behind HTTP: batches by a time window, limits on everything a client decides.
+
+>>> from ltmp.serve import Limits, Predictor, create_app, run
+>>> run(create_app(Predictor(model), Limits(max_queue=64)), port=8000)
+
+The last two need the extra `serve`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingExtraError
+from .limits import Limits as Limits
+from .predictor import Predictor as Predictor
+from .predictor import read_names as read_names
+
+if TYPE_CHECKING:
+    from .app import create_app as create_app
+    from .server import bind as bind
+    from .server import log_to_stderr as log_to_stderr
+    from .server import run as run
+
+_LATE = {"create_app": "app", "bind": "server", "log_to_stderr": "server", "run": "server"}
+
+
+def __getattr__(name: str) -> Any:
+    """FastAPI and uvicorn are imported by the names that need them, not by `import ltmp.serve`."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), "serve", "The HTTP service") from error

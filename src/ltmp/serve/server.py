@@ -1,0 +1,144 @@
+"""The application on a socket: clients that say nothing are cut off, a signal ends it when everything is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import socket
+import sys
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import LTMPError
+from .limits import Limits
+
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP with what uvicorn leaves out: a limit on connections, and on the time that a request's headers may take.
+
+    Bodies that the application reads have a limit there; what is sent after an early refusal falls under this one.
+    """
+
+    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limits = limits
+        self.clock: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            transport.write(_FULL)
+            transport.close()
+            return
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        unasked = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if self.conn.their_state is h11.IDLE or unasked:
+            self._watch()
+        else:
+            self._stop_watching()
+
+    def _watch(self) -> None:
+        if self.clock is None:
+            self.clock = self.loop.call_later(self.limits.read_timeout, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self.clock is not None:
+            self.clock.cancel()
+            self.clock = None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at `host` and `port` (0: any free one); who connects before `run` waits for it.
+
+    Raises:
+        LTMPError: the address is not this machine's, or is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LTMPError(f"cannot listen on {host} port {port}: {why}; choose another --host or --port") from error
+    return bound
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """The server of what `create_app` made; its `run` takes bound sockets and ends at a signal."""
+    limits: Limits = app.state.service.limits
+    config = uvicorn.Config(
+        app,
+        http=partial(PatientProtocol, limits=limits),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(limits.read_timeout + limits.timeout) + 5,
+    )
+    return uvicorn.Server(config)
+
+
+def run(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, *, bound: socket.socket | None = None) -> None:
+    """Serve `app` until SIGTERM or Ctrl-C; then stop accepting, answer what is inside and return.
+
+    Args:
+        app: what `create_app` made.
+        bound: a socket from `bind`, instead of `host` and `port`.
+
+    Raises:
+        LTMPError: the model failed on its first batches; the log says why.
+    """
+    server = make_server(app)
+    # uvicorn raises a signal again when it is done; a service that was asked to stop and did has not failed
+    before = signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
+    try:
+        server.run([bound or bind(host, port)])
+    except SystemExit as error:
+        raise LTMPError("the service did not start: its log says why") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON, with the fields it was given."""
+
+    _own = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {name: value for name, value in vars(record).items() if name not in self._own}
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        values = {"time": time, "level": record.levelname.lower(), "message": record.getMessage(), **fields}
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(values, default=str)
+
+
+def log_to_stderr(*, as_json: bool = False) -> None:
+    """Send what the service and uvicorn log to stderr, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("ltmp", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
