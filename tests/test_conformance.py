@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 import ltmp
 import reference
 from helpers import assert_close, attach_reducing, random_images, references, run_recorded, tiny_vit
-from ltmp.config import VARIANTS
+from ltmp.config import LEARNED
 from ltmp.models import thresholds_of
 
 CASES = Path(__file__).parents[2] / "shared" / "conformance"
@@ -39,7 +39,7 @@ def load_case(variant: str) -> tuple[Any, Any]:
 @needs_cases
 @pytest.mark.parametrize("batch", [8, 1], ids=["batch", "one-by-one"])
 @pytest.mark.parametrize("mode", ["packed", "masked"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 @torch.no_grad()
 def test_seed_files(variant: str, mode: str, batch: int) -> None:
     model, case = load_case(variant)
@@ -51,7 +51,7 @@ def test_seed_files(variant: str, mode: str, batch: int) -> None:
 
 
 @needs_cases
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 @torch.no_grad()
 def test_seed_files_features_in_deployed_order(variant: str) -> None:
     model, case = load_case(variant)
@@ -69,7 +69,7 @@ def prefix_case(protected: int) -> Any:
 @pytest.mark.parametrize("batch", [4, 1], ids=["batch", "one-by-one"])
 @pytest.mark.parametrize("mode", ["packed", "masked"])
 @pytest.mark.parametrize("protected", [0, 1, 2, 5])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 @torch.no_grad()
 def test_written_down_twice(variant: str, protected: int, mode: str, batch: int) -> None:
     model = prefix_case(protected)

@@ -13,7 +13,7 @@ from torch import Tensor
 import ltmp
 import reference
 from helpers import assert_close, tiny_vit
-from ltmp.config import VARIANTS
+from ltmp.config import LEARNED
 from ltmp.models import stack_of
 from ltmp.stack import sizes_of
 
@@ -45,7 +45,7 @@ def run_stack(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor
     images=st.integers(1, 4),
     patches=st.integers(1, 20),
     protected=st.sampled_from([0, 1, 2, 5]),
-    variant=st.sampled_from(sorted(VARIANTS)),
+    variant=st.sampled_from(sorted(LEARNED)),
     merge=merge_thresholds,
     prune=prune_thresholds,
     seed=st.integers(0, 10_000),
@@ -74,7 +74,7 @@ def test_any_tokens_any_thresholds(
             assert_close(row, torch.stack([token.x for token in order]), atol=1e-5 * max(1.0, float(row.abs().max())))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_shortest_images(tokens: int, variant: str) -> None:
     model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant=variant))

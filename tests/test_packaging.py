@@ -77,7 +77,8 @@ LAYERS = (
     ("hub", "checkpoint", "models"),
     ("stack", "engines"),
     ("reduction",),
-    ("thresholds", "tokens"),
+    ("rates", "thresholds"),
+    ("policy", "tokens"),
     ("sources",),
     ("ops",),
     ("config", "files", "flops"),
@@ -114,4 +115,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "app.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "stack.py") == {"engines", "errors", "flops", "sources", "thresholds", "tokens"}
+    assert imports(package / "stack.py") == {"engines", "errors", "flops", "policy", "sources", "tokens"}

@@ -31,7 +31,7 @@ class ThresholdFile:
     """What a thresholds file holds.
 
     Attributes:
-        merge, prune: float32 [L].
+        merge, prune: float32 [L]; of fixed rates, which the config holds, thresholds that select nothing.
         config: how they were learned.
         metadata: architecture, input size, target, measured share, accuracies, package version; as far as known.
     """
@@ -55,7 +55,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
-    """Write the thresholds of an attached model, with what they belong to.
+    """Write the thresholds of an attached model, or its fixed rates, with what they belong to.
 
     Args:
         path: a `.safetensors` file; replaced whole or left alone.
@@ -64,14 +64,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     Raises:
         LTMPError: nothing is attached, or the file cannot be written.
     """
-    thresholds = thresholds_of(model)
+    policy = stack_of(model).thresholds
     about = {
         **describe(model),
         **metadata,
-        "config": thresholds.config.to_dict(),
+        "config": policy.config.to_dict(),
         "version": __version__,
     }
-    tensors = {name: p.detach().cpu().contiguous() for name, p in thresholds.named_parameters()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": FORMAT, "ltmp": json.dumps(about)})
@@ -92,6 +92,9 @@ def read(path: str | os.PathLike[str]) -> ThresholdFile:
                 if about.get("format") == FORMAT:
                     values = json.loads(about["ltmp"])
                     config = LTMPConfig.from_dict(values.pop("config"))
+                    if config.method.fixed:
+                        depth = int(values["depth"])
+                        return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, values)
                     return ThresholdFile(file.get_tensor("merge"), file.get_tensor("prune"), config, values)
         except FileNotFoundError:
             raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
@@ -189,8 +192,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None =
 
 def _fits(file: ThresholdFile, config: LTMPConfig) -> bool:
     """Whether the file's steps are those of `config` or some of them. A seed checkpoint does not say their order."""
-    if file.config.steps == config.steps:
+    if file.config.method == config.method:
         return True
+    if file.config.method.fixed or config.method.fixed:
+        return False
     theirs, ours = set(file.config.steps), set(config.steps)
     return theirs < ours or (theirs == ours and not file.metadata)
 
@@ -209,13 +214,21 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
                 "use the model it was learned on, or learn thresholds for this one"
             )
-    thresholds = thresholds_of(model)
-    if not _fits(file, thresholds.config):
+    config = stack_of(model).thresholds.config
+    if not _fits(file, config):
         raise LTMPError(
             f"{source} is for variant {file.config.variant}, but the model was attached as "
-            f"{thresholds.config.variant}: attach with LTMPConfig(variant={file.config.variant!r})"
+            f"{config.variant}: attach with LTMPConfig(variant={file.config.variant!r})"
         )
+    if config.method.fixed:
+        theirs, ours = ((c.r, c.r_prune, c.schedule, c.seed) for c in (file.config, config))
+        if theirs != ours:
+            raise LTMPError(
+                f"{source} has r={file.config.r} ({file.config.schedule}), but the model was attached with "
+                f"r={config.r} ({config.schedule}): call ltmp.detach(model) before loading it"
+            )
+        return
     try:
-        thresholds.set(file.merge, file.prune)
+        thresholds_of(model).set(file.merge, file.prune)
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error

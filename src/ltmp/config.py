@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "ltmp": ("merge", "prune"),
-    "ltpm": ("prune", "merge"),
-    "ltm": ("merge",),
-    "ltp": ("prune",),
+Rate = int | float
+"""Tokens that a step removes from an image in a block: how many (int), or which part of the free ones (float)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a variant does to the tokens of a block.
+
+    Attributes:
+        steps: "merge", "prune" or "fuse" (prune, and fold what is dropped into one token), in order.
+        fixed: whether a fixed rate decides how many tokens go, or else a learned threshold.
+        importance: what pruning goes by: mean attention "received", the "class" token's attention, or "random" numbers.
+    """
+
+    steps: tuple[str, ...]
+    fixed: bool = False
+    importance: str = "received"
+
+
+VARIANTS: dict[str, Method] = {
+    "ltmp": Method(("merge", "prune")),
+    "ltpm": Method(("prune", "merge")),
+    "ltm": Method(("merge",)),
+    "ltp": Method(("prune",)),
+    "m": Method(("merge",), fixed=True),
+    "p": Method(("prune",), fixed=True),
+    "mp": Method(("merge", "prune"), fixed=True),
+    "pm": Method(("prune", "merge"), fixed=True),
+    "topk": Method(("prune",), fixed=True, importance="class"),
+    "evit": Method(("fuse",), fixed=True, importance="class"),
+    "random": Method(("prune",), fixed=True, importance="random"),
 }
-"""The order in which each variant reduces the tokens of a block (paper, section 3)."""
+"""The learned thresholds (paper, section 3) and what they are compared with.
+
+`m`, `p`, `mp` and `pm` are their steps at fixed rates, `m` being Token Merging (Bolya et al., ICLR 2023); `topk` keeps
+what the class token attends to most and `evit` also fuses the rest into one token (Liang et al., ICLR 2022, section 3);
+`random` is the floor of every comparison.
+"""
+
+LEARNED = tuple(name for name, method in VARIANTS.items() if not method.fixed)
+FIXED = tuple(name for name, method in VARIANTS.items() if method.fixed)
 
 ENGINES = ("auto", "packed", "triton", "graph")
+SCHEDULES = ("constant", "decreasing")
 
 
 @dataclass(frozen=True)
@@ -22,10 +58,19 @@ class LTMPConfig:
     """How a model is reduced.
 
     Args:
-        variant: `ltmp` (merge then prune), `ltpm` (prune then merge), `ltm` (merge only) or `ltp` (prune only).
+        variant: by learned thresholds `ltmp` (merge then prune), `ltpm` (prune then merge), `ltm` (merge only) or `ltp`
+            (prune only); `m`, `p`, `mp`, `pm`, `topk`, `evit` or `random` at fixed rates, see `VARIANTS`.
         tau: temperature of the merge decision's gradient, in units of cosine similarity.
         prune_tau: temperature of the prune decision's gradient, in units of log importance.
         engine: what runs the deployed model. `auto` picks; a named engine works or raises.
+        r: for fixed rates, tokens that each step removes from an image in each block: a number (8), a part of the free
+            tokens (0.12), or one of either a block.
+        r_prune: the same for the prune step of `mp` and `pm`, where it is not r.
+        schedule: `constant`, or `decreasing` for linearly from 2 r in the first block to 0 in the last.
+        floor: tokens that an image keeps at least, prefix tokens included, whatever the thresholds say.
+        ceiling: tokens that an image keeps at most after each block, as far as the block's last step can remove them
+            (merging removes half of them at most); None for any number.
+        seed: of `random`.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.
@@ -35,24 +80,66 @@ class LTMPConfig:
     tau: float = 0.1
     prune_tau: float = 0.5
     engine: str = "auto"
+    r: Rate | tuple[Rate, ...] = 0
+    r_prune: Rate | tuple[Rate, ...] | None = None
+    schedule: str = "constant"
+    floor: int = 0
+    ceiling: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}: expected one of {', '.join(VARIANTS)}")
-        if self.engine not in ENGINES:
-            raise ValueError(f"unknown engine {self.engine!r}: expected one of {', '.join(ENGINES)}")
+        for name, known in (("variant", VARIANTS), ("engine", ENGINES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
         for name in ("tau", "prune_tau"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("r", "r_prune"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence):
+                # JSON and callers bring lists
+                object.__setattr__(self, name, tuple(value))
+            self._check_rate(name, getattr(self, name))
+        if self.floor < 0 or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
+            raise ValueError(f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens")
+
+    def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
+        several = isinstance(value, tuple)
+        rates = value if isinstance(value, tuple) else () if value is None else (value,)
+        for rate in rates:
+            whole = isinstance(rate, int) and not isinstance(rate, bool) and rate >= 0
+            if not whole and not (isinstance(rate, float) and 0 <= rate < 1):
+                raise ValueError(
+                    f"{name} must be a number of tokens (8) or a part of them below 1 (0.12), got {rate!r}"
+                )
+        if rates and any(rates) and not self.method.fixed:
+            raise ValueError(
+                f"{name} is for fixed rates ({', '.join(FIXED)}), and {self.variant} learns its thresholds"
+            )
+        if several and self.schedule != "constant":
+            raise ValueError(f"{name} says a rate for each block, so schedule={self.schedule!r} has nothing to say")
+        if name == "r_prune" and value is not None and not {"merge", "prune"} <= set(self.steps):
+            raise ValueError(f"r_prune is for mp and pm; {self.variant} has one step, whose rate is r")
+
+    @property
+    def method(self) -> Method:
+        return VARIANTS[self.variant]
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The reduction steps of a block, in order."""
-        return VARIANTS[self.variant]
+        return self.method.steps
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All settings, JSON types; of those that came later only what is not the default, so that old readers read."""
+        defaults = type(self)()
+        first = ("variant", "tau", "prune_tau", "engine")
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name in first or value != getattr(defaults, name)
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LTMPConfig:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops.attend.reference import class_attention
 from .ops.match.reference import match
+from .policy import Policy, rank
+from .rates import noise
 from .sources import follow
-from .thresholds import Thresholds
 from .tokens import Tokens, take, take_all
 
 
@@ -27,16 +29,24 @@ class Plan:
         tokens: the state after it, live tokens first.
         order: int64 [B, N], for each new place the old place whose token moves there.
         into: int64 [B, N], for each old place the old place it is folded into: itself unless it merged.
+        weight: float32 [B, N], by old place: a new token is the mean of its group by these.
     """
 
     tokens: Tokens
     order: Tensor
     into: Tensor
+    weight: Tensor
 
     @property
     def merged(self) -> Tensor:
         """bool [B, N], the old places whose token was folded into another."""
         return self.into != torch.arange(self.into.shape[1], device=self.into.device)
+
+    @property
+    def part(self) -> Tensor:
+        """float32 [B, N], by old place: how much of its new token each old one makes up, 1 where it is alone."""
+        total = self.weight.scatter_add(1, self.into, self.weight * self.merged)
+        return self.weight / total.gather(1, self.into)
 
 
 @dataclass(frozen=True)
@@ -62,11 +72,28 @@ def similarity_metric(k: Tensor) -> Tensor:
     return F.normalize(k.detach().float().mean(-2), dim=-1)
 
 
+def importance_for(
+    policy: Policy, block: int, received: Tensor | None, q: Tensor, k: Tensor, tokens: Tokens
+) -> Tensor | None:
+    """float32 [B, N], what pruning goes by in `policy`'s variant.
+
+    Args:
+        received: float32 [B, N], mean attention received; needed where the variant goes by it.
+        q, k: [B, N, H, D]; the class token is first.
+    """
+    kind = policy.config.method.importance
+    if kind == "class":
+        return class_attention(q, k, tokens.size, tokens.keep)
+    if kind == "random":
+        return noise(tokens.origin, block, policy.config.seed)
+    return received
+
+
 def make_plan(
     tokens: Tokens,
     metric: Tensor | None,
     importance: Tensor | None,
-    thresholds: Thresholds,
+    policy: Policy,
     block: int,
     steps: tuple[str, ...],
     protected: int,
@@ -76,9 +103,9 @@ def make_plan(
     Args:
         tokens: state at this block, [B, N].
         metric: float32 [B, N, D] unit vectors; needed to merge.
-        importance: float32 [B, N], mean attention received; needed to prune.
-        thresholds: the learned numbers; `block` says which to use.
-        steps: which of "merge" and "prune", in order.
+        importance: float32 [B, N], see `importance_for`; needed to prune.
+        policy: decides; `block` says for which block.
+        steps: which of "merge", "prune" and "fuse", in order.
         protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
 
     Returns:
@@ -92,35 +119,37 @@ def make_plan(
     if metric is None:
         metric = tokens.keep.detach()[..., None]
     state = _Scored(tokens.size, tokens.keep, tokens.origin, importance.detach(), metric)
-    rank = place
+    weight, turn = tokens.size, place
     for step in steps:
         if step == "prune":
-            state = _prune(state, thresholds, block, protected)
+            state = _prune(state, policy, block, protected)
+        elif step == "fuse":
+            state, into, weight = _fuse(state, policy, block, protected)
         elif length > 1:
             if step is not steps[0]:
                 # parity is taken among those that are left
-                order = _live_first(state.keep, rank)
+                order = _live_first(state.keep, turn)
                 state = take_all(state, order)
-            state, partner = _merge(state, thresholds, block, protected)
+            state, partner = _merge(state, policy, block, protected)
             receiver = torch.where(partner < 0, order[:, ::2], order[:, 1::2].gather(1, partner.clamp_min(0)))
             into = into.scatter(1, order[:, ::2], receiver)
             # evens, then odds; but a block that cannot merge keeps its order, because deployment skips it
             evens_first = place // 2 + place % 2 * ((length + 1) // 2)
-            rank = torch.where(thresholds.can_merge[block], evens_first, place)
-    last = _live_first(state.keep, rank)
+            turn = torch.where(policy.on()[block, 0], evens_first, place)
+    last = _live_first(state.keep, turn)
     after = Tokens(*(take(t, last) for t in (state.size, state.keep, state.origin)))
     order = order.gather(1, last)
     if tokens.source is not None:
         after = replace(after, source=follow(tokens.source, into, order, after.live, block))
-    return Plan(after, order, into)
+    return Plan(after, order, into, weight)
 
 
-def _live_first(keep: Tensor, rank: Tensor) -> Tensor:
-    """int64 [B, N], the order with the live tokens first, each part by rank [N]."""
-    return (rank + len(rank) * (keep <= 0)).argsort(dim=1)
+def _live_first(keep: Tensor, turn: Tensor) -> Tensor:
+    """int64 [B, N], the order with the live tokens first, each part by turn [N]."""
+    return (turn + len(turn) * (keep <= 0)).argsort(dim=1)
 
 
-def _merge(state: _Scored, thresholds: Thresholds, block: int, protected: int) -> tuple[_Scored, Tensor]:
+def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor]:
     """Fold each selected even token into the odd token most like it.
 
     Returns:
@@ -129,7 +158,7 @@ def _merge(state: _Scored, thresholds: Thresholds, block: int, protected: int) -
     """
     free = (state.keep > 0) & (state.origin >= protected)
     best, partner = match(state.metric, free)
-    gone = thresholds.select("merge", block, best, best > float("-inf"))
+    gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
     moved = gone.detach()
     size, importance, leaving = state.size.clone(), state.importance.clone(), torch.zeros_like(state.keep)
     size[:, 1::2].scatter_add_(1, partner, size[:, ::2] * moved)
@@ -140,29 +169,45 @@ def _merge(state: _Scored, thresholds: Thresholds, block: int, protected: int) -
     return state, partner.masked_fill_(moved == 0, -1)
 
 
-def _prune(state: _Scored, thresholds: Thresholds, block: int, protected: int) -> _Scored:
+def _prune(state: _Scored, policy: Policy, block: int, protected: int, step: str = "prune") -> _Scored:
     """Drop the tokens that are not important enough; those that stay keep their order."""
     spared = state.origin < protected
     if protected == 0:
         # without a class token nothing else would keep an image from losing every token
         top = state.importance.masked_fill(state.keep <= 0, float("-inf")).argmax(1, keepdim=True)
         spared = spared.scatter(1, top, True)
-    kept = thresholds.select("prune", block, state.importance, (state.keep > 0) & ~spared)
+    free = (state.keep > 0) & ~spared
+    kept = policy.select(step, block, state.importance, free, state.keep.detach().sum(1))
     return replace(state, keep=state.keep * kept.masked_fill(spared, 1.0))
 
 
-def fold(x: Tensor, size: Tensor, plan: Plan) -> Tensor:
-    """Features after a plan: a receiver becomes the size-weighted mean of its group (paper, section 3.2).
+def _fuse(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor, Tensor]:
+    """Fold what pruning would drop into the most important of it, by importance (Liang et al., ICLR 2022, equation 5).
+
+    Returns:
+        The state, and `into` and `weight` of the plan.
+    """
+    after = _prune(state, policy, block, protected, "fuse")
+    dropped = (state.keep > 0) & (after.keep <= 0)
+    first = rank(state.importance, dropped) == 0
+    receiver = first.int().argmax(1, keepdim=True)
+    place = torch.arange(dropped.shape[1], device=dropped.device).expand_as(dropped)
+    into = torch.where(dropped, receiver, place)
+    size = torch.where(first, (state.size * dropped).sum(1, keepdim=True), state.size)
+    weight = torch.where(dropped, state.importance.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    return replace(after, size=size, keep=torch.where(first, state.keep, after.keep)), into, weight
+
+
+def fold(x: Tensor, plan: Plan) -> Tensor:
+    """Features after a plan: a receiver becomes the weighted mean of its group, by sizes (paper, section 3.2).
 
     Args:
         x: [B, N, C] features before.
-        size: [B, N] sizes before.
 
     Returns:
         [B, N, C] in the new order; a token that merged away also stays, as itself, in the masked tail.
     """
-    weight = (size * plan.merged)[..., None].to(x.dtype)
-    index = plan.into[..., None].expand_as(x)
-    old = torch.zeros_like(size).scatter_add(1, plan.into, size * plan.merged) + size
-    total = (x * size[..., None].to(x.dtype)).scatter_add(1, index, x * weight)
-    return take(total / old[..., None].to(x.dtype), plan.order)
+    merged, part = plan.merged[..., None], plan.part[..., None].to(x.dtype)
+    arriving = torch.where(merged, x * part, 0)
+    own = torch.where(merged, x, x * part)
+    return take(own.scatter_add(1, plan.into[..., None].expand_as(x), arriving), plan.order)

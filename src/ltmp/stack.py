@@ -18,8 +18,8 @@ from .engines.positions import Positions, positions_of
 from .engines.request import Active
 from .errors import LTMPError
 from .flops import Geometry, flops_share
+from .policy import Policy
 from .sources import tracing, unmerging
-from .thresholds import Thresholds
 from .tokens import Reduced
 
 if TYPE_CHECKING:
@@ -97,9 +97,7 @@ class ReducedStack(nn.ModuleList):
         overridden: dotted path to value, what attributes of the host's parts held that others stand in for.
     """
 
-    def __init__(
-        self, blocks: nn.Module, recipe: Recipe, thresholds: Thresholds, protected: int, host: nn.Module
-    ) -> None:
+    def __init__(self, blocks: nn.Module, recipe: Recipe, thresholds: Policy, protected: int, host: nn.Module) -> None:
         super().__init__()
         for name, block in blocks.named_children():
             self.add_module(name, block)
@@ -123,11 +121,11 @@ class ReducedStack(nn.ModuleList):
         return self._host[0]
 
     @property
-    def thresholds(self) -> Thresholds:
+    def thresholds(self) -> Policy:
         return self._thresholds[0]
 
     @contextmanager
-    def using(self, thresholds: Thresholds) -> Iterator[None]:
+    def using(self, thresholds: Policy) -> Iterator[None]:
         """Decide by other thresholds inside (calibration, comparisons); not for models that other threads call."""
         mine, self._thresholds = self._thresholds, (thresholds,)
         try:
@@ -192,7 +190,7 @@ class ReducedStack(nn.ModuleList):
             return ((False, False),) * thresholds.depth
         active = select.active(thresholds)
         # a threshold that selects nothing today may learn to
-        return ((True, True),) * thresholds.depth if thresholds.training else active
+        return ((True, True),) * thresholds.depth if thresholds.training and thresholds.learns else active
 
     def note(self, x: Tensor, reduced: Reduced) -> None:
         """Tell `record()` and `trace()` what became of a call with `x` [B, N, C]."""

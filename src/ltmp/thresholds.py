@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .config import LTMPConfig
 from .errors import LTMPError
+from .policy import Policy
 
 
 def over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
@@ -38,7 +37,7 @@ def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     return soft + (hard - soft).detach()
 
 
-class Thresholds(nn.Module):
+class Thresholds(Policy):
     """The learned thresholds of a model, under its name `ltmp`; everything here trains and is saved, nothing else.
 
     A block whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped:
@@ -53,9 +52,10 @@ class Thresholds(nn.Module):
         prune: float32 [L]; tokens are kept above this mean attention received.
     """
 
+    learns = True
+
     def __init__(self, depth: int, config: LTMPConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(depth, config)
         self.merge = nn.Parameter(torch.ones(depth))
         self.prune = nn.Parameter(torch.zeros(depth))
 
@@ -66,11 +66,6 @@ class Thresholds(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.data = exact[name].to(parameter.device)
         return self
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks, L."""
-        return self.merge.shape[0]
 
     @torch.no_grad()
     def set(self, merge: Tensor | list[float] | None = None, prune: Tensor | list[float] | None = None) -> None:
@@ -97,30 +92,22 @@ class Thresholds(nn.Module):
         for name, values in new.items():
             getattr(self, name).copy_(values)
 
-    def select(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        """Which tokens are above a block's threshold: those that merge, or those that pruning keeps.
-
-        Args:
-            step: "merge" or "prune".
-            score: float32 [B, M], cosine to the best partner, or importance.
-            free: bool [B, M], the tokens that the step may choose from; what is said of the others is not used.
-
-        Returns:
-            float32 [B, M], 1 above and 0 not, with the gradient of the threshold.
-        """
+    def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
+        """1 above the block's threshold and 0 not."""
         if step == "merge":
             return over(score, self.merge[block], self.config.tau)
         return log_over(score, self.prune[block], self.config.prune_tau)
 
-    def steps(self, active: tuple[tuple[bool, bool], ...], block: int) -> tuple[str, ...]:
-        """The steps that can select something in `block`, given `active()`'s answer for all blocks."""
-        on = dict(zip(("merge", "prune"), active[block], strict=True))
-        return tuple(step for step in self.config.steps if on[step])
+    def empties(self, block: int) -> bool:
+        """Whether `block` drops all that it may, as no mean of attention weights is above the threshold."""
+        return bool(self.prune[block] >= 1) and not self.config.floor
 
-    @property
-    def can_merge(self) -> Tensor:
-        """bool [L], whether a block's merge threshold can select anything: no cosine is above 1."""
-        return self.merge.detach() < 1
+    def on(self) -> Tensor:
+        """No cosine is above 1, and every importance is above 0; but a ceiling may always ask for more."""
+        if self.config.ceiling is not None:
+            here = [torch.full_like(self.merge, step in self.config.steps) for step in ("merge", "prune")]
+            return torch.stack(here, 1) > 0
+        return torch.stack([self.merge.detach() < 1, self.prune.detach() > 0], 1)
 
     def active(self) -> tuple[tuple[bool, bool], ...]:
         """For each block whether its merge and its prune threshold can select anything. Reads the device once.
@@ -128,10 +115,11 @@ class Thresholds(nn.Module):
         Raises:
             LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
         """
-        values = torch.stack([self.merge.detach(), self.prune.detach()], 1).tolist()
-        if any(math.isnan(value) for pair in values for value in pair):
+        broken = torch.stack([self.merge.detach().isnan(), self.prune.detach().isnan()], 1)
+        flags = torch.cat([self.on(), broken]).tolist()
+        if any(merge or prune for merge, prune in flags[self.depth :]):
             raise LTMPError("a threshold is NaN: the run or the file that it came from is broken, use another")
-        return tuple((merge < 1, prune > 0) for merge, prune in values)
+        return tuple((merge, prune) for merge, prune in flags[: self.depth])
 
     def extra_repr(self) -> str:
         return f"{self.config.variant}, depth={self.depth}"

@@ -73,14 +73,14 @@ def test_auto_on_a_gpu_keeps_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_policies_run_on_the_packed_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(ltmp.thresholds.Thresholds):
-        def select(self, step: str, block: int, score: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        def decide(self, step: str, block: int, score: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
             return torch.ones_like(score)
 
     model = attach_reducing(tiny_vit(), random_images(2))
     stack = stack_of(model)
-    assert select.follows_thresholds(stack)
+    assert select.on_device(stack)
     with stack.using(Other(3, model.ltmp.config).eval()):
-        assert not select.follows_thresholds(stack)
+        assert not select.on_device(stack)
 
 
 def test_every_engine_of_the_config_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
+import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, tiny_vit
+from ltmp.config import FIXED, LTMPConfig
 from ltmp.engines import packed
 from ltmp.models import stack_of
 from ltmp.tokens import Reduced
@@ -83,3 +85,35 @@ def test_blocks_that_are_off() -> None:
 def test_any_batch(images: int) -> None:
     model = attach_reducing(tiny_vit(), random_images(4))
     assert_same(*both(model, random_images(images, seed=3)))
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    **{variant: {"variant": variant, "r": 3} for variant in FIXED},
+    "parts": {"variant": "mp", "r": 0.2},
+    "a list": {"variant": "pm", "r": (0, 4, 2)},
+    "floor and ceiling": {"floor": 8, "ceiling": 10},
+    "ceiling after pruning": {"variant": "ltpm", "ceiling": 12},
+}
+
+
+@pytest.mark.parametrize("host", ["plain", "no bias, five prefix tokens", "no prefix, mean pooled", "own modules"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_agrees_with_packed(policy: str, host: str) -> None:
+    config = LTMPConfig(**POLICIES[policy])
+    if config.method.importance == "class" and host == "no prefix, mean pooled":
+        pytest.skip("this variant needs a class token, and this host has none")
+    images = random_images(3)
+    model = tiny_vit(**HOSTS[host])
+    if config.method.fixed:
+        ltmp.attach(model, config)
+    else:
+        attach_reducing(model, images, config.variant)
+        model.ltmp.config = config
+    expected, found = both(model, images)
+    assert expected.kept[:, -1].max() < expected.kept[:, 0].max(), "nothing goes: the test tests little"
+    assert_same(expected, found)
+    # at fixed sizes, with nothing read back
+    counts = expected.kept.T
+    room = tuple(int(n) + 5 for n in counts.sum(1))
+    exact = engine.Capacity(room, tuple(int(n) + 1 for n in counts.amax(1)))
+    assert_same(expected, both(model, images, capacity=exact)[1])

@@ -12,7 +12,7 @@ import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
 from ltmp.errors import LTMPError
 from ltmp.evaluate import bench
-from ltmp.evaluate.bench import Bench, FixedRate, Row, decisions_agree, table
+from ltmp.evaluate.bench import Bench, Row, decisions_agree, merging, table
 from ltmp.models import stack_of
 
 
@@ -81,7 +81,7 @@ def test_decisions_are_compared_one_by_one(variant: str) -> None:
 def test_fixed_rate_removes_the_same_number_from_every_image() -> None:
     model = reduced_model()
     stack = stack_of(model)
-    with ltmp.record() as calls, stack.using(FixedRate(stack.thresholds, 3)):
+    with ltmp.record() as calls, stack.using(merging(model, 3)):
         model(random_images(3))
     assert torch.cat(calls.kept).tolist() == [[14.0, 11.0, 8.0]] * 3
 

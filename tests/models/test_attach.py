@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import ltmp
 import reference
 from helpers import assert_close, attach_reducing, random_images, references, run_recorded, tiny_vit
-from ltmp.config import VARIANTS
+from ltmp.config import LEARNED
 from ltmp.models import is_attached, stack_of
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -340,7 +340,7 @@ def test_features_and_head_apart() -> None:
 # -- training
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 def test_gradients_reach_the_thresholds(variant: str) -> None:
     model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant=variant))
     merge, prune = reference.calibrate(references(ltmp.detach(tiny_vit()), random_images(3)), variant)

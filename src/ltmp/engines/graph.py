@@ -262,7 +262,7 @@ class GraphedForward:
 
     def _applies(self, images: Any) -> bool:
         from ..stack import is_dense
-        from .select import follows_thresholds, unavailable
+        from .select import on_device, unavailable
 
         return (
             not torch.compiler.is_compiling()
@@ -272,7 +272,7 @@ class GraphedForward:
             and len(images) > 0
             and (images.is_cuda or not isinstance(self.recorder, CudaRecorder))
             and not self.host.training
-            and follows_thresholds(self.stack)
+            and on_device(self.stack)
             and not is_dense()
             and unavailable(images.device) is None
             and not torch.is_autocast_enabled(images.device.type)
@@ -398,7 +398,7 @@ class GraphedForward:
             request = Request(active, capacity)
             output, kept, geometry = self._forward(static, request, as_dense=capacity is None)
             costs.append(geometry)
-            flags = torch.cat([thresholds.merge < 1, thresholds.prune > 0]).int()
+            flags = thresholds.on().T.flatten().int()
             stats = flags.new_zeros(len(active), 3) if request.stats is None else request.stats
             return output, kept, torch.cat([stats.flatten(), flags])
 

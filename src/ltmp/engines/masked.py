@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
-from ..reduction import fold, make_plan, similarity_metric
+from ..reduction import fold, importance_for, make_plan, similarity_metric
 from ..tokens import Reduced, State, take
 from .positions import Positions
 from .request import Active
@@ -39,13 +39,14 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     q, k, v = recipe.qkv(block, x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, tokens.origin)
-    y, importance = attend(q, k, v, tokens.size, tokens.keep)
+    y, received = attend(q, k, v, tokens.size, tokens.keep)
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)
     if steps:
         state = state.attended(x)
+        importance = importance_for(thresholds, i, received, q, k, tokens)
         plan = make_plan(tokens, similarity_metric(k), importance, thresholds, i, steps, stack.protected)
-        x, tokens = fold(x, tokens.size, plan), plan.tokens
+        x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
-from ..reduction import Plan, make_plan, similarity_metric
+from ..reduction import Plan, importance_for, make_plan, similarity_metric
 from ..tokens import Reduced, State, Tokens, take
 from .masked import finish
 from .onednn import halves
@@ -42,14 +42,17 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
-    y, importance = _attend(q, k, v, tokens, counts, "prune" in steps)
+    by_received = thresholds.config.method.importance == "received"
+    y, received = _attend(q, k, v, tokens, counts, by_received and "prune" in steps)
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
         metric = pad(similarity_metric(k), counts) if "merge" in steps else None
-        importance = pad(importance, counts) if importance is not None else None
+        importance = pad(received, counts) if received is not None else None
+        if not by_received:
+            importance = importance_for(thresholds, i, None, pad(q, counts), pad(k, counts), tokens)
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
-        x, tokens, counts = _fold_rows(x, tokens.size, counts, plan)
+        x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)
 
 
@@ -93,11 +96,11 @@ def rows(values: Tensor, counts: list[int]) -> Tensor:
     return values[_places(counts, values.device)]
 
 
-def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[Tensor, Tokens, list[int]]:
+def _fold_rows(x: Tensor, counts: list[int], plan: Plan) -> tuple[Tensor, Tokens, list[int]]:
     """`reduction.fold` on packed rows: survivors are gathered, and only what merges is added up.
 
     Args:
-        x: [T, C]; size: [B, N] before; counts: before.
+        x: [T, C]; counts: before.
 
     Returns:
         x [T', C], the state cut to the longest image, and the new counts.
@@ -115,10 +118,11 @@ def _fold_rows(x: Tensor, size: Tensor, counts: list[int], plan: Plan) -> tuple[
             0, old_row, torch.arange(len(out), device=x.device)
         )
         receiver = new_row[(plan.into + first)[image, place]]
-        old_size, new_size = take(size, plan.order)[live], plan.tokens.size[live]
-        weight = size[image, place] / new_size[receiver] * (receiver >= 0)
+        part = plan.part
+        weight = part[image, place] * (receiver >= 0)
         moved = x.index_select(0, first[image, 0] + place) * weight[:, None].to(x.dtype)
-        out = (out * (old_size / new_size)[:, None].to(x.dtype)).index_add(0, receiver.clamp_min(0), moved)
+        own = take(part, plan.order)[live]
+        out = (out * own[:, None].to(x.dtype)).index_add(0, receiver.clamp_min(0), moved)
     longest, after = max(left), plan.tokens
     cut = Tokens(after.size[:, :longest], after.keep[:, :longest], after.origin[:, :longest], after.source)
     return out, cut, left

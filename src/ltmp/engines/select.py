@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LTMPError
+from ..policy import Policy
+from ..rates import Rates
 from ..sources import tracing
 from ..thresholds import Thresholds
 from . import packed
@@ -65,7 +67,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def active(thresholds: Thresholds) -> Active:
+def active(thresholds: Policy) -> Active:
     """`thresholds.active()`, or what the caller of this pass read before: a CUDA graph cannot read the device."""
     request = REQUEST.get()
     if request is not None and request.active is not None:
@@ -73,16 +75,15 @@ def active(thresholds: Thresholds) -> Active:
     return thresholds.active()
 
 
-def follows_thresholds(stack: ReducedStack) -> bool:
-    """Whether the decisions are plain comparisons that nobody traces: all that the kernels know."""
-    policy = stack.thresholds
-    return isinstance(policy, Thresholds) and type(policy).select is Thresholds.select and tracing() is None
+def on_device(stack: ReducedStack) -> bool:
+    """Whether the decisions need no host and nobody traces them: all that the Triton engines know."""
+    return type(stack.thresholds) in (Thresholds, Rates) and tracing() is None
 
 
 def _triton(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
     from . import triton
 
-    run = triton.run if follows_thresholds(stack) else packed.run
+    run = triton.run if on_device(stack) else packed.run
     return run(stack, x, active, positions)
 
 

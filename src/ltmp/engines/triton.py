@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import reduction
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
 from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
+from ..thresholds import Thresholds
 from ..tokens import Reduced
+from .planned import fuse_rows, plan_rows
 from .positions import Positions
 from .request import REQUEST, Active, Capacity
 
@@ -207,6 +210,8 @@ class Pass:
     ) -> None:  # fmt: skip
         self.stack, self.x, self.active, self.capacity, self.positions = stack, x, active, capacity, positions
         self.branches = branches(stack)
+        self.policy = stack.thresholds
+        self.received = self.policy.config.method.importance == "received"
         self.plans: list[Plan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
 
@@ -228,10 +233,10 @@ class Pass:
         q, k, v = block.qkv(rows)
         if self.positions is not None:
             q, k = self.positions.rotate(i, self.stack.blocks[i], q, k, rows.origin)
-        y, received = _attend(q, k, v, rows, "prune" in steps)
+        y, received = _attend(q, k, v, rows, "prune" in steps and self.received)
         y = block.out(y)
         if steps:
-            rows = self._reduce(i, steps, rows, y, k, received)
+            rows = self._reduce(i, steps, rows, y, q, k, received)
         else:
             x, normed = add_norm(rows.x, y, block.scales[0], block.norms[1])
             rows = replace(rows, x=x, normed=normed)
@@ -241,33 +246,54 @@ class Pass:
         return replace(rows, x=x, normed=normed)
 
     def _reduce(
-        self, i: int, steps: tuple[str, ...], rows: Rows, y: Tensor | None, k: Tensor, received: Tensor | None
+        self,
+        i: int,
+        steps: tuple[str, ...],
+        rows: Rows,
+        y: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        received: Tensor | None,
     ) -> Rows:
         """Add the branch `y` and reduce by `steps`."""
-        block, thresholds, protected = self.branches[i], self.stack.thresholds, self.stack.protected
+        block = self.branches[i]
         scale = block.scales[0]
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
-            dropped = plan(None, received, rows.size, rows.origin, rows.cu, rows.longest,
-                           None, thresholds.prune[i : i + 1], protected, spare)  # fmt: skip
+            dropped, _ = self._plan(i, ("prune",), rows, q, k, received, spare)
             metric, *_ = _fold(rows, similarity_metric(k, rows.cu).flatten(1), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
             k, y, scale, steps = metric.unsqueeze(1), None, None, ("merge",)
-        planned = plan(
-            k, received, rows.size, rows.origin, rows.cu, rows.longest,
-            thresholds.merge[i : i + 1] if "merge" in steps else None,
-            thresholds.prune[i : i + 1] if "prune" in steps else None,
-            protected, self.stats[i], None if self.capacity is None else self.capacity.rows[i],
-        )  # fmt: skip
+        limit = None if self.capacity is None else self.capacity.rows[i]
+        planned, defined = self._plan(i, steps, rows, q, k, received, self.stats[i], limit)
         self.plans[i] = planned
+        if steps == ("fuse",):
+            assert defined is not None
+            # what is fused is dropped, and its receiver brings mean and size along
+            x = fuse_rows(add_norm(rows.x, y, scale, None)[0], rows, defined)
+            rows, y, scale = replace(rows, x=x, size=planned.size), None, None
         if self.capacity is None:
             room, longest, _ = self.stats[i].tolist()
         else:
             room, longest = self.capacity.rows[i], self.capacity.longest[i]
         x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room)
         return Rows(x, normed, size, origin, planned.cu, longest, False)
+
+    def _plan(
+        self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None, stats: Tensor,
+        room: int | None = None,
+    ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
+        """By the kernel where plain thresholds decide, or else by the definition, whose own plan comes along."""
+        policy, protected = self.policy, self.stack.protected
+        if not isinstance(policy, Thresholds) or policy.bounded:
+            first = None if self.received else q
+            return plan_rows(policy, i, steps, rows, first, k, received, protected, stats, room)
+        merge = policy.merge[i : i + 1] if "merge" in steps else None
+        prune = policy.prune[i : i + 1] if "prune" in steps else None
+        found = plan(k, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room)
+        return found, None
 
 
 def _fold(

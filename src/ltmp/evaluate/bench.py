@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import LTMPConfig
 from ..engines import packed, select
 from ..errors import LTMPError
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
+from ..policy import Policy
+from ..rates import Rates
 from ..reduction import make_plan, similarity_metric
 from ..stack import ReducedStack, record
-from ..thresholds import Thresholds
 from ..tokens import Tokens
 
 Call = Callable[[], Any]
@@ -69,43 +71,27 @@ class Row:
         return asdict(self)
 
 
-class FixedRate(Thresholds):
-    """The fixed schedule that learned thresholds replace: the same number of most similar tokens merges in every block.
-
-    Written from the description in Bolya et al., Token Merging (ICLR 2023), sections 3 and 4.1.
-
-    Args:
-        rate: tokens to merge in a block; at most half of the free ones can.
-    """
-
-    def __init__(self, model: Thresholds, rate: int) -> None:
-        super().__init__(model.depth, replace(model.config, variant="ltm"))
-        self.rate = rate
-        self.eval()
-
-    def active(self) -> tuple[tuple[bool, bool], ...]:
-        return ((True, False),) * self.depth
-
-    @torch.no_grad()
-    def select(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        chosen = score.masked_fill(~free, float("-inf")).topk(min(self.rate, score.shape[1]), 1).indices
-        return torch.zeros_like(score).scatter(1, chosen, 1.0) * free
-
-
 def fixed_rate(model: nn.Module, images: Tensor, share: float) -> int:
     """The largest rate whose FLOPs share on `images` is not below `share`."""
     low, high = 1, images.shape[-1] ** 2
     while high - low > 1:
         rate = (low + high) // 2
-        if _shares(model, images, FixedRate(stack_of(model).thresholds, rate)).mean().item() >= share:
+        if _shares(model, images, merging(model, rate)).mean().item() >= share:
             low = rate
         else:
             high = rate
     return low
 
 
-def _shares(model: nn.Module, images: Tensor, policy: Thresholds) -> Tensor:
-    with record() as calls, stack_of(model).using(policy.to(images.device)):
+def merging(model: nn.Module, rate: int) -> Rates:
+    """Fixed-rate merging for an attached model, `rate` tokens a block."""
+    mine = stack_of(model).thresholds
+    config = LTMPConfig(variant="m", r=rate, engine=mine.config.engine)
+    return Rates(mine.depth, config).to(next(model.parameters()).device).eval()
+
+
+def _shares(model: nn.Module, images: Tensor, policy: Policy) -> Tensor:
+    with record() as calls, stack_of(model).using(policy):
         model(images)
     return calls.share()
 
@@ -144,6 +130,8 @@ def _reference_slots(
     stack: ReducedStack, block: int, active: Any, rows: Any, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the odd token at place 2 i + 1."""
+    from ..engines.planned import slots
+
     counts = rows.cu.diff().tolist()
     live = sum(counts)
     size, origin = (packed.pad(t[:live], counts) for t in (rows.size, rows.origin.long()))
@@ -156,9 +144,7 @@ def _reference_slots(
         tokens, packed.pad(similarity_metric(k), counts), packed.pad(importance, counts),
         stack.thresholds, block, steps, stack.protected,
     )  # fmt: skip
-    kept = torch.zeros_like(origin).scatter(1, plan.order, (plan.tokens.keep > 0).long())
-    slots = torch.where(plan.merged, -2 - plan.into // 2, kept - 1)
-    return packed.rows(slots, counts)
+    return packed.rows(slots(plan).clamp(max=0), counts)
 
 
 @contextmanager
@@ -239,7 +225,7 @@ class Bench:
     def _fixed_way(self) -> Call:
         share = self._recorded(self._way("packed"))[1]
         few = self.images[:8]
-        policy = FixedRate(self.stack.thresholds, fixed_rate(self.model, few, share)).to(self.images.device)
+        policy = merging(self.model, fixed_rate(self.model, few, share))
 
         def call() -> Tensor:
             with self.stack.using(policy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models import stack_of
+from ..models import stack_of, thresholds_of
 from ..stack import dense, record
 from ..thresholds import Thresholds
 from .budget import schedule
@@ -32,18 +32,18 @@ class _Calibrating(Thresholds):
         return ((True, True),) * self.depth
 
     @torch.no_grad()
-    def select(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
+    def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         if self.last_free and block == self.depth - 1:
             # nothing reads these tokens any more: no mean of attention weights is above 1
             self.prune[block] = 1.0
-            return super().select(step, block, score, free)
+            return super().decide(step, block, score, free)
         scores = score[free].sort(descending=step == "merge").values
         wanted = round(self.removed[block] * self.part[step] * score.shape[0])
         wanted = min(wanted, scores.numel() - 1)
         if wanted > 0:
             # halfway between the last that goes and the first that stays
             getattr(self, step)[block] = (scores[wanted - 1] + scores[wanted]) / 2
-        return super().select(step, block, score, free)
+        return super().decide(step, block, score, free)
 
 
 @torch.inference_mode()
@@ -55,7 +55,7 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
         target: FLOPs share.
     """
     stack = stack_of(model)
-    thresholds = stack.thresholds
+    thresholds = thresholds_of(model)
     with record() as calls, dense():
         model(images[:1])
     geometry = calls.geometry[0]

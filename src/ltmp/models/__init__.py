@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..config import LTMPConfig
+from ..config import LEARNED, LTMPConfig
 from ..engines import graph
 from ..errors import LTMPError
+from ..policy import Policy
+from ..rates import Rates
 from ..stack import ReducedStack, carry_sizes
 from ..thresholds import Thresholds
 from .recipe import Recipe
@@ -53,7 +55,7 @@ def recipes(library: str) -> dict[type[nn.Module], Recipe]:
 
 
 def attach(model: Model, config: LTMPConfig | None = None) -> Model:
-    """Give every block of `model` its two thresholds, all off, and make it run reduced.
+    """Give every block of `model` its two thresholds, all off (or its fixed rates), and make it run reduced.
 
     In place: parameter names, weights and the way to call the model stay; `model.ltmp` holds the thresholds.
     In eval mode tokens are really removed, for any batch size; in train mode (`model.train()`, or `model.ltmp.train()`
@@ -78,6 +80,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         )
     host, recipe = find_host(model)
     problems = _find_problems(host, recipe)
+    if config.method.importance == "class" and recipe.protected(host) == 0:
+        problems.append(f"variant {config.variant} goes by the class token's attention, and this model has none")
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
     if is_attached(model):
@@ -86,11 +90,11 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     if isinstance(getattr(parent, name), ReducedStack):
         raise LTMPError(f"already attached to the {type(host).__name__} inside: call ltmp.detach on that one first")
     blocks = getattr(parent, name)
-    thresholds = Thresholds(len(blocks), config).to(next(host.parameters()).device)
-    thresholds.train(host.training)
-    stack = ReducedStack(blocks, recipe, thresholds, recipe.protected(host), host)
+    policy = _policy(len(blocks), config).to(next(host.parameters()).device)
+    policy.train(host.training)
+    stack = ReducedStack(blocks, recipe, policy, recipe.protected(host), host)
     setattr(parent, name, stack)
-    model.ltmp = thresholds
+    model.ltmp = policy
     for path, value in recipe.overrides(host).items():
         owner, attribute = _place(host, path)
         if attribute in vars(owner):
@@ -131,8 +135,8 @@ def detach(model: Model) -> Model:
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether `model` carries thresholds."""
-    return isinstance(getattr(model, "ltmp", None), Thresholds)
+    """Whether `model` carries thresholds or fixed rates."""
+    return isinstance(getattr(model, "ltmp", None), Policy)
 
 
 def stack_of(model: nn.Module) -> ReducedStack:
@@ -148,8 +152,21 @@ def stack_of(model: nn.Module) -> ReducedStack:
 
 
 def thresholds_of(model: nn.Module) -> Thresholds:
-    """The thresholds of an attached model; raises like `stack_of`."""
-    return stack_of(model).thresholds
+    """The learned thresholds of an attached model.
+
+    Raises:
+        LTMPError: nothing is attached, or fixed rates are.
+    """
+    policy = stack_of(model).thresholds
+    if not isinstance(policy, Thresholds):
+        raise LTMPError(
+            f"variant {policy.config.variant} has fixed rates, not thresholds: attach with one of {', '.join(LEARNED)}"
+        )
+    return policy
+
+
+def _policy(depth: int, config: LTMPConfig) -> Policy:
+    return Rates(depth, config) if config.method.fixed else Thresholds(depth, config)
 
 
 def _place(host: nn.Module, dotted: str) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import SEED_KEY, split_seed_state
-from ..config import VARIANTS, LTMPConfig
+from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from . import attach, is_attached, recipes, thresholds_of
 
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 def register() -> None:
-    """Register `{ltmp,ltpm,ltm,ltp}_NAME` and `inference_*_NAME` with timm, for each NAME of a known host."""
+    """Register `{variant}_NAME` and for learned ones `inference_{variant}_NAME` with timm, for each NAME of a host."""
     import timm
     from timm.models import register_model
 
@@ -45,7 +45,7 @@ def register() -> None:
         built = timm.model_entrypoint(name).__annotations__.get("return")
         if getattr(built, "__name__", built) in hosts:
             for variant in VARIANTS:
-                for prefix in ("", INFERENCE):
+                for prefix in ("", INFERENCE) if variant in LEARNED else ("",):
                     full = f"{prefix}{variant}_{name}"
                     if not timm.is_model(full):
                         register_model(_entrypoint(full, name, variant))
@@ -58,6 +58,9 @@ def parse_name(name: str) -> tuple[str | None, str]:
 
 
 def _entrypoint(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
+    if variant not in LEARNED:
+        return _fixed(full, name, variant)
+
     def build(pretrained: bool = False, tau: float = LTMPConfig.tau, **kwargs: Any) -> nn.Module:
         model = attach(_build_host(name, pretrained, kwargs), LTMPConfig(variant=variant, tau=tau))
         thresholds = thresholds_of(model)
@@ -70,8 +73,29 @@ def _entrypoint(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
         model.register_load_state_dict_pre_hook(_accept_seed_keys)
         return model
 
-    build.__name__ = build.__qualname__ = full
     build.__doc__ = f"{name} with learned thresholds ({variant}); `tau` is the temperature of the merge gradient."
+    return _named(build, full)
+
+
+def _fixed(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
+    def build(
+        pretrained: bool = False,
+        r: Rate | Sequence[Rate] = 0,
+        r_prune: Rate | Sequence[Rate] | None = None,
+        schedule: str = LTMPConfig.schedule,
+        **kwargs: Any,
+    ) -> nn.Module:
+        # a list is as good as a tuple
+        rates: dict[str, Any] = {"r": r, "r_prune": r_prune}
+        config = LTMPConfig(variant=variant, schedule=schedule, **rates)
+        return attach(_build_host(name, pretrained, kwargs), config)
+
+    build.__doc__ = f"{name} reduced at a fixed rate ({variant}); `r` tokens go in each block, see LTMPConfig."
+    return _named(build, full)
+
+
+def _named(build: Callable[..., nn.Module], full: str) -> Callable[..., nn.Module]:
+    build.__name__ = build.__qualname__ = full
     return build
 
 

@@ -95,3 +95,20 @@ def attend_rows(
             if need_importance:
                 received.append(p.mean((0, 1)))
     return torch.cat(outs), torch.cat(received) if need_importance else None
+
+
+@torch.no_grad()
+def class_attention(q: Tensor, k: Tensor, size: Tensor, keep: Tensor) -> Tensor:
+    """How much the first token, the class token, attends to each token (Liang et al., ICLR 2022, section 3.2).
+
+    Args:
+        q, k: [B, N, H, D]; of q only the first token's is read.
+        size: float32 [B, N] patches in each token. keep: float32 [B, N], 1 live and 0 gone.
+
+    Returns:
+        float32 [B, N], mean over heads.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (k.float() * (q[:, :1].float() * q.shape[-1] ** -0.5)).sum(-1)  # [B, N, H]
+        scores = scores + size.log()[..., None]
+        return scores.masked_fill((keep <= 0)[..., None], float("-inf")).softmax(1).mean(-1)

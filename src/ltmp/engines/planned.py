@@ -1,0 +1,118 @@
+"""Plans on packed rows for what the plan kernel does not know (fixed rates, floors, other scores), by the definition.
+
+A few numbers a token are padded to images, planned by `reduction.make_plan` and brought back to rows: plain torch on
+the device, at sizes known beforehand, nothing read by the host, so that a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import reduction
+from ..ops.match.triton import similarity_metric
+from ..ops.plan.triton import Plan
+from ..policy import Policy
+from ..tokens import Tokens
+
+if TYPE_CHECKING:
+    from .triton import Rows
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the tokens of padded images lie among the rows.
+
+    Attributes:
+        at: int64 [B, longest], rows; some row that exists where there is no such token.
+        live: bool [B, longest], whether there is one.
+    """
+
+    at: Tensor
+    live: Tensor
+
+    @classmethod
+    def of(cls, cu: Tensor, longest: int, rows: int) -> Padding:
+        """For images in rows cu[b]:cu[b + 1] of `rows`."""
+        place = torch.arange(longest, device=cu.device)
+        live = place < cu.diff()[:, None]
+        return cls((cu[:-1, None] + place).clamp(max=rows - 1).long(), live)
+
+    def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """[T] or [T, C] to [B, longest] or [B, longest, C]; rows past the end may hold anything, even NaN."""
+        live = self.live if values.ndim == 1 else self.live[..., None]
+        return torch.where(live, values[self.at], fill)
+
+
+def tokens_of(rows: Rows, padding: Padding) -> Tokens:
+    """The state as the definition knows it."""
+    return Tokens(padding.pad(rows.size, 1.0), padding.live.float(), padding.pad(rows.origin, 0).long())
+
+
+def slots(plan: reduction.Plan) -> Tensor:
+    """int64 [B, N], a plan of one parity split as the kernels write it: `ops.plan.triton.Plan.slot`."""
+    place = torch.arange(plan.order.shape[1], device=plan.order.device).expand_as(plan.order)
+    stays = torch.zeros_like(place).scatter(1, plan.order, torch.where(plan.tokens.live, place, -1))
+    return torch.where(plan.merged, -2 - plan.into // 2, stays)
+
+
+def plan_rows(
+    policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor | None, k: Tensor,
+    received: Tensor | None, protected: int, stats: Tensor, room: int | None,
+) -> tuple[Plan, reduction.Plan]:  # fmt: skip
+    """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
+
+    Args:
+        q, k: [T, H, D]; q only where the class token's attention counts.
+        received: float32 [H, T] or None. The others are as in the kernel.
+    """
+    padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
+    tokens = tokens_of(rows, padding)
+    metric = importance = None
+    if "merge" in steps:
+        metric = padding.pad(similarity_metric(k, rows.cu).flatten(1))
+    if steps != ("merge",):
+        importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
+    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected)
+    counts = plan.tokens.counts().int()
+    stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
+    most = rows.x.shape[0] if room is None else room
+    cu = torch.cat([counts.new_zeros(1), counts.cumsum(0).clamp(max=most).int()])
+    size = torch.empty_like(plan.tokens.size).scatter(1, plan.order, plan.tokens.size)
+    slot = slots(plan)
+    if "fuse" in steps:
+        slot = torch.where(plan.merged, -1, slot)
+    image, place = _where(rows)
+    return Plan(slot[image, place].int(), size[image, place], cu), plan
+
+
+def fuse_rows(x: Tensor, rows: Rows, plan: reduction.Plan) -> Tensor:
+    """`x` [T, C] with the mean of what is fused in its receiver's row, added up in a fixed order."""
+    padding = Padding.of(rows.cu, rows.longest, x.shape[0])
+    receiver = plan.into.gather(1, plan.merged.int().argmax(1, keepdim=True))
+    group = (plan.into == receiver) & padding.live & plan.merged.any(1, keepdim=True)
+    mean = ((plan.part * group).to(x.dtype)[:, None] @ padding.pad(x))[:, 0]
+    row = padding.at.gather(1, receiver)[:, 0]
+    return x.index_copy(0, row, torch.where(group.any(1, keepdim=True), mean, x[row]))
+
+
+def _importance(
+    policy: Policy, block: int, padding: Padding, tokens: Tokens, cu: Tensor, q: Tensor | None, k: Tensor,
+    received: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    if received is not None:
+        received = padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
+    elif q is not None:
+        # the definition reads the first token's query alone
+        q, k = q[padding.at[:, :1]], k[padding.at]
+    return reduction.importance_for(policy, block, received, k if q is None else q, k, tokens)
+
+
+def _where(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Of each row its image and its place there, int64 [T]; of rows past the end any."""
+    row = torch.arange(rows.x.shape[0], dtype=torch.int32, device=rows.cu.device)
+    image = torch.searchsorted(rows.cu[1:], row, right=True).clamp(max=rows.cu.shape[0] - 2)
+    return image, (row - rows.cu[image]).clamp(max=rows.longest - 1).long()
