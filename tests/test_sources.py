@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
-from ltmp.config import VARIANTS
+from ltmp.config import LEARNED
 from ltmp.models import stack_of
 from ltmp.stack import sizes_of
 
@@ -35,7 +35,7 @@ def traced(model: Any, x: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor,
     images=st.integers(1, 4),
     patches=st.integers(1, 20),
     protected=st.sampled_from([0, 1, 2, 5]),
-    variant=st.sampled_from(sorted(VARIANTS)),
+    variant=st.sampled_from(sorted(LEARNED)),
     merge=st.lists(st.floats(-0.6, 1.1), min_size=DEPTH, max_size=DEPTH),
     prune=st.lists(st.floats(-0.2, 2.0), min_size=DEPTH, max_size=DEPTH),
     masked=st.booleans(),
@@ -77,7 +77,7 @@ def test_sources_partition_the_patches(
     assert torch.equal(blocks[:, -1] < 0, source < 0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 def test_packed_masked_and_single_images_agree(variant: str) -> None:
     images = random_images(4)
     model = attach_reducing(tiny_vit(reg_tokens=3), images, variant)
