@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
-from ltmp.config import VARIANTS
+from ltmp.config import LEARNED
 from ltmp.models import stack_of
 
 HOSTS: dict[str, Callable[[], Any]] = {
@@ -62,7 +62,7 @@ def test_off_thresholds_are_the_identity(name: str, masked: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNED)
 @pytest.mark.parametrize("name", HOSTS)
 def test_grids_are_whole_and_packed_equals_masked(name: str, variant: str) -> None:
     model, images = reducing(name, variant)
