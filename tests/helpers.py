@@ -24,7 +24,7 @@ def liven(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.startswith("ltmp."):
             continue
-        scale = 0.02 if name.endswith("bias") else 1.5 / parameter.shape[-1] ** 0.5
+        scale = 0.02 if name.endswith("bias") else 1.5 / (parameter.shape or (1,))[-1] ** 0.5
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name and name.endswith("weight"):
             parameter.copy_(1 + 0.1 * noise)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .engines import masked, select
 from .engines.blockwise import Blockwise
@@ -108,6 +109,7 @@ class ReducedStack(nn.ModuleList):
         self._thresholds = (thresholds,)
         self._host = (host,)
         self.overridden: dict[str, Any] = {}
+        self.hooks: list[RemovableHandle] = []
         self.training = blocks.training
 
     @property
@@ -202,11 +204,12 @@ class ReducedStack(nn.ModuleList):
 
     def positions(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Positions | None:
         """What the host says of the places of x [B, N, C] when it calls its blocks."""
-        return positions_of(self.recipe.rotary, self.host, x.shape[1], args, kwargs)
+        return positions_of(self.recipe, self.host, x.shape[1], args, kwargs)
 
     def whole(self, block: int, x: Tensor, positions: Positions | None) -> Tensor:
         """The host's own block on [B, N, C] of which nothing was reduced yet."""
-        return self.blocks[block](x, **({} if positions is None else positions.argument(block)))
+        place = {} if positions is None else positions.argument(block)
+        return self.blocks[block](x, **self.recipe.arguments, **place)
 
     def _one_by_one(self) -> list[Callable[..., Tensor]]:
         """One callable a block, each from every patch in its place to every patch in its place."""

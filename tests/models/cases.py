@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
+import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -102,6 +104,138 @@ CASES: dict[str, Case] = {
     "rope-axial": timm_case(Eva, "axial rotary attention: `vit_*_rope_*`", **ROTARY, attn_type="rope"),
     "rope-mixed": timm_case(
         Eva, "rotary of learned frequencies: `vit_*_rope_mixed_*`", **ROTARY, rope_type="mixed", global_pool="token"
+    ),
+}  # fmt: skip
+
+
+TINY_HF: dict[str, Any] = {
+    "image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "intermediate_size": 64, "mlp_ratio": 2, "num_labels": 5, "num_frames": 4, "use_mean_pooling": True,
+    "mask_ratio": 0.0, "projection_dim": 16,
+}  # fmt: skip
+TINY_TEXT: dict[str, Any] = {
+    **TINY_HF, "projection_size": 32, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49,
+    "bos_token_id": 48, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def tiny_hf(cls: str, config: str, **kwargs: Any) -> Any:
+    """A class of transformers with a config of this class; an image-text model has two towers inside."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    settings = {**TINY_HF, **kwargs}
+    if config in ("CLIPConfig", "SiglipConfig"):
+        settings = {"vision_config": settings, "text_config": TINY_TEXT, "projection_dim": 16, "num_labels": 5}
+    return liven(getattr(transformers, cls)(getattr(transformers, config)(**settings))).eval()
+
+
+def pixels(_model: Any) -> dict[str, Any]:
+    return {"pixel_values": random_images(3)}
+
+
+def pixels_in_order(_model: Any) -> dict[str, Any]:
+    return {"pixel_values": random_images(3), "noise": torch.arange(16.0).expand(3, -1)}
+
+
+def pixels_and_texts(_model: Any) -> dict[str, Any]:
+    texts = torch.randint(3, 48, (4, 8), generator=torch.Generator().manual_seed(0))
+    texts[:, -1] = 49
+    return {"pixel_values": random_images(3), "input_ids": texts}
+
+
+def class_token(output: Any) -> Tensor:
+    return output.last_hidden_state[:, 0]
+
+
+def clips(_model: Any) -> dict[str, Any]:
+    return {"pixel_values": torch.stack([random_images(4, seed=seed) for seed in range(3)])}
+
+
+def hf_checkpointing(model: Any) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def hf_case(
+    cls: str, config: str, what: str, output: str | Callable[[Any], Tensor] = "logits", tokens: int = 17,
+    inputs: Callable[[Any], Any] = pixels, refused: str = "", **kwargs: Any,
+) -> Case:  # fmt: skip
+    return Case(
+        "transformers", cls, what, partial(tiny_hf, cls, config, **kwargs), inputs,
+        attrgetter(output) if isinstance(output, str) else output, hf_checkpointing, tokens, refused,
+    )  # fmt: skip
+
+
+CASES |= {
+    "hf-vit": hf_case("ViTForImageClassification", "ViTConfig", "ViT: `google/vit-*`"),
+    "hf-vit-bare": hf_case("ViTModel", "ViTConfig", "ViT without a head: its class token", "pooler_output"),
+    "hf-deit": hf_case("DeiTForImageClassification", "DeiTConfig", "DeiT: `facebook/deit-*`", tokens=18),
+    "hf-deit-teacher": hf_case(
+        "DeiTForImageClassificationWithTeacher", "DeiTConfig", "DeiT: `facebook/deit-*-distilled-*`", tokens=18
+    ),
+    "hf-deit-bare": hf_case("DeiTModel", "DeiTConfig", "DeiT without a head", "pooler_output", 18),
+    "hf-dinov2": hf_case("Dinov2ForImageClassification", "Dinov2Config", "DINOv2: `facebook/dinov2-*-imagenet1k-*`"),
+    "hf-dinov2-giant": hf_case(
+        "Dinov2ForImageClassification", "Dinov2Config", "DINOv2 with SwiGLU: `facebook/dinov2-giant-*`",
+        use_swiglu_ffn=True,
+    ),
+    "hf-dinov2-bare": hf_case("Dinov2Model", "Dinov2Config", "DINOv2: `facebook/dinov2-*`", "pooler_output"),
+    "hf-dinov2-registers": hf_case(
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig",
+        "DINOv2 with registers: `facebook/dinov2-with-registers-*-imagenet1k-*`", tokens=21,
+    ),
+    "hf-dinov2-registers-bare": hf_case(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig",
+        "DINOv2 with registers: `facebook/dinov2-with-registers-*`", "pooler_output", 21,
+    ),
+    "hf-dinov3": hf_case(
+        "DINOv3ViTModel", "DINOv3ViTConfig", "DINOv3, rotary: `facebook/dinov3-vit*`", "pooler_output", 21,
+        num_register_tokens=4,
+    ),
+    "hf-dinov3-gated": hf_case(
+        "DINOv3ViTModel", "DINOv3ViTConfig", "DINOv3 with SwiGLU: `facebook/dinov3-vith16plus-*`", "pooler_output", 21,
+        num_register_tokens=4, use_gated_mlp=True, hidden_act="silu",
+    ),
+    "hf-clip": hf_case(
+        "CLIPModel", "CLIPConfig", "CLIP, image-text similarity: `openai/clip-vit-*`", "logits_per_image",
+        inputs=pixels_and_texts,
+    ),
+    "hf-clip-vision": hf_case("CLIPVisionModel", "CLIPVisionConfig", "CLIP's vision tower", "pooler_output"),
+    "hf-clip-projection": hf_case(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", "CLIP's vision tower, projected", "image_embeds"
+    ),
+    "hf-clip-classes": hf_case("CLIPForImageClassification", "CLIPConfig", "CLIP under a linear head, mean pooled"),
+    "hf-siglip": hf_case(
+        "SiglipModel", "SiglipConfig", "SigLIP, image-text similarity: `google/siglip-*`", "logits_per_image", 16,
+        inputs=pixels_and_texts,
+    ),
+    "hf-siglip-vision": hf_case(
+        "SiglipVisionModel", "SiglipVisionConfig", "SigLIP's vision tower, attention pooled", "pooler_output", 16
+    ),
+    "hf-siglip-classes": hf_case(
+        "SiglipForImageClassification", "SiglipConfig", "SigLIP under a linear head, mean pooled", tokens=16
+    ),
+    "hf-vit-mae": hf_case(
+        "ViTMAEModel", "ViTMAEConfig", "ViT-MAE's encoder with `mask_ratio=0`: `facebook/vit-mae-*`",
+        class_token, inputs=pixels_in_order,
+    ),
+    "hf-videomae": hf_case(
+        "VideoMAEForVideoClassification", "VideoMAEConfig", "VideoMAE, mean pooled: `MCG-NJU/videomae-*-finetuned-*`",
+        tokens=32, inputs=clips,
+    ),
+    "hf-vit-mae-hiding": hf_case(
+        "ViTMAEModel", "ViTMAEConfig", "ViT-MAE while it hides patches", mask_ratio=0.75, refused="mask_ratio = 0"
+    ),
+    "hf-vit-mae-training": hf_case(
+        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder", refused="tokens that a reduced encoder"
+    ),
+    "hf-masked-images": hf_case(
+        "ViTForMaskedImageModeling", "ViTConfig", "masked image modelling", refused="tokens that a reduced encoder"
+    ),
+    "hf-backbone": hf_case(
+        "Dinov2Backbone", "Dinov2Config", "backbones of detectors", refused="tokens that a reduced encoder"
+    ),
+    "hf-beit": hf_case(
+        "BeitForImageClassification", "BeitConfig", "BEiT's relative positions", refused="tokens that a reduced encoder"
     ),
 }  # fmt: skip
 ATTACHED = {name: case for name, case in CASES.items() if not case.refused}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..models.recipe import Rotary
+    from ..models.recipe import Recipe, Rotary
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,17 @@ class Positions:
 
 
 def positions_of(
-    rotary: Rotary | None, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Positions | None:
     """What `host` says of the places of its `tokens` when it calls its blocks with `args` and `kwargs`.
 
     Raises:
         NotImplementedError: it says more than that.
     """
+    rotary = recipe.rotary
     given = None if rotary is None else kwargs.pop(rotary.name, None)
     for name, value in [*enumerate(args), *kwargs.items()]:
-        if value is not None and value is not False:
+        if recipe.refuses(value):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call ltmp.detach(model) for this"

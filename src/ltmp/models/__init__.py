@@ -36,18 +36,27 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
     """
     for module in model.modules():
         for cls in type(module).__mro__:
-            recipe = recipes(cls.__module__.partition(".")[0]).get(cls)
-            if recipe is not None:
-                return module, recipe
+            known = recipes(cls.__module__.partition(".")[0])
+            if cls in known:
+                return module, _unless_refused(module, known[cls])
     raise LTMPError(
         f"cannot attach to {type(model).__name__}: found none of the known hosts inside "
         f"(vision transformers of {', '.join(_LIBRARIES)}; docs/hosts.md lists them)"
     )
 
 
-def recipes(library: str) -> dict[type[nn.Module], Recipe]:
-    """The hosts of a library that is installed, each with its recipe."""
-    found: dict[type[nn.Module], Recipe] = {}
+def _unless_refused(module: nn.Module, recipe: Recipe | None) -> Recipe:
+    if recipe is None:
+        raise LTMPError(
+            f"cannot attach to {type(module).__name__}: it may read tokens that a reduced encoder inside it no longer "
+            "has; docs/hosts.md lists what can be attached"
+        )
+    return recipe
+
+
+def recipes(library: str) -> dict[type[nn.Module], Recipe | None]:
+    """The hosts of a library that is installed, each with its recipe, or None where it is known not to have one."""
+    found: dict[type[nn.Module], Recipe | None] = {}
     for name in _LIBRARIES.get(library, ()):
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:
             found |= importlib.import_module(f"{__name__}.{name}").HOSTS
@@ -102,7 +111,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         setattr(owner, attribute, value)
     norm = recipe.final_norm(host)
     if norm is not None:
-        norm.register_forward_hook(carry_sizes)
+        stack.hooks.append(norm.register_forward_hook(carry_sizes))
+    stack.hooks += recipe.hooks(host)
     graph.install(host, stack)
     return model
 
@@ -126,10 +136,8 @@ def detach(model: Model) -> Model:
         delattr(owner, attribute)
         if path in stack.overridden:
             setattr(owner, attribute, stack.overridden[path])
-    norm = recipe.final_norm(host)
-    hooks = {} if norm is None else norm._forward_hooks
-    for key in [key for key, hook in hooks.items() if hook is carry_sizes]:
-        del hooks[key]
+    for hook in stack.hooks:
+        hook.remove()
     del model.ltmp
     return model
 

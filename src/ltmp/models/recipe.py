@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ def has_grad_checkpointing(host: nn.Module) -> bool:
     return bool(getattr(host, "grad_checkpointing", False))
 
 
+def asks_something(value: Any) -> bool:
+    """Whether an argument that a host gives its blocks could change what they compute."""
+    return value is not None and value is not False
+
+
+def no_hooks(_host: nn.Module) -> list[RemovableHandle]:
+    """For hosts whose attributes are enough to override."""
+    return []
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A pre-norm transformer as a few module-level functions (lambdas cannot be pickled with the model).
@@ -74,6 +85,9 @@ class Recipe:
         prefix_only: host -> whether its head reads nothing but the prefix tokens.
         rotary: how its attention learns where tokens are; None where they were told before the first block.
         grad_checkpointing: host -> whether blocks are to be recomputed in backward.
+        hooks: host -> handles of the hooks it registered, which are removed with the attachment.
+        refuses: argument of the blocks that is no position -> whether to refuse the call.
+        arguments: what the host's own blocks cannot be called without.
     """
 
     name: str
@@ -90,3 +104,6 @@ class Recipe:
     prefix_only: Callable[[nn.Module], bool]
     rotary: Rotary | None = None
     grad_checkpointing: Callable[[nn.Module], bool] = has_grad_checkpointing
+    hooks: Callable[[nn.Module], list[RemovableHandle]] = no_hooks
+    refuses: Callable[[Any], bool] = asks_something
+    arguments: Mapping[str, Any] = field(default_factory=dict)

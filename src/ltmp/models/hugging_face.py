@@ -1,0 +1,123 @@
+"""Image classifiers of Hugging Face by folder or hub name, and how their image processors prepare images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LTMPError, MissingExtraError, UsageError
+
+PREFIX = "hf:"
+"""What names of such models begin with."""
+
+_SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+
+_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's filters, as processors number them, by timm's names."""
+
+
+def build_classifier(source: str, **kwargs: Any) -> nn.Module:
+    """The image classifier in a folder or on the hub, in float32 and evaluation mode.
+
+    Weights are read from safetensors alone, and no code that comes with a model is run. `pretrained_cfg` and
+    `num_classes` are set on the model, as timm has them, so that data is prepared as its image processor would.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or a name on the hub.
+        kwargs: more arguments of `from_pretrained`, e.g. `revision`.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        UsageError: an argument that would run code or read pickles, or an image processor that timm cannot follow.
+        LTMPError: the model cannot be had, or its weights are not whole.
+    """
+    try:
+        from transformers import AutoModelForImageClassification
+    except ImportError as error:
+        raise MissingExtraError("transformers", "transformers", f"--model {PREFIX}...") from error
+    refused = sorted({*_SAFE, "weights_only"} & kwargs.keys())
+    if refused:
+        raise UsageError(f"{', '.join(refused)} cannot be set: no code and no pickles of a model are loaded")
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(
+            source, **{"dtype": torch.float32, **kwargs}, **_SAFE, output_loading_info=True
+        )
+    except Exception as error:  # the network, the hub, the files and the config fail each in their own way
+        raise _unavailable("model", source, error) from error
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lacking:
+        raise LTMPError(
+            f"{source} has no weights for {lacking[0]!r} of a {type(model).__name__} ({len(lacking)} such parameters): "
+            "give a model that was fine-tuned to classify"
+        )
+    model.pretrained_cfg = data_config(model)
+    model.num_classes = model.config.num_labels
+    return model.eval()
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of the library transformers, which is not imported for this."""
+    return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """What a model's image processor does, in the words of timm's data configs.
+
+    Raises:
+        LTMPError: the processor cannot be had.
+        UsageError: it does what timm's transforms cannot.
+    """
+    from transformers import AutoImageProcessor
+
+    source = model.config.name_or_path
+    try:
+        if not source:
+            raise OSError("the model does not say where it was loaded from")
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _unavailable("image processor", source or type(model).__name__, error) from error
+    return translate(processor.to_dict(), int(getattr(model.config, "num_channels", 3)))
+
+
+def translate(processor: dict[str, Any], channels: int = 3) -> dict[str, Any]:
+    """`input_size`, `interpolation`, `mean`, `std`, `crop_pct` and `crop_mode` from an image processor's settings."""
+    resized = _edges(processor.get("size"))
+    cropped = (_edges(processor.get("crop_size")) if processor.get("do_center_crop") else None) or resized
+    scaled = abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3
+    if not (processor.get("do_resize") and scaled and resized and cropped and _is_crop(cropped, resized)):
+        settings = {name: processor.get(name) for name in ("do_resize", "size", "crop_size", "rescale_factor")}
+        raise UsageError(f"no transform of timm does what this image processor does ({settings}): write one for it")
+    normal = processor.get("do_normalize", True)
+    return {
+        "input_size": (channels, *cropped),
+        "interpolation": _INTERPOLATION[int(processor.get("resample", 2))],
+        "mean": tuple(processor["image_mean"]) if normal else (0.0,) * channels,
+        "std": tuple(processor["image_std"]) if normal else (1.0,) * channels,
+        # timm rounds the size that it resizes to down
+        "crop_pct": 1.0 if cropped == resized else cropped[0] / (resized[0] + 0.5),
+        "crop_mode": "center" if "shortest_edge" in processor["size"] else "squash",
+    }
+
+
+def _is_crop(part: tuple[int, int], whole: tuple[int, int]) -> bool:
+    return part[0] <= whole[0] and part[0] * whole[1] == part[1] * whole[0]
+
+
+def _edges(size: Any) -> tuple[int, int] | None:
+    """Height and width that a processor's size asks for; None for one that depends on the image."""
+    if isinstance(size, int):
+        return size, size
+    size = dict(size or {})
+    if "shortest_edge" in size and size.get("longest_edge") is None:
+        return int(size["shortest_edge"]), int(size["shortest_edge"])
+    return (int(size["height"]), int(size["width"])) if size.get("height") and size.get("width") else None
+
+
+def _unavailable(what: str, source: str, error: Exception) -> LTMPError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return LTMPError(
+        f"cannot load the {what} of {source} from Hugging Face ({reason}): without a network, save_pretrained it where "
+        f"there is one and give the folder as {PREFIX}FOLDER"
+    )
