@@ -13,6 +13,7 @@ from ..evaluate import report
 from . import options as o
 from .evaluating import bench_verb, evaluate_verb
 from .learning import learn_verb
+from .predicting import predict_verb
 from .progress import progress_bar
 from .serving import serve_verb
 
@@ -31,6 +32,7 @@ app.command("learn")(learn_verb)
 app.command("eval")(evaluate_verb)
 app.command("bench")(bench_verb)
 app.command("serve")(serve_verb)
+app.command("predict")(predict_verb)
 
 
 @app.callback(invoke_without_command=True)

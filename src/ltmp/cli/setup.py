@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import load
 from ..data import Loader, check_classes, eval_transform, input_channels, make_loader, open_dataset
 from ..errors import UsageError
 from ..models.build import build_model
@@ -88,6 +89,14 @@ class DataOptions:
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
+
+
+def build_reduced(options: ModelOptions, thresholds: Path | None, engine: str | None) -> nn.Module:
+    """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
+    model = options.build()
+    if thresholds is not None:
+        load(model, thresholds, engine=engine)
+    return model
 
 
 def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:

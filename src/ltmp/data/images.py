@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import IO
 
 import numpy as np
@@ -10,6 +11,16 @@ from PIL import Image, ImageOps
 # From here on a JPEG is decoded at reduced size: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
+# What counts as an image among other files, by its name; whether it is one shows when it is decoded.
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image; hidden files are not."""
+    _, _, file = name.rpartition("/")
+    return not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS
 
 
 def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:

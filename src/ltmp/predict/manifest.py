@@ -1,0 +1,152 @@
+"""What a run is: its settings and its source, kept beside its results, so that nothing else is mixed with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..errors import LTMPError, UsageError
+from ..files import atomic_path
+from ..models import is_attached, thresholds_of
+from .predictor import Predictor
+from .shards import Shard
+from .writer import ERRORS
+
+MANIFEST = "_run.json"
+_LOCK = ".lock"
+# What each setting is called in a message.
+_NAMES = {"batch_size": "batch size", "class_names": "class names", "amp": "--amp", "top": "--top"}
+
+
+def settings_of(predictor: Predictor) -> dict[str, Any]:
+    """What decides what is written, down to rounding, but for the device; what only speed depends on is left out."""
+    scoring, model = predictor.scoring, predictor.model
+    attached = thresholds_of(model) if is_attached(model) else None
+    names = None if scoring.embeddings else predictor.class_names
+    return {
+        "model": type(model).__name__,
+        **scoring.about,
+        "weights": _digest((name, value) for name, value in model.state_dict().items() if not name.startswith("ltmp.")),
+        "thresholds": _digest(attached.state_dict().items()) if attached else None,
+        "method": attached.config.to_dict() if attached else None,
+        "transform": " ".join(str(predictor.transform).split()),
+        "embeddings": scoring.embeddings,
+        "top": None if scoring.embeddings else scoring.top,
+        "class_names": sha256("\n".join(names).encode()).hexdigest()[:16] if names else None,
+        "batch_size": scoring.batch_size,
+        "amp": scoring.amp,
+    }
+
+
+def _digest(tensors: Iterator[tuple[str, Tensor]] | Any) -> str:
+    digest = sha256()
+    for name, value in sorted(tensors):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def begin(out: Path, shards: Sequence[Shard], settings: dict[str, Any]) -> None:
+    """Make `out` the folder of this run, or check that it is.
+
+    Raises:
+        UsageError: it holds a run with other settings or of another source.
+        LTMPError: it cannot be read or written.
+    """
+    source = {shard.name: shard.fingerprint for shard in shards}
+    path = out / MANIFEST
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({"ltmp": __version__, "settings": settings, "source": source}, indent=1))
+        return
+    try:
+        earlier = json.loads(path.read_text())
+        before, images = dict(earlier["settings"]), dict(earlier["source"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LTMPError(
+            f"{path} cannot be read ({error}): choose another --out, or --overwrite what is there"
+        ) from error
+    way_out = "continue with what it was begun with, choose another --out, or start anew with --overwrite"
+    for name, value in json.loads(json.dumps(settings)).items():
+        if before.get(name) != value:
+            what = _NAMES.get(name, name)
+            values = f": {_short(before.get(name))} then, {_short(value)} now"
+            raise UsageError(f"{out} holds a run with another {what}{values}; {way_out}")
+    if images != source:
+        raise UsageError(f"{out} holds a run of other images: {_difference(images, source, shards)}; {way_out}")
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) < 40 else f"{text[:37]}..."
+
+
+def _difference(before: dict[str, str], now: dict[str, str], shards: Sequence[Shard]) -> str:
+    if len(before) != len(now):
+        return f"{len(before)} shards then, {len(now)} now"
+    changed = next(shard for shard in shards if before.get(shard.name) != shard.fingerprint)
+    return f"{changed.source} has changed since"
+
+
+def prepare(out: Path, sources: Sequence[str | Path]) -> None:
+    """Make the folder, before any work is done.
+
+    Raises:
+        UsageError: it is a file, lies in the source, or holds other things than a run.
+        LTMPError: it cannot be written.
+    """
+    real = out.resolve()
+    for source in map(Path, sources):
+        if source.is_dir() and source.resolve() in (real, *real.parents):
+            raise UsageError(f"{out} lies inside the source {source}: choose an --out beside it")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: --out is a folder")
+    held = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
+    if held and MANIFEST not in held:
+        raise UsageError(f"{out} holds other files, but no run to continue: choose an empty or a new folder")
+    probe = out / ".probe"
+    with atomic_path(probe):
+        pass
+    probe.unlink()
+
+
+def clear(out: Path) -> None:
+    """Remove a run; the manifest goes last, so that a killed clearing can be repeated."""
+    for path in [*out.glob("*.parquet"), *out.glob(f"{ERRORS}/*.csv"), out / f"{ERRORS}.csv", out / MANIFEST]:
+        path.unlink(missing_ok=True)
+
+
+def sweep(out: Path) -> None:
+    """Remove the temporary files that a killed run left; nobody else may be writing."""
+    for pattern in (".*.parquet.*", f".{MANIFEST}.*", f".{ERRORS}.csv.*", f"{ERRORS}/.*.csv.*", ".probe", "..probe.*"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder inside: a second run there would undo the first. The lock goes with the process, killed or not.
+
+    Raises:
+        LTMPError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with open(out / _LOCK, "w") as file:
+        try:
+            # unlike flock, not inherited by the processes that decode, which outlive a killed run by seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise LTMPError(f"another run is writing to {out}: wait for it, or choose another --out") from error
+        yield

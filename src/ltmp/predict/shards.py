@@ -1,0 +1,211 @@
+"""Shards: the pieces of a source that are scored, written and, after a kill, found finished one at a time."""
+
+from __future__ import annotations
+
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from ..data import Broken
+from ..data.images import is_image_name
+from ..errors import LTMPError, MissingExtraError
+
+
+class Slice(NamedTuple):
+    """Bytes `offset` to `offset + size` of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class Item(NamedTuple):
+    """One image of a shard, not read yet.
+
+    Attributes:
+        row: its place in the shard, broken images counted.
+        key: what the source calls it.
+        content: a file, a part of one, the encoded image itself, or why there is none.
+        position: share of the shard that is behind it, in [0, 1].
+    """
+
+    row: int
+    key: str
+    content: str | Slice | bytes | Broken
+    position: float
+
+
+@dataclass(frozen=True)
+class Shard(ABC):
+    """A piece of a source. Picklable and small: it says where the images are, and `items` finds them.
+
+    Attributes:
+        name: of the output file, unique among the shards of a run.
+        source: of the input, for messages.
+        path: the input on disk, absolute.
+        images: how many there are, or None where only reading all of it would tell.
+    """
+
+    name: str
+    source: str
+    path: str
+    images: int | None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash over names and sizes: another one is another input."""
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """The images in order, always the same; what cannot be read any further is one `Broken` at the end."""
+
+
+@dataclass(frozen=True)
+class FolderShard(Shard):
+    """Some files of a folder: their paths in it, and their sizes."""
+
+    files: tuple[tuple[str, int], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash(*(f"{name}\0{size}" for name, size in self.files))
+
+    def items(self) -> Iterator[Item]:
+        for row, (name, _) in enumerate(self.files):
+            yield Item(row, name, f"{self.path}/{name}", (row + 1) / len(self.files))
+
+
+@dataclass(frozen=True)
+class TarShard(Shard):
+    """An uncompressed tar, read in its own order; members that are not images by their name are passed over."""
+
+    size: int
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash(self.source, str(self.size))
+
+    def items(self) -> Iterator[Item]:
+        row = 0
+        try:
+            with tarfile.open(self.path, "r:") as archive:
+                for member in archive:
+                    # nobody asks for the former ones again, and they may be millions
+                    archive.members = []  # type: ignore[attr-defined]
+                    if member.isreg() and is_image_name(member.name):
+                        content = Slice(self.path, member.offset_data, member.size)
+                        yield Item(row, member.name, content, member.offset_data / self.size)
+                        row += 1
+                fault = self._fault_at(archive.offset)
+        except (tarfile.TarError, OSError) as error:
+            what = "the .tar is truncated or damaged, images after this point are missing" if row else "no plain .tar"
+            fault = f"{what}: {error}"
+        if fault:
+            yield _unread(self, row, fault)
+
+    def _fault_at(self, offset: int) -> str | None:
+        """What is wrong where the last member ended: an archive closes with a block of zeros."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            block = file.read(tarfile.BLOCKSIZE)
+        if block == tarfile.NUL * tarfile.BLOCKSIZE:
+            return None
+        if len(block) < tarfile.BLOCKSIZE:
+            return f"the .tar is truncated at byte {self.size}: images after this point are missing"
+        return f"the .tar is damaged at byte {offset}: images after this point could not be found"
+
+
+@dataclass(frozen=True)
+class ParquetShard(Shard):
+    """A Parquet file with a column of encoded images or of paths, and one to name the rows by, if any."""
+
+    size: int
+    column: str
+    key_column: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash(self.source, str(self.size), self.column, str(self.key_column))
+
+    def items(self) -> Iterator[Item]:
+        start = 0
+        try:
+            file = parquet().ParquetFile(self.path)
+        # damaged files make pyarrow fail in many ways; each means that nothing, or no further row, can be read
+        except Exception as error:
+            yield _unread(self, 0, f"not a whole Parquet file: {_first_line(error)}")
+            return
+        with file:
+            for group in range(file.num_row_groups):
+                row, end = start, start + file.metadata.row_group(group).num_rows
+                try:
+                    for value, key in self._rows(file, group):
+                        yield self._item(row, value, key)
+                        row += 1
+                except Exception as error:
+                    yield _unread(self, row, f"rows {row} to {end - 1} cannot be read: {_first_line(error)}")
+                start = end
+
+    def _rows(self, file: Any, group: int) -> Iterator[tuple[Any, Any]]:
+        """Image and key of each row of a row group."""
+        columns = [self.column, *([self.key_column] if self.key_column else [])]
+        for batch in file.iter_batches(64, row_groups=[group], columns=columns):
+            keys = batch[self.key_column].to_pylist() if self.key_column else [None] * len(batch)
+            yield from zip(batch[self.column].to_pylist(), keys, strict=True)
+
+    def _item(self, row: int, value: Any, key: Any) -> Item:
+        path = value.get("path") if isinstance(value, dict) else None
+        if isinstance(value, dict):  # as Hugging Face datasets store images
+            value = value.get("bytes") or path
+        if key is None:
+            key = path if path is not None else value if isinstance(value, str) else f"row {row}"
+        content: str | bytes | Broken
+        if isinstance(value, str):
+            try:
+                content = str(Path(self.path).parent / local_path(value))
+            except LTMPError as error:
+                content = Broken(str(key), str(error))
+        else:
+            content = Broken(str(key), "there is no image in this row") if value is None else value
+        return Item(row, str(key), content, (row + 1) / (self.images or row + 1))
+
+
+def local_path(name: str) -> str:
+    """The path in `name`, a plain path or a file:// URL; raises LTMPError for what would need a network."""
+    if "://" not in name:
+        return name
+    url = urlsplit(name)
+    if url.scheme.lower() == "file" and url.netloc in ("", "localhost"):
+        return url2pathname(url.path)
+    raise LTMPError(f"{name} is not on this machine, and nothing is downloaded: fetch it first and give its local path")
+
+
+def parquet() -> Any:
+    """pyarrow.parquet, which reads and writes Parquet."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "predict", "Bulk scoring") from error
+    return pyarrow.parquet
+
+
+def _unread(shard: Shard, row: int, reason: str) -> Item:
+    return Item(row, shard.source, Broken(shard.source, reason), 1.0)
+
+
+def _hash(*parts: str) -> str:
+    digest = sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,199 @@
+"""From what the user names (folders, tars, patterns of them, Parquet) to the shards of a run, always the same ones."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..data.images import is_image_name
+from ..errors import LTMPError, UsageError
+from .shards import FolderShard, ParquetShard, Shard, TarShard, local_path, parquet
+
+TARS, PARQUETS, COMPRESSED = (".tar",), (".parquet", ".pq"), (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Columns that are looked for where none is named, in this order.
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "data")
+PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image_path", "url", "uri")
+KEY_COLUMNS = ("key", "__key__", "id", "image_id", "path", "file", "file_name", "filename")
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def find_shards(
+    sources: Sequence[str | Path], *, shard_size: int = 1024, column: str | None = None, key_column: str | None = None
+) -> list[Shard]:
+    """The shards of all sources, in order.
+
+    Args:
+        sources: one folder of images, read with everything below it; or folders, files and patterns of .tar and
+            .parquet files, such as "shards/{000..099}.tar" or "shards/*.parquet".
+        shard_size: images a shard of a folder; tars and Parquet files are a shard each.
+        column: column of a Parquet file that holds the images or their paths; None looks for one.
+        key_column: column that names its rows; None looks for one.
+
+    Raises:
+        UsageError: no such file, no images, a compressed tar, a Parquet file without a column of images.
+        LTMPError: something there cannot be read.
+    """
+    paths = [Path(path) for source in sources for path in _expand(str(source))]
+    if len(paths) == 1 and paths[0].is_dir():
+        images = _images_below(paths[0])
+        if images:
+            return _folder_shards(paths[0], images, shard_size)
+    files = [file for path in paths for file in (_shards_in(path) if path.is_dir() else [path])]
+    doubled = {file for file in files if files.count(file) > 1} if len(set(files)) < len(files) else set()
+    if doubled:
+        raise UsageError(f"{min(doubled)} is given twice: its images would be scored twice; name it once")
+    return [_file_shard(file, number, column, key_column) for number, file in enumerate(files)]
+
+
+def _expand(source: str) -> list[str]:
+    """The paths that `source` stands for: braces as in a shell, then wildcards, sorted."""
+    if os.path.exists(source):
+        return [source]
+    if "://" in source:
+        source = local_path(source)
+    found = []
+    for pattern in _expand_braces(source):
+        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not matches or not os.path.exists(matches[0]):
+            part = "" if pattern == source else f" (part of {source})"
+            raise UsageError(f"{pattern}{part} does not exist: give a folder of images, a .tar or a .parquet file")
+        found += matches
+    return found
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """`a{1..3}{x,y}` as a1x, a1y, a2x, ...; a range keeps leading zeros."""
+    parts = _BRACES.split(pattern)
+    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
+    return ("".join(chosen) for chosen in product(*choices))
+
+
+def _choices(braces: str) -> list[str]:
+    span = _RANGE.fullmatch(braces)
+    if span is None:
+        return braces.split(",")
+    first, last = span.groups()
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Folders below `folder`, as paths in it, with their files; links are followed, but no folder is entered twice."""
+    seen = set()
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        try:
+            with os.scandir(folder / inside) as entries:
+                found = [entry for entry in entries if not entry.name.startswith(".")]
+            real = os.path.realpath(folder / inside)
+        except OSError as error:
+            raise LTMPError(f"cannot list {folder / inside}: {error.strerror}; its images would be missing") from error
+        if real in seen:
+            continue
+        seen.add(real)
+        prefix = f"{inside}/" if inside else ""
+        yield prefix, [entry for entry in found if not entry.is_dir()]
+        waiting += [prefix + entry.name for entry in found if entry.is_dir()]
+
+
+def _images_below(folder: Path) -> list[tuple[str, int]]:
+    """Paths and sizes of the images of a folder, sorted; a size of -1 says that the file cannot be looked at."""
+    found = []
+    others = set()
+    for prefix, entries in _walk(folder):
+        for entry in entries:
+            if is_image_name(entry.name):
+                found.append((prefix + entry.name, _size(entry)))
+            elif entry.name.lower().endswith((*TARS, *PARQUETS)):
+                others.add(prefix + entry.name)
+    if found and others:
+        raise UsageError(
+            f"{folder} holds image files and also {min(others)}: give either the folder of the images, or the shards "
+            f"by a pattern, such as '{folder}/*{Path(min(others)).suffix}'"
+        )
+    return sorted(found)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
+
+
+def _folder_shards(folder: Path, images: list[tuple[str, int]], shard_size: int) -> list[Shard]:
+    parts = [tuple(images[start : start + shard_size]) for start in range(0, len(images), shard_size)]
+    return [
+        FolderShard(f"{number:05d}", f"{folder} from {part[0][0]}", os.path.abspath(folder), len(part), part)
+        for number, part in enumerate(parts)
+    ]
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The tars or the Parquet files of a folder."""
+    names = sorted(prefix + entry.name for prefix, entries in _walk(folder) for entry in entries)
+    tars, parquets = ([folder / name for name in names if name.lower().endswith(kind)] for kind in (TARS, PARQUETS))
+    if tars and parquets:
+        raise UsageError(f"{folder} holds .tar and .parquet files: give one kind, such as '{folder}/*.tar'")
+    if not (tars or parquets):
+        raise UsageError(f"{folder} holds no images: expected image files, or shards (.tar, .parquet), at any depth")
+    return tars or parquets
+
+
+def _file_shard(path: Path, number: int, column: str | None, key_column: str | None) -> Shard:
+    name = f"{number:05d}-{path.stem}"
+    suffixes = path.name.lower()
+    if suffixes.endswith(COMPRESSED):
+        raise UsageError(f"{path} is compressed, and only a plain .tar can be read at any place: decompress it first")
+    if not suffixes.endswith((*TARS, *PARQUETS)):
+        raise UsageError(f"{path} is neither a folder nor a .tar nor a .parquet file: give one of these")
+    if not os.access(path, os.R_OK):
+        raise LTMPError(f"cannot read {path}: permission denied")
+    absolute, size = os.path.abspath(path), path.stat().st_size
+    if suffixes.endswith(TARS):
+        return TarShard(name, path.name, absolute, None, size)
+    return _parquet_shard(name, path, size, column, key_column)
+
+
+def _parquet_shard(name: str, path: Path, size: int, column: str | None, key_column: str | None) -> Shard:
+    absolute = os.path.abspath(path)
+    try:
+        with parquet().ParquetFile(absolute) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            images = column or _image_column(path, schema)
+            keys = key_column or next((key for key in KEY_COLUMNS if key in schema.names and key != images), None)
+            for wanted in filter(None, (images, keys)):
+                if wanted not in schema.names:
+                    raise UsageError(f"{path} has no column {wanted!r}: it has {', '.join(schema.names)}")
+            # better now than row by row: where the first image lies on the network, the others do, too
+            if rows and str(schema.field(images).type) in ("string", "large_string"):
+                local_path(next(file.iter_batches(1, columns=[images]))[0][0].as_py() or "")
+    except LTMPError:
+        raise
+    # a damaged file among many is listed with its reason when its turn comes
+    except Exception:
+        return ParquetShard(name, path.name, absolute, None, size, column or "image", key_column)
+    return ParquetShard(name, path.name, absolute, rows, size, images, keys)
+
+
+def _image_column(path: Path, schema: Any) -> str:
+    """The column that holds encoded images, or else the one that holds their paths."""
+    kinds = {field.name: str(field.type) for field in schema}
+    binary = [name for name, kind in kinds.items() if "binary" in kind]
+    text = [name for name, kind in kinds.items() if "string" in kind and "binary" not in kind]
+    for names, known in ((binary, IMAGE_COLUMNS), (text, (*PATH_COLUMNS, *IMAGE_COLUMNS))):
+        for name in known:
+            if name in names:
+                return name
+    if len(binary) == 1:
+        return binary[0]
+    raise UsageError(
+        f"{path} has no column that looks like images or their paths (it has {', '.join(kinds)}): name it with --column"
+    )

@@ -1,0 +1,153 @@
+"""What a run leaves: a Parquet file for each shard, and beside it what could not be read; each whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import atomic_path
+from .reading import Unreadable
+from .shards import Shard, parquet
+
+Columns = Mapping[str, Any]
+
+# Readers of a folder of Parquet (pyarrow, pandas, Spark) pass over names that begin with an underscore.
+ERRORS = "_errors"
+_ABOUT = b"ltmp"
+
+
+@dataclass(frozen=True)
+class Written:
+    """One finished shard, as its file says.
+
+    Attributes:
+        name, source: the shard's.
+        images: rows written.
+        broken: images that could not be read, listed in the side file.
+        duplicates: rows whose key another row of the shard has, too.
+        share: mean FLOPs share of the images; 1 where there are none.
+    """
+
+    name: str
+    source: str
+    images: int
+    broken: int
+    duplicates: int
+    share: float
+
+
+def write_shard(
+    out: Path,
+    shard: Shard,
+    columns: Columns,
+    broken: Sequence[Unreadable],
+    *,
+    embeddings: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Written:
+    """Write a scored shard; its Parquet file comes last and says that all of it is there.
+
+    Args:
+        columns: `key` and `row`, and the predictor's numbers; those are missing where no image could be read.
+        embeddings: whether they are embeddings; they are classes otherwise.
+        class_names: of all classes, in order, for a column of names.
+
+    Raises:
+        LTMPError: the folder cannot be written, or the disk is full.
+    """
+    keys = columns["key"]
+    share = float(columns["share"].mean(dtype=np.float64)) if keys else 1.0
+    written = Written(shard.name, shard.source, len(keys), len(broken), len(keys) - len(set(keys)), share)
+    _write_errors(out / ERRORS / f"{shard.name}.csv", broken)
+    table = _table(columns, embeddings, class_names).replace_schema_metadata({_ABOUT: json.dumps(asdict(written))})
+    with atomic_path(file_of(out, shard)) as temporary:
+        parquet().write_table(table, temporary)
+    return written
+
+
+def file_of(out: Path, shard: Shard) -> Path:
+    """Where a shard's predictions are."""
+    return out / f"{shard.name}.parquet"
+
+
+def finished(out: Path, shard: Shard) -> Written | None:
+    """What is there of a shard, if all of it is."""
+    try:
+        about = parquet().read_metadata(file_of(out, shard)).metadata[_ABOUT]
+        return Written(**json.loads(about))
+    # no file, or one that a crash of the machine left unfinished
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def merge_errors(out: Path, shards: Sequence[Shard]) -> Path | None:
+    """All side files as one, `_errors.csv`; None where every image could be read."""
+    merged = out / f"{ERRORS}.csv"
+    lines = [line for shard in shards for line in _error_lines(out, shard)]
+    if not lines:
+        merged.unlink(missing_ok=True)
+        return None
+    _write_csv(merged, ["shard", *Unreadable._fields], lines)
+    return merged
+
+
+def _error_lines(out: Path, shard: Shard) -> Iterator[list[str]]:
+    path = out / ERRORS / f"{shard.name}.csv"
+    if path.exists():
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for line in list(csv.reader(file))[1:]:
+                yield [shard.name, *line]
+
+
+def _write_errors(path: Path, broken: Sequence[Unreadable]) -> None:
+    """The side file of a shard; a former, unfinished run may have left one."""
+    if broken:
+        _write_csv(path, Unreadable._fields, broken)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)
+
+
+def _table(columns: Columns, embeddings: bool, class_names: Sequence[str] | None) -> Any:
+    import pyarrow as pa
+
+    keys = [key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in columns["key"]]
+    empty = np.empty((len(keys), 0), np.float32)
+    table = {"key": pa.array(keys, pa.string()), "row": pa.array(columns["row"], pa.int64())}
+    if embeddings:
+        table["embedding"] = _lists(columns.get("embedding", empty), pa.float32())
+    else:
+        classes = columns.get("classes", empty)
+        table["classes"] = _lists(classes, pa.int32())
+        if class_names:
+            names = pa.array(list(class_names)).take(table["classes"].flatten())
+            table["names"] = pa.ListArray.from_arrays(table["classes"].offsets, names)
+        table["probabilities"] = _lists(columns.get("probabilities", empty), pa.float32())
+    tokens = columns.get("tokens", [None] * len(keys))
+    table["tokens"] = pa.array(tokens, pa.int32())
+    table["share"] = pa.array(columns.get("share", []), pa.float32())
+    return pa.table(table)
+
+
+def _lists(values: np.ndarray, kind: Any) -> Any:
+    """[B, k] numbers as B lists of k."""
+    import pyarrow as pa
+
+    count, length = values.shape
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * length)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind))
