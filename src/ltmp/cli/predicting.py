@@ -29,7 +29,10 @@ Source = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Output folder; an interrupted run there goes on.", rich_help_panel=_OUTPUT)]
-Top = Annotated[int, typer.Option(min=1, help="Classes to keep for each image.", rich_help_panel=_OUTPUT)]
+Top = Annotated[
+    int | None,
+    typer.Option(min=1, help="Classes to keep for each image; default: 5, or all of fewer.", rich_help_panel=_OUTPUT),
+]
 Embeddings = Annotated[
     bool,
     typer.Option("--embeddings", help="Keep what enters the classifier instead of classes.", rich_help_panel=_OUTPUT),
@@ -69,7 +72,7 @@ def predict_verb(
     out: Out,
     model: ModelName = None,
     thresholds: Thresholds = None,
-    top: Top = 5,
+    top: Top = None,
     embeddings: Embeddings = False,
     shard_size: ShardSize = 1024,
     overwrite: Overwrite = False,

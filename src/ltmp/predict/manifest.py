@@ -39,7 +39,7 @@ def settings_of(predictor: Predictor) -> dict[str, Any]:
         "method": attached.config.to_dict() if attached else None,
         "transform": " ".join(str(predictor.transform).split()),
         "embeddings": scoring.embeddings,
-        "top": None if scoring.embeddings else scoring.top,
+        "top": None if scoring.embeddings else predictor.top,
         "class_names": sha256("\n".join(names).encode()).hexdigest()[:16] if names else None,
         "batch_size": scoring.batch_size,
         "amp": scoring.amp,

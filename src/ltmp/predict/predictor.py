@@ -29,7 +29,7 @@ class Scoring:
 
     Args:
         build: makes the model, with thresholds attached or without; a module-level function or a partial of one.
-        top: classes to keep for each image.
+        top: classes to keep for each image; None keeps five, or all where there are fewer.
         embeddings: keep what enters the classifier instead of classes.
         class_names: names of the model's outputs, in order; None takes those that came with the weights, if they did.
         pretrained: whether the weights are timm's own, for which timm knows the names of ImageNet's classes.
@@ -43,7 +43,7 @@ class Scoring:
     """
 
     build: Callable[[], nn.Module]
-    top: int = 5
+    top: int | None = None
     embeddings: bool = False
     class_names: tuple[str, ...] | None = None
     pretrained: bool = False
@@ -104,10 +104,11 @@ class Predictor:
         self.model = scoring.build().to(self.device).eval()
         self.transform = eval_transform(self.model, **scoring.transform)
         self.class_names = scoring.class_names or _known_names(self.model, scoring.pretrained)
-        self._check()
-
-    def _check(self) -> None:
         classes = int(getattr(self.model, "num_classes", 0) or 0)
+        self.top = min(5, classes) if scoring.top is None else scoring.top
+        self._check(classes)
+
+    def _check(self, classes: int) -> None:
         if self.scoring.embeddings:
             if not hasattr(self.model, "forward_head"):
                 raise UsageError(
@@ -118,8 +119,8 @@ class Predictor:
             raise UsageError(
                 "the model has no classifier: give --num-classes and weights that have one, or --embeddings"
             )
-        if not 1 <= self.scoring.top <= classes:
-            raise UsageError(f"top is {self.scoring.top}: expected 1 to {classes}, the model's number of classes")
+        if not 1 <= self.top <= classes:
+            raise UsageError(f"top is {self.top}: expected 1 to {classes}, the model's number of classes")
         if self.class_names and len(self.class_names) != classes:
             raise LTMPError(
                 f"{len(self.class_names)} class names for a model with {classes} classes: give one a class, in order"
@@ -142,7 +143,7 @@ class Predictor:
             values["tokens"] = torch.cat(calls.kept)[:, -1].int()
         if self.scoring.embeddings:
             return {"embedding": output.float().flatten(1), **values}
-        probabilities, classes = output.float().softmax(-1).topk(self.scoring.top)
+        probabilities, classes = output.float().softmax(-1).topk(self.top)
         return {"classes": classes.int(), "probabilities": probabilities, **values}
 
     def _embed(self, images: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ import logging
 import os
 import pickle
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import LTMPError, MissingExtraError
 from .predictor import Predictor, Scoring
@@ -94,6 +96,8 @@ def _cluster(ray: Any, options: RayOptions) -> Iterator[dict[str, float]]:
         "object_store_memory": OBJECT_STORE,
         "include_dashboard": False,
     }
+    if address:
+        _check_there(address)
     # the code that runs here, where it is not installed
     variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     try:
@@ -109,3 +113,14 @@ def _cluster(ray: Any, options: RayOptions) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Ray itself would wait for minutes."""
+    url = urlsplit(address if "://" in address else f"ray://{address}")
+    if url.port is None:  # "auto", or a name that Ray looks up
+        return
+    try:
+        socket.create_connection((url.hostname or "", url.port), timeout=10).close()
+    except OSError as error:
+        raise LTMPError(f"no Ray cluster at {address} ({error}): check --ray-address, or leave it out") from error
