@@ -22,11 +22,11 @@ def liven(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights large enough that attention is far from uniform; timm's own start at nearly nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.startswith("ltmp."):
+        if name.startswith("ltmp.") or parameter.ndim == 0:
             continue
         scale = 0.02 if name.endswith("bias") else 1.5 / (parameter.shape or (1,))[-1] ** 0.5
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
+        if parameter.ndim == 1 and name.endswith("weight"):
             parameter.copy_(1 + 0.1 * noise)
         elif name.endswith("gamma"):
             parameter.copy_(0.5 + 0.1 * noise)

@@ -50,7 +50,8 @@ class Case:
         output: what the model returns -> one tensor [B, ...] to compare.
         checkpointing: switches gradient checkpointing on, where the host has it.
         tokens: that enter the first block.
-        refused: part of the reason why it cannot be attached; "" where it can.
+        refused: part of the message that refuses it; "" where it can be attached.
+        reason: why, as the table shows it.
     """
 
     library: str
@@ -62,6 +63,7 @@ class Case:
     checkpointing: Callable[[Any], None] = no_checkpointing
     tokens: int = 17
     refused: str = ""
+    reason: str = ""
 
     def call(self, model: Any) -> Tensor:
         """The output for the case's own inputs, [B, ...]."""
@@ -80,6 +82,57 @@ def timm_case(cls: type[nn.Module], what: str, *, tokens: int = 17, refused: str
         "timm", cls.__name__, what, partial(tiny, cls, **kwargs),
         checkpointing=timm_checkpointing, tokens=tokens, refused=refused,
     )  # fmt: skip
+
+
+def torchvision_vit(**kwargs: Any) -> Any:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    sizes = {"image_size": 16, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    torch.manual_seed(0)
+    return liven(VisionTransformer(**{**sizes, "num_classes": 5, **kwargs})).eval()
+
+
+def open_clip_tower(**kwargs: Any) -> Any:
+    from open_clip.transformer import VisionTransformer
+
+    sizes = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "heads": 2, "mlp_ratio": 2.0, "output_dim": 8}
+    torch.manual_seed(0)
+    return liven(VisionTransformer(**{**sizes, **kwargs})).eval()
+
+
+def open_clip_quick_gelu() -> nn.Module:
+    from open_clip.transformer import QuickGELU
+
+    return QuickGELU()
+
+
+def open_clip_model(**vision: Any) -> Any:
+    """A whole CLIP, by open_clip's own constructor."""
+    from open_clip.model import CLIP
+
+    sizes = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    return liven(CLIP(8, vision or sizes, text)).eval()
+
+
+def open_clip_timm(**_: Any) -> Any:
+    """A CLIP around a timm tower, as open_clip builds SigLIP."""
+    from open_clip.model import CustomTextCLIP
+
+    text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none", "image_size": 224}
+    torch.manual_seed(0)
+    return liven(CustomTextCLIP(192, vision, text)).eval()
+
+
+def images_and_text(model: Any) -> tuple[Any, ...]:
+    return random_images(3, size=model.visual.image_size[0]), torch.arange(24).view(3, 8) % 20
+
+
+def similarity(output: Any) -> Tensor:
+    """[images, texts], cosines."""
+    return output[0] @ output[1].T
 
 
 ROTARY = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
@@ -104,6 +157,36 @@ CASES: dict[str, Case] = {
     "rope-axial": timm_case(Eva, "axial rotary attention: `vit_*_rope_*`", **ROTARY, attn_type="rope"),
     "rope-mixed": timm_case(
         Eva, "rotary of learned frequencies: `vit_*_rope_mixed_*`", **ROTARY, rope_type="mixed", global_pool="token"
+    ),
+    "torchvision": Case("torchvision", "VisionTransformer", "`vit_b_16`, `vit_l_32`, ...", torchvision_vit),
+    "torchvision-dropout": Case(
+        "torchvision", "VisionTransformer", "with dropout on attention",
+        partial(torchvision_vit, attention_dropout=0.1), refused="attention dropout 0.1",
+    ),
+    "open-clip-tower": Case(
+        "open_clip", "VisionTransformer", "visual tower: `ViT-B-32`, `ViT-L-14`, ...", open_clip_tower,
+        checkpointing=timm_checkpointing,
+    ),
+    "open-clip-quick": Case(
+        "open_clip", "VisionTransformer", "QuickGELU, layer scale: `ViT-B-32-quickgelu`",
+        partial(open_clip_tower, act_layer=open_clip_quick_gelu, ls_init_value=0.1), checkpointing=timm_checkpointing,
+    ),
+    "open-clip-mean": Case(
+        "open_clip", "VisionTransformer", "mean pooled: `ViT-L-14-CLIPA`",
+        partial(open_clip_tower, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True),
+        checkpointing=timm_checkpointing,
+    ),
+    "open-clip": Case(
+        "open_clip", "CLIP", "whole, image-text similarity", open_clip_model, images_and_text, similarity,
+        timm_checkpointing,
+    ),
+    "open-clip-timm": Case(
+        "open_clip", "CustomTextCLIP", "around a timm tower: `ViT-B-16-SigLIP`",
+        open_clip_timm, images_and_text, similarity, timm_checkpointing, tokens=197,
+    ),
+    "coca": Case(
+        "open_clip", "VisionTransformer", "CoCa: `coca_ViT-B-32`",
+        partial(open_clip_tower, attentional_pool=True, attn_pooler_heads=2, output_tokens=True), refused="CoCa",
     ),
 }  # fmt: skip
 

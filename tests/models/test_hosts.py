@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from torch import Tensor
 
 import ltmp
 from helpers import assert_close
+from ltmp.engines.request import Capacity, Request, requested
 from ltmp.models import stack_of
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=ATTACHED)
@@ -23,9 +28,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return ATTACHED[request.param]
 
 
-def attached(case: Case, seed: int = 0) -> Any:
+def attached(case: Case, seed: int = 0, model: Any = None) -> Any:
     """The host with thresholds drawn at random, around where they remove a part of the tokens."""
-    model = ltmp.attach(case.build())
+    model = ltmp.attach(case.build() if model is None else model)
     depth = model.ltmp.depth
     draw = torch.rand(2, depth, generator=torch.Generator().manual_seed(seed))
     model.ltmp.set(0.4 + 0.4 * draw[0], (0.3 + 0.5 * draw[1]) / case.tokens)
@@ -66,12 +71,33 @@ def test_masked_is_packed(case: Case, seed: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [("eva", False), ("dinov3", True), ("rope-mixed", True), ("torchvision", False), ("open-clip-quick", False)],
+)
+def test_triton_is_packed(name: str, fixed: bool) -> None:
+    """The kernels, at exact sizes and at those of a CUDA graph, whose spare rows hold anything."""
+    pytest.importorskip("triton")
+    case = ATTACHED[name]
+    model = attached(case)
+    packed, kept = recorded(case, model)
+    model.ltmp.config = ltmp.LTMPConfig(engine="triton")
+    rows, longest = kept.sum(0).int() + 5, kept.amax(0).int() + 1
+    request = Request(capacity=Capacity(tuple(rows.tolist()), tuple(longest.tolist())) if fixed else None)
+    with requested(request):
+        output, same = recorded(case, model)
+    assert request.stats is not None, "another engine ran"
+    assert same.tolist() == kept.tolist()
+    assert_close(output, packed, atol=1e-4)
+
+
+@torch.no_grad()
 def test_detach_restores_bit_for_bit(case: Case) -> None:
     model = case.build()
     before = {name: (id(module), sorted(vars(module))) for name, module in model.named_modules()}
     state = {key: value.clone() for key, value in model.state_dict().items()}
     dense = case.call(model)
-    ltmp.attach(model).ltmp.set(None, [0.05] * model.ltmp.depth)
+    attached(case, model=model)
     assert sorted(model.state_dict()) == sorted([*state, "ltmp.merge", "ltmp.prune"])
     assert not torch.equal(case.call(model), dense)
     ltmp.detach(model)
@@ -152,7 +178,7 @@ def test_autocast(case: Case, masked: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output, kept = recorded(case, model)
     assert output.isfinite().all()
-    assert (kept - expected).abs().max() <= 3
+    assert (kept - expected).abs().max() <= max(3, 0.05 * case.tokens)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -165,3 +191,8 @@ def test_refused_with_the_reason(name: str) -> None:
     assert case.refused in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert sorted(vars(model)) == before
+
+
+def test_the_table_of_hosts_is_that_of_the_tests() -> None:
+    written = subprocess.run([sys.executable, str(ROOT / "tools" / "host_table.py"), "--check"], capture_output=True)
+    assert written.returncode == 0, "docs/hosts.md is stale: run python tools/host_table.py"

@@ -10,7 +10,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .recipe import Parts, Recipe, Rotary
+from .recipe import Parts, Recipe, Rotary, linear_of
 from .rotary import turn_table, turned
 from .timm import RECIPE as VIT
 from .timm import find_problems, standard_parts
@@ -26,11 +26,17 @@ def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if groups > 1:
             k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
     else:
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        q, k, v = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+        bias = _bias(attn)
+        found = attn.qkv(x) if bias is None else F.linear(x, attn.qkv.weight, bias)
+        q, k, v = found.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _bias(attn: Any) -> Tensor | None:
+    """The bias of q, k and v where EVA keeps it apart from their weights."""
+    if getattr(attn, "q_bias", None) is None:
+        return None
+    return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
 def _out(block: Any, y: Tensor) -> Tensor:
@@ -59,8 +65,12 @@ def _rotate(block: Any, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Ten
 
 
 def _parts(block: Any) -> Parts | None:
-    attn, scales = block.attn, (block.gamma_1, block.gamma_2)
-    return None if attn.qkv is None or getattr(attn, "q_bias", None) is not None else standard_parts(block, *scales)
+    attn = block.attn
+    if attn.qkv is None:
+        return None
+    bias = _bias(attn)
+    qkv = attn.qkv if bias is None else linear_of(attn.qkv.weight, bias)
+    return standard_parts(block, block.gamma_1, block.gamma_2, qkv)
 
 
 def _problems(host: Any) -> list[str]:

@@ -48,6 +48,48 @@ class Rotary:
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of weights that a host keeps otherwise; nothing is copied, and no gradient reaches them."""
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.out_features, layer.in_features = weight.shape
+    layer._parameters.update(
+        weight=nn.Parameter(weight, False), bias=None if bias is None else nn.Parameter(bias, False)
+    )
+    return layer
+
+
+def linear_ratio(mlp: nn.Module, width: int) -> float:
+    """Hidden width over C of a two-layer MLP that costs what the linear layers of `mlp` do."""
+    return sum(m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear)) / (2 * width * width)
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """What `Parts` calls an activation, or None where it is not one of those."""
+    if isinstance(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    # libraries' own classes, by name because they move between versions
+    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(act).__name__)
+
+
+def one_class_token(host: nn.Module) -> int:
+    """Of most hosts."""
+    return 1
+
+
+def set_nothing(host: nn.Module) -> dict[str, Any]:
+    """Nothing of the host stands in the way."""
+    return {}
+
+
+def no_pooling(host: nn.Module) -> None:
+    """No rows are pooled, so that no sizes need to pass a norm."""
+
+
+def reads_prefix_only(host: nn.Module) -> bool:
+    """The head reads the class token."""
+    return True
+
+
 def has_grad_checkpointing(host: nn.Module) -> bool:
     """timm's way to ask for it."""
     return bool(getattr(host, "grad_checkpointing", False))
@@ -67,7 +109,8 @@ def no_hooks(_host: nn.Module) -> list[RemovableHandle]:
 class Recipe:
     """A pre-norm transformer as a few module-level functions (lambdas cannot be pickled with the model).
 
-    The block functions are row-wise: any leading shape, padded [B, N, C] or packed [T, C].
+    The block functions are row-wise: any leading shape, padded [B, N, C] or packed [T, C]. Defaults are those of a host
+    with one class token that alone its head reads.
 
     Attributes:
         name: what to call the host in messages.
@@ -77,9 +120,9 @@ class Recipe:
         out: (block, y [..., H * D]) -> first residual branch [..., C].
         mlp: (block, x [..., C]) -> second residual branch [..., C].
         parts: block -> its weights for fused engines, or None where it is not a standard one.
-        protected: host -> number of prefix tokens.
         problems: host -> what stands in the way, one phrase each; empty when it can be attached.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
+        protected: host -> number of prefix tokens.
         overrides: host -> attributes to set while attached (pooling that knows sizes, refusals), by dotted path.
         final_norm: host -> the module between the blocks and the pooling; None where nothing pools rows.
         prefix_only: host -> whether its head reads nothing but the prefix tokens.
@@ -96,12 +139,12 @@ class Recipe:
     out: Callable[[nn.Module, Tensor], Tensor]
     mlp: Callable[[nn.Module, Tensor], Tensor]
     parts: Callable[[nn.Module], Parts | None]
-    protected: Callable[[nn.Module], int]
     problems: Callable[[nn.Module], list[str]]
     mlp_ratio: Callable[[nn.Module], float]
-    overrides: Callable[[nn.Module], dict[str, Any]]
-    final_norm: Callable[[nn.Module], nn.Module | None]
-    prefix_only: Callable[[nn.Module], bool]
+    protected: Callable[[nn.Module], int] = one_class_token
+    overrides: Callable[[nn.Module], dict[str, Any]] = set_nothing
+    final_norm: Callable[[nn.Module], nn.Module | None] = no_pooling
+    prefix_only: Callable[[nn.Module], bool] = reads_prefix_only
     rotary: Rotary | None = None
     grad_checkpointing: Callable[[nn.Module], bool] = has_grad_checkpointing
     hooks: Callable[[nn.Module], list[RemovableHandle]] = no_hooks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..stack import sizes_of
 from .intermediates import Unmerged
 from .pooling import log_size, sized_mean, without_prefix
-from .recipe import Parts, Recipe
+from .recipe import Parts, Recipe, activation_name, linear_ratio
 
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION_PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
@@ -38,10 +38,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 def _parts(block: Any) -> Parts | None:
     scale1, scale2 = (ls.gamma if isinstance(ls, LayerScale) else None for ls in (block.ls1, block.ls2))
-    return standard_parts(block, scale1, scale2)
+    return standard_parts(block, scale1, scale2, block.attn.qkv)
 
 
-def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None) -> Parts | None:
+def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None, qkv: nn.Linear) -> Parts | None:
     """The weights of a timm block with these layer scales, or None where it has parts that are not plain."""
     attn, mlp = block.attn, block.mlp
     standard = (
@@ -52,26 +52,17 @@ def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None) -> 
         and isinstance(mlp.norm, nn.Identity)
         and isinstance(mlp.fc1, nn.Linear)
     )
-    act = _activation(mlp.act) if standard else None
+    act = activation_name(mlp.act) if standard else None
     if act is None:
         return None
     return Parts(
-        block.norm1, attn.qkv, attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
+        block.norm1, qkv, attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
         block.norm2, mlp.fc1, act, mlp.fc2, scale2,
     )  # fmt: skip
 
 
-def _activation(act: nn.Module) -> str | None:
-    if isinstance(act, nn.GELU):
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    # timm's own classes, by name because they moved between versions
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(act).__name__)
-
-
 def _mlp_ratio(block: Any) -> float:
-    weights = sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear))
-    width = block.attn.proj.out_features
-    return float(weights / (2 * width * width))
+    return linear_ratio(block.mlp, block.attn.proj.out_features)
 
 
 def _protected(host: Any) -> int:

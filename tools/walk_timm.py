@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Every architecture that timm knows: does it attach, and does it still give the dense output with thresholds off?
+
+Each is built without weights on the meta device, where nothing is computed; what attaches is built once more with two
+blocks and random weights and run on one image. Nothing is downloaded.
+
+    python tools/walk_timm.py --out timm.json     # some 20 minutes on one core
+    python tools/walk_timm.py 'vit_tiny*' 'eva*'
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import ltmp
+from ltmp.models.registry import parse_name
+
+TOLERANCE = 1e-5
+"""Largest difference allowed between attached and dense, relative to the largest output where that is above 1."""
+
+
+def names(patterns: list[str]) -> list[str]:
+    """timm's own architectures, those of this package left out."""
+    own = [name for name in timm.list_models() if parse_name(name)[0] is None]
+    return [name for name in own if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns)]
+
+
+def walk(name: str) -> dict[str, Any]:
+    """`status` is "matches", "differs", "refused" or "no host"; `reason` says why not, `host` is timm's class."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = {"name": name, "host": type(model).__name__}
+    try:
+        ltmp.attach(model)
+    except ltmp.LTMPError as error:
+        reason = str(error)
+        unknown = "none of the known hosts" in reason
+        return {**found, "status": "no host" if unknown else "refused", "reason": "" if unknown else reason}
+    difference = off_difference(name)
+    return {**found, "status": "matches" if difference <= TOLERANCE else "differs", "reason": f"{difference:.1e}"}
+
+
+@torch.no_grad()
+def off_difference(name: str) -> float:
+    """How far the attached model, thresholds off but masked, is from the dense one, at two blocks."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2).eval()
+    for parameter in model.parameters():
+        if parameter.ndim < 2 and not parameter.any():
+            parameter.normal_(0, 0.02)  # a bias of zero would hide that it was left out
+    images = torch.randn(1, *timm.data.resolve_model_data_config(model)["input_size"])
+    dense = model(images)
+    ltmp.attach(model).ltmp.train()
+    return float((model(images) - dense).abs().max() / dense.abs().max().clamp_min(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", help="only architectures that match one of these")
+    parser.add_argument("--out", type=Path, help="write all findings here, as JSON")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    wanted = names(arguments.patterns)
+    found = []
+    for i, name in enumerate(wanted, 1):
+        try:
+            found.append(walk(name))
+        except Exception as error:  # a model that cannot be built is a finding, too
+            found.append({"name": name, "host": "?", "status": "failed", "reason": f"{type(error).__name__}: {error}"})
+        print(f"\r{i}/{len(wanted)} {name:60}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    for (status, host), count in sorted(Counter((f["status"], f["host"]) for f in found).items()):
+        print(f"{count:5} {status:8} {host}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"timm": timm.__version__, "torch": torch.__version__, "found": found}))
+
+
+if __name__ == "__main__":
+    main()
