@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of hosts in docs/hosts.md from the cases that the tests run (tests/models/cases.py); with --check only look."""
+"""Write the table of hosts in docs/hosts.md from the cases of the tests (tests/models/cases.py); --check only looks."""
 
 from __future__ import annotations
 
