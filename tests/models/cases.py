@@ -77,10 +77,12 @@ def tiny(cls: Callable[..., nn.Module], **kwargs: Any) -> Any:
     return liven(cls(**{**TINY, "embed_dim": 32, **kwargs})).eval()
 
 
-def timm_case(cls: type[nn.Module], what: str, *, tokens: int = 17, refused: str = "", **kwargs: Any) -> Case:
+def timm_case(
+    cls: type[nn.Module], what: str, *, tokens: int = 17, refused: str = "", reason: str = "", **kwargs: Any
+) -> Case:
     return Case(
         "timm", cls.__name__, what, partial(tiny, cls, **kwargs),
-        checkpointing=timm_checkpointing, tokens=tokens, refused=refused,
+        checkpointing=timm_checkpointing, tokens=tokens, refused=refused, reason=reason,
     )  # fmt: skip
 
 
@@ -143,7 +145,8 @@ CASES: dict[str, Case] = {
         VisionTransformerDistilled, "distilled DeiT: `deit_*_distilled_*`", tokens=18
     ),
     "vit-post-norm": timm_case(
-        VisionTransformer, "post-norm blocks", block_fn=ResPostBlock, init_values=1e-5, refused="ResPostBlock"
+        VisionTransformer, "post-norm blocks", block_fn=ResPostBlock, init_values=1e-5,
+        refused="ResPostBlock", reason="reduction acts between the two branches of a pre-norm block",
     ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),
     "eva02": timm_case(
@@ -161,7 +164,8 @@ CASES: dict[str, Case] = {
     "torchvision": Case("torchvision", "VisionTransformer", "`vit_b_16`, `vit_l_32`, ...", torchvision_vit),
     "torchvision-dropout": Case(
         "torchvision", "VisionTransformer", "with dropout on attention",
-        partial(torchvision_vit, attention_dropout=0.1), refused="attention dropout 0.1",
+        partial(torchvision_vit, attention_dropout=0.1),
+        refused="attention dropout 0.1", reason="build the model without",
     ),
     "open-clip-tower": Case(
         "open_clip", "VisionTransformer", "visual tower: `ViT-B-32`, `ViT-L-14`, ...", open_clip_tower,
@@ -186,7 +190,8 @@ CASES: dict[str, Case] = {
     ),
     "coca": Case(
         "open_clip", "VisionTransformer", "CoCa: `coca_ViT-B-32`",
-        partial(open_clip_tower, attentional_pool=True, attn_pooler_heads=2, output_tokens=True), refused="CoCa",
+        partial(open_clip_tower, attentional_pool=True, attn_pooler_heads=2, output_tokens=True),
+        refused="CoCa", reason="its decoder reads tokens without knowing their sizes",
     ),
 }  # fmt: skip
 

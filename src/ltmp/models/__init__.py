@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any, TypeVar
 
 from torch import nn
@@ -58,8 +57,7 @@ def recipes(library: str) -> dict[type[nn.Module], Recipe | None]:
     """The hosts of a library that is installed, each with its recipe, or None where it is known not to have one."""
     found: dict[type[nn.Module], Recipe | None] = {}
     for name in _LIBRARIES.get(library, ()):
-        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
-            found |= importlib.import_module(f"{__name__}.{name}").HOSTS
+        found |= importlib.import_module(f"{__name__}.{name}").HOSTS
     return found
 
 
