@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import ENGINES
-from ..errors import LTMPError, UsageError
+from ..data import read_names
+from ..errors import UsageError
 from ..evaluate import report
 from ..predict import RayOptions, Scoring, Summary, predict
 from . import options as o
@@ -116,7 +117,7 @@ def predict_verb(
         partial(build_reduced, options, thresholds.absolute() if thresholds else None, engine),
         top=top,
         embeddings=embeddings,
-        class_names=_read_names(class_map),
+        class_names=tuple(read_names(class_map)) if class_map else None,
         pretrained=pretrained and weights is None,
         transform={
             "interpolation": interpolation, "mean": mean, "std": std, "crop_pct": crop_pct, "crop_mode": crop_mode
@@ -169,16 +170,6 @@ def _model_name(model: str | None, thresholds: Path | None, engine: str | None) 
     if model is None:
         raise UsageError("which model? give --thresholds FILE, or --model NAME for a dense one")
     return model
-
-
-def _read_names(path: Path | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
-    try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError) as error:
-        raise LTMPError(f"cannot read the class names in {path}: {error}") from error
-    return names
 
 
 def _show(summary: Summary) -> None:

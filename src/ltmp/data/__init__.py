@@ -4,6 +4,7 @@ from .dataset import Broken as Broken
 from .dataset import Images as Images
 from .dataset import check_classes as check_classes
 from .dataset import open_dataset as open_dataset
+from .dataset import read_names as read_names
 from .embedded import load_digits as load_digits
 from .loader import Loader as Loader
 from .loader import make_loader as make_loader

@@ -135,6 +135,18 @@ def check_classes(dataset: Dataset, num_classes: int, class_map: ClassMap | None
         )
 
 
+def read_names(path: str | Path) -> list[str]:
+    """The class names in a text file, one a line.
+
+    Raises:
+        UsageError: no such file, or not text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"class map {path}: expected a .txt file with one class name a line") from error
+
+
 def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:
     from timm.data import create_dataset
 

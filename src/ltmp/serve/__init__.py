@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..data import read_names as read_names
 from ..errors import MissingExtraError
 from .limits import Limits as Limits
 from .predictor import Predictor as Predictor
-from .predictor import read_names as read_names
 
 if TYPE_CHECKING:
     from .app import create_app as create_app

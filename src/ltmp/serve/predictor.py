@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,15 +100,3 @@ class Predictor:
             raise LTMPError("the model's output is NaN or infinite: its weights or its thresholds are damaged")
         kept = torch.cat(calls.kept).mean(1)
         return [Answer(*values) for values in zip(scores, calls.share().tolist(), kept.tolist(), strict=True)]
-
-
-def read_names(path: str | Path) -> list[str]:
-    """The class names in a text file, one a line.
-
-    Raises:
-        UsageError: no such file, or not text.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"class map {path}: expected a .txt file with one class name a line") from error
