@@ -21,7 +21,7 @@ from .data.embedded import MEAN, STD
 from .evaluate import Evaluation, evaluate, report
 from .files import atomic_path
 from .models.build import load_weights
-from .visualize import paint_groups, patch_groups, plot_tradeoff
+from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
@@ -179,9 +179,10 @@ def survivors(model: VisionTransformer, digits: Any) -> list[Tensor]:
     After that attention only the class token is read, so what is left there says nothing.
     """
     images, _ = _samples(digits)
-    side = SIZE // PATCH
-    groups = patch_groups(model, images)[:, -2, model.num_prefix_tokens :]
-    return [paint_groups(image, group, (side, side)) for image, group in zip(_colours(digits), groups, strict=True)]
+    return [
+        paint_groups(image, seen.groups[-2], (8 * SIZE, 8 * SIZE))
+        for image, seen in zip(_colours(digits), see(model, images), strict=True)
+    ]
 
 
 def draw_survivors(columns: list[list[Tensor]], titles: list[str], path: Path) -> None:
@@ -192,7 +193,7 @@ def draw_survivors(columns: list[list[Tensor]], titles: list[str], path: Path) -
         for i, image in enumerate(column):
             axes[i, j].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             axes[i, j].axis("off")
-    figure.suptitle("red: pruned, green: merged", fontsize=9)
+    figure.suptitle("one colour: merged, hatched: pruned", fontsize=9)
     save_figure(figure, path)
 
 

@@ -51,7 +51,9 @@ def ltmp(weights, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(verb: str, *arguments: object) -> int:
-        own = [*MODEL, "--weights", str(weights), "--device", "cpu"] if verb in ("learn", "eval", "bench") else []
+        own = (
+            [*MODEL, "--weights", str(weights), "--device", "cpu"] if verb in ("learn", "eval", "bench", "show") else []
+        )
         return main([verb, *own, *map(str, arguments)])
 
     return run

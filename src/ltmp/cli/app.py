@@ -16,6 +16,7 @@ from .learning import learn_verb
 from .predicting import predict_verb
 from .progress import progress_bar
 from .serving import serve_verb
+from .showing import show_verb
 
 app = typer.Typer(
     help="Learned Thresholds token Merging and Pruning: make a vision transformer cheaper, image by image.",
@@ -33,6 +34,7 @@ app.command("eval")(evaluate_verb)
 app.command("bench")(bench_verb)
 app.command("serve")(serve_verb)
 app.command("predict")(predict_verb)
+app.command("show")(show_verb)
 
 
 @app.callback(invoke_without_command=True)

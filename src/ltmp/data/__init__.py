@@ -6,7 +6,9 @@ from .dataset import check_classes as check_classes
 from .dataset import open_dataset as open_dataset
 from .dataset import read_names as read_names
 from .embedded import load_digits as load_digits
+from .images import read_image as read_image
 from .loader import Loader as Loader
 from .loader import make_loader as make_loader
 from .transforms import eval_transform as eval_transform
 from .transforms import input_channels as input_channels
+from .transforms import sharp_view as sharp_view

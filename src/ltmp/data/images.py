@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from ..errors import LTMPError, UsageError
 
 # From here on a JPEG is decoded at reduced size: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
@@ -42,6 +45,23 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
         # Straight to RGB, Pillow warns about palettes with transparency.
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
+    """`decode` of a file.
+
+    Raises:
+        UsageError: no such file.
+        LTMPError: it cannot be read as an image; the message says why.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return decode(file, mode)
+    except FileNotFoundError as error:
+        raise UsageError(f"no image {path}: check the path") from error
+    # what Pillow raises for broken files depends on the format
+    except Exception as error:
+        raise LTMPError(f"cannot read {path}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:

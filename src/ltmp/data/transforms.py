@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from .dataset import Transform
@@ -26,19 +27,45 @@ def eval_transform(
     The image size is the one the model was built with. crop_pct=1.0 with crop_mode="squash" resizes to exactly
     the model's size and crops nothing. Raises UsageError for an option out of range.
     """
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data import create_transform
 
+    options = {
+        "interpolation": interpolation, "mean": mean, "std": std, "crop_pct": crop_pct, "crop_mode": crop_mode,
+    }  # fmt: skip
+    return create_transform(**_settings(model, image_size, options), is_training=False)
+
+
+def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any) -> Tensor:
+    """What `model` sees of an image, for people to look at: the same crop, as it was before it was made small.
+
+    Args:
+        image: RGB or greyscale.
+        width: how wide it should at least be, in pixels.
+        options: as in `eval_transform`. An image that is squashed for the model gets its own shape back.
+
+    Returns:
+        float32 [3, H, W] in [0, 1].
+    """
+    from timm.data import create_transform
+
+    settings = _settings(model, None, options)
+    channels, tall, wide = settings["input_size"]
+    times = -(-width // wide)
+    squashed = settings["crop_mode"] == "squash"
+    height = round(times * wide * image.height / image.width) if squashed else times * tall
+    settings.update(input_size=(channels, max(1, height), times * wide), mean=(0.0,) * channels, std=(1.0,) * channels)
+    return create_transform(**settings, is_training=False)(image).clamp(0, 1).expand(3, -1, -1)
+
+
+def _settings(model: nn.Module, image_size: int | tuple[int, int] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What timm's transforms take, from the model's config and `options`."""
+    from timm.data import resolve_model_data_config
+
+    crop_pct = options.get("crop_pct")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UsageError(f"crop_pct is {crop_pct}: expected a number in (0, 1], 1 crops nothing")
-    options = {
-        "input_size": (input_channels(model), *_pair(image_size or _built_size(model))),
-        "interpolation": interpolation,
-        "mean": mean,
-        "std": std,
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
-    }
-    return create_transform(**resolve_model_data_config(model, args=options), is_training=False)
+    size = _pair(image_size or _built_size(model))
+    return resolve_model_data_config(model, args={**options, "input_size": (input_channels(model), *size)})
 
 
 def input_channels(model: nn.Module) -> int:

@@ -32,6 +32,12 @@ class Seen:
     tokens: int
     share: float
 
+    @property
+    def left(self) -> int:
+        """Tokens after the last block that leaves patches."""
+        shown = self.shown_blocks()
+        return self.kept[shown[-1] if shown else -1]
+
     def shown_blocks(self) -> list[int]:
         """Numbers of the blocks after which patches are left: a class-token head lets the last block drop them all."""
         return [i for i, groups in enumerate(self.groups) if (groups >= 0).any()]
@@ -57,8 +63,8 @@ def see(model: nn.Module, images: Tensor) -> list[Seen]:
     rows, columns = patch_grid(model, (images.shape[-2], images.shape[-1]), groups.shape[-1])
     grids = groups.unflatten(2, (rows, columns))
     kept = torch.cat(calls.kept).int().tolist()
-    shares = calls.share().tolist()
-    return [Seen(*one, calls.geometry[0].tokens, share) for *one, share in zip(grids, kept, shares, strict=True)]
+    tokens, shares = calls.geometry[0].tokens, calls.share().tolist()
+    return [Seen(grid, left, tokens, share) for grid, left, share in zip(grids, kept, shares, strict=True)]
 
 
 @torch.inference_mode()

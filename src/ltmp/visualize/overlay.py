@@ -34,7 +34,7 @@ def paint_groups(image: Tensor, groups: Tensor, size: tuple[int, int] | None = N
     pruned = (groups < 0).flatten()
     merged = (members[group] > 1) & ~pruned
     painted = torch.where(merged[cell], _means(image, group[cell], len(names)), image)
-    stroke = max(1, round(min(height / rows, width / columns) / 14))
+    stroke = max(1, round(min(height, width, 32 * height / rows, 32 * width / columns) / 250))
     painted = torch.where(_borders(group[cell], merged[cell], stroke), _contrast(painted), painted)
     return torch.where(pruned[cell], _hatched(image, stroke), painted)
 

@@ -86,7 +86,7 @@ def figure(image: Tensor, budgets: Budgets, blocks: Sequence[int] | None = None,
 
 
 def choose_blocks(budgets: Budgets, wanted: Sequence[int] | None, most: int | None = 5) -> list[int]:
-    """The blocks to show, from 0: those that are wanted, or else up to `most`, in equal steps up to the last that leaves patches.
+    """The blocks to show, from 0: those that are wanted, or else up to `most`, in equal steps to the last with patches.
 
     Raises:
         UsageError: no budget, or no such block.
@@ -132,13 +132,13 @@ def _text_size(width: int) -> float:
 
 def _titled(picture: Image.Image, text: str, size: float) -> Image.Image:
     """A line of text above a picture, made smaller where it would not fit."""
-    font = ImageFont.load_default(size)
-    if font.getlength(text) > picture.width:
-        font = ImageFont.load_default(size * picture.width / font.getlength(text))
-    room = round(1.5 * size)
+    room, font = round(1.5 * size), ImageFont.load_default(size)
+    while font.getlength(text) > picture.width - 2 and size > 4:
+        size -= 0.5
+        font = ImageFont.load_default(size)
     whole = Image.new("RGB", (picture.width, picture.height + room), _PAPER)
     whole.paste(picture, (0, room))
-    ImageDraw.Draw(whole).text((0, room // 2), text, _INK, font, anchor="lm")
+    ImageDraw.Draw(whole).text((1, room // 2), text, _INK, font, anchor="lm")
     return whole
 
 

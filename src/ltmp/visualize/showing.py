@@ -1,0 +1,158 @@
+"""From photographs and thresholds to files with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..checkpoint import load, read
+from ..data import eval_transform, input_channels, read_image, sharp_view
+from ..errors import UsageError
+from ..files import atomic_path
+from ..models import detach
+from .animation import save_film
+from .groups import Seen, see
+from .pictures import choose_blocks, frames, strip
+
+FORMATS = ("png", "gif", "mp4", "blocks")
+"""A strip over blocks, two kinds of film, and a picture for each block."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image: what became of it at each budget, and the files that show it."""
+
+    image: Path
+    budgets: dict[str, Seen]
+    files: list[Path]
+
+
+def show_images(
+    model: nn.Module,
+    images: Sequence[Path],
+    thresholds: Sequence[Path],
+    out: Path,
+    *,
+    formats: Sequence[str] = ("png",),
+    blocks: Sequence[int] | None = None,
+    width: int = 224,
+    device: torch.device | None = None,
+    progress: Callable[[], object] = lambda: None,
+    **data_options: Any,
+) -> list[Shown]:
+    """Draw what `model` keeps of each image at each budget.
+
+    Args:
+        model: not attached; afterwards it is not, either.
+        images: files that Pillow can read.
+        thresholds: files that `ltmp learn` wrote for this model, one a budget.
+        out: a folder, or the file to write for a single image, whose ending is the format.
+        formats: any of `FORMATS`, for a folder.
+        blocks: from 0; by default a choice in strips, and in films all that leave patches.
+        width: of one picture in pixels.
+        device: where the model runs.
+        progress: called after each image.
+        data_options: how images are resized, cropped and normalised, as in `ltmp.data.eval_transform`.
+
+    Raises:
+        UsageError: no image or thresholds, an unknown format or block, or a file that would be overwritten by itself.
+        LTMPError: an image or a thresholds file cannot be read, or a picture not written.
+    """
+    targets = _targets(images, out, formats)
+    mode = "L" if input_channels(model) == 1 else "RGB"
+    transform = eval_transform(model, **data_options)
+    done = []
+    for image, files in zip(images, targets, strict=True):
+        photograph = read_image(image, mode)
+        budgets = see_budgets(model, transform(photograph)[None], thresholds, device or torch.device("cpu"))
+        view = sharp_view(model, photograph, width, **data_options)
+        written = []
+        for file in files:
+            written += _write(file, view, budgets, blocks, width)
+        done.append(Shown(image, budgets, written))
+        progress()
+    return done
+
+
+def see_budgets(
+    model: nn.Module, images: torch.Tensor, thresholds: Sequence[Path], device: torch.device
+) -> dict[str, Seen]:
+    """What becomes of the first of `images` at each budget, by a short name of the budget."""
+    if not thresholds:
+        raise UsageError("nothing to show: give at least one thresholds file")
+    model.to(device).eval()
+    found = {}
+    try:
+        for name, path in zip(budget_names(thresholds), thresholds, strict=True):
+            detach(model)
+            load(model, path, engine="packed")
+            found[name] = see(model, images.to(device))[0]
+    finally:
+        detach(model)
+    return found
+
+
+def budget_names(thresholds: Sequence[Path]) -> list[str]:
+    """A short name for each file, none twice: its target, or else its own name, or else its path."""
+    targets = [read(path).metadata.get("target") for path in thresholds]
+    by_target = [f"target {target:g}" for target in targets if isinstance(target, int | float)]
+    for names in (by_target, [path.stem for path in thresholds], [str(path) for path in thresholds]):
+        if len(set(names)) == len(thresholds):
+            return names
+    raise UsageError("the same thresholds file was given twice: give each budget once")
+
+
+def _targets(images: Sequence[Path], out: Path, formats: Sequence[str]) -> list[list[Path]]:
+    """For each image the files to write; "blocks" is a pattern with a place for the block's number."""
+    if not images:
+        raise UsageError("nothing to show: give at least one image")
+    if out.suffix.lower() in (".png", ".gif", ".mp4"):
+        if len(images) > 1:
+            raise UsageError(f"{out} is one file, but there are {len(images)} images: give a folder instead")
+        files = [[out]]
+    else:
+        unknown = sorted(set(formats) - set(FORMATS))
+        if unknown:
+            raise UsageError(f"unknown format {unknown[0]!r}: expected {', '.join(FORMATS)}")
+        endings = {"blocks": "-{block:02d}.png"}
+        files = [
+            [out / (name + "-patches" + endings.get(kind, f".{kind}")) for kind in dict.fromkeys(formats)]
+            for name in _distinct([image.stem for image in images])
+        ]
+    inputs = {image.resolve() for image in images}
+    for file in (file for group in files for file in group):
+        if file.resolve() in inputs:
+            raise UsageError(f"{file} is itself to be shown, and would be overwritten: choose another --out")
+    return files
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names that occur again get a number."""
+    return [name if names.index(name) == i else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
+def _write(
+    file: Path, view: torch.Tensor, budgets: dict[str, Seen], blocks: Sequence[int] | None, width: int
+) -> list[Path]:
+    if file.suffix.lower() != ".png":
+        save_film(frames(view, budgets, blocks, width), file)
+        return [file]
+    if "{block" not in file.name:
+        _save_png(strip(view, budgets, blocks, width), file)
+        return [file]
+    numbers = [0, *(block + 1 for block in choose_blocks(budgets, blocks, most=None))]
+    files = [file.with_name(file.name.format(block=number)) for number in numbers]
+    for frame, one in zip(frames(view, budgets, blocks, width), files, strict=True):
+        _save_png(frame, one)
+    return files
+
+
+def _save_png(picture: Image.Image, file: Path) -> None:
+    with atomic_path(file) as temporary:
+        picture.save(temporary, "PNG", optimize=True)
