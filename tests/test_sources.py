@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
-from ltmp.config import LEARNED
+from ltmp.config import FIXED, LEARNED
 from ltmp.models import stack_of
 from ltmp.stack import sizes_of
 
@@ -56,6 +56,21 @@ def test_sources_partition_the_patches(
     tokens = patches + protected
     model.ltmp.set(merge, (torch.tensor(prune) / tokens).tolist())
     x = torch.randn(images, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    check_partition(model, x, masked)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
+@pytest.mark.parametrize("protected", [1, 2])
+@pytest.mark.parametrize("variant", FIXED)
+def test_sources_of_fixed_rates(variant: str, protected: int, masked: bool) -> None:
+    model = ltmp.attach(tiny_vit(reg_tokens=protected - 1), ltmp.LTMPConfig(variant=variant, r=3))
+    check_partition(model, torch.randn(3, 20, WIDTH, generator=torch.Generator().manual_seed(0)), masked)
+
+
+def check_partition(model: Any, x: Tensor, masked: bool) -> None:
+    """Every patch is in one live token or was pruned, sizes are those of the groups, and nothing comes back."""
+    images, tokens, _ = x.shape
+    protected = model.num_prefix_tokens
     with ltmp.record() as calls:
         _, size, source, blocks = traced(model, x, masked)
     assert source.dtype == torch.int32

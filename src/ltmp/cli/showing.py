@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..evaluate import report
 from ..visualize.showing import FORMATS, Shown, show_images
 from . import options as o
-from .evaluating import ModelName, _name_in
+from .evaluating import ModelName, name_in
 from .progress import progress_bar
 from .setup import ModelOptions, pick_device
 
@@ -63,7 +63,7 @@ def show_verb(
 
     Example: ltmp show cat.jpg --thresholds runs/deit/thresholds.safetensors --pretrained --format png --format gif
     """
-    name = model or _name_in(thresholds[0])
+    name = model or name_in(thresholds[0])
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
     with progress_bar("drawing", len(images)) as advance:
         shown = show_images(
