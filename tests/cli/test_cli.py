@@ -220,7 +220,7 @@ def test_help_teaches(verb, capsys):
 
 
 def test_installed_command_reports_its_version():
-    done = subprocess.run([sys.executable, "-m", "ltmp.cli", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "ltmp", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"ltmp {package.__version__}\n"
 
 

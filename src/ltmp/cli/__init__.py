@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+from .. import distributed
 from ..errors import LTMPError, MissingExtraError
 
 
@@ -49,5 +51,10 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error{_whose()}: {message}", file=sys.stderr)
     return code
+
+
+def _whose() -> str:
+    """Which of the processes that torchrun started this is: any of them may fail, and torchrun ends the others."""
+    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if distributed.started() else ""

@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import nn
 
-from .. import load, record
+from .. import distributed, load, record
 from ..checkpoint import read
 from ..data import Loader
 from ..errors import UsageError
@@ -64,9 +64,11 @@ def evaluate_verb(
     loader = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
     ).open(data, network, split=split or "validation")
-    result = evaluate_with_bar(
-        network, loader, device=pick_device(device), amp=autocast_type(amp), limit=limit, speed=speed
-    )
+    place = pick_device(device)
+    with distributed.group(place):
+        result = evaluate_with_bar(network, loader, device=place, amp=autocast_type(amp), limit=limit, speed=speed)
+        if distributed.rank() > 0:
+            return
     report_skipped(loader.skipped)
     rows = report.comparison(result)
     if "-" not in (json, csv):
@@ -152,7 +154,9 @@ def name_in(thresholds: Path) -> str:
 
 def evaluate_with_bar(network: nn.Module, loader: Loader, *, limit: int | None = None, **how: Any) -> Evaluation:
     """`evaluate` with a progress bar."""
-    total = min(limit or loader.images, loader.images)
+    everybodys, turn = range(min(limit or loader.images, loader.images)), loader.batch_size
+    mine = range(distributed.rank() * turn, len(everybodys), distributed.world() * turn)
+    total = sum(len(everybodys[first : first + turn]) for first in mine)
     with progress_bar("evaluating", total) as advance:
         return evaluate(network, loader, limit=limit, progress=advance, **how)
 

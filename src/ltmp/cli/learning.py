@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .. import LearnResult, attach, save
+from .. import LearnResult, attach, distributed, save
 from .. import learn as run_learning
 from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
@@ -89,9 +91,11 @@ def learn_verb(
     )
     loader = reading.open(data, network, split=split or "train", labelled=not unlabelled, shuffle=True, seed=seed)
     distill = distill or not getattr(loader.dataset, "labelled", True)
-    place = pick_device(device)
-    with progress_bar("learning", None) as bar:
-        try:
+    held_out = val or _validation_folder(data)
+    checking = reading.open(held_out, network, split="validation") if held_out else None
+    place, cast = pick_device(device), autocast_type(amp)
+    with distributed.group(place), _resumable(run_file):
+        with progress_bar("learning", None) as bar:
             result = run_learning(
                 network,
                 loader,
@@ -103,20 +107,17 @@ def learn_verb(
                 distill=distill,
                 seed=seed,
                 device=place,
-                amp=autocast_type(amp),
+                amp=cast,
                 checkpoint=run_file,
                 on_step=lambda step: bar.reach(
                     step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
                 ),
                 progress=bar.reach,
             )
-        except KeyboardInterrupt:
-            raise InterruptedRunError(_how_to_go_on(run_file)) from None
-    held_out = val or _validation_folder(data)
-    evaluation = None
-    if held_out:
-        checking = reading.open(held_out, network, split="validation")
-        evaluation = evaluate_with_bar(network, checking, device=place, amp=autocast_type(amp), speed=False)
+        evaluation = evaluate_with_bar(network, checking, device=place, amp=cast, speed=False) if checking else None
+        distributed.merge(loader.skipped)
+        if distributed.rank() > 0:
+            return
     path = folder / "thresholds.safetensors"
     about = _about(model, result, evaluation)
     save(network, path, **about)
@@ -133,7 +134,9 @@ def learn_verb(
 def _prepare(folder: Path, resume: bool) -> Path:
     """The run's checkpoint file; fails before the work where the folder cannot be written or the intent is unclear."""
     run_file = folder / "run.pt"
-    if run_file.exists() and not resume:
+    if not distributed.is_first():
+        return run_file
+    if run_file.exists() and not resume and not distributed.restarted():
         raise UsageError(f"{folder} holds an interrupted run: add --resume to go on, or choose another --out")
     if resume and not run_file.exists():
         raise UsageError(f"nothing to resume in {folder}: expected {run_file}, leave --resume out to start")
@@ -144,17 +147,28 @@ def _prepare(folder: Path, resume: bool) -> Path:
     return run_file
 
 
+@contextmanager
+def _resumable(run_file: Path) -> Iterator[None]:
+    """Say, of what stops the run inside, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"interrupted; {_how_to_go_on(run_file)}") from None
+    except distributed.LostRankError as error:
+        raise distributed.LostRankError(f"{error}; {_how_to_go_on(run_file)}") from error
+
+
+def _how_to_go_on(run_file: Path) -> str:
+    if run_file.exists():
+        return f"the run is saved in {run_file}: give the same command with --resume to go on"
+    return "it had not taken its first step and nothing was saved: start again"
+
+
 def _config(variant: str) -> LTMPConfig:
     try:
         return LTMPConfig(variant=variant)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _how_to_go_on(run_file: Path) -> str:
-    if run_file.exists():
-        return f"interrupted; the run is saved in {run_file}: give the same command with --resume to go on"
-    return "interrupted before the first step: nothing was saved, start again"
 
 
 def _validation_folder(data: str) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..distributed import rank
+
 console = Console(stderr=True)
 
 
@@ -30,7 +32,7 @@ class Bar:
     def _update(self, **values: Any) -> None:
         self._progress.update(self._task, **values)
         task = self._progress.tasks[0]
-        if console.is_terminal or not task.total:
+        if console.is_terminal or not task.total or self._progress.disable:
             return
         # in a log file a bar cannot move: a line for every tenth instead
         tenth = 10 * task.completed // task.total
@@ -44,7 +46,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
-    """A bar with elapsed and remaining time.
+    """A bar with elapsed and remaining time; of several ranks, the first shows it.
 
     >>> with progress_bar("training", 100) as advance:
     ...     advance(1, "training, loss 0.3")
@@ -56,5 +58,5 @@ def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=rank() > 0) as progress:
         yield Bar(progress, text, total)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import load
+from .. import distributed, load
 from ..data import Loader, check_classes, eval_transform, input_channels, make_loader, open_dataset
 from ..errors import UsageError
 from ..models.build import build_model
@@ -114,9 +114,11 @@ def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; auto is the first CUDA device, or else the CPU."""
+    """The named device; auto is the first CUDA device, or else the CPU. Under torchrun each process has its own GPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.started():
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

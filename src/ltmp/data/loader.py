@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from ..errors import LTMPError, UsageError
 from .dataset import Broken
@@ -84,16 +85,19 @@ class Loader:
             return self._take(self._batches(self.dataset))
         return self.stream(0, self.images)
 
-    def stream(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the views `start` to `stop`, whatever was iterated before.
+    def stream(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the views `start` to `stop`, whatever was iterated before; of `world` turns, those of `rank`.
 
         A streaming source is read from its beginning and the batches before `start` are dropped; a short last batch
         of an epoch counts as a whole one, so that batch b begins at view b * batch_size there, too.
         """
         if isinstance(self.dataset, IterableDataset):
-            return self._take(self._stream(self.dataset, start, stop))
-        order = ViewOrder(self.images, start, stop, shuffle=self.shuffle, seed=self.seed)
-        return self._take(self._batches(self.dataset, sampler=order))
+            batches: Iterable[_Batch] = islice(self._stream(self.dataset, start, stop), rank, None, world)
+        else:
+            order = ViewOrder(self.images, start, stop, shuffle=self.shuffle, seed=self.seed)
+            turns = islice(BatchSampler(order, self.batch_size, drop_last=False), rank, None, world)
+            batches = self._batches(self.dataset, turns)
+        return self._take(batches, whole=world == 1)
 
     def _stream(self, dataset: IterableDataset, start: int, stop: int) -> Iterator[_Batch]:
         view, epoch = 0, 0
@@ -111,11 +115,11 @@ class Loader:
                 raise LTMPError("the streaming dataset gave no images: check its name and split")
             epoch += 1
 
-    def _batches(self, dataset: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
+    def _batches(self, dataset: Dataset, batches: Iterable[list[int]] | None = None) -> DataLoader:
         return DataLoader(
             dataset,
-            self.batch_size,
-            sampler=sampler,
+            1 if batches else self.batch_size,
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -123,8 +127,8 @@ class Loader:
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _take(self, batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand on what could be read; refuse or count the rest."""
+    def _take(self, batches: Iterable[_Batch], whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hand on what could be read; refuse or count the rest. `whole`: nobody else has more of these images."""
         found = False
         for batch in batches:
             for broken in batch.broken:
@@ -136,7 +140,7 @@ class Loader:
             if len(batch.broken) < batch.size:
                 found = True
                 yield batch.images, batch.labels
-        if not found and self.skipped:
+        if whole and not found and self.skipped:
             name, why = next(iter(self.skipped.items()))
             raise LTMPError(f"none of the {len(self.skipped)} images could be read; the first was {name} ({why})")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import exchange, merge, my_batches, rank
 from ..errors import LTMPError
 from ..flops import flops_share
 from ..models import is_attached
@@ -89,6 +90,31 @@ class _Choices:
         return 100 * right / self.labelled if self.labelled else None
 
 
+@dataclass
+class _Part:
+    """What one rank finds on its images.
+
+    Attributes:
+        skipped: images that could not be read, and why.
+        share: float64 [B] of each batch; kept: float64 [L] of each batch, summed over its images.
+    """
+
+    skipped: dict[str, str]
+    reduced: _Choices = field(default_factory=_Choices)
+    plain: _Choices = field(default_factory=_Choices)
+    agreed: int = 0
+    tokens: int = 0
+    share: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    throughput: Throughput | None = None
+
+    def add(self, rows: ImageRows, tokens: int) -> None:
+        self.agreed += int((rows.dense == rows.reduced).sum())
+        self.tokens = tokens
+        self.share.append(rows.share.double())
+        self.kept.append(rows.kept.double().sum(0))
+
+
 def evaluate(
     model: nn.Module,
     loader: Batches,
@@ -101,6 +127,10 @@ def evaluate(
     on_images: Callable[[ImageRows], None] | None = None,
 ) -> Evaluation:
     """Run `model` reduced and dense on the same images.
+
+    Called by every rank of a `torch.distributed` process group, with the same model and loader, this is one evaluation:
+    ranks take turns at the batches, each image is looked at once, and all get the result. `on_images` and `progress`
+    are then told of this rank's batches, and speed is rank 0's.
 
     Args:
         model: an attached model; left on `device` and in the mode it had.
@@ -118,56 +148,58 @@ def evaluate(
     if not is_attached(model):
         raise LTMPError("nothing to evaluate: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
     device = torch.device(device) if device else next(model.parameters()).device
-    reduced, plain, agreed, throughput = _Choices(), _Choices(), 0, None
+    part = _Part(getattr(loader, "skipped", {}))
     with deployed(model, device, amp=amp), record() as calls:
-        for images, labels in _first(loader, limit):
+        for images, labels in my_batches(loader, limit):
             images, labels = images.to(device), labels.to(device)
             logits = logits_of(model(images))
             # a record of its own, which nobody reads: the dense and the timed calls are not the result
             with record():
                 with dense():
                     dense_logits = logits_of(model(images))
-                if speed and throughput is None:
-                    throughput = measure(model, images)
+                if speed and part.throughput is None and rank() == 0:
+                    part.throughput = measure(model, images)
             _check(images, labels, dense_logits)
-            choices, dense_choices = reduced.add(logits, labels), plain.add(dense_logits, labels)
-            agreed += int((choices == dense_choices).sum())
+            choices, dense_choices = part.reduced.add(logits, labels), part.plain.add(dense_logits, labels)
+            kept, geometry = calls.kept[-1], calls.geometry[-1]
+            found = (labels, dense_choices, choices, flops_share(kept, geometry), kept)
+            rows = ImageRows(*(values.cpu() for values in found))
+            part.add(rows, geometry.tokens)
             if on_images:
-                kept = calls.kept[-1]
-                rows = (labels, dense_choices, choices, flops_share(kept, calls.geometry[-1]), kept)
-                on_images(ImageRows(*(values.cpu() for values in rows)))
+                on_images(rows)
             if progress:
                 progress(len(images))
+    merge(part.skipped)
+    return _summary(exchange(part))
+
+
+def _summary(parts: list[_Part]) -> Evaluation:
+    """All ranks' findings as one."""
+    reduced, plain = (_add(getattr(part, name) for part in parts) for name in ("reduced", "plain"))
     if not reduced.images:
         raise LTMPError("nothing to evaluate: the data gave no images")
-    share = calls.share()
+    share = torch.cat([share for part in parts for share in part.share])
+    kept = torch.stack([kept for part in parts for kept in part.kept])
     return Evaluation(
         images=reduced.images,
         top1=reduced.percent(reduced.top1),
         top5=reduced.percent(reduced.top5),
         dense_top1=plain.percent(plain.top1),
         dense_top5=plain.percent(plain.top5),
-        agreement=100 * agreed / reduced.images,
+        agreement=100 * sum(part.agreed for part in parts) / reduced.images,
         share=share.mean().item(),
         share_std=share.std(correction=0).item(),
         share_min=share.min().item(),
         share_max=share.max().item(),
-        tokens=calls.geometry[0].tokens,
-        kept=torch.cat(calls.kept).mean(0).tolist(),
-        skipped=len(getattr(loader, "skipped", ())),
-        throughput=throughput,
+        tokens=max(part.tokens for part in parts),
+        kept=(kept.sum(0) / reduced.images).tolist(),
+        skipped=len(parts[0].skipped),
+        throughput=parts[0].throughput,
     )
 
 
-def _first(loader: Batches, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches until `limit` images, the last one cut to fit."""
-    left = limit
-    for images, labels in loader:
-        yield images[:left], labels[:left]
-        if left is not None:
-            left -= len(images)
-            if left <= 0:
-                return
+def _add(parts: Iterable[_Choices]) -> _Choices:
+    return _Choices(*(sum(counts) for counts in zip(*map(astuple, parts), strict=True)))
 
 
 def _check(images: Tensor, labels: Tensor, logits: Tensor) -> None:

@@ -63,6 +63,6 @@ def budget_loss(share: Tensor, target: float, weight: float) -> Tensor:
     """`weight * (target - mean share)^2` (paper, equation 11).
 
     Args:
-        share: [B], exact FLOPs share of each image.
+        share: exact FLOPs share of each image [B], or their mean.
     """
     return weight * (share.mean() - target).square()

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..distributed import mean
 from ..models import thresholds_of
 from ..models.outputs import logits_of
 from ..stack import record
@@ -40,7 +41,7 @@ class Candidate:
 
 
 class HeldOut:
-    """An attached model and images that it is not optimised on.
+    """An attached model and images that it is not optimised on, of several ranks each its own.
 
     Args:
         images: [N, 3, H, W] on the model's device; batch: how many to run at once.
@@ -72,16 +73,16 @@ class HeldOut:
             for part in self.parts:
                 self.model(part)
                 self._tick(part)
-        return float(calls.share().mean())
+        return float(mean(calls.share().double()))
 
     @torch.inference_mode()
     def divergence(self) -> float:
         """Mean divergence of the deployed model's answers from the dense model's."""
         losses = []
         for part, answer in zip(self.parts, self._answers, strict=True):
-            losses.append(len(part) * float(task_loss(logits_of(self.model(part)), None, answer)))
+            losses.append(task_loss(logits_of(self.model(part)), None, answer).double())
             self._tick(part)
-        return sum(losses) / self.count
+        return float(mean(torch.cat(losses)))
 
     def meet_budget(self, target: float, tolerance: float = TOLERANCE, tries: int = TRIES) -> tuple[float, int]:
         """Move all thresholds together until the deployed share is `target`: bisection on one scalar.

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..models import stack_of, thresholds_of
 from ..stack import dense, record
@@ -87,6 +89,10 @@ def learn(
     through the hard decisions (paper, section 3.4), and closes what is left to the budget by bisection on one scalar.
     Of the calibrated and the learned thresholds, those stay whose answers are closer to the dense model's.
 
+    Called by every rank of a `torch.distributed` process group, with the same model, loader and settings, this is one
+    run: ranks take turns at the batches, a step looks at a batch of each, and all end with the same thresholds: those
+    of one process with batches as large as all ranks' together. Rank 0 writes the checkpoint.
+
     Args:
         model: attached; left in eval mode on `device`.
         loader: shuffled batches of images [B, 3, H, W] and labels [B]; a `ltmp.data.Loader`, or any iterable that can
@@ -111,7 +117,7 @@ def learn(
     Raises:
         UsageError: a target that cannot be reached, or settings that make no sense.
         LTMPError: NaN in images or loss, no images, or a checkpoint of another run.
-        KeyboardInterrupt: passed on, after the checkpoint was saved.
+        LostRankError: another rank is gone; like KeyboardInterrupt, passed on after the checkpoint was saved.
     """
     start = time.perf_counter()
     thresholds = thresholds_of(model)
@@ -123,27 +129,33 @@ def learn(
     _check_target(model, images, target)
 
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
-    settings = _Settings(target, views, accumulate, batch, lr, distill, budget_weight, images.shape[0], seed,
+    views_a_step = batch * world() * accumulate
+    settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
                          thresholds.config.variant, thresholds.depth)  # fmt: skip
-    run = Run(thresholds, lr, steps=max(1, round(views / (batch * accumulate))))
+    run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)))
     cast = torch.autocast(place.type, amp) if amp is not None else nullcontext()
-    held_out = HeldOut(model, images, batch, progress)
-    saved = load_run(checkpoint, asdict(settings)) if checkpoint is not None else None
-    if saved is not None:
-        run.restore(saved)
+    held_out = HeldOut(model, images[rank() :: world()].contiguous(), batch, progress)
+
+    def save() -> None:
+        if checkpoint is not None and rank() == 0:
+            save_run(checkpoint, asdict(settings), run.state())
+
+    def saved() -> dict[str, Any] | None:
+        return load_run(checkpoint, asdict(settings)) if checkpoint is not None and rank() == 0 else None
+
+    state = exchange(saved())[0]
+    if state is not None:
+        run.restore(state)
     else:
         with cast:
             # all of them are in memory at once, and 128 images have some 10,000 scores a block
             calibrate(model, images[:CALIBRATED], target)
+            # ranks on unlike hardware may round unlike
+            thresholds.set(*exchange((thresholds.merge.tolist(), thresholds.prune.tolist()))[0])
             run.begin(held_out.candidate(target))
     torch.manual_seed(seed + run.step)
-
-    def save() -> None:
-        if checkpoint is not None:
-            save_run(checkpoint, asdict(settings), run.state())
-
     objective = Objective(model, target, budget_weight, distill, cast)
-    batches = stream(loader, run.step * accumulate, batch)
+    batches = stream(loader, run.step * accumulate * world(), batch)
     try:
         with _only(model, thresholds), _learning(thresholds):
             while run.step < run.steps:
@@ -154,7 +166,7 @@ def learn(
                     on_step(run.history[-1])
                 if run.step % save_every == 0 or run.step == run.steps:
                     save()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostRankError):
         save()
         raise
     run.finish()
@@ -163,8 +175,8 @@ def learn(
     # single batches are noisy, and the calibrated start is good: learning must not end behind it
     best = min(learned, run.start, key=lambda candidate: candidate.loss)
     thresholds.set(best.merge, best.prune)
-    looked = held_out.count * (1 + run.start.looks + learned.looks)
-    seen = len(run.history) * batch * accumulate + looked
+    looked = len(images) * (1 + run.start.looks + learned.looks)
+    seen = len(run.history) * views_a_step + looked
     return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distributed import mean, total
 from ..errors import LTMPError
 from ..models import thresholds_of
 from ..models.outputs import logits_of
@@ -26,20 +27,22 @@ def teacher(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None) -> Tensor:
-    """Cross-entropy to the labels, or to the dense model's probabilities where those are given.
+    """Of each image the cross-entropy to its label, or the divergence from the dense model's probabilities if given.
 
     Args:
         logits: [B, K].
         labels: int64 [B], or None.
         taught: [B, K] logits of the dense model, or None.
+
+    Returns:
+        float32 [B].
     """
     if taught is not None:
-        return F.kl_div(
-            logits.float().log_softmax(-1), taught.float().log_softmax(-1), log_target=True, reduction="batchmean"
-        )
+        ours, theirs = logits.float().log_softmax(-1), taught.float().log_softmax(-1)
+        return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
     if labels is None:
         raise LTMPError("there is nothing to learn from: give labels, or learn from the dense model (distill)")
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Objective:
     cast: AbstractContextManager[Any]
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float]:
-        """Leave in the thresholds the mean gradients of the next `count` batches.
+        """Leave in the thresholds the mean gradients of the next `count` batches, of all ranks' as of one large batch.
 
         Returns:
             Mean task loss and mean share.
@@ -67,22 +70,26 @@ class Objective:
             LTMPError: the loss is not finite.
         """
         losses, shares = [], []
-        place = thresholds_of(self.model).merge.device
+        thresholds = thresholds_of(self.model)
+        place = thresholds.merge.device
         for _ in range(count):
             images, labels = (t.to(place, non_blocking=True) for t in next(batches))
             with self.cast:
                 taught = teacher(self.model, images) if self.distill else None
                 with record() as calls:
                     logits = logits_of(self.model(images))
-            share = calls.share()
-            task = task_loss(logits, labels, taught)
-            total = task + budget_loss(share, self.target, self.budget_weight)
-            if not total.isfinite():
+            share = mean(calls.share())
+            task = mean(task_loss(logits, labels, taught))
+            loss = task + budget_loss(share, self.target, self.budget_weight)
+            if not loss.isfinite():
                 raise LTMPError(
                     "the loss is not finite: look for NaN or infinity in the images and the model's weights, "
                     "or learn without amp"
                 )
-            (total / count).backward()
+            (loss / count).backward()
             losses.append(task.detach())
-            shares.append(share.detach().mean())
+            shares.append(share.detach())
+        for parameter in thresholds.parameters():
+            if parameter.grad is not None:
+                parameter.grad = total(parameter.grad)
         return float(torch.stack(losses).mean()), float(torch.stack(shares).mean())

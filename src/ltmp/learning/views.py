@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from ..data import Loader
+from ..distributed import rank, world
 from ..errors import LTMPError
 from .heldout import Progress
 
@@ -17,37 +20,38 @@ def first_images(loader: Iterable[Batch], count: int, progress: Progress | None 
     """The first `count` images of the loader, or all where there are fewer.
 
     Raises:
-        LTMPError: there are none, or one holds NaN or infinity.
+        LTMPError: there are none, or fewer than ranks, or one holds NaN or infinity.
     """
     found: list[Tensor] = []
     have = 0
+    expected = min(count, getattr(loader, "images", 0) or count)
     for images, _ in loader:
         if not images.isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
         found.append(images)
         have += len(images)
         if progress is not None:
-            progress(min(have, count), count, "reading images to calibrate on")
+            progress(min(have, expected), expected, "reading images to calibrate on")
         if have >= count:
             break
     if not found:
         raise LTMPError("there are no images to learn from: the loader is empty")
+    if have < world():
+        raise LTMPError(f"{have} images are too few to share among {world()} ranks: start fewer")
     return torch.cat(found)[:count]
 
 
 def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[Batch]:
-    """Endless batches, from the one after `done`."""
-    endless = getattr(loader, "stream", None)
-    if endless is not None:
-        return endless(done * batch, 1 << 62)
+    """This rank's endless batches, from those after the first `done` of all ranks."""
+    if isinstance(loader, Loader):
+        return loader.stream(done * batch, 1 << 62, rank(), world())
+    return islice(_again(loader), done + rank(), None, world())
 
-    def again() -> Iterator[Batch]:
-        skip = done
-        while True:
-            for item in loader:
-                if skip:
-                    skip -= 1
-                else:
-                    yield item
 
-    return again()
+def _again(loader: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise LTMPError("the loader is used up after one pass: give one that can be iterated again and again")
