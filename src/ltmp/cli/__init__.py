@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import distributed
-from ..errors import LTMPError, MissingExtraError
+from ..errors import LTMPError, MissingExtraError, UsageError
+
+ON_SEVERAL_RANKS = ("learn", "eval")
+"""The verbs that torchrun may start; others would all write the same files."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if distributed.started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
+        raise UsageError(f"`{arguments[0]}` runs in one process: start it without torchrun")
     try:
         import typer
     except ImportError as error:
