@@ -13,7 +13,7 @@ import torch
 import ltmp
 from helpers import tiny_vit
 from ltmp.errors import LTMPError
-from ltmp.files import atomic_path
+from ltmp.files import atomic_path, staged
 from ltmp.learning.resume import save_run
 
 
@@ -81,3 +81,22 @@ def test_run_that_cannot_be_written(tmp_path):
     with full_disk(), pytest.raises(LTMPError, match="cannot write"):
         save_run(tmp_path / "run.pt", {}, {"latent": torch.zeros(1000)})
     assert os.listdir(tmp_path) == []
+
+
+def test_files_of_one_result_appear_together(tmp_path):
+    path = tmp_path / "new" / "model.onnx"
+    with staged(path) as temporary:
+        assert temporary.name == "model.onnx"
+        temporary.write_text("graph")
+        temporary.with_name("model.onnx.data").write_text("weights")
+        assert os.listdir(path.parent) == [temporary.parent.name]
+    assert sorted(os.listdir(path.parent)) == ["model.onnx", "model.onnx.data"]
+
+
+def test_failure_leaves_nothing_of_several_files(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), staged(path) as temporary:
+        temporary.write_text("half" + "\ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["model.onnx"]

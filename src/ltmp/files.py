@@ -42,6 +42,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`path` in a temporary folder beside it, for formats of more than one file: all move over when the block ends.
+
+    The files beside `path` go first, so that it never names one that is not there. Raises like `atomic_path`.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
+                file.replace(path.with_name(file.name))
+    except OSError as error:
+        raise LTMPError(_explain(path, error)) from error
+
+
 def _explain(path: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"cannot save {path}: the disk is full; free some space or choose another place with --out"

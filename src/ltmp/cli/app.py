@@ -12,6 +12,7 @@ from ..checkpoint import ThresholdFile, read
 from ..evaluate import report
 from . import options as o
 from .evaluating import bench_verb, evaluate_verb
+from .exporting import export_verb
 from .learning import learn_verb
 from .predicting import predict_verb
 from .progress import progress_bar
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("learn")(learn_verb)
 app.command("eval")(evaluate_verb)
 app.command("bench")(bench_verb)
+app.command("export")(export_verb)
 app.command("serve")(serve_verb)
 app.command("predict")(predict_verb)
 app.command("show")(show_verb)

@@ -23,13 +23,31 @@ ModelName = Annotated[
     str | None,
     typer.Option("--model", help="timm model name; default: the one in the thresholds file.", rich_help_panel="Model"),
 ]
+EvalEngine = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, packed, triton or graph (default: as learned); onnx or openvino: exported, against a dense export.",
+        rich_help_panel="Running",
+    ),
+]
+Exported = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --engine onnx or openvino: the file that `ltmp export` wrote; default: export now, as --form says.",
+        rich_help_panel="Running",
+    ),
+]
+RUNTIMES = ("onnx", "openvino")
 
 
 def evaluate_verb(
     data: o.Data,
     thresholds: Thresholds,
     model: ModelName = None,
-    engine: o.Engine = None,
+    engine: EvalEngine = None,
+    exported: Exported = None,
+    form: o.Form = "batch",
+    int8: o.Int8 = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None,
     speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True,
     weights: o.Weights = None,
@@ -60,11 +78,18 @@ def evaluate_verb(
     """
     name = model or name_in(thresholds)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    load(network, thresholds, engine=engine)
+    elsewhere = engine in RUNTIMES
+    if exported and not elsewhere:
+        raise UsageError("--exported is for --engine onnx or openvino, which run such files")
+    if elsewhere and (amp or device not in ("auto", "cpu")):
+        raise UsageError(f"--engine {engine} runs float32 or INT8 on the CPU: leave out --amp and --device {device}")
+    load(network, thresholds, engine=None if elsewhere else engine)
     loader = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
     ).open(data, network, split=split or "validation")
-    place = pick_device(device)
+    place = torch.device("cpu") if elsewhere else pick_device(device)
+    if engine is not None and elsewhere:
+        network = _in_runtime(network, engine, exported, form, int8)
     with distributed.group(place):
         result = evaluate_with_bar(network, loader, device=place, amp=autocast_type(amp), limit=limit, speed=speed)
         if distributed.rank() > 0:
@@ -78,6 +103,18 @@ def evaluate_verb(
         report.write_json(report.as_json(result, model=name, thresholds=str(thresholds)), json)
     if csv:
         report.write_csv(rows, csv)
+
+
+def _in_runtime(network: nn.Module, engine: str, exported: Path | None, form: str, int8: bool) -> nn.Module:
+    """The exports of `network` in a runtime, with a bar while what is missing is exported."""
+    from ..export import Plan, in_runtime
+
+    with progress_bar("exporting", 1) as bar:
+        sessions = in_runtime(
+            network, engine, exported, Plan(form=form, int8=int8), progress=lambda stage: bar(0, stage)
+        )
+        bar(1, "exported")
+    return sessions
 
 
 def bench_verb(

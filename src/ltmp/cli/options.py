@@ -65,6 +65,14 @@ Amp = Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=_R
 Engine = Annotated[
     str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=_RUN)
 ]
+Form = Annotated[
+    str,
+    typer.Option(
+        help="Of exports: single (one image), batch (any number of images) or static (no data-dependent shapes).",
+        rich_help_panel=_RUN,
+    ),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Quantise the linear layers (ONNX only).", rich_help_panel=_RUN)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_OUTPUT)]
 Json = Annotated[
     str | None,

@@ -68,14 +68,7 @@ class DataOptions:
         seed: int = 0,
     ) -> Loader:
         """Batches of `source` as `model` takes them, after checking that its classes fit the head."""
-        transform = eval_transform(
-            model,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-        )
+        transform = eval_transform(model, **self.transform)
         dataset = open_dataset(
             source,
             split=split,
@@ -89,6 +82,17 @@ class DataOptions:
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """The options of `eval_transform`."""
+        return {
+            "interpolation": self.interpolation,
+            "mean": self.mean,
+            "std": self.std,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+        }
 
 
 def build_reduced(options: ModelOptions, thresholds: Path | None, engine: str | None) -> nn.Module:

@@ -32,7 +32,7 @@ def eval_transform(
     options = {
         "interpolation": interpolation, "mean": mean, "std": std, "crop_pct": crop_pct, "crop_mode": crop_mode,
     }  # fmt: skip
-    return create_transform(**_settings(model, image_size, options), is_training=False)
+    return create_transform(**eval_settings(model, options, image_size), is_training=False)
 
 
 def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any) -> Tensor:
@@ -48,7 +48,7 @@ def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any)
     """
     from timm.data import create_transform
 
-    settings = _settings(model, None, options)
+    settings = eval_settings(model, options)
     channels, tall, wide = settings["input_size"]
     times = -(-width // wide)
     squashed = settings["crop_mode"] == "squash"
@@ -57,10 +57,13 @@ def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any)
     return create_transform(**settings, is_training=False)(image).clamp(0, 1).expand(3, -1, -1)
 
 
-def _settings(model: nn.Module, image_size: int | tuple[int, int] | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What timm's transforms take, from the model's config and `options`."""
+def eval_settings(
+    model: nn.Module, options: dict[str, Any] | None = None, image_size: int | tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What timm's transforms take (input_size, mean, std, ...), from the model's config and `eval_transform`'s options."""
     from timm.data import resolve_model_data_config
 
+    options = options or {}
     crop_pct = options.get("crop_pct")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UsageError(f"crop_pct is {crop_pct}: expected a number in (0, 1], 1 crops nothing")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ..stack import ReducedStack
+    from ..tokens import Reduced
+    from .positions import Positions
+
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune threshold can select anything."""
+
+Run = Callable[["ReducedStack", Tensor, Active, "Positions | None"], "Reduced"]
+"""An engine: all blocks on [B, N, C]."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,13 @@ class Request:
         capacity: sizes to run at without reading anything back; None for exact sizes.
         stats: filled by the engine, int32 [L, 3] on the device: tokens of the batch and of its longest image after each
             block that reduces, zero after the others.
+        run: the engine itself, where the caller brings one; None is the one of the model's settings.
     """
 
     active: Active | None = None
     capacity: Capacity | None = None
     stats: Tensor | None = None
+    run: Run | None = None
 
 
 REQUEST: ContextVar[Request | None] = ContextVar("ltmp_request", default=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,12 @@ from ..rates import Rates
 from ..sources import tracing
 from ..thresholds import Thresholds
 from . import packed
-from .request import REQUEST, Active
+from .request import REQUEST, Active, Run
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
     from ..tokens import Reduced
     from .positions import Positions
-
-Run = Callable[["ReducedStack", Tensor, Active, "Positions | None"], "Reduced"]
 
 _CAPABILITY = (8, 0)
 """The least that the kernels are written for: Ampere, with bfloat16 and tf32."""
@@ -39,6 +36,9 @@ def engine(name: str, device: torch.device) -> Run:
     Raises:
         LTMPError: a named engine cannot run on `device`; the message says why.
     """
+    request = REQUEST.get()
+    if request is not None and request.run is not None:
+        return request.run
     if name == "packed":
         return packed.run
     if name == "auto" and (device.type != "cuda" or torch.compiler.is_compiling()):

@@ -19,8 +19,13 @@ def match(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         partner: int64 [B, ceil(N/2)], which odd token: 0 is the token at place 1.
     """
     # no .contiguous() copies: matmul takes the strided halves as they are
-    with torch.autocast(metric.device.type, enabled=False):
-        cosine = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    possible = free[:, ::2, None] & free[:, None, 1::2]
+    return match_halves(metric[:, ::2], metric[:, 1::2], free[:, ::2], free[:, 1::2])
+
+
+def match_halves(even: Tensor, odd: Tensor, free_even: Tensor, free_odd: Tensor) -> tuple[Tensor, Tensor]:
+    """`match` of tokens that are split already: metrics [B, E, D] and [B, O, D], free [B, E] and [B, O]."""
+    with torch.autocast(even.device.type, enabled=False):
+        cosine = even @ odd.transpose(1, 2)
+    possible = free_even[:, :, None] & free_odd[:, None, :]
     best, partner = cosine.masked_fill_(~possible, float("-inf")).max(-1)
     return best, partner

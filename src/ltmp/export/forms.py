@@ -1,0 +1,354 @@
+"""The stack as it is exported: three forms of one function, without a scatter and without a branch on data.
+
+Merging is a product with a one-hot matrix and compaction a gather, because scatters with a reduction are missing or
+wrong in several runtimes. A form is an engine like those in `engines/`: it also runs in eager mode, where tests hold it
+to the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..engines.positions import Positions
+from ..engines.request import Active
+from ..ops.match.reference import match_halves
+from ..reduction import similarity_metric
+from ..tokens import Reduced, Tokens
+
+if TYPE_CHECKING:
+    from ..stack import ReducedStack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a batch, [T] one image after the other, lie in a padded batch [B, N].
+
+    Attributes:
+        images, length: B and N.
+        live: bool [B, N], or None where every place holds a token.
+        fill: int64 [B * N], the row that each place shows (any row where there is none), or None where rows are places.
+        place: int64 [T], the place of each row, or None likewise.
+    """
+
+    images: int
+    length: int
+    live: Tensor | None = None
+    fill: Tensor | None = None
+    place: Tensor | None = None
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """[T, ...] to [B, N, ...]; what places without a token hold means nothing, but is finite."""
+        rows = rows if self.fill is None else rows.index_select(0, self.fill)
+        return rows.unflatten(0, (self.images, self.length))
+
+    def rows(self, padded: Tensor) -> Tensor:
+        """The inverse of `pad`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.place is None else flat.index_select(0, self.place)
+
+
+Compact = Callable[[Tensor, int], tuple[Tensor, Layout]]
+"""(keep bool [B, M], N before) to the places [T] in [B * M] that stay, in order, and the layout that they then have."""
+
+
+def single(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
+    """One image: what is left is all there is."""
+    source = keep.flatten().nonzero().flatten()
+    return source, Layout(1, source.shape[0])
+
+
+def batch(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
+    """Any number of images: linear layers over the rows that are left, attention padded to the longest image."""
+    images, places = keep.shape
+    source = keep.flatten().nonzero().flatten()
+    counts = keep.sum(1)
+    longest: Any = counts.max().item()
+    torch._check(longest >= 1)
+    torch._check(longest <= places)
+    first = counts.cumsum(0) - counts
+    place = torch.arange(longest, device=keep.device)
+    fill = (first[:, None] + place).clamp(max=source.shape[0] - 1).flatten()
+    image = source // places
+    at = torch.arange(source.shape[0], device=keep.device) + (image * longest - first.index_select(0, image))
+    return source, Layout(images, longest, place < counts[:, None], fill, at)
+
+
+def static(keep: Tensor, length: int) -> tuple[Tensor, Layout]:
+    """Nothing shrinks: what is gone stays behind the live tokens, masked. Unique keys make any sort a stable one."""
+    images, places = keep.shape
+    place = torch.arange(places, device=keep.device)
+    order = (keep * places - place).to(torch.float32).topk(length, dim=1).indices
+    source = (order + places * torch.arange(images, device=keep.device)[:, None]).flatten()
+    return source, Layout(images, length, place[:length] < keep.sum(1, keepdim=True))
+
+
+FORMS: dict[str, Compact] = {"single": single, "batch": batch, "static": static}
+
+
+@dataclass(frozen=True)
+class _State:
+    """Tokens between two blocks: features [T, C] in rows; size float32 and origin int64 [B, N] as in `Tokens`.
+
+    `weighed` says whether a size may be other than 1.
+    """
+
+    x: Tensor
+    size: Tensor
+    origin: Tensor
+    layout: Layout
+    weighed: bool = False
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Tokens of a block on their way through its steps, padded: x [B, N, C], metric [B, N, D], the others [B, N]."""
+
+    x: Tensor
+    size: Tensor
+    origin: Tensor
+    keep: Tensor
+    importance: Tensor | None
+    metric: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Scored:
+        """Every tensor changed alike."""
+        some = (None if values is None else change(values) for values in (self.importance, self.metric))
+        return _Scored(*(change(values) for values in (self.x, self.size, self.origin, self.keep)), *some)
+
+    def at(self, index: Tensor) -> _Scored:
+        """Only the places `index`, the same of each image."""
+        return self.each(lambda values: values.index_select(1, index))
+
+    def then(self, other: _Scored) -> _Scored:
+        """These places and those of `other` behind them, without a metric."""
+        importance = None
+        if self.importance is not None and other.importance is not None:
+            importance = torch.cat([self.importance, other.importance], 1)
+        return _Scored(
+            torch.cat([self.x, other.x], 1),
+            torch.cat([self.size, other.size], 1),
+            torch.cat([self.origin, other.origin], 1),
+            torch.cat([self.keep, other.keep], 1),
+            importance,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form with the thresholds of a model baked in, as an engine; see `Request.run`.
+
+    Attributes:
+        compact: one of `FORMS`.
+        merge, prune: the thresholds of each block; float32 numbers.
+    """
+
+    compact: Compact
+    merge: tuple[float, ...]
+    prune: tuple[float, ...]
+
+    def __call__(self, stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
+        """Run all blocks on [B, N, C]; see `ReducedStack`."""
+        images, length, _ = x.shape
+        state: _State | None = None
+        kept = []
+        for i in range(stack.thresholds.depth):
+            steps = stack.thresholds.steps(active, i)
+            if state is None and steps:
+                state = _start(x)
+            if state is None:
+                x = stack.whole(i, x, positions)
+                kept.append(torch.full((images,), float(length), device=x.device))
+            else:
+                state = self._block(stack, i, steps, state, positions)
+                kept.append(_there(state).sum(1))
+        return _finish(stack, state or _start(x), torch.stack(kept, 1))
+
+    def _block(
+        self, stack: ReducedStack, i: int, steps: tuple[str, ...], state: _State, positions: Positions | None
+    ) -> _State:
+        recipe, block, layout = stack.recipe, stack.blocks[i], state.layout
+        q, k, v = recipe.qkv(block, state.x)
+        if positions is not None:
+            q, k = positions.rotate(i, block, q, k, layout.rows(state.origin))
+        bias = _bias(state)
+        queries, keys, values = layout.pad(q), layout.pad(k), layout.pad(v)
+        # no mean of attention weights is above 1: only the prefix is left, and only its queries matter
+        if "prune" in steps and self.prune[i] >= 1 and stack.protected:
+            places = _prefix(state.origin, stack.protected)
+            y, _ = _attend(_take(queries, places), keys, values, bias)
+            state = _only_prefix(state, places)
+            x = state.x + recipe.out(block, y.flatten(0, 1))
+        else:
+            y, p = _attend(queries, keys, values, bias)
+            state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
+            if steps:
+                importance = _importance(p, layout.live) if "prune" in steps else None
+                metric = layout.pad(similarity_metric(k)) if "merge" in steps else None
+                state = self._reduce(stack.protected, i, steps, state, importance, metric)
+            x = state.x
+        return replace(state, x=x + recipe.mlp(block, x))
+
+    def _reduce(
+        self,
+        protected: int,
+        i: int,
+        steps: tuple[str, ...],
+        state: _State,
+        importance: Tensor | None,
+        metric: Tensor | None,
+    ) -> _State:
+        """The steps of block `i` (paper, section 3.2), as `reduction.make_plan` and `fold` have them."""
+        layout = state.layout
+        scored = _Scored(layout.pad(state.x), state.size, state.origin, _there(state), importance, metric)
+        for step in steps:
+            if step == "prune":
+                scored = _prune(scored, self.prune[i], protected)
+                continue
+            if step is not steps[0]:
+                # parity is taken among those that are left
+                source, layout = self.compact(scored.keep, layout.length)
+                scored = scored.each(partial(_moved, source=source, layout=layout))
+                scored = scored if layout.live is None else replace(scored, keep=layout.live)
+            scored = _merge(scored, self.merge[i], protected)
+        source, layout = self.compact(scored.keep, layout.length)
+        size, origin = (_moved(values, source, layout) for values in (scored.size, scored.origin))
+        return _State(_rows(scored.x, source), size, origin, layout, state.weighed or "merge" in steps)
+
+
+def _start(x: Tensor) -> _State:
+    """[B, N, C], nothing reduced."""
+    images, length, _ = x.shape
+    tokens = Tokens.start(images, length, x.device)
+    return _State(x.flatten(0, 1), tokens.size, tokens.origin, Layout(images, length))
+
+
+def _rows(values: Tensor, source: Tensor) -> Tensor:
+    """[T, ...], the places `source` of [B, M, ...]."""
+    return values.flatten(0, 1).index_select(0, source)
+
+
+def _moved(values: Tensor, source: Tensor, layout: Layout) -> Tensor:
+    """[B, N, ...], the same in the layout that the rows then have."""
+    return layout.pad(_rows(values, source))
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """[B, P, ...], the places [B, P] of values [B, N, ...]."""
+    index = places[(...,) + (None,) * (values.ndim - 2)]
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+
+
+def _there(state: _State) -> Tensor:
+    """bool [B, N]."""
+    live = state.layout.live
+    return torch.ones_like(state.size, dtype=torch.bool) if live is None else live
+
+
+def _bias(state: _State) -> Tensor | None:
+    """What is added to attention scores, [B, 1, 1, N]: log size, and no attention to places without a token."""
+    live = state.layout.live
+    if live is None and not state.weighed:
+        return None
+    bias = state.size.log()
+    return (bias if live is None else bias.masked_fill(~live, float("-inf")))[:, None, None, :]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention with the map at hand (paper, section 3.1).
+
+    Args:
+        q: [B, M, H, D]; k, v: [B, N, H, D]; bias: [B, 1, 1, N].
+
+    Returns:
+        y [B, M, H * D] and the map [B, H, M, N].
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    p = (score if bias is None else score + bias).softmax(-1)
+    return (p @ v).transpose(1, 2).flatten(2), p
+
+
+def _importance(p: Tensor, live: Tensor | None) -> Tensor:
+    """[B, N], mean attention received over heads and live queries (paper, section 3.3)."""
+    if live is None:
+        return p.mean((1, 2))
+    votes = live[:, None, None, :].to(p.dtype) @ p
+    return votes.sum((1, 2)) / (p.shape[1] * live.sum(1, keepdim=True))
+
+
+def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:
+    """Drop what is not above the threshold; see `reduction`."""
+    assert scored.importance is not None
+    kept = (scored.importance > threshold) | (scored.origin < protected)
+    if protected == 0:
+        # without a class token nothing else would keep an image from losing every token
+        top = scored.importance.masked_fill(~scored.keep, float("-inf")).argmax(1, keepdim=True)
+        kept = kept | (torch.arange(kept.shape[1], device=kept.device) == top)
+    return replace(scored, keep=scored.keep & kept)
+
+
+def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
+    """Fold each even token above the threshold into the odd token most like it; see `reduction`.
+
+    Returns:
+        The evens, then the odds; there are as many odds as evens, the last one not kept where there is none.
+    """
+    length = scored.keep.shape[1]
+    evens = 2 * torch.arange((length + 1) // 2, device=scored.keep.device)
+    even, odd = scored.at(evens), scored.at((evens + 1).clamp(max=length - 1))
+    odd = replace(odd, keep=odd.keep & (evens + 1 < length))
+    assert even.metric is not None
+    assert odd.metric is not None
+    free_even, free_odd = (side.keep & (side.origin >= protected) for side in (even, odd))
+    best, partner = match_halves(even.metric, odd.metric, free_even, free_odd)
+    moved = best > threshold
+    # [B, odds, evens], which even token goes into which odd one
+    into = (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :]
+    weight = torch.where(into, even.size[:, None, :], 0.0)
+    size = odd.size + weight.sum(-1)
+    x = odd.x * (odd.size / size)[..., None] + (weight / size[..., None]) @ even.x
+    importance = odd.importance
+    if importance is not None and even.importance is not None:
+        arriving = torch.where(into, even.importance[:, None, :], float("-inf")).amax(-1)
+        importance = torch.maximum(importance, arriving)
+    odd = replace(odd, x=x, size=size, importance=importance)
+    even = replace(even, keep=even.keep & ~moved)
+    return even.then(odd)
+
+
+def _prefix(origin: Tensor, protected: int) -> Tensor:
+    """int64 [B, P], where the prefix tokens lie, in their order of entering."""
+    if protected == 1:
+        # at place 0, it is even, first and never moved
+        return torch.zeros_like(origin[:, :1])
+    wanted = torch.arange(protected, device=origin.device)[:, None]
+    return (origin[:, None, :] == wanted).to(torch.int32).argmax(-1)
+
+
+def _only_prefix(state: _State, places: Tensor) -> _State:
+    """The state with its prefix tokens alone."""
+    images, protected = places.shape
+    padded = (_take(values, places) for values in (state.layout.pad(state.x), state.size, state.origin))
+    x, size, origin = padded
+    return _State(x.flatten(0, 1), size, origin, Layout(images, protected))
+
+
+def _finish(stack: ReducedStack, state: _State, kept: Tensor) -> Reduced:
+    """What the host's norm, pooling and head get; no more than the prefix where they read nothing else."""
+    protected = stack.protected
+    prefix = _only_prefix(state, _prefix(state.origin, protected)) if protected else state
+    if protected and stack.prefix_only:
+        state = prefix
+    x, size = state.layout.pad(state.x), state.size * _there(state)
+    if protected > 1 and not stack.prefix_only:
+        # where the head looks for it; where it was, it is no more
+        x = torch.cat([prefix.layout.pad(prefix.x), x], 1)
+        size = torch.cat([prefix.size, size * (state.origin >= protected)], 1)
+    return Reduced(x, size, kept.to(torch.float32))

@@ -1,0 +1,162 @@
+"""From an attached model to a `torch.export` program, and from that to an AOTInductor package."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..data import input_channels
+from ..engines.request import Request, requested
+from ..errors import LTMPError, UsageError
+from ..models import is_attached, stack_of
+from ..models.outputs import logits_of
+from ..stack import dense as run_dense
+from ..stack import record
+from ..thresholds import Thresholds
+from .forms import FORMS, Form
+
+INPUT, OUTPUTS = "images", ("logits", "counts")
+
+
+class Exportable(nn.Module):
+    """What is traced: images [B, C, H, W] to logits [B, K] and tokens after each block, int64 [B, L].
+
+    Args:
+        model: attached, in evaluation mode.
+        form: one of `FORMS`.
+        dense: the model as if nothing were attached, for comparisons.
+    """
+
+    def __init__(self, model: nn.Module, form: str, dense: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        thresholds = stack_of(model).thresholds
+        merge, prune = (tuple(values.tolist()) for values in (thresholds.merge, thresholds.prune))
+        self.request = Request(active=thresholds.active(), run=Form(FORMS[form], merge, prune))
+        self.dense = dense
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with requested(self.request), record() as calls, run_dense() if self.dense else nullcontext():
+            logits = logits_of(self.model(images))
+        return logits, torch.cat(calls.kept).long()
+
+
+def trace(model: nn.Module, form: str = "batch", *, dense: bool = False, batch_size: int = 1) -> ExportedProgram:
+    """The program of an attached model in one form.
+
+    Args:
+        model: attached, float32, on the CPU; left as it is.
+        form: `single` (one image, tokens data-dependent), `batch` (any number of images, tokens data-dependent) or
+            `static` (`batch_size` images, nothing data-dependent).
+        dense: the model as if nothing were attached.
+
+    Raises:
+        UsageError: no such form.
+        LTMPError: nothing is attached, or the model cannot be traced.
+    """
+    check_form(form, batch_size)
+    check(model)
+    images = example(model, batch_size if form == "static" else 1 if form == "single" else 2)
+    shapes = {INPUT: {0: Dim("batch", min=1, max=1 << 16)}} if form == "batch" else None
+    with evaluating(model), torch.no_grad():
+        try:
+            return torch.export.export(Exportable(model, form, dense), (images,), dynamic_shapes=shapes, strict=False)
+        # whatever a host does that the tracer does not follow
+        except Exception as error:
+            raise LTMPError(f"torch.export cannot trace this {type(model).__name__}: {first_line(error)}") from error
+
+
+def check_form(form: str, batch_size: int) -> None:
+    """Refuse a form that is not known, or a batch size that it does not take."""
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r}: expected one of {', '.join(FORMS)}")
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}: expected 1 or more")
+    if batch_size > 1 and form != "static":
+        raise UsageError(f"batch_size is for the static form; {form!r} takes what it is given")
+
+
+def check(model: nn.Module) -> None:
+    """Refuse a model that cannot be exported."""
+    if not is_attached(model):
+        raise LTMPError("nothing to export: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
+    thresholds = stack_of(model).thresholds
+    if type(thresholds) is not Thresholds:
+        raise LTMPError(f"only learned thresholds can be exported, and this model runs {thresholds.extra_repr()}")
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            raise LTMPError(
+                f"this model is {parameter.dtype} on {parameter.device}, and exports are made of float32 models on the "
+                "CPU: call model.cpu().float() first"
+            )
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """[C, H, W] that the model was built for.
+
+    Raises:
+        LTMPError: the host does not say.
+    """
+    host: Any = stack_of(model).host
+    size = getattr(getattr(host, "patch_embed", None), "img_size", None) or getattr(host, "image_size", None)
+    if size is None:
+        raise LTMPError(
+            f"this {type(host).__name__} does not say what images it takes: export it with fixed-size patches"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return input_channels(model), height, width
+
+
+def example(model: nn.Module, images: int) -> Tensor:
+    return torch.zeros(images, *image_shape(model))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def write_program(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """A `.pt2` file for `torch.export.load`; the metadata are its extra files."""
+    torch.export.save(program, path, extra_files=dict(metadata))
+
+
+def write_package(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """Compile with AOTInductor; a `.pt2` file for `torch._inductor.aoti_load_package`, also from C++.
+
+    Raises:
+        LTMPError: there is no C++ compiler, or compiling fails.
+    """
+    from torch._inductor import aoti_compile_and_package
+
+    if not has_compiler():
+        raise LTMPError("AOTInductor needs a C++ compiler, and there is no g++ or clang++ here: install one")
+    try:
+        aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(metadata)}
+        )
+    except Exception as error:
+        raise LTMPError(f"AOTInductor cannot compile this program: {first_line(error)}") from error
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler that inductor can find."""
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

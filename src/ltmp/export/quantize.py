@@ -1,0 +1,43 @@
+"""INT8 linear layers by ONNX Runtime's dynamic quantisation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ..errors import LTMPError, MissingExtraError
+from .program import first_line
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Write `source` with 8-bit weights, a scale for each output channel; activations are scaled batch by batch.
+
+    Products of two activations stay in float32: attention maps, cosines and merging decide what is kept.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        LTMPError: quantisation fails.
+    """
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "export", "quantisation") from error
+    logging.getLogger().addFilter(_no_advice)
+    try:
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    except Exception as error:
+        raise LTMPError(f"ONNX Runtime cannot quantise this model: {first_line(error)}") from error
+    finally:
+        logging.getLogger().removeFilter(_no_advice)
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    """It tells everyone to pre-process a model that the exporter has optimised already."""
+    return "pre-processing" not in record.getMessage()

@@ -1,0 +1,273 @@
+"""Exports are what the model is, in every runtime, or there is no file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ltmp
+from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
+from ltmp.errors import LTMPError, MissingExtraError, UsageError
+from ltmp.evaluate import evaluate
+from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
+from ltmp.export.forms import FORMS
+from ltmp.export.onnx import read_metadata
+from ltmp.export.runtimes import OPENERS, Session
+from ltmp.export.verify import expect, smooth_images, verify
+from ltmp.models import stack_of, thresholds_of
+from ltmp.thresholds import Thresholds
+
+pytest.importorskip("onnx", reason="needs the extra 'export'")
+pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+
+IMAGES = random_images(6, seed=3)
+
+
+def reduced_model(**kwargs: Any) -> Any:
+    return attach_reducing(tiny_vit(depth=2, **kwargs), IMAGES)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return reduced_model()
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory) -> dict[str, Path]:
+    """An ONNX file of each form."""
+    folder = tmp_path_factory.mktemp("onnx")
+    for form in FORMS:
+        found = export(model, folder / f"{form}.onnx", Plan(form=form), images=IMAGES, metadata={"model": "tiny"})
+        assert (found.images, found.undecided) == (6, 0)
+        assert found.counts > 2
+    return {form: folder / f"{form}.onnx" for form in FORMS}
+
+
+@pytest.mark.parametrize("runtime", OPENERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_onnx_is_the_model_in_every_runtime(form, runtime, model, files):
+    pytest.importorskip("onnxruntime" if runtime == "onnx" else runtime, reason="needs the extra 'export'")
+    images = random_images(5, seed=8)
+    session = OPENERS[runtime](files[form], threads=1)
+    with torch.no_grad():
+        expected, kept = run_recorded(model, images)
+    logits, counts = session(images)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts.float(), kept)
+    assert_close(logits, expected, 1e-5, "logits")
+    assert session.batch == (None if form == "batch" else 1)
+
+
+def test_graphs_scatter_nothing_and_static_ones_depend_on_no_data(files):
+    import onnx
+
+    for form, path in files.items():
+        used = {node.op_type for node in onnx.load(path).graph.node}
+        assert not any("Scatter" in name for name in used)
+        assert ("NonZero" in used) == (form != "static")
+
+
+def test_file_says_what_it_is(files):
+    import onnx
+
+    about = read_metadata(files["batch"])
+    assert about["ltmp.version"] == ltmp.__version__
+    assert (about["ltmp.model"], about["ltmp.form"], about["ltmp.precision"]) == ("tiny", "batch", "float32")
+    assert 0 < float(about["ltmp.share"]) < 1
+    assert '"interpolation"' in about["ltmp.preprocessing"]
+    saved = onnx.load(files["batch"])
+    assert [entry.version for entry in saved.opset_import if entry.domain == ""] == [20]
+    assert saved.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_int8_decides_nearly_the_same_in_a_smaller_file(model, files, tmp_path):
+    path = tmp_path / "small.onnx"
+    found = export(model, path, Plan(form="static", int8=True), images=IMAGES)
+    assert 0 < found.difference < 1
+    assert path.stat().st_size < files["static"].stat().st_size
+    assert job.plan_of(path) == Plan(form="static", int8=True)
+    assert os.listdir(tmp_path) == ["small.onnx"]
+
+
+def test_torch_program_takes_any_batch(model, tmp_path):
+    path = tmp_path / "model.pt2"
+    export(model, path, Plan("program"), images=IMAGES)
+    images = random_images(3, seed=8)
+    with torch.no_grad():
+        logits, counts = torch.export.load(path).module()(images)
+        expected, kept = run_recorded(model, images)
+    assert torch.equal(counts.float(), kept)
+    assert_close(logits, expected, 1e-5, "logits")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not program.has_compiler(), reason="AOTInductor needs a C++ compiler")
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_package(form, model, tmp_path):
+    found = export(model, tmp_path / "model.pt2", Plan("aoti", form), images=IMAGES)
+    assert found.undecided == 0
+
+
+def test_evaluate_takes_an_exported_model(model, files):
+    exported = in_runtime(model, "onnx", files["static"], threads=1)
+    result = evaluate(exported, [(IMAGES, torch.zeros(6, dtype=torch.long))])
+    expected = evaluate(model, [(IMAGES, torch.zeros(6, dtype=torch.long))])
+    same = ("top1", "dense_top1", "agreement", "tokens", "kept", "images")
+    assert [getattr(result, name) for name in same] == [getattr(expected, name) for name in same]
+    assert result.share == pytest.approx(expected.share)
+    assert result.throughput is not None
+
+
+def wrong(session: Session, what: str) -> Session:
+    def call(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, counts = session.call(images)
+        return (logits + 0.01, counts) if what == "logits" else (logits, counts - 1)
+
+    return replace(session, call=call)
+
+
+@pytest.mark.parametrize(("what", "expected"), [("logits", "logits differ"), ("counts", "other tokens")])
+def test_export_that_differs_leaves_no_file(what, expected, model, monkeypatch, tmp_path):
+    path = tmp_path / "model.pt2"
+    path.write_text("old")
+    opened = job._open
+    monkeypatch.setattr(job, "_open", lambda *args: wrong(opened(*args), what))
+    with pytest.raises(LTMPError, match=expected):
+        export(model, path, Plan("program", "static"), images=IMAGES)
+    assert os.listdir(tmp_path) == ["model.pt2"]
+    assert path.read_text() == "old"
+
+
+def test_undecided_images_are_left_out():
+    model = reduced_model()
+    watching = Watching(2, thresholds_of(model).config).eval()
+    watching.set(thresholds_of(model).merge, thresholds_of(model).prune)
+    with stack_of(model).using(watching), torch.no_grad():
+        model(IMAGES[:1])
+    # a threshold that is one image's own score, to the last bit
+    thresholds_of(model).set(merge=[watching.scores[0][0, 1:].median().item(), 1.0])
+    expected = expect(model, IMAGES)
+    assert expected.steady.tolist() == [False, *[True] * 5]
+    counts = expected.kept - (~expected.steady)[:, None].long()
+    session = Session(lambda images: (expected.logits, counts), None, (3, 16, 16))
+    assert verify(session, expected).undecided == 1
+
+
+class Watching(Thresholds):
+    """Thresholds that remember what they were asked."""
+
+    def select(self, step, block, score, free):
+        vars(self).setdefault("scores", []).append(score)
+        return super().select(step, block, score, free)
+
+
+def test_fixed_batch_is_filled_up_and_cut():
+    sizes = []
+
+    def call(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(images))
+        return images.flatten(1)[:, :2], torch.ones(len(images), 3)
+
+    images = random_images(5)
+    logits, counts = Session(call, 2, (3, 16, 16))(images)
+    assert sizes == [2, 2, 2]
+    assert torch.equal(logits, images.flatten(1)[:, :2])
+    assert counts.shape == (5, 3)
+
+
+def test_images_of_another_size_are_refused(model):
+    session = Session(lambda images: (images, images), None, (3, 16, 16))
+    with pytest.raises(LTMPError, match=r"\[3, 20, 20\].*\[3, 16, 16\]"):
+        session(random_images(1, size=20))
+
+
+def test_made_images_differ_in_tokens(model):
+    images = smooth_images(model, 8)
+    assert images.shape == (8, 3, 16, 16)
+    _, kept = run_recorded(model, images)
+    assert len(kept.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"format": "tflite"}, "onnx, program, aoti"),
+        ({"form": "ragged"}, "single, batch, static"),
+        ({"opset": 11}, "18 to 23"),
+        ({"format": "aoti", "int8": True}, "format onnx"),
+        ({"form": "batch", "batch_size": 4}, "static form"),
+        ({"form": "static", "batch_size": 0}, "1 or more"),
+    ],
+)
+def test_settings_are_checked(settings, expected):
+    with pytest.raises(UsageError, match=expected):
+        Plan(**settings)
+
+
+def test_what_cannot_be_exported_is_said(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(LTMPError, match="nothing to export"):
+        export(tiny_vit(), path)
+    with pytest.raises(LTMPError, match="float32 models on the CPU"):
+        export(reduced_model().half(), path)
+    with pytest.raises(UsageError, match=r"\.pt2"):
+        export(model, path, Plan("program"))
+    with pytest.raises(UsageError, match="onnx, openvino"):
+        in_runtime(model, "tensorrt")
+    with pytest.raises(LTMPError, match="no exported model"):
+        in_runtime(model, "onnx", tmp_path / "gone.onnx")
+    path.write_bytes(b"not a model")
+    with pytest.raises(LTMPError, match="not a whole ONNX file"):
+        in_runtime(model, "onnx", path)
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_another_models_file_is_refused(files):
+    with pytest.raises(LTMPError, match="2 blocks, but the model gives 5 after 3"):
+        in_runtime(attach_reducing(tiny_vit(), IMAGES), "onnx", files["static"])
+
+
+@pytest.mark.parametrize(
+    ("package", "plan"), [("onnxscript", Plan(form="static")), ("onnxruntime", Plan(form="static", int8=True))]
+)
+def test_missing_extra_is_named(package, plan, model, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'ltmp\[export\]'"):
+        export(model, tmp_path / "model.onnx", plan, images=IMAGES)
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_compiler_is_said(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(program.shutil, "which", lambda name: None)
+    with pytest.raises(LTMPError, match=r"C\+\+ compiler"):
+        export(model, tmp_path / "model.pt2", Plan("aoti", "static"), images=IMAGES)
+    assert os.listdir(tmp_path) == []
+
+
+def test_model_is_left_as_it_was(tmp_path):
+    model = reduced_model()
+    model.train()
+    model.blocks.training = False
+    modes = [module.training for module in model.modules()]
+    export(model, tmp_path / "model.pt2", Plan("program", "static"), images=IMAGES)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dense_export_ignores_the_thresholds(model, tmp_path):
+    path = tmp_path / "dense.pt2"
+    found = export(model, path, Plan("program", "static", dense=True), images=IMAGES)
+    assert (found.counts, found.share) == (1, 1.0)
+
+
+def test_exported_model_counts_as_attached(model):
+    session = Session(lambda images: (images[:, 0, 0, :5], torch.ones(len(images), 2)), None, (3, 16, 16))
+    exported = ExportedModel(model, session, session)
+    with ltmp.record() as calls:
+        exported(IMAGES)
+    assert calls.kept[0].tolist() == [[1.0, 1.0]] * 6

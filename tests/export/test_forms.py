@@ -1,0 +1,79 @@
+"""Each exported form is the method, for any tokens and thresholds; in eager mode, where many can be tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.eva import Eva
+
+import ltmp
+from helpers import TINY, assert_close, attach_reducing, liven, random_images, run_recorded, tiny_vit
+from ltmp.engines.request import Request, requested
+from ltmp.export.forms import FORMS, Form
+from ltmp.models import thresholds_of
+
+DEPTH = 3
+RTOL = 1e-5  # of the largest logit: float32, summed in another order
+VARIANTS = ("ltmp", "ltpm", "ltm", "ltp")
+HOSTS: dict[str, Callable[[], Any]] = {
+    "class token": tiny_vit,
+    "no class token": partial(tiny_vit, class_token=False, global_pool="avg"),
+    "registers": partial(tiny_vit, reg_tokens=4),
+    "registers, pooled": partial(tiny_vit, reg_tokens=2, global_pool="avg"),
+    "attention pooling": partial(tiny_vit, global_pool="map"),
+    "query-key norm": partial(tiny_vit, qk_norm=True, init_values=0.5),
+}
+
+
+def rotary() -> Any:
+    return liven(Eva(**{**TINY, "embed_dim": 32}, use_rot_pos_emb=True, use_abs_pos_emb=False)).eval()
+
+
+def run_form(model: Any, images: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    thresholds = thresholds_of(model)
+    engine = Form(FORMS[form], tuple(thresholds.merge.tolist()), tuple(thresholds.prune.tolist()))
+    with requested(Request(run=engine)), torch.no_grad():
+        return run_recorded(model, images)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_host_and_variant(form, host, variant):
+    images = random_images(1 if form == "single" else 5, seed=3)
+    model = attach_reducing(HOSTS[host](), images, variant)
+    with torch.no_grad():
+        logits, kept = run_recorded(model, images)
+    actual, counts = run_form(model, images, form)
+    assert kept[:, -1].max() < kept[:, 0].max()
+    assert torch.equal(counts, kept)
+    assert_close(actual, logits, RTOL * max(1.0, logits.abs().max().item()), "logits")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    form=st.sampled_from(sorted(FORMS)),
+    host=st.sampled_from([*HOSTS.values(), rotary]),
+    variant=st.sampled_from(VARIANTS),
+    merge=st.lists(st.floats(-0.6, 1.1), min_size=DEPTH, max_size=DEPTH),
+    # in units of 1/N, the mean of importance; above 1 is all
+    prune=st.lists(st.one_of(st.floats(-0.2, 2.0), st.just(100.0)), min_size=DEPTH, max_size=DEPTH),
+    seed=st.integers(0, 1000),
+)
+def test_any_thresholds(form, host, variant, merge, prune, seed):
+    images = random_images(1 if form == "single" else 3, seed=seed)
+    model = ltmp.attach(host(), ltmp.LTMPConfig(variant=variant))
+    thresholds_of(model).set(merge, (torch.tensor(prune) / 17).tolist())
+    with torch.no_grad():
+        logits, kept = run_recorded(model, images)
+    if not any(a or b for a, b in thresholds_of(model).active()):
+        return
+    actual, counts = run_form(model, images, form)
+    assert torch.equal(counts, kept)
+    assert_close(actual, logits, RTOL * max(1.0, logits.abs().max().item()), "logits")
