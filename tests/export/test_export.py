@@ -162,9 +162,9 @@ def test_undecided_images_are_left_out():
 class Watching(Thresholds):
     """Thresholds that remember what they were asked."""
 
-    def select(self, step, block, score, free):
+    def decide(self, step, block, score, free):
         vars(self).setdefault("scores", []).append(score)
-        return super().select(step, block, score, free)
+        return super().decide(step, block, score, free)
 
 
 def test_fixed_batch_is_filled_up_and_cut():
@@ -216,6 +216,11 @@ def test_what_cannot_be_exported_is_said(model, tmp_path):
         export(tiny_vit(), path)
     with pytest.raises(LTMPError, match="float32 models on the CPU"):
         export(reduced_model().half(), path)
+    fixed = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant="m", r=2))
+    with pytest.raises(LTMPError, match="only learned thresholds"):
+        export(fixed, path)
+    with pytest.raises(LTMPError, match="floor or a ceiling"):
+        export(ltmp.attach(tiny_vit(), ltmp.LTMPConfig(floor=4)), path)
     with pytest.raises(UsageError, match=r"\.pt2"):
         export(model, path, Plan("program"))
     with pytest.raises(UsageError, match="onnx, openvino"):

@@ -60,7 +60,7 @@ def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any)
 def eval_settings(
     model: nn.Module, options: dict[str, Any] | None = None, image_size: int | tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """What timm's transforms take (input_size, mean, std, ...), from the model's config and `eval_transform`'s options."""
+    """What timm's transforms take, from the model's config and the options of `eval_transform`."""
     from timm.data import resolve_model_data_config
 
     options = options or {}

@@ -37,7 +37,7 @@ class Exportable(nn.Module):
     def __init__(self, model: nn.Module, form: str, dense: bool = False) -> None:
         super().__init__()
         self.model = model
-        thresholds = stack_of(model).thresholds
+        thresholds = learned_thresholds(model)
         merge, prune = (tuple(values.tolist()) for values in (thresholds.merge, thresholds.prune))
         self.request = Request(active=thresholds.active(), run=Form(FORMS[form], merge, prune))
         self.dense = dense
@@ -87,15 +87,29 @@ def check(model: nn.Module) -> None:
     """Refuse a model that cannot be exported."""
     if not is_attached(model):
         raise LTMPError("nothing to export: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
-    thresholds = stack_of(model).thresholds
-    if type(thresholds) is not Thresholds:
-        raise LTMPError(f"only learned thresholds can be exported, and this model runs {thresholds.extra_repr()}")
+    learned_thresholds(model)
     for parameter in model.parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             raise LTMPError(
                 f"this model is {parameter.dtype} on {parameter.device}, and exports are made of float32 models on the "
                 "CPU: call model.cpu().float() first"
             )
+
+
+def learned_thresholds(model: nn.Module) -> Thresholds:
+    """The thresholds of an attached model.
+
+    Raises:
+        LTMPError: it runs at fixed rates, or with a floor or a ceiling, which the exported forms do not know.
+    """
+    policy = stack_of(model).thresholds
+    if not isinstance(policy, Thresholds):
+        raise LTMPError(
+            f"the method {policy.config.variant!r} runs at fixed rates; only learned thresholds are exported"
+        )
+    if policy.bounded:
+        raise LTMPError("a floor or a ceiling of tokens cannot be exported: attach with neither")
+    return policy
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:
