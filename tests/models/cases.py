@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import LayerNorm, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from helpers import TINY, liven, random_images
@@ -86,6 +89,15 @@ def timm_case(
     )  # fmt: skip
 
 
+def naflex(**kwargs: Any) -> Any:
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    sizes = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "pos_embed_grid_size": (4, 4)}
+    torch.manual_seed(0)
+    cfg = NaFlexVitCfg(**{**sizes, "class_token": True, "global_pool": "token", **kwargs})
+    return liven(NaFlexVit(cfg, img_size=16, num_classes=5)).eval()
+
+
 def torchvision_vit(**kwargs: Any) -> Any:
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -140,13 +152,55 @@ def similarity(output: Any) -> Tensor:
 ROTARY = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 
 CASES: dict[str, Case] = {
-    "vit": timm_case(VisionTransformer, "ViT, DeiT: `vit_*_patch16_224`, `deit_*`"),
-    "vit-distilled": timm_case(
-        VisionTransformerDistilled, "distilled DeiT: `deit_*_distilled_*`", tokens=18
+    "vit": timm_case(VisionTransformer, "ViT, DeiT, DINO: `vit_*_patch16_224`, `deit_*`"),
+    "vit-mean": timm_case(VisionTransformer, "mean pooled: `vit_*_gap_*`, MAE fine-tuned", global_pool="avg"),
+    "vit-distilled": timm_case(VisionTransformerDistilled, "distilled DeiT: `deit_*_distilled_*`", tokens=18),
+    "deit3": timm_case(VisionTransformer, "DeiT III, layer scale: `deit3_*`", no_embed_class=True, init_values=0.1),
+    "dinov2": timm_case(
+        VisionTransformer, "DINOv2 with registers: `vit_*_reg4_dinov2`", reg_tokens=4, no_embed_class=True,
+        init_values=0.1, tokens=21,
+    ),
+    "dinov2-giant": timm_case(
+        VisionTransformer, "DINOv2 giant, packed SwiGLU: `vit_giant_*_dinov2`", mlp_layer=SwiGLUPacked,
+        act_layer="silu",
+    ),
+    "siglip": timm_case(
+        VisionTransformer, "SigLIP tower, no class token, attention pooled: `vit_*_siglip_*`", class_token=False,
+        global_pool="map", tokens=16,
+    ),
+    "clip": timm_case(
+        VisionTransformer, "CLIP tower: `vit_*_clip_quickgelu_*`", pre_norm=True, norm_layer=LayerNorm,
+        act_layer="quick_gelu",
+    ),
+    "aimv2": timm_case(
+        VisionTransformer, "AIMv2, RMSNorm and SwiGLU: `aimv2_*`", class_token=False, global_pool="avg",
+        norm_layer=RmsNorm, mlp_layer=SwiGLU, qkv_bias=False, tokens=16,
+    ),
+    "flexivit": timm_case(VisionTransformer, "FlexiViT: `flexivit_*`", no_embed_class=True),
+    "dynamic": timm_case(VisionTransformer, "other sizes at each call: `dynamic_img_size=True`", dynamic_img_size=True),
+    "vit-qk-norm": timm_case(VisionTransformer, "norms on queries and keys: `vit_*_rpn`, so150m", qk_norm=True),
+    "naflex": Case(
+        "timm", "NaFlexVit", "on plain images: `naflexvit_*`", naflex, checkpointing=timm_checkpointing,
+    ),
+    "naflex-rope": Case(
+        "timm", "NaFlexVit", "with rotary embeddings", partial(naflex, rope_type="axial", global_pool="avg"),
+        checkpointing=timm_checkpointing,
     ),
     "vit-post-norm": timm_case(
-        VisionTransformer, "post-norm blocks", block_fn=ResPostBlock, init_values=1e-5,
+        VisionTransformer, "post-norm blocks: `vit_*_rpn_*`", block_fn=ResPostBlock, init_values=1e-5,
         refused="ResPostBlock", reason="reduction acts between the two branches of a pre-norm block",
+    ),
+    "vit-parallel": timm_case(
+        VisionTransformer, "parallel blocks: `vit_22b`-like", block_fn=ParallelScalingBlock,
+        refused="ParallelScalingBlock", reason="reduction acts between the two branches of a pre-norm block",
+    ),
+    "beit": timm_case(
+        Beit, "BEiT, BEiTv2: `beit_*`", use_rel_pos_bias=True, refused="relative position bias",
+        reason="a number for each pair of places is added to attention",
+    ),
+    "relpos": timm_case(
+        VisionTransformerRelPos, "`vit_relpos_*`", refused="each pair of places",
+        reason="a number for each pair of places is added to attention",
     ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),
     "eva02": timm_case(
@@ -156,6 +210,14 @@ CASES: dict[str, Case] = {
     "dinov3": timm_case(
         Eva, "DINOv3: `vit_*_dinov3`", **ROTARY, rope_type="dinov3", num_reg_tokens=4, no_embed_class=True,
         rope_rotate_half=True, init_values=0.1, tokens=21,
+    ),
+    "gqa": timm_case(
+        Eva, "fewer heads of keys than of queries: `vit_*_sapiens2`", **ROTARY, attn_type="rope", qkv_fused=False,
+        num_kv_heads=1,
+    ),
+    "pe": timm_case(
+        Eva, "Perception Encoder, attention pooled: `vit_pe_core_*`", use_rot_pos_emb=True, attn_type="rope",
+        global_pool="map", use_pre_transformer_norm=True,
     ),
     "rope-axial": timm_case(Eva, "axial rotary attention: `vit_*_rope_*`", **ROTARY, attn_type="rope"),
     "rope-mixed": timm_case(

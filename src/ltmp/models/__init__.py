@@ -19,7 +19,7 @@ from .recipe import Recipe
 Model = TypeVar("Model", bound=nn.Module)
 
 _LIBRARIES = {
-    "timm": ("timm", "eva"),
+    "timm": ("timm", "eva", "naflex"),
     "torchvision": ("torchvision",),
     "open_clip": ("open_clip",),
     "transformers": ("transformers",),
@@ -44,18 +44,15 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
     )
 
 
-def _unless_refused(module: nn.Module, recipe: Recipe | None) -> Recipe:
-    if recipe is None:
-        raise LTMPError(
-            f"cannot attach to {type(module).__name__}: it may read tokens that a reduced encoder inside it no longer "
-            "has; docs/hosts.md lists what can be attached"
-        )
+def _unless_refused(module: nn.Module, recipe: Recipe | str) -> Recipe:
+    if isinstance(recipe, str):
+        raise LTMPError(f"cannot attach to {type(module).__name__}: {recipe}; docs/hosts.md lists what can be attached")
     return recipe
 
 
-def recipes(library: str) -> dict[type[nn.Module], Recipe | None]:
-    """The hosts of a library that is installed, each with its recipe, or None where it is known not to have one."""
-    found: dict[type[nn.Module], Recipe | None] = {}
+def recipes(library: str) -> dict[type[nn.Module], Recipe | str]:
+    """The hosts of a library that is installed, each with its recipe, or why it is known not to have one."""
+    found: dict[type[nn.Module], Recipe | str] = {}
     for name in _LIBRARIES.get(library, ()):
         found |= importlib.import_module(f"{__name__}.{name}").HOSTS
     return found

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionRope
+from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,8 +16,6 @@ from .recipe import Parts, Recipe, Rotary, linear_of
 from .rotary import turn_table, turned
 from .timm import RECIPE as VIT
 from .timm import find_problems, standard_parts
-
-_PARTS = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _parts(block: Any) -> Parts | None:
 
 
 def _problems(host: Any) -> list[str]:
-    found = find_problems(host, Eva, EvaBlock, (EvaAttention, AttentionRope), _PARTS)
+    found = find_problems(host, Eva, EvaBlock, (EvaAttention, AttentionRope))
     if host.patch_drop is not None:
         found.append("it drops patches and their rotary embeddings in training: build it with patch_drop_rate=0")
     return found
@@ -101,4 +101,8 @@ RECIPE = Recipe(
     rotary=Rotary("rope", _table, _rotate),
 )
 
-HOSTS: dict[type[nn.Module], Recipe] = {Eva: RECIPE}
+HOSTS: dict[type[nn.Module], Recipe | str] = {
+    Eva: RECIPE,
+    Beit: "its attention adds a number for each pair of places (relative position bias), which no engine knows",
+    VisionTransformerRelPos: "its attention adds a number for each pair of places, which no engine knows",
+}

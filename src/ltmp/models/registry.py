@@ -18,6 +18,7 @@ from ..checkpoint import SEED_KEY, split_seed_state
 from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from . import attach, is_attached, recipes, thresholds_of
+from .recipe import Recipe
 
 INFERENCE = "inference_"
 MERGE_START, PRUNE_START = 0.9, 0.0
@@ -40,7 +41,7 @@ def register() -> None:
     import timm
     from timm.models import register_model
 
-    hosts = {cls.__name__ for cls in recipes("timm")}
+    hosts = {cls.__name__ for cls, recipe in recipes("timm").items() if isinstance(recipe, Recipe)}
     for name in timm.list_models():
         built = timm.model_entrypoint(name).__annotations__.get("return")
         if getattr(built, "__name__", built) in hosts:

@@ -15,6 +15,7 @@ from .intermediates import Unmerged
 from .pooling import log_size, sized_mean, without_prefix
 from .recipe import Parts, Recipe, activation_name, linear_ratio
 
+# of the ViT's blocks and of the EVA family's, which have fewer
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION_PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
 _MLPS = (Mlp, GluMlp, SwiGLU)
@@ -70,21 +71,20 @@ def _protected(host: Any) -> int:
 
 
 def _problems(host: Any) -> list[str]:
-    return find_problems(host, VisionTransformer, Block, (Attention,), _BLOCK_PARTS)
+    return find_problems(host, VisionTransformer, Block, (Attention,))
 
 
 def find_problems(
-    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], parts: set[str]
+    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], pool: str = "pool"
 ) -> list[str]:
-    """What keeps a host that its library has as a `base` of `block_class`es from being reduced, one phrase each."""
+    """What keeps a host that timm has as a `base` of `block_class`es from being reduced, one phrase each."""
     found = []
-    overridden = [
-        name for name in ("forward", "forward_features", "pool") if getattr(type(host), name) is not getattr(base, name)
-    ]
+    methods = ("forward", "forward_features", pool)
+    overridden = [name for name in methods if getattr(type(host), name) is not getattr(base, name)]
     if overridden:
         found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
     for i, block in enumerate(host.blocks):
-        trouble = _block_problems(block, block_class, attentions, parts)
+        trouble = _block_problems(block, block_class, attentions)
         if trouble:
             found.append(f"blocks.{i} {trouble}")
             break
@@ -93,11 +93,11 @@ def find_problems(
     return found
 
 
-def _block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...], parts: set[str]) -> str | None:
+def _block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...]) -> str | None:
     """Why this block is not the standard pre-norm one that the recipe describes, or None."""
     if type(block) is not block_class:
         return f"is a {type(block).__name__}, not timm's standard {block_class.__name__}"
-    extra = sorted(set(dict(block.named_children())) - parts)
+    extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
     if extra:
         return f"has parts that this version does not know: {', '.join(extra)}"
     attn = block.attn
@@ -135,17 +135,17 @@ _POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
 class SizedPool:
-    """timm's pooling over what is there, a merged token counting by its size. Stands in for `host.pool`."""
+    """timm's pooling over what is there, a merged token counting by its size. Stands in for the host's `method`."""
 
-    def __init__(self, host: Any) -> None:
-        self.host = host
+    def __init__(self, host: Any, method: str = "pool") -> None:
+        self.host, self.method = host, method
 
-    def __call__(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+    def __call__(self, x: Tensor, pool_type: str | None = None, **others: Any) -> Tensor:
         host = self.host
         kind = host.global_pool if pool_type is None else pool_type
         size = None if kind == "token" and host.attn_pool is None else sizes_of(x)
         if size is None:
-            return type(host).pool(host, x, pool_type)
+            return getattr(type(host), self.method)(host, x, pool_type, **others)
         if kind not in _POOLS:
             raise NotImplementedError(
                 f"global_pool={kind!r} needs every token, and a reduced image has fewer: call the model inside "

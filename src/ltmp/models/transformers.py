@@ -363,6 +363,6 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
     )
 
 
-HOSTS: dict[type[nn.Module], Recipe | None] = {cls: _recipe(cls, host) for cls, host in _TABLE.items()}
-# any other model of transformers may read tokens that a reduced encoder inside it no longer has
-HOSTS[PreTrainedModel] = None
+HOSTS: dict[type[nn.Module], Recipe | str] = {cls: _recipe(cls, host) for cls, host in _TABLE.items()}
+# any other model of transformers
+HOSTS[PreTrainedModel] = "it may read tokens that a reduced encoder inside it no longer has"
