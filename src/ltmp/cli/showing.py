@@ -21,7 +21,7 @@ _OUTPUT = "Output"
 
 
 def show_verb(
-    images: Annotated[list[Path], typer.Argument(help="Photographs.", metavar="IMAGE...")],
+    images: Annotated[list[Path], typer.Argument(help="Photographs.", metavar="IMAGE")],
     thresholds: Annotated[
         list[Path], typer.Option(help="A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
     ],
