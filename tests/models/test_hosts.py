@@ -19,6 +19,7 @@ import ltmp
 from helpers import assert_close
 from ltmp.engines.request import Capacity, Request, requested
 from ltmp.models import stack_of
+from ltmp.visualize import see
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,6 +105,43 @@ def test_detach_restores_bit_for_bit(case: Case) -> None:
     assert before == {name: (id(module), sorted(vars(module))) for name, module in model.named_modules()}
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert torch.equal(case.call(model), dense)
+
+
+@torch.no_grad()
+def test_unmerged_features_cover_every_patch(case: Case) -> None:
+    """Off thresholds change nothing; the head of a reduced model sees every patch, packed as masked."""
+    model = case.build()
+    dense = case.call(model)
+    ltmp.attach(model)
+    with ltmp.unmerge():
+        assert_close(case.call(model), dense, atol=1e-5)
+    model = attached(case)
+    _, kept = recorded(case, model)
+    with ltmp.unmerge(), ltmp.trace() as calls:
+        packed, same = recorded(case, model)
+        model.ltmp.train()
+        masked, _ = recorded(case, model)
+    assert same.tolist() == kept.tolist()
+    assert_close(masked, packed, atol=1e-5)
+    assert all(source.shape[1] == case.tokens for source in calls.sources)
+    model.ltmp.eval()
+    with ltmp.trace() as calls:
+        case.call(model)
+    (source,) = calls.sources
+    # as many tokens left as there are different places that patches ended in
+    assert [len(row[row >= 0].unique()) for row in source] == kept[:, -1].tolist()
+
+
+@pytest.mark.parametrize("name", sorted(ATTACHED.keys() - {"open-clip-timm", "hf-clip", "hf-siglip", "hf-videomae"}))
+def test_pictures_of_hosts_that_take_images(name: str) -> None:
+    case = ATTACHED[name]
+    model = attached(case)
+    inputs = case.inputs(model)
+    images = inputs["pixel_values"] if isinstance(inputs, dict) else inputs[0]
+    _, kept = torch.no_grad()(recorded)(case, model)
+    for seen, counts in zip(see(model, images), kept.tolist(), strict=True):
+        assert seen.groups.shape[1:] == (4, 4)
+        assert seen.kept == counts
 
 
 def gradients(case: Case, model: Any) -> Tensor:
