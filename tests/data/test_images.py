@@ -98,3 +98,14 @@ def test_truncated_image_is_not_filled_up():
     whole = encoded(Image.effect_noise((64, 64), 50), "JPEG").getvalue()
     with pytest.raises(OSError, match="truncated"):
         decode(io.BytesIO(whole[: len(whole) // 2]))
+
+
+def test_stripes_are_refused_before_they_are_resized_to_gigabytes():
+    with pytest.raises(ValueError, match="4 x 201 pixels: over 50 times longer than wide"):
+        decode(encoded(Image.new("RGB", (4, 201))))
+    assert decode(encoded(Image.new("RGB", (4, 200)))).size == (4, 200)
+
+
+def test_formats_that_pillow_has_other_programs_read_are_not_tried():
+    with pytest.raises(Image.UnidentifiedImageError):
+        decode(encoded(Image.new("RGB", (4, 4)), "EPS"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +15,10 @@ from ..errors import LTMPError, UsageError
 # From here on a JPEG is decoded at reduced size: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
+# Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
+MAX_ASPECT = 50
+# Pillow reads these by starting other programs.
+_UNSAFE = {"EPS", "WMF"}
 # What counts as an image among other files, by its name; whether it is one shows when it is decoded.
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
@@ -31,9 +36,11 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
 
     Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not
     clipped; JPEGs over 50 megapixels are decoded at reduced size. Raises what Pillow raises for bytes that are
-    no image, and ValueError for floating-point pixels, whose range no file states.
+    no image, and ValueError for floating-point pixels, whose range no file states, and for stripes.
     """
-    image = source if isinstance(source, Image.Image) else Image.open(source)
+    image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
     image = ImageOps.exif_transpose(image)
@@ -71,6 +78,12 @@ def reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or in a format Pillow does not know"
     return f"{error}" or type(error).__name__
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _UNSAFE)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..data import eval_transform, input_channels
 from ..errors import LTMPError, UsageError
+from ..models.outputs import logits_of
 from ..stack import record
 from .reading import Batch, End, Unreadable, default_workers, read_batches
 from .shards import Shard
@@ -104,27 +106,27 @@ class Predictor:
         self.model = scoring.build().to(self.device).eval()
         self.transform = eval_transform(self.model, **scoring.transform)
         self.class_names = scoring.class_names or _known_names(self.model, scoring.pretrained)
-        classes = int(getattr(self.model, "num_classes", 0) or 0)
-        self.top = min(5, classes) if scoring.top is None else scoring.top
-        self._check(classes)
-
-    def _check(self, classes: int) -> None:
-        if self.scoring.embeddings:
-            if not hasattr(self.model, "forward_head"):
-                raise UsageError(
-                    f"{type(self.model).__name__} has no forward_head, where embeddings are taken: use a timm model"
-                )
+        self.mode = "L" if input_channels(self.model) == 1 else "RGB"
+        outputs = self._probe()
+        self.top = min(5, outputs) if scoring.top is None else scoring.top
+        if scoring.embeddings:
             return
-        if classes < 1:
-            raise UsageError(
-                "the model has no classifier: give --num-classes and weights that have one, or --embeddings"
-            )
-        if not 1 <= self.top <= classes:
-            raise UsageError(f"top is {self.top}: expected 1 to {classes}, the model's number of classes")
-        if self.class_names and len(self.class_names) != classes:
+        if not 1 <= self.top <= outputs:
+            raise UsageError(f"top is {self.top}: expected 1 to {outputs}, the model's number of classes")
+        if self.class_names and len(self.class_names) != outputs:
             raise LTMPError(
-                f"{len(self.class_names)} class names for a model with {classes} classes: give one a class, in order"
+                f"{len(self.class_names)} class names for a model with {outputs} classes: give one a class, in order"
             )
+
+    def _probe(self) -> int:
+        """The number of outputs, from a blank image: what cannot work is said before anything is written."""
+        if self.scoring.embeddings and not hasattr(self.model, "forward_head"):
+            raise UsageError(
+                f"{type(self.model).__name__} has no forward_head, where embeddings are taken: use a timm model"
+            )
+        if not self.scoring.embeddings and getattr(self.model, "num_classes", None) == 0:
+            raise UsageError("the model has no classifier: give weights that have one, or --embeddings")
+        return self._run(self.transform(Image.new(self.mode, (64, 64)))[None]).shape[-1]
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> dict[str, Tensor]:
@@ -134,21 +136,26 @@ class Predictor:
             Column name to numbers, on the device: `embedding` [B, C], or `classes` and `probabilities` [B, k]; `share`
             [B], the image's FLOPs share, and `tokens` [B], those it ends with, where thresholds are attached.
         """
-        images = images.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scoring.amp), record() as calls:
-            output = self._embed(images) if self.scoring.embeddings else self.model(images)
+        with record() as calls:
+            output = self._run(images)
         share = calls.share().float() if calls.kept else torch.ones(len(images), device=self.device)
         values = {"share": share}
         if calls.kept:
             values["tokens"] = torch.cat(calls.kept)[:, -1].int()
         if self.scoring.embeddings:
-            return {"embedding": output.float().flatten(1), **values}
-        probabilities, classes = output.float().softmax(-1).topk(self.top)
+            return {"embedding": output, **values}
+        probabilities, classes = output.softmax(-1).topk(self.top)
         return {"classes": classes.int(), "probabilities": probabilities, **values}
 
-    def _embed(self, images: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def _run(self, images: Tensor) -> Tensor:
+        """Logits [B, K] or embeddings [B, C], float32 on the device."""
         model: Any = self.model
-        return model.forward_head(model.forward_features(images), pre_logits=True)
+        images = images.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scoring.amp):
+            if self.scoring.embeddings:
+                return model.forward_head(model.forward_features(images), pre_logits=True).float().flatten(1)
+            return logits_of(model(images)).float()
 
     def score(self, shards: Iterable[Shard], on_batch: OnBatch | None = None) -> Iterator[Written]:
         """Score the shards in order and write each when it is done, while the images of the next are being decoded.
@@ -160,7 +167,7 @@ class Predictor:
         entries = read_batches(
             shards,
             self.transform,
-            mode="L" if input_channels(self.model) == 1 else "RGB",
+            mode=self.mode,
             batch_size=self.scoring.batch_size,
             workers=default_workers(self.device) if workers is None else workers,
             pin_memory=self.device.type == "cuda",

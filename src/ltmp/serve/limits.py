@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from ..data.images import decode, reason
+from ..data.images import MAX_ASPECT, decode, reason
 from ..errors import UsageError
 from .problems import ProblemError
 
@@ -18,9 +18,6 @@ MEDIA_TYPES = {
 
 UNNAMED = "application/octet-stream"
 """Taken, too: the bytes say themselves which of the formats they are."""
-
-MAX_ASPECT = 50
-"""Longer side over shorter: resizing the shorter side to a model's makes the longer one grow with it."""
 
 
 @dataclass(frozen=True)
