@@ -9,7 +9,13 @@ import typer
 
 _MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
 
-Model = Annotated[str, typer.Option(help="timm model name, e.g. deit_small_patch16_224.", rich_help_panel=_MODEL)]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="timm model name, e.g. deit_small_patch16_224, or hf:NAME_OR_FOLDER of a Hugging Face classifier.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Weights = Annotated[
     Path | None,
     typer.Option(help="Checkpoint of the model (.safetensors, .pth, .pth.tar).", rich_help_panel=_MODEL),
@@ -21,9 +27,7 @@ ImageSize = Annotated[
 ]
 ModelKwargs = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE", help="More arguments of the timm model; may be repeated.", rich_help_panel=_MODEL
-    ),
+    typer.Option(metavar="NAME=VALUE", help="More arguments of the model; may be repeated.", rich_help_panel=_MODEL),
 ]
 
 Data = Annotated[

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..models.hugging_face import data_config, is_of_transformers
 from .dataset import Transform
 
 
@@ -23,6 +24,8 @@ def eval_transform(
     crop_mode: str | None = None,
 ) -> Transform:
     """timm's evaluation transform for `model`; each option left at None is as the model's config says.
+
+    For a model of transformers that is what its image processor does, which lies where the model was loaded from.
 
     The image size is the one the model was built with. crop_pct=1.0 with crop_mode="squash" resizes to exactly
     the model's size and crops nothing. Raises UsageError for an option out of range.
@@ -61,26 +64,33 @@ def eval_settings(
     model: nn.Module, options: dict[str, Any] | None = None, image_size: int | tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """What timm's transforms take, from the model's config and the options of `eval_transform`."""
-    from timm.data import resolve_model_data_config
+    from timm.data import resolve_data_config
 
     options = options or {}
     crop_pct = options.get("crop_pct")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UsageError(f"crop_pct is {crop_pct}: expected a number in (0, 1], 1 crops nothing")
-    size = _pair(image_size or _built_size(model))
-    return resolve_model_data_config(model, args={**options, "input_size": (input_channels(model), *size)})
+    config = _config(model)
+    size = _pair(image_size or _built_size(model, config))
+    return resolve_data_config({**options, "input_size": (input_channels(model), *size)}, config)
 
 
 def input_channels(model: nn.Module) -> int:
     """Colour channels the model takes: 3, or 1 for a greyscale model."""
     projection: Any = getattr(getattr(model, "patch_embed", None), "proj", None)
-    return int(getattr(projection, "in_channels", 3))
+    config: Any = getattr(model, "config", None)
+    return int(getattr(projection, "in_channels", None) or getattr(config, "num_channels", None) or 3)
 
 
-def _built_size(model: nn.Module) -> int | tuple[int, int]:
+def _config(model: Any) -> dict[str, Any]:
+    """How images are prepared for a model, in timm's words."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return data_config(model) if not config and is_of_transformers(model) else config
+
+
+def _built_size(model: nn.Module, config: dict[str, Any]) -> int | tuple[int, int]:
     """The model's own size: its pretrained config may state another one than it was built with."""
     size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
     return size or tuple(config.get("input_size", (3, 224, 224))[-2:])
 
 

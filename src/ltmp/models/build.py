@@ -1,4 +1,4 @@
-"""A timm model by name, with weights from a file or from timm, and one clear sentence for everything that can fail."""
+"""A model by name, of timm or Hugging Face, and one clear sentence for everything that can fail."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import read_state_dict, split_seed_state
 from ..errors import LTMPError, UsageError, first_line
+from .hugging_face import PREFIX, build_classifier
 from .registry import no_weights, parse_name
 
 
@@ -22,21 +23,25 @@ def build_model(
     image_size: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """timm.create_model in evaluation mode, checked.
+    """timm.create_model in evaluation mode, checked; or an image classifier of transformers with its own weights.
 
     Args:
-        name: a timm model name; of an `ltmp_*` name the host is built, with nothing attached.
+        name: a timm model name; of an `ltmp_*` name the host is built, with nothing attached. `hf:NAME_OR_FOLDER` is
+            a model of transformers on the Hugging Face hub or on disk.
         weights: a checkpoint, safetensors or torch's format read without unpickling code; a file of the seed's training
             is taken without its thresholds.
         pretrained: take timm's weights, from its cache or over the network.
         num_classes: outputs of the head; None leaves the model's own number.
         image_size: pixels a side; None leaves the model's own.
-        model_kwargs: more arguments of the timm model.
+        model_kwargs: more arguments of the timm model, or of `from_pretrained`.
 
     Raises:
-        UsageError: the name or an argument is not known to timm.
+        UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument.
         LTMPError: the weights cannot be had, do not fit, or hold NaN.
     """
+    if name.startswith(PREFIX):
+        given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
+        return build_classifier(name, given, model_kwargs or {})
     name = parse_name(name)[1]
     _check_name(name)
     kwargs = dict(model_kwargs or {})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LTMPError, MissingExtraError, UsageError
+from ..errors import LTMPError, MissingExtraError, UsageError, first_line
 
 PREFIX = "hf:"
 """What names of such models begin with."""
@@ -18,28 +18,34 @@ _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's filters, as processors number them, by timm's names."""
 
 
-def build_classifier(source: str, **kwargs: Any) -> nn.Module:
+def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
     """The image classifier in a folder or on the hub, in float32 and evaluation mode.
 
     Weights are read from safetensors alone, and no code that comes with a model is run. `pretrained_cfg` and
     `num_classes` are set on the model, as timm has them, so that data is prepared as its image processor would.
 
     Args:
-        source: a folder that `save_pretrained` wrote, or a name on the hub.
+        name: `hf:` and a folder that `save_pretrained` wrote, or a name on the hub.
+        given: what only models of timm can be given; nothing here may have a value.
         kwargs: more arguments of `from_pretrained`, e.g. `revision`.
 
     Raises:
         MissingExtraError: transformers is not installed.
-        UsageError: an argument that would run code or read pickles, or an image processor that timm cannot follow.
+        UsageError: an argument of timm, one that would run code or read pickles, or an image processor that timm's
+            transforms cannot follow.
         LTMPError: the model cannot be had, or its weights are not whole.
     """
-    try:
-        from transformers import AutoModelForImageClassification
-    except ImportError as error:
-        raise MissingExtraError("transformers", "transformers", f"--model {PREFIX}...") from error
+    source = name.removeprefix(PREFIX)
+    refused = sorted(option for option, value in given.items() if value is not None)
+    if refused:
+        raise UsageError(f"{name} brings its own weights, classes and image size: leave out {', '.join(refused)}")
     refused = sorted({*_SAFE, "weights_only"} & kwargs.keys())
     if refused:
         raise UsageError(f"{', '.join(refused)} cannot be set: no code and no pickles of a model are loaded")
+    try:
+        from transformers import AutoModelForImageClassification
+    except ImportError as error:
+        raise MissingExtraError("transformers", "transformers", f"the model {name}") from error
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
             source, **{"dtype": torch.float32, **kwargs}, **_SAFE, output_loading_info=True
@@ -116,8 +122,7 @@ def _edges(size: Any) -> tuple[int, int] | None:
 
 
 def _unavailable(what: str, source: str, error: Exception) -> LTMPError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return LTMPError(
-        f"cannot load the {what} of {source} from Hugging Face ({reason}): without a network, save_pretrained it where "
+        f"cannot load the {what} of {source} from Hugging Face ({first_line(error)}): without a network, save_pretrained it where "
         f"there is one and give the folder as {PREFIX}FOLDER"
     )
