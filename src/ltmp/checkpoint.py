@@ -45,12 +45,7 @@ class ThresholdFile:
 def describe(model: nn.Module) -> dict[str, Any]:
     """What thresholds of this model are bound to: its architecture's name and its shape."""
     stack = stack_of(model)
-    host = stack.host
-    known: dict[str, Any] = {"depth": stack.thresholds.depth, "width": getattr(host, "embed_dim", None)}
-    known["architecture"] = (getattr(host, "pretrained_cfg", None) or {}).get("architecture")
-    patch_embed = getattr(host, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None)
-    known["input_size"] = list(size) if size is not None else None
+    known = {"depth": stack.thresholds.depth, **stack.recipe.describe(stack.host)}
     return {name: value for name, value in known.items() if value is not None}
 
 

@@ -254,11 +254,13 @@ class GraphedForward:
         self._forget()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not self._applies(args[0]):
+        # transformers and its pipelines call by keyword
+        images: Any = args[0] if len(args) == 1 and not kwargs else kwargs.get("pixel_values")
+        if len(args) + len(kwargs) != 1 or not self._applies(images):
             return type(self.host).forward(self.host, *args, **kwargs)
         # graphs write to memory of their own: one caller at a time
         with self._lock, torch.no_grad():
-            return self._run(args[0])
+            return self._run(images)
 
     def _applies(self, images: Any) -> bool:
         from ..stack import is_dense
@@ -267,7 +269,7 @@ class GraphedForward:
         return (
             not torch.compiler.is_compiling()
             and isinstance(images, Tensor)
-            and images.ndim == 4
+            and images.ndim in (4, 5)
             and self.stack.thresholds.config.engine in ("graph", "auto")
             and len(images) > 0
             and (images.is_cuda or not isinstance(self.recorder, CudaRecorder))

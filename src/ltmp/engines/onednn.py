@@ -56,7 +56,7 @@ def _applies(x: Tensor) -> bool:
 
 def _plain(parts: Parts) -> bool:
     """Whether the linear layers are just that: no adapters around them, no hooks on them."""
-    layers = (parts.qkv, parts.proj, parts.fc1, parts.fc2)
+    layers = (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
     return parts.act in _GELU and all(
         type(layer) is nn.Linear
         and layer.weight.dtype == torch.float32
@@ -71,9 +71,7 @@ def _linear(layer: nn.Linear, x: Tensor, act: str = "none", form: str = "") -> T
 
 
 def _qkv(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    normed = _normed(parts.norm1, x)
-    q, k, v = _linear(parts.qkv, normed).unflatten(-1, (3, parts.heads, -1)).unbind(-3)
-    return parts.q_norm(q), parts.k_norm(k), v
+    return parts.project(_normed(parts.norm1, x), _linear)
 
 
 def _out(parts: Parts, y: Tensor) -> Tensor:

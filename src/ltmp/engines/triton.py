@@ -115,9 +115,8 @@ class FusedBranches:
         self.scales = (parts.scale1, parts.scale2)
 
     def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        parts = self.parts
-        q, k, v = parts.qkv(rows.normed).unflatten(-1, (3, parts.heads, -1)).unbind(1)
-        return parts.q_norm(q), parts.k_norm(k), v
+        assert rows.normed is not None
+        return self.parts.project(rows.normed, nn.Linear.__call__)
 
     def out(self, y: Tensor) -> Tensor:
         return self.parts.proj(y)

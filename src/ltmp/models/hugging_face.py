@@ -122,7 +122,8 @@ def _edges(size: Any) -> tuple[int, int] | None:
 
 
 def _unavailable(what: str, source: str, error: Exception) -> LTMPError:
+    reason = first_line(error).rstrip(".")
     return LTMPError(
-        f"cannot load the {what} of {source} from Hugging Face ({first_line(error)}): without a network, save_pretrained it where "
+        f"cannot load the {what} of {source} from Hugging Face ({reason}): without a network, save_pretrained it where "
         f"there is one and give the folder as {PREFIX}FOLDER"
     )

@@ -27,7 +27,7 @@ def parts(
     if name is None or any(norm.weight is None or norm.weight.dtype != fc1.weight.dtype for norm in norms):
         return None
     return Parts(
-        norms[0], linear_of(attn.in_proj_weight, attn.in_proj_bias), attn.num_heads, none, none, attn.out_proj,
+        norms[0], (linear_of(attn.in_proj_weight, attn.in_proj_bias),), attn.num_heads, none, none, attn.out_proj,
         scales[0], norms[1], fc1, name, fc2, scales[1],
     )  # fmt: skip
 

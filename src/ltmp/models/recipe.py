@@ -14,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 class Parts:
     """The weights of a standard block, for engines that fuse across its modules.
 
-    `norm1`/`norm2` are LayerNorms over C; `qkv` one Linear to [q, k, v]; `q_norm`/`k_norm` act on [..., D] (Identity
-    when absent); `scale1`/`scale2` are layer-scale vectors [C] or None; `act` is "gelu", "gelu_tanh" or "quick_gelu".
+    `norm1`/`norm2` are LayerNorms over C; `qkv` one Linear to [q, k, v], or three; `q_norm`/`k_norm` act on [..., D]
+    (Identity when absent); `scale1`/`scale2` are layer-scale vectors [C] or None; `act` is "gelu", "gelu_tanh" or
+    "quick_gelu".
     """
 
     norm1: nn.LayerNorm
-    qkv: nn.Linear
+    qkv: tuple[nn.Linear, ...]
     heads: int
     q_norm: nn.Module
     k_norm: nn.Module
@@ -30,6 +31,14 @@ class Parts:
     act: str
     fc2: nn.Linear
     scale2: Tensor | None
+
+    def project(self, x: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [T, H, D] of normed x [T, C], with `linear` to apply a layer."""
+        if len(self.qkv) == 1:
+            q, k, v = linear(self.qkv[0], x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        else:
+            q, k, v = (linear(layer, x).unflatten(-1, (self.heads, -1)) for layer in self.qkv)
+        return self.q_norm(q), self.k_norm(k), v
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,16 @@ def has_grad_checkpointing(host: nn.Module) -> bool:
     return bool(getattr(host, "grad_checkpointing", False))
 
 
+def describe_timm(host: Any) -> dict[str, Any]:
+    """Architecture, width and input size as timm's models know them."""
+    size = getattr(getattr(host, "patch_embed", None), "img_size", None)
+    return {
+        "architecture": (getattr(host, "pretrained_cfg", None) or {}).get("architecture"),
+        "width": getattr(host, "embed_dim", None),
+        "input_size": list(size) if size is not None else None,
+    }
+
+
 def asks_something(value: Any) -> bool:
     """Whether an argument that a host gives its blocks could change what they compute."""
     return value is not None and value is not False
@@ -131,6 +150,8 @@ class Recipe:
         hooks: host -> handles of the hooks it registered, which are removed with the attachment.
         refuses: argument of the blocks that is no position -> whether to refuse the call.
         arguments: what the host's own blocks cannot be called without.
+        describe: host -> what thresholds are bound to, and what is good to know of it, JSON types by the names
+            `architecture`, `width` and `input_size`; None where it is not known.
     """
 
     name: str
@@ -150,3 +171,4 @@ class Recipe:
     hooks: Callable[[nn.Module], list[RemovableHandle]] = no_hooks
     refuses: Callable[[Any], bool] = asks_something
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    describe: Callable[[nn.Module], dict[str, Any]] = describe_timm

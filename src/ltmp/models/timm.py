@@ -57,7 +57,7 @@ def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None, qkv
     if act is None:
         return None
     return Parts(
-        block.norm1, qkv, attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
+        block.norm1, (qkv,), attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
         block.norm2, mlp.fc1, act, mlp.fc2, scale2,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ from transformers import (
 
 from ..stack import ReducedStack, is_dense, sizes_of
 from .pooling import log_size, sized_mean, without_prefix
-from .recipe import Recipe, Rotary
+from .recipe import Parts, Recipe, Rotary
 from .rotary import turn_table, turned
 
 
@@ -200,6 +200,16 @@ class Host:
     def prefix_only(self, host: nn.Module) -> bool:
         return self.reads == "prefix"
 
+    def describe(self, host: nn.Module) -> dict[str, Any]:
+        """What the config of the encoder says: the same for all heads."""
+        config = self.inside(host).config
+        patch, size = (getattr(config, name, None) for name in ("patch_size", "image_size"))
+        return {
+            "architecture": f"{config.model_type}_patch{patch}",
+            "width": config.hidden_size,
+            "input_size": [size, size] if isinstance(size, int) else size and list(size),
+        }
+
     def grad_checkpointing(self, host: nn.Module) -> bool:
         blocks = attrgetter(self.blocks)(self.inside(host))
         return any(getattr(block, "gradient_checkpointing", False) for block in blocks.children())
@@ -326,13 +336,41 @@ _TABLE: dict[type[nn.Module], Host] = {
 }
 
 
+_MLPS = {
+    frozenset({"fc1", "activation_fn", "fc2"}): ("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+    frozenset({"up_proj", "act_fn", "down_proj"}): ("mlp.up_proj", "mlp.act_fn", "mlp.down_proj"),
+    frozenset({"dense", "intermediate_act_fn"}): (
+        "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
+    ),
+}  # fmt: skip
+"""The layers of a plain MLP, by what it is made of."""
+
+_ACTIVATIONS = {
+    "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+}  # fmt: skip
+_SAME = nn.Identity()
+
+
+def _parts(block: nn.Module) -> Parts | None:
+    layout = _layout(block)
+    norm1, attention, norm2, mlp = attrgetter(layout.norm, layout.attention, *layout.mlp[:2])(block)
+    names = _MLPS.get(frozenset(mlp._modules))
+    norms = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
+    if names is None or not norms or getattr(attention, "q_bias", None) is not None:
+        return None
+    fc1, activation, fc2 = attrgetter(*names)(block)
+    act = _ACTIVATIONS.get(type(activation).__name__)
+    if act is None:
+        return None
+    scale1, scale2 = (getattr(getattr(block, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2))
+    q, k, v, proj = attrgetter(*layout.qkv, layout.out[0])(block)
+    return Parts(norm1, (q, k, v), _heads(attention), _SAME, _SAME, proj, scale1, norm2, fc1, act, fc2, scale2)
+
+
 def _refuses_nothing(_value: Any) -> bool:
     """`refuse_records` asked already, and under export some hosts give their blocks masks that hide nothing."""
     return False
-
-
-def _no_parts(_block: nn.Module) -> None:
-    return None
 
 
 def _no_overrides(_host: nn.Module) -> dict[str, Any]:
@@ -348,7 +386,7 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         qkv=_qkv,
         out=_out,
         mlp=_mlp,
-        parts=_no_parts,
+        parts=_parts,
         protected=host.protected,
         problems=host.problems,
         mlp_ratio=_mlp_ratio,
@@ -358,6 +396,7 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         rotary=Rotary("position_embeddings", _table, _rotate) if rotary else None,
         grad_checkpointing=host.grad_checkpointing,
         hooks=host.hooks,
+        describe=host.describe,
         refuses=_refuses_nothing,
         arguments={"attention_mask": None} if clip else {},
     )
