@@ -307,11 +307,11 @@ def hf_checkpointing(model: Any) -> None:
 
 def hf_case(
     cls: str, config: str, what: str, output: str | Callable[[Any], Tensor] = "logits", tokens: int = 17,
-    inputs: Callable[[Any], Any] = pixels, refused: str = "", **kwargs: Any,
+    inputs: Callable[[Any], Any] = pixels, refused: str = "", reason: str = "", **kwargs: Any,
 ) -> Case:  # fmt: skip
     return Case(
         "transformers", cls, what, partial(tiny_hf, cls, config, **kwargs), inputs,
-        attrgetter(output) if isinstance(output, str) else output, hf_checkpointing, tokens, refused,
+        attrgetter(output) if isinstance(output, str) else output, hf_checkpointing, tokens, refused, reason,
     )  # fmt: skip
 
 
@@ -373,19 +373,24 @@ CASES |= {
         tokens=32, inputs=clips,
     ),
     "hf-vit-mae-hiding": hf_case(
-        "ViTMAEModel", "ViTMAEConfig", "ViT-MAE while it hides patches", mask_ratio=0.75, refused="mask_ratio = 0"
+        "ViTMAEModel", "ViTMAEConfig", "ViT-MAE while it hides patches", mask_ratio=0.75,
+        refused="mask_ratio = 0", reason="set `model.config.mask_ratio = 0`",
     ),
     "hf-vit-mae-training": hf_case(
-        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder", refused="tokens that a reduced encoder"
+        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder",
+        refused="tokens that a reduced encoder", reason="its decoder reads every patch",
     ),
     "hf-masked-images": hf_case(
-        "ViTForMaskedImageModeling", "ViTConfig", "masked image modelling", refused="tokens that a reduced encoder"
+        "ViTForMaskedImageModeling", "ViTConfig", "masked image modelling",
+        refused="tokens that a reduced encoder", reason="its decoder reads every patch",
     ),
     "hf-backbone": hf_case(
-        "Dinov2Backbone", "Dinov2Config", "backbones of detectors", refused="tokens that a reduced encoder"
+        "Dinov2Backbone", "Dinov2Config", "backbones of detectors",
+        refused="tokens that a reduced encoder", reason="they hand out grids of features",
     ),
     "hf-beit": hf_case(
-        "BeitForImageClassification", "BeitConfig", "BEiT's relative positions", refused="tokens that a reduced encoder"
+        "BeitForImageClassification", "BeitConfig", "BEiT",
+        refused="tokens that a reduced encoder", reason="its attention adds a bias for each pair of places",
     ),
 }  # fmt: skip
 ATTACHED = {name: case for name, case in CASES.items() if not case.refused}

@@ -69,7 +69,11 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def linear_ratio(mlp: nn.Module, width: int) -> float:
     """Hidden width over C of a two-layer MLP that costs what the linear layers of `mlp` do."""
-    return sum(m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear)) / (2 * width * width)
+    # from the shapes: the weights of quantised layers are packed
+    return sum(m.in_features * m.out_features for m in mlp.modules() if isinstance(m, nn.Linear)) / (2 * width * width)
+
+
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
 def activation_name(act: nn.Module) -> str | None:
@@ -77,7 +81,7 @@ def activation_name(act: nn.Module) -> str | None:
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     # libraries' own classes, by name because they move between versions
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(act).__name__)
+    return _ACTIVATIONS.get(type(act).__name__.removesuffix("Activation").removeprefix("Pytorch"))
 
 
 def one_class_token(host: nn.Module) -> int:

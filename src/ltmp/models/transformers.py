@@ -38,7 +38,7 @@ from transformers import (
 
 from ..stack import ReducedStack, is_dense, sizes_of
 from .pooling import log_size, sized_mean, without_prefix
-from .recipe import Parts, Recipe, Rotary
+from .recipe import Parts, Recipe, Rotary, activation_name, linear_ratio, set_nothing
 from .rotary import turn_table, turned
 
 
@@ -139,9 +139,7 @@ def _mlp(block: nn.Module, x: Tensor) -> Tensor:
 
 def _mlp_ratio(block: nn.Module) -> float:
     norm, *layers = (attrgetter(name)(block) for name in _layout(block).mlp)
-    # from the shapes, not the weights: those of quantised layers are packed
-    costs = [m.in_features * m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
-    return float(sum(costs) / (2 * norm.normalized_shape[0] ** 2))
+    return sum(linear_ratio(layer, norm.normalized_shape[0]) for layer in layers)
 
 
 def _block_problems(block: nn.Module) -> str | None:
@@ -345,10 +343,6 @@ _MLPS = {
 }  # fmt: skip
 """The layers of a plain MLP, by what it is made of."""
 
-_ACTIVATIONS = {
-    "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
-}  # fmt: skip
 _SAME = nn.Identity()
 
 
@@ -360,7 +354,7 @@ def _parts(block: nn.Module) -> Parts | None:
     if names is None or not norms or getattr(attention, "q_bias", None) is not None:
         return None
     fc1, activation, fc2 = attrgetter(*names)(block)
-    act = _ACTIVATIONS.get(type(activation).__name__)
+    act = activation_name(activation)
     if act is None:
         return None
     scale1, scale2 = (getattr(getattr(block, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2))
@@ -371,10 +365,6 @@ def _parts(block: nn.Module) -> Parts | None:
 def _refuses_nothing(_value: Any) -> bool:
     """`refuse_records` asked already, and under export some hosts give their blocks masks that hide nothing."""
     return False
-
-
-def _no_overrides(_host: nn.Module) -> dict[str, Any]:
-    return {}
 
 
 def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
@@ -390,7 +380,7 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         protected=host.protected,
         problems=host.problems,
         mlp_ratio=_mlp_ratio,
-        overrides=_no_overrides,
+        overrides=set_nothing,
         final_norm=host.final_norm,
         prefix_only=host.prefix_only,
         rotary=Rotary("position_embeddings", _table, _rotate) if rotary else None,
