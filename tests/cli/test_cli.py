@@ -229,3 +229,9 @@ def test_model_kwargs_are_literals_or_words():
     assert parsed == {"img_size": 224, "qk_norm": True, "global_pool": "avg"}
     with pytest.raises(UsageError, match="NAME=VALUE"):
         cli_setup.parse_kwargs(["=3"])
+
+
+def test_learning_logs_for_tensorboard(ltmp, images, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    assert ltmp("learn", "--data", images, "--out", tmp_path / "run", *LEARN, "--log", tmp_path / "log") == 0
+    assert [file.name.partition(".")[0] for file in (tmp_path / "log").iterdir()] == ["events"]

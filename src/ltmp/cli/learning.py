@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, report
 from ..files import atomic_path
+from ..learning import open_log
 from . import options as o
 from .evaluating import evaluate_with_bar, report_skipped
 from .progress import progress_bar
@@ -73,6 +74,14 @@ def learn_verb(
     device: o.Device = "auto",
     amp: o.Amp = False,
     json: o.Json = None,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write events for TensorBoard; wandb:PROJECT logs to Weights & Biases instead.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     debug: o.Debug = False,
 ) -> None:
     """Learn the thresholds of a model for a FLOPs budget; the model itself is not changed.
@@ -94,8 +103,9 @@ def learn_verb(
     held_out = val or _validation_folder(data)
     checking = reading.open(held_out, network, split="validation") if held_out else None
     place, cast = pick_device(device), autocast_type(amp)
+    logger = open_log(log) if log and distributed.is_first() else None
     with distributed.group(place), _resumable(run_file):
-        with progress_bar("learning", None) as bar:
+        with closing(logger) if logger else nullcontext(), progress_bar("learning", None) as bar:
             result = run_learning(
                 network,
                 loader,
@@ -113,6 +123,7 @@ def learn_verb(
                     step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
                 ),
                 progress=bar.reach,
+                log=logger,
             )
         evaluation = evaluate_with_bar(network, checking, device=place, amp=cast, speed=False) if checking else None
         distributed.merge(loader.skipped)

@@ -1,6 +1,10 @@
 """Learn the thresholds of an attached model against a budget."""
 
 from .calibrate import calibrate as calibrate
+from .log import Logger as Logger
+from .log import TensorBoard as TensorBoard
+from .log import WandB as WandB
+from .log import open_log as open_log
 from .loop import LearnResult as LearnResult
 from .loop import learn as learn
 from .run import Step as Step

@@ -20,6 +20,7 @@ from ..thresholds import Thresholds
 from .budget import check_target
 from .calibrate import calibrate
 from .heldout import HeldOut, Progress
+from .log import Journal, Logger
 from .objective import Objective
 from .resume import load_run, save_run
 from .run import Run, Step
@@ -82,6 +83,7 @@ def learn(
     save_every: int = 20,
     on_step: Callable[[Step], None] | None = None,
     progress: Progress | None = None,
+    log: Logger | None = None,
 ) -> LearnResult:
     """Learn an attached model's thresholds so that it costs `target` of the dense FLOPs; nothing else changes.
 
@@ -110,6 +112,8 @@ def learn(
         checkpoint: file to save the run in, every `save_every` steps and when interrupted; an existing one is resumed.
         on_step: called after every step.
         progress: called with (done, of how many, what) while images are read, calibrated on and judged.
+        log: told of loss, share, thresholds and tokens of each block after every step, and given pictures of what a
+            few images lost; `ltmp.learning.TensorBoard(folder)`, or any `ltmp.learning.Logger`.
 
     Returns:
         How it ended; the thresholds are in `model.ltmp`.
@@ -134,6 +138,7 @@ def learn(
                          thresholds.config.variant, thresholds.depth)  # fmt: skip
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)))
     cast = torch.autocast(place.type, amp) if amp is not None else nullcontext()
+    journal = Journal(log if rank() == 0 else None, model, images)
     held_out = HeldOut(model, images[rank() :: world()].contiguous(), batch, progress)
 
     def save() -> None:
@@ -153,15 +158,17 @@ def learn(
             # ranks on unlike hardware may round unlike
             thresholds.set(*exchange((thresholds.merge.tolist(), thresholds.prune.tolist()))[0])
             run.begin(held_out.candidate(target))
+            journal.deployed(0, run.start)
     torch.manual_seed(seed + run.step)
     objective = Objective(model, target, budget_weight, distill, cast)
     batches = stream(loader, run.step * accumulate * world(), batch)
     try:
         with _only(model, thresholds), _learning(thresholds):
             while run.step < run.steps:
-                loss, share = objective.gradients(batches, accumulate)
+                loss, share, kept = objective.gradients(batches, accumulate)
                 run.update()
-                run.history.append(Step(run.step, run.steps, loss, share, time.perf_counter() - start))
+                run.history.append(Step(run.step, run.steps, loss, share, time.perf_counter() - start, kept))
+                journal.step(run.history[-1])
                 if on_step is not None:
                     on_step(run.history[-1])
                 if run.step % save_every == 0 or run.step == run.steps:
@@ -175,6 +182,8 @@ def learn(
     # single batches are noisy, and the calibrated start is good: learning must not end behind it
     best = min(learned, run.start, key=lambda candidate: candidate.loss)
     thresholds.set(best.merge, best.prune)
+    with cast:
+        journal.deployed(run.steps + 1, best)
     looked = len(images) * (1 + run.start.looks + learned.looks)
     seen = len(run.history) * views_a_step + looked
     return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distributed import mean, total
+from ..distributed import gather, mean, total
 from ..errors import LTMPError
 from ..models import thresholds_of
 from ..models.outputs import logits_of
@@ -60,16 +60,16 @@ class Objective:
     distill: bool
     cast: AbstractContextManager[Any]
 
-    def gradients(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float]:
+    def gradients(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float, list[float]]:
         """Leave in the thresholds the mean gradients of the next `count` batches, of all ranks' as of one large batch.
 
         Returns:
-            Mean task loss and mean share.
+            Mean task loss, mean share and mean tokens after each block [L].
 
         Raises:
             LTMPError: the loss is not finite.
         """
-        losses, shares = [], []
+        losses, shares, kept = [], [], []
         thresholds = thresholds_of(self.model)
         place = thresholds.merge.device
         for _ in range(count):
@@ -89,7 +89,9 @@ class Objective:
             (loss / count).backward()
             losses.append(task.detach())
             shares.append(share.detach())
+            kept.append(calls.kept[0].detach().mean(0))
         for parameter in thresholds.parameters():
             if parameter.grad is not None:
                 parameter.grad = total(parameter.grad)
-        return float(torch.stack(losses).mean()), float(torch.stack(shares).mean())
+        tokens = gather(torch.stack(kept)).flatten(0, 1).mean(0).tolist()
+        return float(torch.stack(losses).mean()), float(torch.stack(shares).mean()), tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ class Step:
         step, steps: this one, counted from 1, and how many there will be.
         loss: task loss; share: mean FLOPs share of the step's images.
         seconds: since learning (or its continuation) began.
+        kept: mean tokens after each block, [L].
     """
 
     step: int
@@ -28,6 +29,7 @@ class Step:
     loss: float
     share: float
     seconds: float
+    kept: list[float] = field(default_factory=list)
 
 
 class Run:
