@@ -15,6 +15,7 @@ from ltmp.cli import main
 
 NAME = "vit_tiny_patch16_224"
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 3}
+OWN = ("learn", "eval", "bench", "compare", "show")
 MODEL = ["--model", NAME, "--img-size", "32", "--num-classes", "3"]
 MODEL += ["--model-kwargs", " ".join(f"{name}={value}" for name, value in SHAPE.items())]
 
@@ -51,9 +52,7 @@ def ltmp(weights, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(verb: str, *arguments: object) -> int:
-        own = (
-            [*MODEL, "--weights", str(weights), "--device", "cpu"] if verb in ("learn", "eval", "bench", "show") else []
-        )
+        own = [*MODEL, "--weights", str(weights), "--device", "cpu"] if verb in OWN else []
         return main([verb, *own, *map(str, arguments)])
 
     return run

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
 from ltmp.errors import LTMPError
 from ltmp.evaluate import bench
-from ltmp.evaluate.bench import Bench, Row, decisions_agree, merging, table
+from ltmp.evaluate.bench import Bench, Row, decisions_agree, table
 from ltmp.models import stack_of
 
 
@@ -76,14 +75,6 @@ def test_decisions_are_compared_one_by_one(variant: str) -> None:
     model = attach_reducing(tiny_vit(reg_tokens=2), images, variant)
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     assert decisions_agree(stack_of(model), x) == 1
-
-
-def test_fixed_rate_removes_the_same_number_from_every_image() -> None:
-    model = reduced_model()
-    stack = stack_of(model)
-    with ltmp.record() as calls, stack.using(merging(model, 3)):
-        model(random_images(3))
-    assert torch.cat(calls.kept).tolist() == [[14.0, 11.0, 8.0]] * 3
 
 
 def test_train_mode_is_refused() -> None:

@@ -234,3 +234,11 @@ def test_learning_never_ends_behind_its_calibrated_start() -> None:
     ltmp.learn(model, batches, TARGET, lr=1000.0, **SETTINGS)
     assert torch.equal(model.ltmp.merge, start["merge"])
     assert torch.equal(model.ltmp.prune, start["prune"])
+
+
+def test_no_views_is_the_calibrated_start() -> None:
+    model, batches = model_and_batches()
+    result = ltmp.learn(model, batches, TARGET, views=0, calibration=48)
+    assert result.history == []
+    assert abs(result.share - TARGET) <= 0.01
+    assert result.views <= 48 * 13

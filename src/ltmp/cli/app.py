@@ -11,6 +11,7 @@ from .. import __version__
 from ..checkpoint import ThresholdFile, read
 from ..evaluate import report
 from . import options as o
+from .comparing import compare_verb
 from .evaluating import bench_verb, evaluate_verb
 from .exporting import export_verb
 from .learning import learn_verb
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("learn")(learn_verb)
 app.command("eval")(evaluate_verb)
 app.command("bench")(bench_verb)
+app.command("compare")(compare_verb)
 app.command("export")(export_verb)
 app.command("serve")(serve_verb)
 app.command("predict")(predict_verb)

@@ -42,7 +42,7 @@ def learn_verb(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
     ] = False,
-    views: Annotated[int, typer.Option(min=1, help="Images to look at.")] = 20_000,
+    views: Annotated[int, typer.Option(min=0, help="Images to optimise on; 0: calibrate only.")] = 20_000,
     calibration: Annotated[int, typer.Option(min=2, help="Images to set the start and to meet the budget on.")] = 512,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from ..distributed import exchange, merge, my_batches, rank
 from ..errors import LTMPError
 from ..flops import flops_share
-from ..models import is_attached
+from ..models import is_attached, stack_of
 from ..models.outputs import logits_of
-from ..stack import dense, record
+from ..policy import Policy
+from ..stack import Record, dense, record
 from .throughput import Throughput, measure
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -91,110 +93,144 @@ class _Choices:
 
 
 @dataclass
-class _Part:
-    """What one rank finds on its images.
+class _Tally:
+    """What one policy's answers add up to on one rank's images.
 
     Attributes:
-        skipped: images that could not be read, and why.
         share: float64 [B] of each batch; kept: float64 [L] of each batch, summed over its images.
     """
 
-    skipped: dict[str, str]
-    reduced: _Choices = field(default_factory=_Choices)
-    plain: _Choices = field(default_factory=_Choices)
+    choices: _Choices = field(default_factory=_Choices)
     agreed: int = 0
     tokens: int = 0
     share: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     throughput: Throughput | None = None
 
-    def add(self, rows: ImageRows, tokens: int) -> None:
+    def add(self, logits: Tensor, labels: Tensor, dense_choices: Tensor, calls: Record) -> ImageRows:
+        """Count a batch, whose call alone is in `calls`."""
+        choices = self.choices.add(logits, labels)
+        kept, geometry = calls.kept[-1], calls.geometry[-1]
+        found = (labels, dense_choices, choices, flops_share(kept, geometry), kept)
+        rows = ImageRows(*(values.cpu() for values in found))
         self.agreed += int((rows.dense == rows.reduced).sum())
-        self.tokens = tokens
+        self.tokens = geometry.tokens
         self.share.append(rows.share.double())
         self.kept.append(rows.kept.double().sum(0))
+        return rows
+
+
+@dataclass
+class _Part:
+    """What one rank finds: the dense model's answers, those of each policy, and images that could not be read."""
+
+    skipped: dict[str, str]
+    tallies: dict[str, _Tally]
+    plain: _Choices = field(default_factory=_Choices)
 
 
 def evaluate(
-    model: nn.Module,
-    loader: Batches,
-    *,
-    device: torch.device | str | None = None,
-    amp: torch.dtype | None = None,
-    limit: int | None = None,
-    speed: bool = True,
-    progress: Callable[[int], None] | None = None,
-    on_images: Callable[[ImageRows], None] | None = None,
+    model: nn.Module, loader: Batches, *, on_images: Callable[[ImageRows], None] | None = None, **how: Any
 ) -> Evaluation:
     """Run `model` reduced and dense on the same images.
-
-    Called by every rank of a `torch.distributed` process group, with the same model and loader, this is one evaluation:
-    ranks take turns at the batches, each image is looked at once, and all get the result. `on_images` and `progress`
-    are then told of this rank's batches, and speed is rank 0's.
 
     Args:
         model: an attached model; left on `device` and in the mode it had.
         loader: gives (images [B, C, H, W], labels [B]), label -1 where there is none.
-        device: where to run; None is where the model lies.
-        amp: autocast type, e.g. `torch.bfloat16`.
-        limit: stop after this many images.
-        speed: measure images per second on the first batch, too.
-        progress: called after each batch with its number of images.
         on_images: called after each batch with what became of each of its images, in the loader's order.
+        how: as in `evaluate_policies`.
 
     Raises:
         LTMPError: nothing is attached, no images, NaN or infinity, or a label outside the head's classes.
     """
     if not is_attached(model):
         raise LTMPError("nothing to evaluate: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
+    seen = (lambda _, rows: on_images(rows)) if on_images else None
+    mine = {"reduced": stack_of(model).thresholds}
+    return evaluate_policies(model, loader, mine, on_images=seen, **how)["reduced"]
+
+
+def evaluate_policies(
+    model: nn.Module,
+    loader: Batches,
+    policies: Mapping[str, Policy],
+    *,
+    device: torch.device | str | None = None,
+    amp: torch.dtype | None = None,
+    limit: int | None = None,
+    speed: bool = True,
+    progress: Callable[[int], None] | None = None,
+    on_images: Callable[[str, ImageRows], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Run an attached model by several policies, and dense, on the same images in one pass over the data.
+
+    Called by every rank of a `torch.distributed` process group, with the same model and loader, this is one evaluation:
+    the ranks take turns at the batches, and all of them return what all of them found.
+
+    Args:
+        policies: by name; for the model's depth, on `device`.
+        device: where to run; None is where the model lies.
+        amp: autocast type, e.g. `torch.bfloat16`.
+        limit: stop after this many images.
+        speed: measure images per second on the first batch, too.
+        progress: called after each batch with its number of images.
+        on_images: called after each batch for each policy.
+
+    Raises:
+        LTMPError: like `evaluate`.
+    """
     device = torch.device(device) if device else next(model.parameters()).device
-    part = _Part(getattr(loader, "skipped", {}))
-    with deployed(model, device, amp=amp), record() as calls:
+    part = _Part(getattr(loader, "skipped", {}), {name: _Tally() for name in policies})
+    with deployed(model, device, amp=amp):
+        stack = stack_of(model)
         for images, labels in my_batches(loader, limit):
             images, labels = images.to(device), labels.to(device)
-            logits = logits_of(model(images))
-            # a record of its own, which nobody reads: the dense and the timed calls are not the result
-            with record():
-                with dense():
-                    dense_logits = logits_of(model(images))
-                if speed and part.throughput is None and rank() == 0:
-                    part.throughput = measure(model, images)
+            # records that nobody reads: dense and timed calls are no result, neither here nor of our caller's
+            with record(), dense():
+                dense_logits = logits_of(model(images))
             _check(images, labels, dense_logits)
-            choices, dense_choices = part.reduced.add(logits, labels), part.plain.add(dense_logits, labels)
-            kept, geometry = calls.kept[-1], calls.geometry[-1]
-            found = (labels, dense_choices, choices, flops_share(kept, geometry), kept)
-            rows = ImageRows(*(values.cpu() for values in found))
-            part.add(rows, geometry.tokens)
-            if on_images:
-                on_images(rows)
+            dense_choices = part.plain.add(dense_logits, labels)
+            for name, policy in policies.items():
+                tally = part.tallies[name]
+                with stack.using(policy.eval()):
+                    with record() as calls:
+                        logits = logits_of(model(images))
+                    rows = tally.add(logits, labels, dense_choices, calls)
+                    if speed and tally.throughput is None and rank() == 0:
+                        with record():
+                            tally.throughput = measure(model, images)
+                if on_images:
+                    on_images(name, rows)
             if progress:
                 progress(len(images))
     merge(part.skipped)
-    return _summary(exchange(part))
+    parts = exchange(part)
+    return {name: _summary(parts, name) for name in policies}
 
 
-def _summary(parts: list[_Part]) -> Evaluation:
-    """All ranks' findings as one."""
-    reduced, plain = (_add(getattr(part, name) for part in parts) for name in ("reduced", "plain"))
+def _summary(parts: list[_Part], name: str) -> Evaluation:
+    """All ranks' findings on one policy as one."""
+    tallies = [part.tallies[name] for part in parts]
+    reduced, plain = _add(tally.choices for tally in tallies), _add(part.plain for part in parts)
     if not reduced.images:
         raise LTMPError("nothing to evaluate: the data gave no images")
-    share = torch.cat([share for part in parts for share in part.share])
-    kept = torch.stack([kept for part in parts for kept in part.kept])
+    share = torch.cat([share for tally in tallies for share in tally.share])
+    kept = torch.stack([kept for tally in tallies for kept in tally.kept])
     return Evaluation(
         images=reduced.images,
         top1=reduced.percent(reduced.top1),
         top5=reduced.percent(reduced.top5),
         dense_top1=plain.percent(plain.top1),
         dense_top5=plain.percent(plain.top5),
-        agreement=100 * sum(part.agreed for part in parts) / reduced.images,
+        agreement=100 * sum(tally.agreed for tally in tallies) / reduced.images,
         share=share.mean().item(),
         share_std=share.std(correction=0).item(),
         share_min=share.min().item(),
         share_max=share.max().item(),
-        tokens=max(part.tokens for part in parts),
+        tokens=max(tally.tokens for tally in tallies),
         kept=(kept.sum(0) / reduced.images).tolist(),
         skipped=len(parts[0].skipped),
-        throughput=parts[0].throughput,
+        throughput=tallies[0].throughput,
     )
 
 

@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import LTMPConfig
 from ..engines import packed, select
 from ..errors import LTMPError
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
-from ..policy import Policy
-from ..rates import Rates
 from ..reduction import make_plan, similarity_metric
 from ..stack import ReducedStack, record
 from ..tokens import Tokens
+from .compare import rates_for
 
 Call = Callable[[], Any]
 
@@ -69,31 +67,6 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def fixed_rate(model: nn.Module, images: Tensor, share: float) -> int:
-    """The largest rate whose FLOPs share on `images` is not below `share`."""
-    low, high = 1, images.shape[-1] ** 2
-    while high - low > 1:
-        rate = (low + high) // 2
-        if _shares(model, images, merging(model, rate)).mean().item() >= share:
-            low = rate
-        else:
-            high = rate
-    return low
-
-
-def merging(model: nn.Module, rate: int) -> Rates:
-    """Fixed-rate merging for an attached model, `rate` tokens a block."""
-    mine = stack_of(model).thresholds
-    config = LTMPConfig(variant="m", r=rate, engine=mine.config.engine)
-    return Rates(mine.depth, config).to(next(model.parameters()).device).eval()
-
-
-def _shares(model: nn.Module, images: Tensor, policy: Policy) -> Tensor:
-    with record() as calls, stack_of(model).using(policy):
-        model(images)
-    return calls.share()
 
 
 @torch.no_grad()
@@ -225,7 +198,7 @@ class Bench:
     def _fixed_way(self) -> Call:
         share = self._recorded(self._way("packed"))[1]
         few = self.images[:8]
-        policy = merging(self.model, fixed_rate(self.model, few, share))
+        policy = rates_for(self.model, few, "m", share)
 
         def call() -> Tensor:
             with self.stack.using(policy):

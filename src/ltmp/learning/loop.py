@@ -100,7 +100,8 @@ def learn(
         loader: shuffled batches of images [B, 3, H, W] and labels [B]; a `ltmp.data.Loader`, or any iterable that can
             be iterated again and again. A run resumes exactly where the loader gives the same batches again.
         target: share of the dense model's multiply-adds, in (0, 1).
-        views: images to optimise on; calibration and the final adjustment add at most `23 * calibration`.
+        views: images to optimise on, 0 for the calibrated start alone; calibration and the final adjustment add at most
+            `23 * calibration`.
         accumulate: batches an optimisation step.
         lr: factor on the default learning rates.
         distill: learn from the dense model's output instead of labels.
@@ -125,8 +126,8 @@ def learn(
     """
     start = time.perf_counter()
     thresholds = thresholds_of(model)
-    if views < 1 or accumulate < 1 or calibration < 2:
-        raise UsageError("views and accumulate must be at least 1 and calibration at least 2")
+    if views < 0 or accumulate < 1 or calibration < 2:
+        raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
     images = first_images(loader, calibration, progress).to(place)
@@ -136,7 +137,7 @@ def learn(
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
                          thresholds.config.variant, thresholds.depth)  # fmt: skip
-    run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)))
+    run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
     cast = torch.autocast(place.type, amp) if amp is not None else nullcontext()
     journal = Journal(log if rank() == 0 else None, model, images)
     held_out = HeldOut(model, images[rank() :: world()].contiguous(), batch, progress)
@@ -176,15 +177,17 @@ def learn(
     except (KeyboardInterrupt, LostRankError):
         save()
         raise
-    run.finish()
-    with cast:
-        learned = held_out.candidate(target)
-    # single batches are noisy, and the calibrated start is good: learning must not end behind it
-    best = min(learned, run.start, key=lambda candidate: candidate.loss)
+    best, looks = run.start, run.start.looks
+    if run.step:
+        run.finish()
+        with cast:
+            learned = held_out.candidate(target)
+        # single batches are noisy, and the calibrated start is good: learning must not end behind it
+        best, looks = min(learned, best, key=lambda candidate: candidate.loss), looks + learned.looks
     thresholds.set(best.merge, best.prune)
     with cast:
         journal.deployed(run.steps + 1, best)
-    looked = len(images) * (1 + run.start.looks + learned.looks)
+    looked = len(images) * (1 + looks)
     seen = len(run.history) * views_a_step + looked
     return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history)
 

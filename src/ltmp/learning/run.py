@@ -49,7 +49,7 @@ class Run:
         self.latent = {name: torch.zeros_like(getattr(thresholds, name).data) for name in self.names}
         self.mean = {name: torch.zeros_like(value) for name, value in self.latent.items()}
         # Adam's steps are all of one size at first: a short run takes smaller ones, or it would end in their noise
-        lr *= min(1.0, math.sqrt(steps / self.FULL_RUN))
+        lr *= min(1.0, math.sqrt(max(1, steps) / self.FULL_RUN))
         self.optimizer = torch.optim.Adam(
             [{"params": [self.latent[name]], "lr": lr * self.RATES[name]} for name in self.names], betas=(0.9, 0.99)
         )
@@ -92,7 +92,7 @@ class Run:
 
     def finish(self) -> None:
         """Set the average of the last steps: single steps are noisy."""
-        self.write(self.mean if self.step else self.latent)
+        self.write(self.mean)
 
     def write(self, latent: dict[str, Tensor]) -> None:
         for name, value in latent.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import MissingExtraError
@@ -28,6 +28,33 @@ def plot_tradeoff(
     # at least a point of air: a tenth of a point must not look like a cliff
     axes.set_ylim(min(accuracies) - 1, max(accuracies) + 1)
     axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_methods(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Write a picture of what a comparison found: accuracy against FLOPs share and against measured speed.
+
+    Args:
+        rows: from `ltmp.evaluate.compare.rows`, the dense model's first; without labels, agreement stands for accuracy.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        LTMPError: the file cannot be written.
+    """
+    dense = rows[0]
+    value = "top1" if dense["top1"] is not None else "agreement"
+    speeds = dense["images_per_second"] is not None
+    figure, (axes,) = new_figure(1, 1 + speeds, (4.5 * (1 + speeds), 3.6))
+    for panel, (key, label) in zip(axes, (("share", "FLOPs share"), ("images_per_second", "images/s")), strict=False):
+        panel.axhline(dense[value], color="grey", linewidth=0.8, linestyle="--")
+        panel.plot([dense[key]], [dense[value]], "o", color="grey", label="dense")
+        for method in dict.fromkeys(row["method"] for row in rows[1:]):
+            points = sorted((row[key], row[value]) for row in rows[1:] if row["method"] == method)
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
+        panel.set(xlabel=label, ylabel="top-1 accuracy (%)" if value == "top1" else "agreement with dense (%)")
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.suptitle(title)
     save_figure(figure, path)
 
 
