@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import ltmp
 from ltmp.evaluate.bench import Bench, Row, table
+from ltmp.evaluate.synthetic import lively, smooth
 from ltmp.learning.calibrate import calibrate
 
 
@@ -56,28 +57,6 @@ CASES = [
 ]
 
 DRY = [replace(case, batch=2, size=32) for case in CASES[:2]]
-
-
-@torch.no_grad()
-def lively(model: nn.Module) -> nn.Module:
-    """Random weights whose attention is not flat, so that importance and similarity have a spread to decide by."""
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            parameter.normal_(std=(1.5 if "qkv" in name else 1.0) / parameter.shape[1] ** 0.5)
-        elif name.endswith("gamma"):
-            parameter.fill_(0.5)
-    return model
-
-
-def smooth(count: int, size: int, seed: int = 0) -> Tensor:
-    """[count, 3, size, size] noise whose neighbouring patches are alike, as in photographs."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, size // 16, size // 16, generator=generator)
-    # one image in an even mix of plain and busy ones
-    busy = torch.rand(count, 1, 1, 1, generator=generator)
-    images = nn.functional.interpolate(coarse, size, mode="bilinear")
-    return images + 0.5 * busy * torch.randn(images.shape, generator=generator)
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype, dry: bool) -> tuple[nn.Module, Tensor]:

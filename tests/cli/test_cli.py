@@ -65,16 +65,6 @@ def test_json_of_learning_on_screen(ltmp, images, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["target"] == 0.7
 
 
-def test_bench_times_each_batch_size(ltmp, images, tmp_path):
-    file, table = tmp_path / "off.safetensors", tmp_path / "bench.csv"
-    learn_nothing(file)
-    sizes = ("--batch-size", 1, "--batch-size", 4, "--rounds", 2)
-    assert ltmp("bench", "--data", images, "--thresholds", file, *sizes, "--csv", table) == 0
-    rows = list(csv.DictReader(table.open()))
-    assert [(row["batch"], float(row["share"])) for row in rows] == [("1", 1.0), ("4", 1.0)]
-    assert all(float(row["speed-up"]) > 0 for row in rows)
-
-
 def test_info_without_a_file_names_versions(ltmp, capsys):
     assert ltmp("info") == 0
     assert f"torch: {torch.__version__}" in capsys.readouterr().out

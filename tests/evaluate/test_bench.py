@@ -23,7 +23,8 @@ def test_every_way_is_timed_and_compared() -> None:
     rows = {row.way: row for row in Bench(reduced_model(), random_images(3), compiled=False).run(seconds=0.01)}
     assert {"dense", "packed", "fixed-rate merge"} <= set(rows)
     assert all(row.images_per_second and row.images_per_second > 0 for row in rows.values())
-    assert rows["dense"].ratio == rows["dense"].share == 1
+    assert rows["dense"].share == 1
+    assert max(row.ratio or 0 for way, row in rows.items() if way.startswith("dense")) == 1
     assert rows["packed"].share < 1
     assert rows["packed"].ideal == pytest.approx(1 / rows["packed"].share)
     if "triton" in rows:

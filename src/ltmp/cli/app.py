@@ -11,8 +11,9 @@ from .. import __version__
 from ..checkpoint import ThresholdFile, read
 from ..evaluate import report
 from . import options as o
+from .benching import bench_verb
 from .comparing import compare_verb
-from .evaluating import bench_verb, evaluate_verb
+from .evaluating import evaluate_verb
 from .exporting import export_verb
 from .learning import learn_verb
 from .predicting import predict_verb

@@ -1,4 +1,4 @@
-"""`ltmp eval` and `ltmp bench`."""
+"""`ltmp eval`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import typer
 from torch import nn
 
-from .. import distributed, load, record
+from .. import distributed, load
 from ..checkpoint import read
 from ..data import Loader
 from ..errors import UsageError
-from ..evaluate import Evaluation, deployed, evaluate, measure, report
+from ..evaluate import Evaluation, evaluate, report
 from . import options as o
 from .progress import console, progress_bar
 from .setup import DataOptions, ModelOptions, autocast_type, pick_device
@@ -115,68 +115,6 @@ def _in_runtime(network: nn.Module, engine: str, exported: Path | None, form: st
         )
         bar(1, "exported")
     return sessions
-
-
-def bench_verb(
-    data: o.Data,
-    thresholds: Thresholds,
-    model: ModelName = None,
-    batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="May be repeated; default: 1, 8 and 32.", rich_help_panel="Running")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of dense and reduced at each batch size.")] = 15,
-    engine: o.Engine = None,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    split: o.Split = None,
-    data_root: o.DataRoot = None,
-    class_map: o.ClassMap = None,
-    device: o.Device = "auto",
-    amp: o.Amp = False,
-    json: o.Json = None,
-    csv: o.Csv = None,
-    debug: o.Debug = False,
-) -> None:
-    """Time the reduced model against the dense one on your own images, in turns, at several batch sizes.
-
-    Example: ltmp bench --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained --batch-size 32
-    """
-    sizes = sorted(set(batch_size or (1, 8, 32)))
-    name = model or name_in(thresholds)
-    network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    load(network, thresholds, engine=engine)
-    loader = DataOptions(data_root, class_map, batch_size=max(sizes)).open(data, network, split=split or "validation")
-    place = pick_device(device)
-    images = next(iter(loader))[0].to(place)
-    rows = []
-    with deployed(network, place, amp=autocast_type(amp)), progress_bar("timing", len(sizes)) as advance:
-        for size in sizes:
-            rows.append(_bench_row(network, images[:size], rounds))
-            advance()
-    if "-" not in (json, csv):
-        report.show(rows, f"{name} on {place}, {torch.get_num_threads()} threads")
-    if json:
-        report.write_json({"model": name, "thresholds": str(thresholds), "device": str(place), "rows": rows}, json)
-    if csv:
-        report.write_csv(rows, csv)
-
-
-def _bench_row(network: nn.Module, images: torch.Tensor, rounds: int) -> dict[str, object]:
-    with record() as calls:
-        network(images)
-    share = calls.share().mean().item()
-    with record():
-        speed = measure(network, images, rounds=rounds)
-    return {
-        "batch": speed.batch_size,
-        "share": share,
-        "dense img/s": speed.dense,
-        "reduced img/s": speed.reduced,
-        "speed-up": speed.speedup,
-    }
 
 
 def name_in(thresholds: Path) -> str:
