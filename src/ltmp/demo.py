@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 from . import attach, learn, save
 from .data import load_digits, make_loader
-from .data.embedded import MEAN, STD
-from .evaluate import Evaluation, evaluate, report
+from .data.embedded import CLASSES, MEAN, STD
+from .evaluate import Evaluation, describe_machine, report
 from .files import atomic_path
 from .models.build import load_weights
+from .report import Budget, Report, evaluate_budget, write_report
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
 
@@ -80,16 +83,18 @@ def run_demo(
     new_figure(1, 1)  # before the minutes of training: is matplotlib there?
     model = trained_model(out / "vit.safetensors", recipe, seed, progress)
     val = torch.utils.data.Subset(load_digits("val"), range(recipe.val_images))
-    evaluations, pictures = {}, [_colours(val)]
+    budgets, pictures = {}, [_colours(val)]
     for target in targets:
         attach(model)
         learn_target(model, target, recipe, seed, progress)
         with progress(f"evaluating at {target:g}", len(val)) as advance:
-            evaluations[target] = evaluate(model, make_loader(val, 100), progress=advance)
-        done = evaluations[target]
+            budgets[target] = evaluate_budget(model, make_loader(val, 100), f"target {target:g}", progress=advance)
+        done = budgets[target].evaluation
         save(model, out / f"thresholds-{target:g}.safetensors", target=target, share=done.share, top1=done.top1)
         pictures.append(survivors(model, val))
+    evaluations = {target: budget.evaluation for target, budget in budgets.items()}
     _write_results(out, evaluations)
+    _write_page(out / "report.html", list(budgets.values()), val)
     draw_survivors(pictures, ["image", *(f"share {t:g}" for t in targets)], out / "patches.png")
     return evaluations
 
@@ -211,6 +216,22 @@ def _colours(digits: Any) -> list[Tensor]:
     return list((images * STD + MEAN).clamp(0, 1).expand(-1, 3, -1, -1))
 
 
+def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
+    def picture(index: int) -> Image.Image:
+        return to_pil_image((digits[index][0] * STD + MEAN).clamp(0, 1))
+
+    data = f"{len(digits)} MNIST digits that were neither trained nor learned on"
+    page = Report(
+        "The demo: a small ViT on digits",
+        budgets,
+        classes=CLASSES,
+        picture=picture,
+        image_name="digit {}".format,
+        settings={"data": data, **describe_machine()},
+    )
+    write_report(page, path)
+
+
 def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
     rows: list[report.Row] = []
     for target, evaluation in evaluations.items():
@@ -228,6 +249,7 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
     )
     report.show(rows, "dense against reduced (top-1, top-5, agree in %)")
     for name, what in {
+        "report.html": "all of it on one page",
         "table.md": "this table (and table.json)",
         "accuracy.png": "accuracy against compute",
         "patches.png": "which patches survived",

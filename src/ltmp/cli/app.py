@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..checkpoint import ThresholdFile, read
-from ..evaluate import report
+from ..evaluate import describe_machine, report
 from . import options as o
 from .benching import bench_verb
 from .comparing import compare_verb
@@ -18,6 +18,7 @@ from .exporting import export_verb
 from .learning import learn_verb
 from .predicting import predict_verb
 from .progress import progress_bar
+from .reporting import report_verb
 from .serving import serve_verb
 from .showing import show_verb
 
@@ -40,6 +41,7 @@ app.command("export")(export_verb)
 app.command("serve")(serve_verb)
 app.command("predict")(predict_verb)
 app.command("show")(show_verb)
+app.command("report")(report_verb)
 
 
 @app.callback(invoke_without_command=True)
@@ -68,7 +70,7 @@ def info(
     debug: o.Debug = False,
 ) -> None:
     """Show what a thresholds file holds; without one, the versions and devices here."""
-    values = _describe_file(read(thresholds)) if thresholds else _describe_machine()
+    values = _describe_file(read(thresholds)) if thresholds else describe_machine()
     if json != "-":
         for name, value in values.items():
             typer.echo(f"{name}: {value}")
@@ -83,12 +85,3 @@ def _describe_file(file: ThresholdFile) -> dict[str, Any]:
         "merge": [round(value, 6) for value in file.merge.tolist()],
         "prune": [round(value, 8) for value in file.prune.tolist()],
     }
-
-
-def _describe_machine() -> dict[str, Any]:
-    import timm
-    import torch
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    versions = {"ltmp": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    return {**versions, "threads": torch.get_num_threads(), "devices": ["cpu", *devices]}

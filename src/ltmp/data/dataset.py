@@ -57,13 +57,20 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int] | Broken:
         try:
-            file, label = self.source[index]
-            image = decode(file, self.mode)
+            image, label = self._read(index)
         # Decoders fail in many ways on damaged bytes; each means that this image cannot be read.
         except Exception as error:
             return Broken(self.name(index), reason(error))
         transformed = self.transform(image) if self.transform else image
         return transformed, int(label) if self.labelled else UNLABELLED
+
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
+        file, label = self.source[index]
+        return decode(file, self.mode), label
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index` as it is, before the transform; raises what decoding raises."""
+        return self._read(index)[0]
 
     def name(self, index: int) -> str:
         """Where image `index` comes from, for messages."""

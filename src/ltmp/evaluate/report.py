@@ -102,10 +102,11 @@ def _write(text: str, path: str | Path) -> None:
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns = list(rows[0])
-    return columns, [[_format(row.get(column)) for column in columns] for row in rows]
+    return columns, [[format_value(row.get(column)) for column in columns] for row in rows]
 
 
-def _format(value: object) -> str:
+def format_value(value: object) -> str:
+    """A cell of a table."""
     if value is None:
         return "-"
     if isinstance(value, float):

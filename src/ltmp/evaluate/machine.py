@@ -1,0 +1,25 @@
+"""Where something was measured."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from .._version import __version__
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, threads and devices here."""
+    import timm
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "ltmp": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "devices": ["cpu", *devices],
+    }

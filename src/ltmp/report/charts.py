@@ -1,0 +1,180 @@
+"""The report's charts: SVG to stand inside a page, whose text has the page's font and colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from ..visualize.curves import new_figure
+from .collect import DENSE, Budget, Measured
+
+INK = "#010203"
+"""Stands for the page's own text colour until the SVG is written."""
+
+COLOURS = ("#2f7fd6", "#d9662a", "#2c9464", "#b9509f", "#8069d8", "#9a7b00", "#cf4a4a", "#4b8a94")
+"""Each with a contrast of 3 or more to a white page and to a dark one."""
+
+MARKERS = "osD^vPX*"
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+Draw = Callable[[Any], None]
+"""Draws on the figure's axes, an array [rows]."""
+
+
+def draw_svg(draw: Draw, label: str, *, rows: int = 1, height: float = 2.7) -> str:
+    """A chart as wide as a phone, as an SVG element.
+
+    Args:
+        draw: gets the axes.
+        label: what the chart shows, for those who do not see it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    new_figure(1, 1)  # says what is missing, before rc_context does
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    settings: Any = {**STYLE, "svg.hashsalt": label}
+    with rc_context(settings):
+        figure, axes = new_figure(rows, 1, (4.4, height))
+        draw(axes[:, 0])
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _inline(buffer.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> str:
+    """The bare element: sized and coloured by its page, with no ids but those that it refers to itself."""
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    used = set(re.findall(r"#([\w-]+)[\")]", body))
+    body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", body)
+    body = re.sub(r' (?:width|height|version|xmlns)="[^"]*"', "", body[: body.index(">")]) + body[body.index(">") :]
+    return body.replace("<svg", f'<svg role="img" aria-label={quoteattr(label)}', 1).replace(INK, "currentColor")
+
+
+def tradeoff(rows: Sequence[Measured], key: str, label: str) -> Draw:
+    """Top-1 against one column of the table, a line a series; dense as a dashed level."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for one in rows:
+        x, y = one.row.get(key), one.row.get("top-1")
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+            points.setdefault(one.series, []).append((x, y))
+
+    def draw(axes: Any) -> None:
+        (axis,) = axes
+        for number, (series, dots) in enumerate(points.items()):
+            dots.sort()
+            style = {"color": INK, "linestyle": "none"} if series == DENSE else {"color": _colour(number)}
+            axis.plot(*zip(*dots, strict=True), marker=MARKERS[number % len(MARKERS)], label=series, **style)
+            for x, y in dots:
+                axis.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+        accuracies = [y for dots in points.values() for _, y in dots]
+        axis.set(xlabel=label, ylabel="top-1 accuracy (%)")
+        # at least a point of air: a tenth of a point must not look like a cliff
+        axis.set_ylim(min(accuracies) - 1, max(accuracies) + 1.5)
+        axis.margins(x=0.08)
+        axis.legend(loc="lower right", fontsize=8)
+
+    return draw
+
+
+def tokens(budgets: Sequence[Budget]) -> Draw:
+    """Tokens after each block: the mean, and the band that holds 10 to 90 % of the images."""
+
+    def draw(axes: Any) -> None:
+        (axis,) = axes
+        for number, budget in enumerate(budgets):
+            start = budget.evaluation.tokens
+            blocks = range(len(budget.evaluation.kept) + 1)
+            axis.plot(blocks, [start, *budget.evaluation.kept], color=_colour(number), label=budget.name)
+            if budget.images is not None:
+                low, high = (budget.images.kept.float().quantile(q, 0).tolist() for q in (0.1, 0.9))
+                axis.fill_between(blocks, [start, *low], [start, *high], color=_colour(number), alpha=0.2, linewidth=0)
+        axis.set(xlabel="after block (0: what enters)", ylabel="tokens")
+        axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
+
+    return draw
+
+
+def spread(budgets: Sequence[Budget]) -> Draw:
+    """How many images cost how much."""
+    shares = {budget.name: budget.images.share.tolist() for budget in budgets if budget.images is not None}
+    low = min(min(values) for values in shares.values())
+    high = max(max(values) for values in shares.values())
+
+    def draw(axes: Any) -> None:
+        (axis,) = axes
+        for number, (name, values) in enumerate(shares.items()):
+            style = {"color": _colour(number), "alpha": 0.45, "edgecolor": _colour(number)}
+            axis.hist(values, bins=30, range=(low, max(high, low + 0.01)), histtype="stepfilled", label=name, **style)
+        axis.set(xlabel="share of the dense model's multiply-adds", ylabel="images")
+        axis.legend(fontsize=8)
+
+    return draw
+
+
+def thresholds(budgets: Sequence[Budget]) -> Draw:
+    """Both thresholds of each block; one that selects nothing leaves a gap."""
+
+    def draw(axes: Any) -> None:
+        merge_axis, prune_axis = axes
+        for number, budget in enumerate(budgets):
+            style = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+            merge = [value if value < 1 else float("nan") for value in budget.merge or ()]
+            prune = [value if value > 0 else float("nan") for value in budget.prune or ()]
+            merge_axis.plot(range(1, len(merge) + 1), merge, label=budget.name, **style)
+            prune_axis.plot(range(1, len(prune) + 1), prune, **style)
+        merge_axis.set(ylabel="merge above\n(cosine)")
+        prune_axis.set(ylabel="prune below\n(importance)", xlabel="block")
+        prune_axis.set_yscale("log")
+        prune_axis.yaxis.set_major_formatter("{x:g}")
+        for axis in axes:
+            axis.set_xlim(0.5, max(len(budget.merge or ()) for budget in budgets) + 0.5)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        merge_axis.legend(fontsize=8)
+
+    return draw
+
+
+def learning(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Draw:
+    """Loss and share of each step."""
+
+    def draw(axes: Any) -> None:
+        for axis, what in zip(axes, ("loss", "share"), strict=True):
+            for number, (name, steps) in enumerate(runs.items()):
+                values = [step[what] for step in steps]
+                axis.plot([step["step"] for step in steps], values, color=_colour(number), label=name, linewidth=1)
+            axis.set_ylabel(what)
+        axes[1].set_xlabel("step")
+        axes[0].legend(fontsize=8)
+
+    return draw
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]

@@ -1,0 +1,117 @@
+"""What a report is made of, and the evaluation that fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..evaluate import Evaluation, ImageRows, evaluate, report
+from ..models import thresholds_of
+
+LEARNED = "learned thresholds"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A line of the table and a dot in the charts.
+
+    Attributes:
+        series: the dots of a series are joined by a line.
+        row: as `evaluate.report.comparison` makes them; what was not measured is None or missing.
+    """
+
+    series: str
+    row: report.Row
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One set of thresholds, evaluated.
+
+    Attributes:
+        images: what became of each image, None where only the figures are known.
+        merge, prune: thresholds a block, None where they are not known.
+        about: what the thresholds file says of itself.
+    """
+
+    name: str
+    evaluation: Evaluation
+    images: ImageRows | None = None
+    merge: Sequence[float] | None = None
+    prune: Sequence[float] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def measured(self) -> list[Measured]:
+        """The dense model and this budget."""
+        dense, reduced = report.comparison(self.evaluation, self.name)
+        return [Measured(DENSE, dense), Measured(LEARNED, reduced)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page; whatever is empty leaves its section out.
+
+    Attributes:
+        title: of the page.
+        budgets: thresholds that were evaluated.
+        measured: more lines of the table, from other runs.
+        learning: run name to its steps, mappings with step, loss and share.
+        classes: class names in the order of the model's outputs.
+        picture: index of an evaluated image to the image, for thumbnails.
+        image_name: index of an evaluated image to its file.
+        settings: what was run, on what.
+    """
+
+    title: str
+    budgets: Sequence[Budget] = ()
+    measured: Sequence[Measured] = ()
+    learning: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    picture: Callable[[int], Image.Image] | None = None
+    image_name: Callable[[int], str] = "image {}".format
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self) -> list[Measured]:
+        """Everything that was measured: dense once, then the rest."""
+        found = [one for budget in self.budgets for one in budget.measured()] + list(self.measured)
+        dense = [one for one in found if one.series == DENSE]
+        return dense[:1] + [one for one in found if one.series != DENSE]
+
+
+def evaluate_budget(
+    model: nn.Module, loader: Any, name: str, *, about: Mapping[str, Any] | None = None, **how: Any
+) -> Budget:
+    """Evaluate an attached model and keep what became of each image.
+
+    Args:
+        model, loader: as `evaluate` takes them; the loader must not shuffle, so that images are found again.
+        name: of the budget on the page.
+        how: more arguments of `evaluate`.
+
+    Raises:
+        LTMPError: as `evaluate`.
+    """
+    parts: list[ImageRows] = []
+    evaluation = evaluate(model, loader, on_images=parts.append, **how)
+    rows = ImageRows(
+        *(torch.cat([getattr(part, what) for part in parts]) for what in ("label", "dense", "reduced", "share", "kept"))
+    )
+    thresholds = thresholds_of(model)
+    merge, prune = thresholds.merge.tolist(), thresholds.prune.tolist()
+    return Budget(name, evaluation, rows, merge, prune, about or {})
+
+
+def budget_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each thresholds file: as little of its path as tells it from the others."""
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [name.removesuffix("/thresholds") for name in names]

@@ -1,0 +1,95 @@
+"""Thumbnails of images that say something: the cheapest, the dearest, those whose answer changed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .changes import Changes
+from .collect import Budget, Report
+
+MOST = 12
+"""Thumbnails in a row."""
+
+ALL = 240
+"""Thumbnails on a page: with 8 kB each, at the worst, it stays below 3 MB."""
+
+SIDE = 96
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One thumbnail.
+
+    Attributes:
+        source: a data URI.
+        name: where the image is from.
+        lines: what is written below.
+    """
+
+    source: str
+    name: str
+    lines: Sequence[str]
+
+
+def row_length(budgets: int) -> int:
+    """How many thumbnails a row may have where each of `budgets` budgets has three rows."""
+    return max(1, min(MOST, ALL // (3 * max(1, budgets))))
+
+
+def by_cost(report: Report, budget: Budget, count: int, *, dearest: bool) -> list[Shown]:
+    """The images that cost least, or most."""
+    if budget.images is None:
+        return []
+    order = budget.images.share.argsort(descending=dearest, stable=True)[:count].tolist()
+    lines = {index: [f"share {budget.images.share[index]:.2f}", _label(report, budget, index)] for index in order}
+    return _show(report, lines)
+
+
+def flipped(report: Report, budget: Budget, changes: Changes, count: int) -> list[Shown]:
+    """Images whose answer changed, with both answers."""
+    rows = budget.images
+    if rows is None:
+        return []
+    lines = {
+        index: [
+            f"{class_name(report, int(rows.dense[index]))} → {class_name(report, int(rows.reduced[index]))}",
+            _label(report, budget, index),
+        ]
+        for index in changes.flipped[:count]
+    }
+    return _show(report, lines)
+
+
+def class_name(report: Report, index: int) -> str:
+    """The name of a class, or its number."""
+    if index < 0:
+        return "no label"
+    return report.classes[index] if index < len(report.classes) else f"class {index}"
+
+
+def _label(report: Report, budget: Budget, index: int) -> str:
+    assert budget.images is not None
+    label = int(budget.images.label[index])
+    return f"is {class_name(report, label)}" if label >= 0 else ""
+
+
+def _show(report: Report, lines: dict[int, list[str]]) -> list[Shown]:
+    if report.picture is None:
+        return []
+    return [Shown(thumbnail(report.picture(i)), report.image_name(i), text) for i, text in lines.items()]
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A JPEG of at most 96 pixels a side as a data URI; small images are enlarged, pixel by pixel."""
+    image = image.convert("RGB")
+    scale = max(1, SIDE // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
