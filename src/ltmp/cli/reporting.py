@@ -16,7 +16,7 @@ from ..data import Images, Loader, class_names
 from ..errors import UsageError
 from ..evaluate import describe_machine
 from ..report import Budget, Report, evaluate_budget, read_result, write_report
-from ..report.collect import budget_names
+from ..visualize.showing import budget_names
 from . import options as o
 from .evaluating import ModelName, name_in, report_skipped
 from .progress import progress_bar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ def tradeoff(rows: Sequence[Measured], key: str, label: str) -> Draw:
         for number, (series, dots) in enumerate(points.items()):
             dots.sort()
             style = {"color": INK, "linestyle": "none"} if series == DENSE else {"color": _colour(number)}
-            axis.plot(*zip(*dots, strict=True), marker=MARKERS[number % len(MARKERS)], label=series, **style)
+            axis.plot(*zip(*dots, strict=True), marker=MARKERS[number % len(MARKERS)], label=_short(series), **style)
             for x, y in dots:
                 axis.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
         accuracies = [y for dots in points.values() for _, y in dots]
@@ -109,7 +110,7 @@ def tokens(budgets: Sequence[Budget]) -> Draw:
         for number, budget in enumerate(budgets):
             start = budget.evaluation.tokens
             blocks = range(len(budget.evaluation.kept) + 1)
-            axis.plot(blocks, [start, *budget.evaluation.kept], color=_colour(number), label=budget.name)
+            axis.plot(blocks, [start, *budget.evaluation.kept], color=_colour(number), label=_short(budget.name))
             if budget.images is not None:
                 low, high = (budget.images.kept.float().quantile(q, 0).tolist() for q in (0.1, 0.9))
                 axis.fill_between(blocks, [start, *low], [start, *high], color=_colour(number), alpha=0.2, linewidth=0)
@@ -131,34 +132,48 @@ def spread(budgets: Sequence[Budget]) -> Draw:
         (axis,) = axes
         for number, (name, values) in enumerate(shares.items()):
             style = {"color": _colour(number), "alpha": 0.45, "edgecolor": _colour(number)}
-            axis.hist(values, bins=30, range=(low, max(high, low + 0.01)), histtype="stepfilled", label=name, **style)
+            axis.hist(
+                values, bins=30, range=(low, max(high, low + 0.01)), histtype="stepfilled", label=_short(name), **style
+            )
         axis.set(xlabel="share of the dense model's multiply-adds", ylabel="images")
         axis.legend(fontsize=8)
 
     return draw
 
 
+STEPS = {"merge": "merge above\n(cosine)", "prune": "prune below\n(importance)"}
+
+
+def steps_on(budgets: Sequence[Budget]) -> list[str]:
+    """Which of "merge" and "prune" select something in some block."""
+    return [step for step in STEPS if any(math.isfinite(v) for budget in budgets for v in _values(budget, step))]
+
+
 def thresholds(budgets: Sequence[Budget]) -> Draw:
-    """Both thresholds of each block; one that selects nothing leaves a gap."""
+    """The thresholds of each block, an axis for each of `steps_on`; one that selects nothing leaves a gap."""
 
     def draw(axes: Any) -> None:
-        merge_axis, prune_axis = axes
-        for number, budget in enumerate(budgets):
-            style = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-            merge = [value if value < 1 else float("nan") for value in budget.merge or ()]
-            prune = [value if value > 0 else float("nan") for value in budget.prune or ()]
-            merge_axis.plot(range(1, len(merge) + 1), merge, label=budget.name, **style)
-            prune_axis.plot(range(1, len(prune) + 1), prune, **style)
-        merge_axis.set(ylabel="merge above\n(cosine)")
-        prune_axis.set(ylabel="prune below\n(importance)", xlabel="block")
-        prune_axis.set_yscale("log")
-        prune_axis.yaxis.set_major_formatter("{x:g}")
-        for axis in axes:
-            axis.set_xlim(0.5, max(len(budget.merge or ()) for budget in budgets) + 0.5)
+        for axis, step in zip(axes, steps_on(budgets), strict=True):
+            for number, budget in enumerate(budgets):
+                values = _values(budget, step)
+                style = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+                axis.plot(range(1, len(values) + 1), values, label=_short(budget.name), **style)
+            axis.set(ylabel=STEPS[step], xlim=(0.5, max(len(budget.merge or ()) for budget in budgets) + 0.5))
             axis.xaxis.get_major_locator().set_params(integer=True)
-        merge_axis.legend(fontsize=8)
+            if step == "prune":
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:g}")
+        axes[-1].set_xlabel("block")
+        axes[0].legend(fontsize=8)
 
     return draw
+
+
+def _values(budget: Budget, step: str) -> list[float]:
+    """A step's threshold in each block, NaN where it is off."""
+    if step == "merge":
+        return [value if value < 1 else math.nan for value in budget.merge or ()]
+    return [value if value > 0 else math.nan for value in budget.prune or ()]
 
 
 def learning(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Draw:
@@ -168,12 +183,19 @@ def learning(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Draw:
         for axis, what in zip(axes, ("loss", "share"), strict=True):
             for number, (name, steps) in enumerate(runs.items()):
                 values = [step[what] for step in steps]
-                axis.plot([step["step"] for step in steps], values, color=_colour(number), label=name, linewidth=1)
+                axis.plot(
+                    [step["step"] for step in steps], values, color=_colour(number), label=_short(name), linewidth=1
+                )
             axis.set_ylabel(what)
         axes[1].set_xlabel("step")
         axes[0].legend(fontsize=8)
 
     return draw
+
+
+def _short(name: str, most: int = 28) -> str:
+    """A name that fits into a legend: the end says more than the beginning."""
+    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def _colour(number: int) -> str:

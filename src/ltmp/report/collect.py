@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,12 +105,3 @@ def evaluate_budget(
     thresholds = thresholds_of(model)
     merge, prune = thresholds.merge.tolist(), thresholds.prune.tolist()
     return Budget(name, evaluation, rows, merge, prune, about or {})
-
-
-def budget_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each thresholds file: as little of its path as tells it from the others."""
-    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return [name.removesuffix("/thresholds") for name in names]

@@ -96,6 +96,7 @@ def _charts(report: Report, rows: Sequence[Measured]) -> list[_Chart]:
     """Every chart that there is something for."""
     per_image = [budget for budget in report.budgets if budget.images is not None]
     known = [budget for budget in report.budgets if budget.merge is not None and budget.prune is not None]
+    steps = charts.steps_on(known)
     accuracy = [one for one in rows if one.row.get("top-1") is not None]
     timed = [one for one in accuracy if one.row.get("img/s") is not None]
     wanted: list[tuple[Any, str, str, Callable[[], charts.Draw], dict[str, Any]]] = [
@@ -128,11 +129,11 @@ def _charts(report: Report, rows: Sequence[Measured]) -> list[_Chart]:
             {},
         ),
         (
-            known,
+            steps,
             "Thresholds",
-            "Tokens more alike than the upper merge, less important than the lower go; no dot: the step is off.",
+            "Tokens that are more alike merge, less important ones go; no dot: the step is off in that block.",
             lambda: charts.thresholds(known),
-            {"rows": 2, "height": 3.6},
+            {"rows": len(steps), "height": 1.8 * len(steps)},
         ),
         (
             report.learning,

@@ -99,10 +99,11 @@ def see_budgets(
 
 
 def budget_names(thresholds: Sequence[Path]) -> list[str]:
-    """A short name for each file, none twice: its target, or else its own name, or else its path."""
+    """A short name for each file, none twice: its target, or else its own name, with its folder, or its path."""
     targets = [read(path).metadata.get("target") for path in thresholds]
     by_target = [f"target {target:g}" for target in targets if isinstance(target, int | float)]
-    for names in (by_target, [path.stem for path in thresholds], [str(path) for path in thresholds]):
+    with_folder = [f"{path.parent.name}/{path.stem}" for path in thresholds]
+    for names in (by_target, [path.stem for path in thresholds], with_folder, [str(path) for path in thresholds]):
         if len(set(names)) == len(thresholds):
             return names
     raise UsageError("the same thresholds file was given twice: give each budget once")
