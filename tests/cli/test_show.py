@@ -90,6 +90,16 @@ def test_same_names_do_not_collide(ltmp, budgets, photo, tmp_path):
     }  # fmt: skip
 
 
+def test_folders_are_their_images(ltmp, budgets, photo, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("b.png", "a.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    assert ltmp("show", folder, *options(budgets[:1]), "--width", 64) == 0
+    assert {file.name for file in (tmp_path / "ltmp-show").iterdir()} == {"a-patches.png", "b-patches.png"}
+
+
 def test_what_cannot_be_shown_is_said(ltmp, budgets, photo, tmp_path, capsys):
     text = tmp_path / "text.png"
     text.write_text("not an image")
@@ -103,6 +113,7 @@ def test_what_cannot_be_shown_is_said(ltmp, budgets, photo, tmp_path, capsys):
         (2, "expected numbers from 1 to 3", [photo, *file, "--blocks", "x"]),
         (2, "unknown format 'svg'", [photo, *file, "--format", "svg"]),
         (2, "is one file, but there are 2 images", [photo, photo, *file, "--out", "one.png"]),
+        (2, "holds no images", [budgets[0].parent, *file]),
         (2, "is itself to be shown", [photo, *file, "--out", photo]),
     ):
         assert ltmp("show", *arguments) == code

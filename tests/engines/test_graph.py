@@ -270,6 +270,21 @@ def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
     assert case.recorder.recorded == 0
 
 
+def test_graphs_step_aside_where_patches_are_followed() -> None:
+    case = Case(global_pool="avg")
+    case.check(4)
+    case.check(4)
+    replayed, images = case.recorder.replayed, images_of(4)
+    with ltmp.trace() as calls:
+        case.model(images)
+    assert len(calls.sources) == 1
+    with ltmp.unmerge():
+        assert_close(case.model(images), case.packed(images), 1e-4)
+    assert case.recorder.replayed == replayed
+    case.check(4)
+    assert case.recorder.replayed == replayed + 1
+
+
 def test_copies_and_pickles_start_without_graphs() -> None:
     case = Case()
     case.check(4)

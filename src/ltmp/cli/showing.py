@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint import read
+from ..data.images import is_image_name
 from ..errors import UsageError
 from ..evaluate import report
 from ..visualize.showing import FORMATS, Shown, show_images
@@ -21,7 +22,7 @@ _OUTPUT = "Output"
 
 
 def show_verb(
-    images: Annotated[list[Path], typer.Argument(help="Photographs.", metavar="IMAGE")],
+    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="IMAGE")],
     thresholds: Annotated[
         list[Path], typer.Option(help="A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
     ],
@@ -65,6 +66,7 @@ def show_verb(
     """
     name = model or name_in(thresholds[0])
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
+    images = [file for path in images for file in _files(path)]
     with progress_bar("drawing", len(images)) as advance:
         shown = show_images(
             network,
@@ -88,6 +90,16 @@ def show_verb(
         report.show(_rows(shown), f"{name}: tokens that enter and those that are left")
         for file in (file for one in shown for file in one.files):
             typer.echo(file)
+
+
+def _files(path: Path) -> list[Path]:
+    """The path itself, or the images in a folder."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if is_image_name(file.name))
+    if not files:
+        raise UsageError(f"{path} holds no images: give images, or a folder with some directly in it")
+    return files
 
 
 def parse_blocks(text: str, depth: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import LTMPError
 from ..policy import Policy
 from ..rates import Rates
-from ..sources import tracing
+from ..sources import tracing, unmerging
 from ..thresholds import Thresholds
 from . import packed
 from .request import REQUEST, Active, Run
@@ -76,8 +76,8 @@ def active(thresholds: Policy) -> Active:
 
 
 def on_device(stack: ReducedStack) -> bool:
-    """Whether the decisions need no host and nobody traces them: all that the Triton engines know."""
-    return type(stack.thresholds) in (Thresholds, Rates) and tracing() is None
+    """Whether the decisions need no host and nobody asks where patches went: all that the Triton engines know."""
+    return type(stack.thresholds) in (Thresholds, Rates) and tracing() is None and not unmerging()
 
 
 def _triton(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
