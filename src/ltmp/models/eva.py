@@ -21,7 +21,8 @@ from .timm import find_problems, standard_parts
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attn, x = block.attn, block.norm1(x)
     if attn.qkv is None:
-        q, k, v = (layer(x).unflatten(-1, (-1, attn.head_dim)) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q = attn.q_proj(x).unflatten(-1, (attn.num_heads, -1))
+        k, v = (layer(x).unflatten(-1, (-1, q.shape[-1])) for layer in (attn.k_proj, attn.v_proj))
         groups = q.shape[-2] // k.shape[-2]
         if groups > 1:
             k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def qkv(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def parts(
     block: Any, attn: nn.MultiheadAttention, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear,
-    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    scales: Sequence[Tensor | None] = (None, None),
 ) -> Parts | None:  # fmt: skip
     """The weights of a block with the norms `ln_1` and `ln_2`, or None where they are not plain."""
     name, none = activation_name(act), nn.Identity()

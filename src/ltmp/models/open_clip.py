@@ -11,7 +11,7 @@ from ..stack import sizes_of
 from . import mha
 from .intermediates import Unmerged
 from .pooling import sized_mean, without_prefix
-from .recipe import Parts, Recipe, linear_ratio
+from .recipe import Parts, Recipe, linear_ratio, scales_of
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +27,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _parts(block: Any) -> Parts | None:
-    scale1, scale2 = (ls.gamma if isinstance(ls, LayerScale) else None for ls in (block.ls_1, block.ls_2))
-    return mha.parts(block, block.attn, block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj, (scale1, scale2))
+    scales = scales_of((block.ls_1, block.ls_2), LayerScale)
+    if scales is None:
+        return None
+    return mha.parts(block, block.attn, block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj, scales)
 
 
 def _problems(host: Any) -> list[str]:

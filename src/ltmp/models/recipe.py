@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,13 @@ def linear_ratio(mlp: nn.Module, width: int) -> float:
 
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+
+
+def scales_of(layers: Sequence[Any], layer_scale: type[Any]) -> list[Tensor | None] | None:
+    """The vectors [C] of layers of the class `layer_scale`, None for an Identity; None where one is something else."""
+    if not all(isinstance(layer, layer_scale | nn.Identity) for layer in layers):
+        return None
+    return [layer.gamma if isinstance(layer, layer_scale) else None for layer in layers]
 
 
 def activation_name(act: nn.Module) -> str | None:

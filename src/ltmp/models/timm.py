@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from ..stack import sizes_of
 from .intermediates import Unmerged
 from .pooling import log_size, sized_mean, without_prefix
-from .recipe import Parts, Recipe, activation_name, linear_ratio
+from .recipe import Parts, Recipe, activation_name, linear_ratio, scales_of
 
 # of the ViT's blocks and of the EVA family's, which have fewer
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -38,8 +38,8 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _parts(block: Any) -> Parts | None:
-    scale1, scale2 = (ls.gamma if isinstance(ls, LayerScale) else None for ls in (block.ls1, block.ls2))
-    return standard_parts(block, scale1, scale2, block.attn.qkv)
+    scales = scales_of((block.ls1, block.ls2), LayerScale)
+    return None if scales is None else standard_parts(block, *scales, block.attn.qkv)
 
 
 def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None, qkv: nn.Linear) -> Parts | None:
