@@ -71,7 +71,7 @@ def _parts(block: Any) -> Parts | None:
         return None
     bias = _bias(attn)
     qkv = attn.qkv if bias is None else linear_of(attn.qkv.weight, bias)
-    return standard_parts(block, block.gamma_1, block.gamma_2, qkv)
+    return standard_parts(block, qkv, (block.gamma_1, block.gamma_2))
 
 
 def _problems(host: Any) -> list[str]:

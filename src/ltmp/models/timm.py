@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, SwiGLU
@@ -39,10 +40,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 def _parts(block: Any) -> Parts | None:
     scales = scales_of((block.ls1, block.ls2), LayerScale)
-    return None if scales is None else standard_parts(block, *scales, block.attn.qkv)
+    return None if scales is None else standard_parts(block, block.attn.qkv, scales)
 
 
-def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None, qkv: nn.Linear) -> Parts | None:
+def standard_parts(block: Any, qkv: nn.Linear, scales: Sequence[Tensor | None]) -> Parts | None:
     """The weights of a timm block with these layer scales, or None where it has parts that are not plain."""
     attn, mlp = block.attn, block.mlp
     standard = (
@@ -57,8 +58,8 @@ def standard_parts(block: Any, scale1: Tensor | None, scale2: Tensor | None, qkv
     if act is None:
         return None
     return Parts(
-        block.norm1, (qkv,), attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scale1,
-        block.norm2, mlp.fc1, act, mlp.fc2, scale2,
+        block.norm1, (qkv,), attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scales[0],
+        block.norm2, mlp.fc1, act, mlp.fc2, scales[1],
     )  # fmt: skip
 
 
