@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def jpeg(seed: int, size: tuple[int, int]) -> bytes:
     pixels = np.asarray(coarse).astype(int) + noise.integers(-12, 13, (size[1], size[0], 1))
     file = BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@cache
+def png(body: bytes) -> bytes:
+    """The same image as a small PNG."""
+    file = BytesIO()
+    Image.open(BytesIO(body)).resize((64, 64)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -152,10 +161,11 @@ def directly(model: Any, bodies: list[bytes], args: argparse.Namespace) -> dict[
 
 
 def malformed(seed: int, good: bytes) -> bytes:
-    """One broken request; the same for the same seed."""
+    """One broken request, the same for the same seed; none of them reaches the model."""
     pick = random.Random(seed)
     bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + pick.randbytes(8) + b"\x08\x02\0\0\0" + pick.randbytes(40)
-    flipped = bytearray(good)
+    # a PNG has checksums; of a JPEG many bytes can be other ones
+    flipped = bytearray(png(good))
     for _ in range(pick.randint(1, 200)):
         flipped[pick.randrange(len(flipped))] = pick.randrange(256)
     cut = good[: pick.randrange(len(good))]
@@ -168,11 +178,11 @@ def malformed(seed: int, good: bytes) -> bytes:
         lambda: post(b""),
         lambda: post(pick.randbytes(pick.randint(1, 50_000)), pick.choice(("image/png", "image/webp", "image/gif"))),
         lambda: post(cut),
-        lambda: post(bytes(flipped)),
+        lambda: post(bytes(flipped), "image/png"),
         lambda: post(bomb, "image/png"),
         lambda: post(file.getvalue(), "image/png"),
         lambda: post(good, pick.choice(("text/html", "application/json", "multipart/form-data", "\x7f", "image/tiff"))),
-        lambda: post(good).replace(b"/v1/predict", b"/v1/predict?top_k=" + str(pick.randint(-9, 10**9)).encode()),
+        lambda: post(good).replace(b"/v1/predict", b"/v1/predict?top_k=" + str(pick.choice((-1, 0, 10**9))).encode()),
         lambda: post(good).replace(b"/v1/predict", b"/" + pick.choice((b"../../etc/passwd", b"%00", b"v1/predict/x"))),
         lambda: post(good).replace(b"POST", pick.choice((b"GET", b"PUT", b"BREW", b"TRACE"))),
         lambda: post(good).replace(b"content-length: ", b"content-length: 99"),
