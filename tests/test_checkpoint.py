@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "other-tensors": ("t.safetensors", lambda path, good: save_file({"a": torch.ones(1)}, path), "holds no thresholds"),
     "one-vector": ("t.safetensors", lambda path, good: write_tensors(path, merge=torch.ones(3)), "not a whole"),
     "missing-pth": ("t.pth", lambda path, good: None, "no checkpoint"),
-    "folder": ("t.pth", lambda path, good: path.mkdir(), "truncated or not a checkpoint"),
+    "folder": ("t.pth", lambda path, good: path.mkdir(), "holds no thresholds"),
     "text-pth": ("t.pth", lambda path, good: path.write_text("hello") and None, "not a checkpoint"),
     "empty-pth": ("t.pth", lambda path, good: path.touch(), "not a checkpoint"),
     "pickle": (

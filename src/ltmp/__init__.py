@@ -11,6 +11,8 @@ from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig
 from .errors import LTMPError as LTMPError
+from .hub import from_pretrained as from_pretrained
+from .hub import push_to_hub as push_to_hub
 from .learning import LearnResult as LearnResult
 from .learning import learn as learn
 from .models import attach as attach

@@ -20,6 +20,7 @@ from ._version import __version__
 from .config import LTMPConfig
 from .errors import LTMPError
 from .files import atomic_path
+from .locate import locate
 from .models import attach, is_attached, stack_of, thresholds_of
 
 FORMAT = "ltmp-thresholds"
@@ -66,7 +67,27 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         "config": policy.config.to_dict(),
         "version": __version__,
     }
-    tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
+    _write({name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}, about, path)
+
+
+def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **metadata: Any) -> None:
+    """Copy a thresholds file with more, or newer, metadata.
+
+    Raises:
+        LTMPError: `source` is not a file that `save` wrote.
+    """
+    read(source)
+    if Path(source).suffix != ".safetensors":
+        raise LTMPError(f"{source} is not safetensors: load it and write it with ltmp.save(model, PATH.safetensors)")
+    with safe_open(source, framework="pt") as file:
+        if (file.metadata() or {}).get("format") != FORMAT:
+            raise LTMPError(f"{source} is a whole checkpoint: load it and write its thresholds with ltmp.save")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        about = json.loads(file.metadata()["ltmp"])
+    _write(tensors, {**about, **metadata}, path)
+
+
+def _write(tensors: dict[str, Tensor], about: dict[str, Any], path: str | os.PathLike[str]) -> None:
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": FORMAT, "ltmp": json.dumps(about)})
@@ -77,9 +98,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
 def read(path: str | os.PathLike[str]) -> ThresholdFile:
     """Read a thresholds file, or the thresholds in a checkpoint with the seed's keys.
 
+    Args:
+        path: a file, a folder or the name of a repository; see `locate`.
+
     Raises:
         LTMPError: no such file, truncated, or no thresholds in it.
     """
+    path = locate(path)
     if Path(path).suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -161,6 +186,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None =
 
     Args:
         model: the model that the thresholds were learned for.
+        path: a file, a folder with one, or a repository of the Hugging Face Hub (USER/REPO); see `locate`.
         engine: overrides the file's engine.
 
     Returns:

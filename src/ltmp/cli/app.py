@@ -20,6 +20,7 @@ from .predicting import predict_verb
 from .progress import progress_bar
 from .reporting import report_verb
 from .serving import serve_verb
+from .sharing import push_verb
 from .showing import show_verb
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command("bench")(bench_verb)
 app.command("compare")(compare_verb)
 app.command("export")(export_verb)
 app.command("serve")(serve_verb)
+app.command("push")(push_verb)
 app.command("predict")(predict_verb)
 app.command("show")(show_verb)
 app.command("report")(report_verb)
@@ -65,7 +67,9 @@ def demo(
 
 @app.command()
 def info(
-    thresholds: Annotated[Path | None, typer.Argument(help="A thresholds file.")] = None,
+    thresholds: Annotated[
+        Path | None, typer.Argument(help="A thresholds file, a folder with one, or USER/REPO.")
+    ] = None,
     json: o.Json = None,
     debug: o.Debug = False,
 ) -> None:

@@ -18,7 +18,7 @@ from . import options as o
 from .progress import console, progress_bar
 from .setup import DataOptions, ModelOptions, autocast_type, pick_device
 
-Thresholds = Annotated[Path, typer.Option(help="The file that `ltmp learn` wrote.")]
+Thresholds = Annotated[Path, typer.Option(help="The file that `ltmp learn` wrote, its folder, or USER/REPO.")]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", help="timm model name; default: the one in the thresholds file.", rich_help_panel="Model"),
@@ -100,7 +100,7 @@ def evaluate_verb(
         report.show(rows, f"{name}, {result.images} images (top-1, top-5, agree in %)")
         typer.echo(report.tokens_line(result))
     if json:
-        report.write_json(report.as_json(result, model=name, thresholds=str(thresholds)), json)
+        report.write_json(report.as_json(result, model=name, thresholds=str(thresholds), device=str(place)), json)
     if csv:
         report.write_csv(rows, csv)
 

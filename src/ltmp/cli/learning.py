@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from .. import LearnResult, attach, distributed, save
 from .. import learn as run_learning
@@ -130,7 +131,7 @@ def learn_verb(
         if distributed.rank() > 0:
             return
     path = folder / "thresholds.safetensors"
-    about = _about(model, result, evaluation)
+    about = {**_about(model, result, evaluation), **_base_model(network, pretrained and not weights)}
     save(network, path, **about)
     run_file.unlink(missing_ok=True)
     report_skipped(loader.skipped)
@@ -193,3 +194,9 @@ def _about(model: str, result: LearnResult, evaluation: Evaluation | None) -> di
     measured = {} if evaluation is None else {"top1_dense": evaluation.dense_top1, "top1": evaluation.top1}
     share = result.share if evaluation is None else evaluation.share
     return {"model_name": model, "target": result.target, "share": share, **measured, "views": result.views}
+
+
+def _base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:
+    """Whose weights these are, where that is known, so that others find them by the thresholds."""
+    repository = (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")
+    return {"base_model": repository} if pretrained and repository else {}

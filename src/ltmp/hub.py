@@ -1,0 +1,217 @@
+"""Thresholds on the Hugging Face Hub: a few hundred bytes a budget, and a card that says what was measured."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import annotate, load, read, save
+from .errors import LTMPError
+from .evaluate import Evaluation, report
+from .locate import FILES, PREFIX, download, file_name, locate, told
+from .models.build import build_model
+
+PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
+START, END = "<!-- ltmp: this part is written anew by each push -->", "<!-- /ltmp -->"
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    budget: float | None = None,
+    engine: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    **hub: Any,
+) -> nn.Module:
+    """A model that runs reduced, by thresholds from the Hugging Face Hub, a folder or a file.
+
+    >>> model = ltmp.from_pretrained("user/deit-small-ltmp", budget=0.6)
+
+    Args:
+        source: USER/REPO, a folder or a file; see `locate`.
+        model: the model they were learned on; None builds the base model that the file states, with its weights.
+        budget: which, where there are several.
+        engine: overrides the file's engine.
+        weights: a checkpoint for the model that is built, instead of the base model's own.
+        hub: more for the download: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        `model`, or the model built, in evaluation mode.
+
+    Raises:
+        LTMPError: nothing there by that name, not for this model, or no base model is stated and none given.
+    """
+    path = locate(source, budget=budget, **hub)
+    if model is None:
+        model = _build(read(path).metadata, weights, source=os.fspath(source))
+    load(model, path, engine=engine)
+    return model
+
+
+def _build(about: Mapping[str, Any], weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
+    """The model that thresholds with this metadata were learned on, at the image size they were learned at."""
+    # timm knows its own repositories by their models' names
+    base = str(about.get("base_model") or "")
+    base = base.removeprefix("timm/") if base.startswith("timm/") else base and f"{PREFIX}{base}"
+    name = base if weights is None else str(about.get("model_name") or base)
+    if not name:
+        raise LTMPError(
+            f"{source} does not say whose weights its thresholds were learned on: give the model, "
+            "ltmp.from_pretrained(source, model)"
+        )
+    size = about.get("input_size") or (None,)
+    return build_model(
+        name,
+        weights=None if weights is None else Path(weights),
+        pretrained=weights is None,
+        image_size=size[0] if len(set(size)) == 1 else None,
+    )
+
+
+def push_to_hub(
+    source: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    evaluation: Evaluation | Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+    **metadata: Any,
+) -> str:
+    """Put thresholds into a repository of the Hugging Face Hub, with a card of all the thresholds there.
+
+    The file is called thresholds-BUDGET.safetensors after the target it was learned for, so that one repository holds
+    several; a repository that does not exist is made.
+
+    Args:
+        source: an attached model, or a file that `save` wrote.
+        repo_id: USER/REPO.
+        base_model: the repository of the model's own weights, e.g. timm/deit_small_patch16_224.fb_in1k.
+        evaluation: what `evaluate` or `ltmp eval --json` measured, for the card and for the file.
+        private: make the repository private, where it is made.
+        revision: the branch to push to.
+        token: instead of the one of `hf auth login`.
+        message: of the commit.
+        metadata: more to keep in the file: `target`, `model_name`, `dataset`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        LTMPError: not thresholds, no permission, or no network.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    known = {**metadata, **measured(evaluation), **({"base_model": base_model} if base_model else {})}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "new.safetensors"
+        if isinstance(source, nn.Module):
+            save(source, path, **known)
+        else:
+            annotate(locate(source), path, **known)
+        file = file_name(read(path).metadata.get("target"))
+        api = HfApi(token=token)
+        with told(repo_id):
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            before = download(url.repo_id, [FILES, "README.md"], revision=revision, token=token)
+            files = {**{p.name: read(p).metadata for p in before.glob(FILES)}, file: read(path).metadata}
+            old = before / "README.md"
+            text = card(url.repo_id, files, old.read_text(encoding="utf-8") if old.exists() else None)
+            operations = [CommitOperationAdd(file, path), CommitOperationAdd("README.md", text.encode())]
+            api.create_commit(url.repo_id, operations, commit_message=message or f"Add {file}", revision=revision)
+    return str(url)
+
+
+def measured(evaluation: Evaluation | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a thresholds file keeps of an evaluation; accuracies in percent."""
+    if evaluation is None:
+        return {}
+    found: Mapping[str, Any] = asdict(evaluation) if is_dataclass(evaluation) else evaluation
+    if not {"share", "images"} <= found.keys():
+        raise LTMPError("this is no evaluation: expected what `ltmp eval --json FILE` writes")
+    kept = {name: found.get(name) for name in ("images", "top1", "agreement", "share", "device")}
+    kept |= {"top1_dense": found.get("dense_top1"), "speed": found.get("throughput")}
+    return {name: value for name, value in kept.items() if value is not None}
+
+
+def card(repo_id: str, files: Mapping[str, Mapping[str, Any]], before: str | None = None) -> str:
+    """The model card of a repository: what its files say of themselves, and nothing else.
+
+    Args:
+        files: their metadata, by name.
+        before: the card that is there; what people wrote into it stays.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    part = f"{START}\n\n{_body(repo_id, files)}\n{END}"
+    old = ModelCard(before, ignore_metadata_errors=True) if before else None
+    data: Any = old.data if old else ModelCardData()
+    text = old.text if old else f"\n# {repo_id.partition('/')[2]}\n\n{START}{END}\n"
+    if START not in text or END not in text:
+        text = f"{text.rstrip()}\n\n{START}{END}\n"
+    head, tail = text[: text.index(START)], text[text.index(END) + len(END) :]
+    data.library_name = "ltmp"
+    data.tags = sorted({*(data.tags or ()), "ltmp", "token-merging", "token-pruning", "vision-transformer"})
+    data.pipeline_tag = data.pipeline_tag or "image-classification"
+    bases = sorted({about["base_model"] for about in files.values() if about.get("base_model")})
+    if bases:
+        data.base_model = bases[0] if len(bases) == 1 else bases
+    if any(about.get("top1") is not None for about in files.values()):
+        data.metrics = ["accuracy"]
+    return f"---\n{data.to_yaml()}\n---\n{head}{part}{tail}"
+
+
+def _body(repo_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
+    some = next(iter(files))
+    budgets = [about["target"] for about in files.values() if about.get("target") is not None]
+    chosen = f", budget={budgets[0]:g}" if len(files) > 1 and budgets else ""
+    rows = [_row(name, about) for name, about in sorted(files.items())]
+    # a column that nobody filled says nothing
+    filled = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return f"""Learned thresholds of token merging and pruning ([LTMP]({PAPER})):
+two numbers a block with which a frozen vision transformer drops and merges tokens image by image. The model's own
+weights are not in here and do not change.
+
+{report.markdown([{name: row[name] for name in filled} for row in rows])}
+Budget and share are parts of the dense model's FLOPs: the one aimed at, and the one measured, as a mean over images.
+Accuracies are in percent. Where a field is empty nothing was measured.
+
+```python
+import ltmp
+
+model = ltmp.from_pretrained("{repo_id}"{chosen})
+```
+
+or `ltmp eval --data imagenet/ --pretrained --thresholds {PREFIX}{repo_id}/{some}`.
+"""
+
+
+def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:
+    """What one file says of itself."""
+    speed = about.get("speed") or {}
+    where = about.get("device")
+    return {
+        "file": name,
+        "model": about.get("model_name") or about.get("architecture"),
+        "input": "x".join(map(str, about.get("input_size") or ())) or None,
+        "budget": about.get("target"),
+        "share": about.get("share"),
+        "top-1": about.get("top1"),
+        "dense top-1": about.get("top1_dense"),
+        "agree": about.get("agreement"),
+        "images": about.get("images"),
+        "speed-up": speed.get("speedup"),
+        "img/s": speed.get("reduced"),
+        "dense img/s": speed.get("dense"),
+        "timed": f"batch {speed['batch_size']}{f', {where}' if where else ''}" if speed else None,
+    }
