@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 import ltmp
 from helpers import random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
-from ltmp.checkpoint import FORMAT, apply, read, read_state_dict, split_seed_state
+from ltmp.checkpoint import FORMAT, apply, read, read_state_dict, split_seed_state, split_thresholds
 from ltmp.models import is_attached
+from ltmp.models.build import load_weights
 
 MERGE, PRUNE = [0.5, 0.6, 0.7], [0.01, 0.02, 0.03]
 
@@ -243,3 +244,56 @@ def test_a_part_of_the_steps_fits_the_whole_variant(tmp_path: Path) -> None:
     apply(model, read(path))
     assert model.ltmp.config.variant == "ltmp"
     assert model.ltmp.prune.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors", "wrapped.pth.tar"])
+def test_whole_state_dict_of_an_attached_model(form: str, tmp_path: Path) -> None:
+    path = tmp_path / f"whole.{form}"
+    state = attached().state_dict()
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        wrapped = {"state_dict": {f"module.{key}": value for key, value in state.items()}}
+        torch.save(wrapped if "wrapped" in form else state, path)
+    model = tiny_vit()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    file = ltmp.load(model, path)
+    assert file.config.variant == "ltmp"
+    assert torch.equal(model.ltmp.merge, torch.tensor(MERGE))
+    assert torch.equal(model.ltmp.prune, torch.tensor(PRUNE))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("merge", "prune", "variant"),
+    [(MERGE, [0.0] * 3, "ltm"), ([1.0] * 3, PRUNE, "ltp"), ([1.0] * 3, [0.0] * 3, "ltmp")],
+    ids=["merging", "pruning", "nothing"],
+)
+def test_a_state_dict_has_the_steps_that_select_something(
+    merge: list[float], prune: list[float], variant: str, tmp_path: Path
+) -> None:
+    model = attached()
+    model.ltmp.set(merge, prune)
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    assert read(tmp_path / "whole.pt").config.variant == variant
+    # a model that is attached already says its variant itself
+    other = ltmp.attach(tiny_vit(), LTMPConfig(variant="ltpm"))
+    ltmp.load(other, tmp_path / "whole.pt")
+    assert other.ltmp.config.variant == "ltpm"
+    assert other.ltmp.merge.tolist() == pytest.approx(merge)
+
+
+def test_weights_of_a_whole_state_dict_are_the_hosts(tmp_path: Path) -> None:
+    host = tiny_vit()
+    found, weights = split_thresholds(ltmp.attach(tiny_vit()).state_dict())
+    assert found is not None
+    assert weights.keys() == host.state_dict().keys()
+    torch.save(ltmp.attach(tiny_vit(seed=1)).state_dict(), tmp_path / "whole.pt")
+    load_weights(host, tmp_path / "whole.pt")
+    assert torch.equal(host.head.weight, tiny_vit(seed=1).head.weight)
+
+
+def test_nan_in_a_state_dict_is_said(tmp_path: Path) -> None:
+    torch.save({"ltmp.merge": torch.tensor([float("nan")] * 3), "ltmp.prune": torch.zeros(3)}, tmp_path / "nan.pt")
+    with pytest.raises(LTMPError, match="NaN"):
+        ltmp.load(tiny_vit(), tmp_path / "nan.pt")

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import add_options, build, open_images, run, variant
 
 import ltmp
-from ltmp.checkpoint import apply, read, read_state_dict, split_seed_state
+from ltmp.checkpoint import apply, read, read_state_dict, split_thresholds
 from ltmp.cli.setup import autocast_type, pick_device
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate, report
@@ -49,7 +49,7 @@ def validate(args: argparse.Namespace) -> None:
 
 def holds_weights(path: Path) -> bool:
     """Whether a file with thresholds is a whole checkpoint; a thresholds file of ours says what it was made for."""
-    return not read(path).metadata and bool(split_seed_state(read_state_dict(path))[1])
+    return not read(path).metadata and bool(split_thresholds(read_state_dict(path))[1])
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _write(tensors: dict[str, Tensor], about: dict[str, Any], path: str | os.Pat
 
 
 def read(path: str | os.PathLike[str]) -> ThresholdFile:
-    """Read a thresholds file, or the thresholds in a checkpoint with the seed's keys.
+    """Read a thresholds file, or the thresholds in a whole checkpoint of an attached model or of the seed's training.
 
     Args:
         path: a file, a folder or the name of a repository; see `locate`.
@@ -120,9 +120,12 @@ def read(path: str | os.PathLike[str]) -> ThresholdFile:
             raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise LTMPError(f"{path} is not a whole thresholds file ({error}): copy or learn it again") from error
-    found = split_seed_state(read_state_dict(path))[0]
+    found = split_thresholds(read_state_dict(path))[0]
     if found is None:
-        raise LTMPError(f"{path} holds no thresholds: expected a file that `ltmp learn` or the seed's training wrote")
+        raise LTMPError(
+            f"{path} holds no thresholds: expected a file that `ltmp learn` or the seed's training wrote, or the "
+            "state dict of an attached model"
+        )
     return found
 
 
@@ -181,8 +184,25 @@ def split_seed_state(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
     return ThresholdFile(merge, prune, LTMPConfig(variant=variant)), weights
 
 
+def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
+    """Part a whole checkpoint into thresholds, `ltmp.merge` and `ltmp.prune` or the seed's, and the host's own weights.
+
+    A state dict does not say its variant: it is taken to have the steps that its thresholds select something for.
+
+    Returns:
+        The thresholds, or None where there are none, and everything else.
+    """
+    found, weights = split_seed_state(state)
+    merge, prune = weights.pop("ltmp.merge", None), weights.pop("ltmp.prune", None)
+    if merge is None or prune is None:
+        return found, weights
+    merges, prunes = bool((merge < 1).any()), bool((prune > 0).any())
+    variant = "ltmp" if merges == prunes else "ltm" if merges else "ltp"
+    return ThresholdFile(merge.float(), prune.float(), LTMPConfig(variant=variant)), weights
+
+
 def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None = None) -> ThresholdFile:
-    """Attach (unless it is) and set the thresholds of `path`.
+    """Attach (unless it is) and set the thresholds of `path`; of a whole checkpoint nothing else is taken.
 
     Args:
         model: the model that the thresholds were learned for.
@@ -212,7 +232,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None =
 
 
 def _fits(file: ThresholdFile, config: LTMPConfig) -> bool:
-    """Whether the file's steps are those of `config` or some of them. A seed checkpoint does not say their order."""
+    """Whether the file's steps are those of `config` or some of them. A whole checkpoint does not say their order."""
     if file.config.method == config.method:
         return True
     if file.config.method.fixed or config.method.fixed:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import read_state_dict, split_seed_state
+from ..checkpoint import read_state_dict, split_thresholds
 from ..errors import LTMPError, UsageError, first_line
 from .hugging_face import PREFIX, build_classifier
 from .registry import no_weights, parse_name
@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         LTMPError: unreadable, not finite, or made for another shape; the message names the first parameter at fault.
     """
-    state = split_seed_state(read_state_dict(path))[1]
+    state = split_thresholds(read_state_dict(path))[1]
     _check_finite(state, path)
     _check_fit(model, state, path)
     model.load_state_dict(state)
