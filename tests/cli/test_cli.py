@@ -203,7 +203,7 @@ def test_missing_typer_names_the_extra(monkeypatch, capsys):
     assert "pip install 'ltmp[cli]'" in error(capsys)
 
 
-@pytest.mark.parametrize("verb", ["learn", "eval", "bench", "demo", "info"])
+@pytest.mark.parametrize("verb", ["learn", "eval", "bench", "export", "demo", "info"])
 def test_help_teaches(verb, capsys):
     assert main([verb, "--help"]) == 0
     assert "Usage: ltmp" in capsys.readouterr().out

@@ -63,14 +63,18 @@ def single(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
     return source, Layout(1, source.shape[0])
 
 
+_PLACES = 3
+"""The fewest that the batch form pads an image to: a product of one place, or of half of two, is one of vectors."""
+
+
 def batch(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
     """Any number of images: linear layers over the rows that are left, attention padded to the longest image."""
     images, places = keep.shape
     source = keep.flatten().nonzero().flatten()
     counts = keep.sum(1)
-    longest: Any = counts.max().item()
-    torch._check(longest >= 1)
-    torch._check(longest <= places)
+    # AOTInductor has to know which products are of vectors
+    longest: Any = counts.max().clamp(min=_PLACES).item()
+    torch._check(longest >= _PLACES)
     first = counts.cumsum(0) - counts
     place = torch.arange(longest, device=keep.device)
     fill = (first[:, None] + place).clamp(max=source.shape[0] - 1).flatten()

@@ -99,7 +99,8 @@ def export(
     text = {f"ltmp.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     with staged(path) as temporary:
         progress("tracing")
-        program = trace(model, plan.form, dense=plan.dense, batch_size=plan.batch_size)
+        compiled = plan.format == "aoti"
+        program = trace(model, plan.form, dense=plan.dense, batch_size=plan.batch_size, compiled=compiled)
         progress("writing")
         if plan.format == "onnx":
             write_onnx(program, temporary, text, opset=plan.opset)

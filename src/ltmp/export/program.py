@@ -48,7 +48,9 @@ class Exportable(nn.Module):
         return logits, torch.cat(calls.kept).long()
 
 
-def trace(model: nn.Module, form: str = "batch", *, dense: bool = False, batch_size: int = 1) -> ExportedProgram:
+def trace(
+    model: nn.Module, form: str = "batch", *, dense: bool = False, batch_size: int = 1, compiled: bool = False
+) -> ExportedProgram:
     """The program of an attached model in one form.
 
     Args:
@@ -56,6 +58,7 @@ def trace(model: nn.Module, form: str = "batch", *, dense: bool = False, batch_s
         form: `single` (one image, tokens data-dependent), `batch` (any number of images, tokens data-dependent) or
             `static` (`batch_size` images, nothing data-dependent).
         dense: the model as if nothing were attached.
+        compiled: for AOTInductor, which takes one image only as a batch of one.
 
     Raises:
         UsageError: no such form.
@@ -65,9 +68,10 @@ def trace(model: nn.Module, form: str = "batch", *, dense: bool = False, batch_s
     check(model)
     images = example(model, batch_size if form == "static" else 1 if form == "single" else 2)
     shapes = {INPUT: {0: Dim("batch", min=1, max=1 << 16)}} if form == "batch" else None
+    layout = "batch" if compiled and form == "single" else form
     with evaluating(model), torch.no_grad():
         try:
-            return torch.export.export(Exportable(model, form, dense), (images,), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(Exportable(model, layout, dense), (images,), dynamic_shapes=shapes, strict=False)
         # whatever a host does that the tracer does not follow
         except Exception as error:
             raise LTMPError(f"torch.export cannot trace this {type(model).__name__}: {first_line(error)}") from error
