@@ -4,8 +4,8 @@
     python benchmarks/export.py --threads 2 --model vit_small_patch14_dinov2 --img-size 224 --num-classes 200 \
         --weights vit.safetensors --learn learn.tar --val val.tar --cache /tmp/exports
 
-A row is printed only after the export gave the tokens and the logits of the model on 16 images. Without data, weights are
-random, and thresholds are calibrated on smooth random images. With --cache, exports are kept for another run.
+A row is printed only after the export gave the tokens and the logits of the model on 16 images. Without data, weights
+are random, and thresholds are calibrated on smooth random images. With --cache, exports are kept for another run.
 """
 
 from __future__ import annotations
