@@ -99,8 +99,14 @@ def export(
     text = {f"ltmp.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     with staged(path) as temporary:
         progress("tracing")
-        compiled = plan.format == "aoti"
-        program = trace(model, plan.form, dense=plan.dense, batch_size=plan.batch_size, compiled=compiled)
+        program = trace(
+            model,
+            plan.form,
+            shape=tuple(images.shape[1:]),
+            dense=plan.dense,
+            batch_size=plan.batch_size,
+            compiled=plan.format == "aoti",
+        )
         progress("writing")
         if plan.format == "onnx":
             write_onnx(program, temporary, text, opset=plan.opset)
@@ -117,16 +123,16 @@ def export(
 
 def describe_export(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """What a file says of itself."""
-    about = describe(model)
-    return {
+    about = {
         "version": __version__,
-        "model": about.get("architecture", type(model).__name__),
+        "model": describe(model).get("architecture", type(model).__name__),
         "form": plan.form,
         "batch_size": plan.batch_size,
         "precision": "int8" if plan.int8 else "float32",
         "reduced": not plan.dense,
-        "preprocessing": eval_settings(model),
     }
+    # other libraries keep it beside the model
+    return {**about, "preprocessing": eval_settings(model)} if hasattr(model, "pretrained_cfg") else about
 
 
 def _open(path: Path, plan: Plan, images: Tensor) -> Session:

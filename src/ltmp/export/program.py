@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..data import input_channels
 from ..engines.request import Request, requested
 from ..errors import LTMPError, UsageError
 from ..models import is_attached, stack_of
@@ -49,7 +48,13 @@ class Exportable(nn.Module):
 
 
 def trace(
-    model: nn.Module, form: str = "batch", *, dense: bool = False, batch_size: int = 1, compiled: bool = False
+    model: nn.Module,
+    form: str = "batch",
+    *,
+    shape: tuple[int, ...] | None = None,
+    dense: bool = False,
+    batch_size: int = 1,
+    compiled: bool = False,
 ) -> ExportedProgram:
     """The program of an attached model in one form.
 
@@ -57,6 +62,7 @@ def trace(
         model: attached, float32, on the CPU; left as it is.
         form: `single` (one image, tokens data-dependent), `batch` (any number of images, tokens data-dependent) or
             `static` (`batch_size` images, nothing data-dependent).
+        shape: [C, H, W] of an image; None is what the model was built for.
         dense: the model as if nothing were attached.
         compiled: for AOTInductor, which takes one image only as a batch of one.
 
@@ -66,7 +72,7 @@ def trace(
     """
     check_form(form, batch_size)
     check(model)
-    images = example(model, batch_size if form == "static" else 1 if form == "single" else 2)
+    images = torch.zeros({"static": batch_size, "single": 1}.get(form, 2), *(shape or image_shape(model)))
     shapes = {INPUT: {0: Dim("batch", min=1, max=1 << 16)}} if form == "batch" else None
     layout = "batch" if compiled and form == "single" else form
     with evaluating(model), torch.no_grad():
@@ -123,17 +129,17 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
         LTMPError: the host does not say.
     """
     host: Any = stack_of(model).host
-    size = getattr(getattr(host, "patch_embed", None), "img_size", None) or getattr(host, "image_size", None)
+    places = (
+        (getattr(host, "patch_embed", None), "img_size"),
+        (host, "image_size"),
+        (host.__dict__.get("config"), "image_size"),
+    )
+    size = next((found for holder, name in places if (found := getattr(holder, name, None))), None)
     if size is None:
-        raise LTMPError(
-            f"this {type(host).__name__} does not say what images it takes: export it with fixed-size patches"
-        )
+        raise LTMPError(f"this {type(host).__name__} does not say what images it takes: give images to verify it on")
     height, width = (size, size) if isinstance(size, int) else size
-    return input_channels(model), height, width
-
-
-def example(model: nn.Module, images: int) -> Tensor:
-    return torch.zeros(images, *image_shape(model))
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    return channels, height, width
 
 
 @contextmanager
