@@ -129,6 +129,10 @@ def rows(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Itera
             }
 
 
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224")
@@ -153,7 +157,7 @@ def main() -> None:
         for row in rows(model, images, options):
             table.append(row)
             if not options.json:
-                report.show([row])
+                print("  ".join(f"{name} {_short(value)}" for name, value in row.items()), flush=True)
     if options.json:
         print(json.dumps(table, indent=2))
     else:

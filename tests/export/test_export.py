@@ -27,6 +27,7 @@ pytest.importorskip("onnx", reason="needs the extra 'export'")
 pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
 
 IMAGES = random_images(6, seed=3)
+ABOUT = {"model": "tiny", "preprocessing": {"interpolation": "bicubic"}}
 
 
 def reduced_model(**kwargs: Any) -> Any:
@@ -43,7 +44,7 @@ def files(model, tmp_path_factory) -> dict[str, Path]:
     """An ONNX file of each form."""
     folder = tmp_path_factory.mktemp("onnx")
     for form in FORMS:
-        found = export(model, folder / f"{form}.onnx", Plan(form=form), images=IMAGES, metadata={"model": "tiny"})
+        found = export(model, folder / f"{form}.onnx", Plan(form=form), images=IMAGES, metadata=ABOUT)
         assert (found.images, found.undecided) == (6, 0)
         assert found.counts > 2
     return {form: folder / f"{form}.onnx" for form in FORMS}
