@@ -11,6 +11,7 @@ from .. import __version__
 from ..checkpoint import ThresholdFile, read
 from ..evaluate import describe_machine, report
 from . import options as o
+from .app_verb import app_verb
 from .benching import bench_verb
 from .comparing import compare_verb
 from .evaluating import evaluate_verb
@@ -44,6 +45,7 @@ app.command("push")(push_verb)
 app.command("predict")(predict_verb)
 app.command("show")(show_verb)
 app.command("report")(report_verb)
+app.command("app")(app_verb)
 
 
 @app.callback(invoke_without_command=True)

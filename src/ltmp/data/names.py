@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UsageError
+from .dataset import read_names
 
 _WORDNET = re.compile(r"n\d{8}")
 
@@ -25,10 +25,7 @@ def class_names(model: nn.Module, dataset: Any = None, file: str | Path | None =
         UsageError: the file cannot be read.
     """
     if file is not None:
-        try:
-            return [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"class names {file}: {error}; expected a text file with one name a line") from error
+        return read_names(file)
     return _folders(dataset) or _own(model)
 
 

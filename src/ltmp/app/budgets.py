@@ -1,0 +1,120 @@
+"""Thresholds for every budget of a slider: learned ones where there are files, mixtures between them, or calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load, read
+from ..errors import LTMPError
+from ..learning.calibrate import calibrate
+from ..models import attach, is_attached, thresholds_of
+from ..stack import record
+
+LOWEST = 0.4
+"""The smallest share that thresholds are calibrated for."""
+
+Pair = tuple[Tensor, Tensor]
+"""Merge and prune thresholds, [L] both."""
+
+
+class Budgets:
+    """Sets an attached model's thresholds for a FLOPs share.
+
+    Args:
+        model: attached, in evaluation mode.
+        learned: share to thresholds.
+        samples: [B, C, H, W] images, as the model takes them. They place mixtures between learned budgets, and without
+            learned ones thresholds are calibrated on them; images that people upload change nothing.
+
+    Raises:
+        LTMPError: neither thresholds nor samples.
+    """
+
+    def __init__(self, model: nn.Module, learned: dict[float, Pair], samples: Tensor | None = None) -> None:
+        if not learned and samples is None:
+            raise LTMPError("which thresholds? give files that `ltmp learn` wrote, or images to calibrate on")
+        self.model, self.samples = model, samples
+        depth = thresholds_of(model).depth
+        off = (torch.ones(depth), torch.zeros(depth))
+        self.learned = dict(sorted(learned.items(), reverse=True))
+        self._known: dict[float, Pair] = {1.0: off, **self.learned}
+
+    @classmethod
+    def from_files(cls, model: nn.Module, files: Sequence[str | Path], samples: Tensor | None = None) -> Budgets:
+        """Attach, and take the budgets from files that `ltmp learn` wrote, all of one variant.
+
+        Raises:
+            LTMPError: a file is not for this model, or does not say its share.
+        """
+        learned = {}
+        for path in files:
+            about = read(path).metadata
+            share = about.get("share") or about.get("target")
+            if share is None:
+                raise LTMPError(f"{path} does not say which share it was learned for: learn it again with `ltmp learn`")
+            load(model, path)
+            own = thresholds_of(model)
+            learned[round(float(share), 3)] = (own.merge.detach().cpu().clone(), own.prune.detach().cpu().clone())
+        if not is_attached(model):
+            attach(model)
+        return cls(model, learned, samples)
+
+    @property
+    def lowest(self) -> float:
+        """The smallest share that can be asked for."""
+        return min(self.learned) if self.learned else LOWEST
+
+    @property
+    def start(self) -> float:
+        """A share to begin with: a learned one in the middle, or 0.6."""
+        return list(self.learned)[len(self.learned) // 2] if self.learned else 0.6
+
+    def set(self, share: float) -> None:
+        """Set the model's thresholds for `share`, which is clamped to what can be asked for."""
+        share = round(min(1.0, max(self.lowest, share)), 3)
+        if share not in self._known:
+            self._known[share] = self._mixed(share) if self.learned else self._calibrated(share)
+        thresholds_of(self.model).set(*self._known[share])
+
+    def explain(self) -> str:
+        """What the slider does, in a sentence or two."""
+        if not self.learned:
+            return "Thresholds are calibrated on the sample pictures for the share that you ask for; none were learned."
+        shares = ", ".join(f"{share:.2f}" for share in self.learned)
+        between = "in proportion" if self.samples is None else "so that the sample pictures cost the share on average"
+        return f"Thresholds were learned at {shares}; between these and 1 (all off) they are mixed, {between}."
+
+    def _calibrated(self, share: float) -> Pair:
+        assert self.samples is not None
+        calibrate(self.model, self.samples, share)
+        own = thresholds_of(self.model)
+        return own.merge.detach().cpu().clone(), own.prune.detach().cpu().clone()
+
+    def _mixed(self, share: float) -> Pair:
+        """Between the two budgets around `share`, at the place where the samples cost it."""
+        budgets = [1.0, *self.learned]
+        above, below = min(s for s in budgets if s > share), max(s for s in budgets if s < share)
+        first, second = self._known[above], self._known[below]
+        part = (above - share) / (above - below)
+        low, high = 0.0, 1.0
+        for _ in range(6 if self.samples is not None else 0):
+            too_dear = self._cost(_mix(first, second, part)) > share
+            low, high = (part, high) if too_dear else (low, part)
+            part = (low + high) / 2
+        return _mix(first, second, part)
+
+    @torch.inference_mode()
+    def _cost(self, pair: Pair) -> float:
+        """Mean share of the samples."""
+        thresholds_of(self.model).set(*pair)
+        with record() as calls:
+            self.model(self.samples)
+        return calls.share().mean().item()
+
+
+def _mix(first: Pair, second: Pair, part: float) -> Pair:
+    return torch.lerp(first[0], second[0], part), torch.lerp(first[1], second[1], part)

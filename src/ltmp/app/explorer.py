@@ -1,0 +1,160 @@
+"""One image through both models: what is left of it after each block, and what each would answer there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from threading import Lock
+from time import perf_counter
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data import eval_transform, input_channels, read_image, sharp_view
+from ..models import stack_of
+from ..models.outputs import logits_of
+from ..stack import ReducedStack, dense
+from ..visualize import Seen, panel, see, strip
+from .budgets import Budgets
+
+WIDTH = 448
+ROUNDS = 5
+
+Top = list[tuple[str, float]]
+"""Class names with their probability, the likeliest first."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model says.
+
+    Attributes:
+        blocks: after each block the five likeliest classes, as the model's own norm and head read them there.
+        seconds: of one call with this image alone, median of a few.
+    """
+
+    blocks: list[Top]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image, ready to be looked at at any budget.
+
+    Attributes:
+        view: [3, H, W] in [0, 1], what the model sees, for people.
+        pixels: [1, C, h, w], what the model sees.
+    """
+
+    view: Tensor
+    pixels: Tensor
+    dense: Answers
+
+
+@dataclass(frozen=True)
+class Look:
+    """An image at one budget."""
+
+    opened: Opened
+    seen: Seen
+    reduced: Answers
+
+    @property
+    def depth(self) -> int:
+        return len(self.seen.kept)
+
+    def picture(self, block: int, width: int = WIDTH) -> Image.Image:
+        """What is left after `block`, from 1; 0 is the image."""
+        return panel(self.opened.view, self.seen, block - 1 if block else None, width)
+
+    def strip(self) -> Image.Image:
+        """A few blocks side by side."""
+        return strip(self.opened.view, {"this budget": self.seen}, width=WIDTH // 2)
+
+
+class Explorer:
+    """Looks at images with one model; calls from several threads wait for each other.
+
+    Args:
+        model: attached, in evaluation mode.
+        budgets: how thresholds are set.
+        classes: names in the order of the model's outputs.
+        samples: images to choose from.
+        data_options: how images are resized, cropped and normalised, as in `ltmp.data.eval_transform`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budgets: Budgets,
+        *,
+        classes: Sequence[str] = (),
+        samples: Sequence[Image.Image] = (),
+        data_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.budgets, self.classes, self.samples = model, budgets, classes, samples
+        self.options = data_options or {}
+        self.transform = eval_transform(model, **self.options)
+        self.mode = "L" if input_channels(model) == 1 else "RGB"
+        self._lock = Lock()
+
+    def open(self, image: str | Path | Image.Image) -> Opened:
+        """Read an image and ask the dense model.
+
+        Raises:
+            LTMPError: it cannot be read as an image; the message says why.
+        """
+        image = image.convert(self.mode) if isinstance(image, Image.Image) else read_image(image, self.mode)
+        view = sharp_view(self.model, image, WIDTH, **self.options)
+        pixels = self.transform(image)[None].to(next(self.model.parameters()).device)
+        with self._lock:
+            return Opened(view, pixels, self._answers(pixels, plain=True))
+
+    def look(self, opened: Opened, share: float) -> Look:
+        """Look at an image with thresholds for `share`; what it costs itself may be more or less."""
+        with self._lock:
+            self.budgets.set(share)
+            return Look(opened, see(self.model, opened.pixels)[0], self._answers(opened.pixels, plain=False))
+
+    @torch.inference_mode()
+    def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
+        stack, times = stack_of(self.model), []
+        with dense() if plain else nullcontext():
+            for _ in range(ROUNDS):
+                start = perf_counter()
+                logits_of(self.model(pixels)).cpu()
+                times.append(perf_counter() - start)
+            blocks = []
+            for count in range(1, len(stack.blocks) + 1):
+                with first_blocks(stack, count):
+                    blocks.append(self._top(logits_of(self.model(pixels))[0]))
+        return Answers(blocks, median(times))
+
+    def _top(self, logits: Tensor) -> Top:
+        chances = logits.float().softmax(-1)
+        values, indices = chances.topk(min(5, len(chances)))
+        return [(self._name(i), p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
+
+    def _name(self, index: int) -> str:
+        return self.classes[index] if index < len(self.classes) else f"class {index}"
+
+
+@contextmanager
+def first_blocks(stack: ReducedStack, count: int) -> Iterator[None]:
+    """Leave out all but the first `count` blocks inside: the host's own norm and head then read what is there by then.
+
+    Works with any host, for one call of the model a block; not for models that other threads call meanwhile.
+    """
+    blocks = dict(stack._modules)
+    for name in list(blocks)[count:]:
+        del stack._modules[name]
+    try:
+        yield
+    finally:
+        stack._modules.clear()
+        stack._modules.update(blocks)

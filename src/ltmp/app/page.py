@@ -1,0 +1,160 @@
+"""The page, in Gradio."""
+
+from __future__ import annotations
+
+import os
+from html import escape
+from typing import Any
+
+from ..errors import LTMPError, MissingExtraError
+from ..models import thresholds_of
+from .explorer import WIDTH, Explorer, Look
+
+LARGEST = "20mb"
+"""Larger uploads are refused."""
+
+STYLE = """
+.ltmp-blocks table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+.ltmp-blocks th, .ltmp-blocks td { padding: .15rem .6rem; text-align: left; }
+.ltmp-blocks tr.here { background: var(--background-fill-secondary); font-weight: 600; }
+.ltmp-blocks { overflow-x: auto; }
+.ltmp-figures { font-size: 1.1em; }
+footer { display: none !important; }
+"""
+
+
+def build_page(explorer: Explorer) -> Any:
+    """A `gradio.Blocks`; start it with `launch(**serving_options())`.
+
+    Raises:
+        MissingExtraError: Gradio is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise MissingExtraError("gradio", "app", "The app") from error
+
+    budgets = explorer.budgets
+
+    def open_image(path: str | None, share: float, block: int) -> list[Any]:
+        if path is None:
+            return [None, None, *nothing]
+        try:
+            opened = explorer.open(path)
+        except LTMPError as error:
+            # its last words: the path is the server's
+            raise gr.Error(f"This is not a picture that can be read: {str(error).rpartition(': ')[2]}.") from None
+        return [opened, *set_budget(opened, share, block)]
+
+    def set_budget(opened: Any, share: float, block: int) -> list[Any]:
+        if opened is None:
+            return [None, *nothing]
+        look = explorer.look(opened, share)
+        return [look, *_show(look, block), look.strip()]
+
+    def set_block(look: Look | None, block: int) -> list[Any]:
+        return nothing[:-1] if look is None else _show(look, block)
+
+    def choose(event: Any) -> str:
+        return str(event.value["image"]["path"])
+
+    # Gradio finds the event by its type, which is known here alone
+    choose.__annotations__["event"] = gr.SelectData
+
+    depth = thresholds_of(explorer.model).depth
+    nothing = [None, "", None, None, "", None]
+    with gr.Blocks(title="ltmp", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            "# Which patches survive\n"
+            "Similar patches merge into one token, unimportant ones are dropped, block by block and image by image. "
+            f"Choose a picture and slide the budget. {budgets.explain()} What this picture really costs is said below."
+        )
+        opened, look = gr.State(), gr.State()
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                image = gr.Image(
+                    label="Picture", sources=["upload", "clipboard"], height=260, image_mode=None, elem_id="picture"
+                )
+                # reading the file, and saying why that fails, is ours
+                image.preprocess = _path_of
+                samples = gr.Gallery(
+                    list(explorer.samples), label="Or one of these", columns=5, height=200, allow_preview=False,
+                    interactive=False, visible=bool(explorer.samples), elem_id="samples", buttons=[],
+                )  # fmt: skip
+                share = gr.Slider(
+                    budgets.lowest, 1.0, budgets.start, step=0.01, elem_id="budget", buttons=[],
+                    label="Budget", info="Share of the dense model's multiply-adds, on average over pictures.",
+                )  # fmt: skip
+                block = gr.Slider(
+                    0, depth, max(1, depth - 1), step=1, elem_id="block", label="After block", buttons=[],
+                    info="0 is the picture itself.",
+                )  # fmt: skip
+            with gr.Column(scale=3, min_width=300):
+                figures = gr.Markdown(elem_classes="ltmp-figures", elem_id="figures")
+                picture = gr.Image(
+                    label="What is left", interactive=False, height=WIDTH, elem_id="left", buttons=[], format="png"
+                )
+        with gr.Row():
+            dense_top = gr.Label(label="Dense", num_top_classes=5, elem_id="dense", min_width=280)
+            reduced_top = gr.Label(label="Reduced", num_top_classes=5, elem_id="reduced", min_width=280)
+        across = gr.Image(label="Block by block", interactive=False, elem_id="strip", buttons=[], format="png")
+        table = gr.HTML(elem_classes="ltmp-blocks", elem_id="blocks")
+        shown = [picture, figures, dense_top, reduced_top, table]
+        one: Any = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
+        image.change(open_image, [image, share, block], [opened, look, *shown, across], **one)
+        share.change(set_budget, [opened, share, block], [look, *shown, across], show_progress="hidden", **one)
+        block.change(set_block, [look, block], shown, show_progress="hidden", trigger_mode="always_last")
+        samples.select(choose, None, image)
+    return page
+
+
+def serving_options() -> dict[str, Any]:
+    """How the page is served: with a limit on uploads, nothing shared, nothing fetched from elsewhere."""
+    import gradio as gr
+
+    fonts = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+    return {
+        "share": False, "max_file_size": LARGEST, "theme": theme, "css": STYLE, "ssr_mode": False, "footer_links": [],
+        "show_error": True, "enable_monitoring": False, "strict_cors": True,
+    }  # fmt: skip
+
+
+def _path_of(payload: Any) -> str | None:
+    return None if payload is None else str(payload.path)
+
+
+def _show(look: Look, block: int) -> list[Any]:
+    """Picture, figures, both answers and the table, after `block`."""
+    block = min(int(block), look.depth)
+    at = max(block, 1) - 1
+    return [
+        look.picture(block),
+        _figures(look),
+        dict(look.opened.dense.blocks[at]),
+        dict(look.reduced.blocks[at]),
+        _table(look, block),
+    ]
+
+
+def _figures(look: Look) -> str:
+    dense_ms, reduced_ms = (1000 * answers.seconds for answers in (look.opened.dense, look.reduced))
+    return (
+        f"This picture costs **{look.seen.share:.2f}** of the dense model's multiply-adds; "
+        f"{look.seen.left} of {look.seen.tokens} tokens are left.  \n"
+        f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine."
+    )
+
+
+def _table(look: Look, block: int) -> str:
+    """Tokens and first answers after each block."""
+    rows = []
+    for number, kept in enumerate(look.seen.kept, 1):
+        answers = (look.opened.dense.blocks[number - 1][0], look.reduced.blocks[number - 1][0])
+        cells = "".join(f"<td>{escape(name)} ({chance:.0%})</td>" for name, chance in answers)
+        here = ' class="here"' if number == block else ""
+        rows.append(f"<tr{here}><td>{number}</td><td>{kept} of {look.seen.tokens}</td>{cells}</tr>")
+    head = "<tr><th>after block</th><th>tokens</th><th>dense would say</th><th>reduced would say</th></tr>"
+    note = "What the model's own last norm and head read from the tokens at that point."
+    return f"<table>{head}{''.join(rows)}</table><p>{note}</p>"
