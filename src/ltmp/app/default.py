@@ -16,7 +16,7 @@ from ..models import attach
 from .budgets import Budgets
 from .explorer import Explorer
 
-QUICK = replace(Recipe(), small_epochs=6, full_epochs=0.3)
+QUICK = replace(Recipe(), small_epochs=5, full_epochs=0.3)
 """Enough to tell most digits, in less than a minute."""
 
 DATA_OPTIONS = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data import eval_transform, input_channels, read_image, sharp_view
-from ..models import stack_of
+from ..models import stack_of, thresholds_of
 from ..models.outputs import logits_of
 from ..stack import ReducedStack, dense
+from ..thresholds import Thresholds
 from ..visualize import Seen, panel, see, strip
 from .budgets import Budgets
 
@@ -123,7 +124,7 @@ class Explorer:
 
     @torch.inference_mode()
     def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
-        stack, times = stack_of(self.model), []
+        stack, own, times = stack_of(self.model), thresholds_of(self.model), []
         with dense() if plain else nullcontext():
             for _ in range(ROUNDS):
                 start = perf_counter()
@@ -131,7 +132,7 @@ class Explorer:
                 times.append(perf_counter() - start)
             blocks = []
             for count in range(1, len(stack.blocks) + 1):
-                with first_blocks(stack, count):
+                with first_blocks(stack, own, count):
                     blocks.append(self._top(logits_of(self.model(pixels))[0]))
         return Answers(blocks, median(times))
 
@@ -145,16 +146,19 @@ class Explorer:
 
 
 @contextmanager
-def first_blocks(stack: ReducedStack, count: int) -> Iterator[None]:
+def first_blocks(stack: ReducedStack, own: Thresholds, count: int) -> Iterator[None]:
     """Leave out all but the first `count` blocks inside: the host's own norm and head then read what is there by then.
 
     Works with any host, for one call of the model a block; not for models that other threads call meanwhile.
     """
     blocks = dict(stack._modules)
+    fewer = Thresholds(count, own.config).to(own.merge.device).eval()
+    fewer.set(own.merge[:count], own.prune[:count])
     for name in list(blocks)[count:]:
         del stack._modules[name]
     try:
-        yield
+        with stack.using(fewer):
+            yield
     finally:
         stack._modules.clear()
         stack._modules.update(blocks)

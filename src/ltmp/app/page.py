@@ -77,7 +77,7 @@ def build_page(explorer: Explorer) -> Any:
                     label="Picture", sources=["upload", "clipboard"], height=260, image_mode=None, elem_id="picture"
                 )
                 # reading the file, and saying why that fails, is ours
-                image.preprocess = _path_of
+                image.preprocess = _path_of  # type: ignore[method-assign]
                 samples = gr.Gallery(
                     list(explorer.samples), label="Or one of these", columns=5, height=200, allow_preview=False,
                     interactive=False, visible=bool(explorer.samples), elem_id="samples", buttons=[],
@@ -140,10 +140,11 @@ def _show(look: Look, block: int) -> list[Any]:
 
 def _figures(look: Look) -> str:
     dense_ms, reduced_ms = (1000 * answers.seconds for answers in (look.opened.dense, look.reduced))
+    slower = " Reduction pays with larger models and batches: `ltmp bench`." if reduced_ms > dense_ms else ""
     return (
         f"This picture costs **{look.seen.share:.2f}** of the dense model's multiply-adds; "
         f"{look.seen.left} of {look.seen.tokens} tokens are left.  \n"
-        f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine."
+        f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine.{slower}"
     )
 
 

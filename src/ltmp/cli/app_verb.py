@@ -12,7 +12,7 @@ from torch import nn
 
 from ..app import Budgets, Explorer, build_page, serving_options
 from ..data import class_names, eval_transform, input_channels, read_image
-from ..errors import UsageError
+from ..errors import LTMPError, UsageError, first_line
 from . import options as o
 from .evaluating import name_in
 from .progress import console, progress_bar
@@ -39,7 +39,9 @@ def app_verb(
     ] = None,
     demo_out: Annotated[Path, typer.Option(help="Where `ltmp demo` wrote its model.")] = Path("ltmp-demo"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any that is free.")] = 7860,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port; default: the first free one from 7860 on.")
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = False,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -74,8 +76,13 @@ def app_verb(
         settings |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
         explorer = _explorer(network.to(pick_device(device)), thresholds or [], images, class_names_file, settings)
     page = build_page(explorer)
-    console.print(f"Open http://{host}:{port} in a browser; Ctrl-C stops.", markup=False)
-    page.launch(**serving_options(), server_name=host, server_port=port, inbrowser=browser, quiet=True)
+    where = {"server_name": host, "server_port": port, "inbrowser": browser}
+    try:
+        page.launch(**serving_options(), **where, quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise LTMPError(f"cannot listen on {host}, port {port}: {first_line(error)}") from error
+    console.print(f"Open {page.local_url} in a browser; Ctrl-C stops.", markup=False)
+    page.block_thread()
 
 
 def _explorer(
