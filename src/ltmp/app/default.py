@@ -42,8 +42,8 @@ def demo_explorer(folder: Path, progress: Progress, quick: Recipe = QUICK) -> Ex
     return Explorer(model, budgets, classes=CLASSES, samples=_samples(), data_options=DATA_OPTIONS)
 
 
-def _samples(each: int = 2) -> list[Image.Image]:
-    """A few held-out digits of each class as pictures."""
+def _samples(each: int = 1) -> list[Image.Image]:
+    """Held-out digits of each class as pictures."""
     images, labels = load_digits("val").tensors
     index = torch.cat([(labels == digit).nonzero()[:each, 0] for digit in range(10)])
     return [to_pil_image((image * STD + MEAN).clamp(0, 1)) for image in images[index]]

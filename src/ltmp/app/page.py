@@ -18,6 +18,7 @@ STYLE = """
 .ltmp-blocks th, .ltmp-blocks td { padding: .15rem .6rem; text-align: left; }
 .ltmp-blocks tr.here { background: var(--background-fill-secondary); font-weight: 600; }
 .ltmp-blocks { overflow-x: auto; }
+#picture img { min-height: 10rem; object-fit: contain; }
 .ltmp-figures { font-size: 1.1em; }
 footer { display: none !important; }
 """
@@ -44,7 +45,9 @@ def build_page(explorer: Explorer) -> Any:
             opened = explorer.open(path)
         except LTMPError as error:
             # its last words: the path is the server's
-            raise gr.Error(f"This is not a picture that can be read: {str(error).rpartition(': ')[2]}.") from None
+            message = f"This is not a picture that can be read: {str(error).rpartition(': ')[2]}."
+            gr.Warning(message)
+            return [None, None, None, message, *nothing[2:]]
         return [opened, *set_budget(opened, share, block)]
 
     def set_budget(opened: Any, share: float, block: int) -> list[Any]:
@@ -63,6 +66,7 @@ def build_page(explorer: Explorer) -> Any:
     choose.__annotations__["event"] = gr.SelectData
 
     depth = thresholds_of(explorer.model).depth
+    drawn: Any = {"show_label": False, "interactive": False, "buttons": [], "format": "png"}
     nothing = [None, "", None, None, "", None]
     with gr.Blocks(title="ltmp", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
@@ -79,8 +83,8 @@ def build_page(explorer: Explorer) -> Any:
                 # reading the file, and saying why that fails, is ours
                 image.preprocess = _path_of  # type: ignore[method-assign]
                 samples = gr.Gallery(
-                    list(explorer.samples), label="Or one of these", columns=5, height=200, allow_preview=False,
-                    interactive=False, visible=bool(explorer.samples), elem_id="samples", buttons=[],
+                    list(explorer.samples), label="Pictures to choose from", show_label=False, columns=5, height="auto",
+                    allow_preview=False, interactive=False, visible=bool(explorer.samples), elem_id="samples", buttons=[],
                 )  # fmt: skip
                 share = gr.Slider(
                     budgets.lowest, 1.0, budgets.start, step=0.01, elem_id="budget", buttons=[],
@@ -92,20 +96,20 @@ def build_page(explorer: Explorer) -> Any:
                 )  # fmt: skip
             with gr.Column(scale=3, min_width=300):
                 figures = gr.Markdown(elem_classes="ltmp-figures", elem_id="figures")
-                picture = gr.Image(
-                    label="What is left", interactive=False, height=WIDTH, elem_id="left", buttons=[], format="png"
-                )
+                picture = gr.Image(label="What is left", height=WIDTH, elem_id="left", **drawn)
         with gr.Row():
             dense_top = gr.Label(label="Dense", num_top_classes=5, elem_id="dense", min_width=280)
             reduced_top = gr.Label(label="Reduced", num_top_classes=5, elem_id="reduced", min_width=280)
-        across = gr.Image(label="Block by block", interactive=False, elem_id="strip", buttons=[], format="png")
+        across = gr.Image(label="Block by block", elem_id="strip", **drawn)
         table = gr.HTML(elem_classes="ltmp-blocks", elem_id="blocks")
         shown = [picture, figures, dense_top, reduced_top, table]
         one: Any = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
-        image.change(open_image, [image, share, block], [opened, look, *shown, across], **one)
-        share.change(set_budget, [opened, share, block], [look, *shown, across], show_progress="hidden", **one)
+        one["show_progress"] = "hidden"
+        opening: Any = {"inputs": [image, share, block], "outputs": [opened, look, *shown, across], **one}
+        gr.on([image.upload, image.clear], open_image, **opening)
+        samples.select(choose, None, image).then(open_image, **opening)
+        share.change(set_budget, [opened, share, block], [look, *shown, across], **one)
         block.change(set_block, [look, block], shown, show_progress="hidden", trigger_mode="always_last")
-        samples.select(choose, None, image)
     return page
 
 

@@ -1,0 +1,51 @@
+"""One image in both models, block by block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ltmp
+from ltmp.app.explorer import first_blocks
+from ltmp.errors import LTMPError
+from ltmp.models import stack_of, thresholds_of
+
+
+def test_after_the_last_block_the_model_itself_answers(explorer, pictures):
+    opened = explorer.open(pictures[0])
+    look = explorer.look(opened, 0.6)
+    with torch.inference_mode():
+        reduced = explorer.model(opened.pixels)[0].softmax(-1)
+        with ltmp.dense():
+            plain = explorer.model(opened.pixels)[0].softmax(-1)
+    names = ["ant", "bee", "<b>cow</b>", "class 3", "class 4"]
+    for answers, wanted in ((opened.dense, plain), (look.reduced, reduced)):
+        assert len(answers.blocks) == look.depth == 3
+        best = int(wanted.argmax())
+        assert answers.blocks[-1][0] == (names[best], pytest.approx(wanted[best].item()))
+        assert answers.seconds > 0
+
+
+def test_smaller_budgets_leave_less(explorer, pictures):
+    opened = explorer.open(pictures[0])
+    looks = [explorer.look(opened, share) for share in (1.0, 0.8, 0.6)]
+    shares = [look.seen.share for look in looks]
+    assert shares[0] == 1 > shares[1] > shares[2]
+    assert looks[0].reduced.blocks[-1][0][0] == opened.dense.blocks[-1][0][0]
+    assert looks[2].picture(2).tobytes() != looks[0].picture(2).tobytes()
+    assert looks[2].strip().width > looks[2].picture(0).width
+
+
+def test_left_out_blocks_come_back(explorer, pictures):
+    stack, own = stack_of(explorer.model), thresholds_of(explorer.model)
+    names = list(stack._modules)
+    with first_blocks(stack, own, 1):
+        assert len(stack.blocks) == thresholds_of(explorer.model).depth == 1
+    assert list(stack._modules) == names
+    assert thresholds_of(explorer.model) is own
+
+
+def test_a_bad_file_is_refused_in_words(explorer, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(LTMPError, match="not an image"):
+        explorer.open(tmp_path / "bad.png")
