@@ -34,11 +34,14 @@ def slide(tab: Page, share: float) -> float:
     """Seconds from a new budget to new figures on the page."""
     before = tab.inner_text("#figures")
     number = tab.locator("#budget input[type=number]")
-    number.fill(str(share))
     start = perf_counter()
+    number.fill(str(share))
     number.press("Enter")
     tab.wait_for_function(CHANGED, arg=before, polling=10)
-    return perf_counter() - start
+    took = perf_counter() - start
+    # a late picture of this step must not be taken for the next one's
+    tab.wait_for_timeout(1000)
+    return took
 
 
 def drive(tab: Page, url: str, shares: list[float]) -> dict[str, float]:

@@ -84,7 +84,8 @@ def build_page(explorer: Explorer) -> Any:
                 image.preprocess = _path_of  # type: ignore[method-assign]
                 samples = gr.Gallery(
                     list(explorer.samples), label="Pictures to choose from", show_label=False, columns=5, height="auto",
-                    allow_preview=False, interactive=False, visible=bool(explorer.samples), elem_id="samples", buttons=[],
+                    allow_preview=False, interactive=False, buttons=[], visible=bool(explorer.samples),
+                    elem_id="samples",
                 )  # fmt: skip
                 share = gr.Slider(
                     budgets.lowest, 1.0, budgets.start, step=0.01, elem_id="budget", buttons=[],
