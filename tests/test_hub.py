@@ -92,7 +92,7 @@ def test_several_budgets_in_one_repository(hub, reduced):
         ltmp.from_pretrained(REPO, tiny_vit(), budget=0.5)
     text = hub.files[REPO]["README.md"].decode()
     assert text.count("| thresholds-0.") == 2
-    assert 'from_pretrained("me/tiny-ltmp", budget=' in text
+    assert 'from_pretrained("me/tiny-ltmp", model, budget=0.45)' in text
 
 
 def test_the_card_says_what_was_measured(hub, reduced):
@@ -103,6 +103,7 @@ def test_the_card_says_what_was_measured(hub, reduced):
     front = front_matter(text)
     assert (front["library_name"], front["base_model"], front["metrics"]) == ("ltmp", "timm/tiny", ["accuracy"])
     assert {"ltmp", "token-merging", "token-pruning"} <= set(front["tags"])
+    assert 'from_pretrained("me/tiny-ltmp")' in text
     header, _, row = (line for line in text.splitlines() if line.startswith("|"))
     cells = dict(zip(*(map(str.strip, line.strip("|").split("|")) for line in (header, row)), strict=True))
     assert (cells["file"], cells["budget"], cells["images"]) == ("thresholds-0.7.safetensors", "0.700", "6")

@@ -172,9 +172,6 @@ def card(repo_id: str, files: Mapping[str, Mapping[str, Any]], before: str | Non
 
 
 def _body(repo_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
-    some = next(iter(files))
-    budgets = [about["target"] for about in files.values() if about.get("target") is not None]
-    chosen = f", budget={budgets[0]:g}" if len(files) > 1 and budgets else ""
     rows = [_row(name, about) for name, about in sorted(files.items())]
     # a column that nobody filled says nothing
     filled = [name for name in rows[0] if any(row[name] is not None for row in rows)]
@@ -186,14 +183,26 @@ weights are not in here and do not change.
 Budget and share are parts of the dense model's FLOPs: the one aimed at, and the one measured, as a mean over images.
 Accuracies are in percent. Where a field is empty nothing was measured.
 
-```python
+{_usage(repo_id, files)}
+"""
+
+
+def _usage(repo_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """How to load one of them; where nothing says which weights they are for, with the reader's own model."""
+    name, about = next(iter(sorted(files.items())))
+    arguments = [f'"{repo_id}"']
+    if not about.get("base_model"):
+        arguments.append("model")
+    if len(files) > 1 and about.get("target") is not None:
+        arguments.append(f"budget={about['target']:g}")
+    own = "" if about.get("base_model") else "# model: the one that they were learned on\n"
+    return f"""```python
 import ltmp
 
-model = ltmp.from_pretrained("{repo_id}"{chosen})
+{own}model = ltmp.from_pretrained({", ".join(arguments)})
 ```
 
-or `ltmp eval --data imagenet/ --pretrained --thresholds {PREFIX}{repo_id}/{some}`.
-"""
+On the command line they are called `--thresholds {PREFIX}{repo_id}/{name}`."""
 
 
 def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:

@@ -55,7 +55,8 @@ def serve_verb(
     img_size: o.ImageSize = None,
     model_kwargs: o.ModelKwargs = None,
     class_map: Annotated[
-        Path | None, typer.Option(help="The model's class names, one a line (.txt), for the answers.")
+        Path | None,
+        typer.Option(help="Class names for the answers, one a line (.txt); default: the weights' own."),
     ] = None,
     interpolation: o.Interpolation = None,
     mean: o.Mean = None,
@@ -74,6 +75,7 @@ def serve_verb(
 
     SIGTERM and Ctrl-C stop it when everything is answered.
     """
+    from ..predict.predictor import known_names
     from ..serve import Limits, Predictor, bind, create_app, log_to_stderr, read_names, run
 
     limits = Limits(
@@ -87,7 +89,7 @@ def serve_verb(
         timeout=timeout,
         decoders=decoders,
     )
-    names = read_names(class_map) if class_map else None
+    names = tuple(read_names(class_map)) if class_map else None
     log_to_stderr(as_json=json_logs)
     # before the model is built: a taken port is the most likely mistake
     bound = bind(host, port)
@@ -101,7 +103,7 @@ def serve_verb(
         ),
         device=pick_device(device),
         amp=autocast_type(amp),
-        names=names,
+        names=names or known_names(network, pretrained),
     )
     app = create_app(predictor, limits, about={"model_name": name, **file.metadata})
     address = f"[{host}]" if ":" in host else host

@@ -105,7 +105,7 @@ class Predictor:
         self.device = torch.device(scoring.device)
         self.model = scoring.build().to(self.device).eval()
         self.transform = eval_transform(self.model, **scoring.transform)
-        self.class_names = scoring.class_names or _known_names(self.model, scoring.pretrained)
+        self.class_names = scoring.class_names or known_names(self.model, scoring.pretrained)
         self.mode = "L" if input_channels(self.model) == 1 else "RGB"
         outputs = self._probe()
         self.top = min(5, outputs) if scoring.top is None else scoring.top
@@ -205,7 +205,7 @@ class Predictor:
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def _known_names(model: nn.Module, pretrained: bool) -> tuple[str, ...] | None:
+def known_names(model: nn.Module, pretrained: bool) -> tuple[str, ...] | None:
     """The class names that came with the weights."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     if not pretrained or config.get("num_classes") != getattr(model, "num_classes", None):

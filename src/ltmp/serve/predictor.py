@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Predictor:
         transform: Transform | None = None,
         device: torch.device | str | None = None,
         amp: torch.dtype | None = None,
-        names: list[str] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         if not is_attached(model):
             raise LTMPError("nothing to serve: attach thresholds first, e.g. ltmp.load(model, file)")
