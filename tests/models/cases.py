@@ -21,6 +21,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from helpers import TINY, liven, random_images
@@ -194,6 +195,8 @@ CASES: dict[str, Case] = {
         "timm", "NaFlexVit", "with rotary embeddings", partial(naflex, rope_type="axial", global_pool="avg"),
         checkpointing=timm_checkpointing,
     ),
+    "vitamin": timm_case(VisionTransformer, "ViTamin: `vitamin_*`", mlp_layer=GeGluMlp, class_token=False,
+        global_pool="avg", act_layer="gelu", tokens=16),
     "vit-post-norm": timm_case(
         VisionTransformer, "post-norm blocks: `vit_*_rpn_*`", block_fn=ResPostBlock, init_values=1e-5,
         refused="ResPostBlock", reason="reduction acts between the two branches of a pre-norm block",

@@ -12,7 +12,8 @@ _MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
 Model = Annotated[
     str,
     typer.Option(
-        help="timm model name, e.g. deit_small_patch16_224, or hf:NAME_OR_FOLDER of a Hugging Face classifier.",
+        help="timm model name, e.g. deit_small_patch16_224, or hf:NAME_OR_FOLDER of a Hugging Face classifier, "
+        "torchvision:NAME, or open_clip:NAME/WEIGHTS.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -14,8 +14,7 @@ from torch import nn
 from .. import distributed, load
 from ..data import Loader, check_classes, eval_transform, input_channels, make_loader, open_dataset
 from ..errors import UsageError
-from ..models.build import build_model
-from ..models.hugging_face import PREFIX
+from ..models.build import brings_weights, build_model
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ModelOptions:
 
     def build(self) -> nn.Module:
         """The model, with weights: thresholds of a random model would mean nothing."""
-        if self.weights is None and not self.pretrained and not self.name.startswith(PREFIX):
+        if self.weights is None and not self.pretrained and not brings_weights(self.name):
             raise UsageError("which weights? give --weights FILE, or --pretrained for timm's own")
         return build_model(
             self.name,

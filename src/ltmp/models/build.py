@@ -1,4 +1,4 @@
-"""A model by name, of timm or Hugging Face, and one clear sentence for everything that can fail."""
+"""A model by name, of timm or another library, and one clear sentence for everything that can fail."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checkpoint import read_state_dict, split_thresholds
 from ..errors import LTMPError, UsageError, first_line
 from .hugging_face import PREFIX, build_classifier
+from .libraries import BUILDERS
 from .registry import no_weights, parse_name
 
 
@@ -27,7 +28,8 @@ def build_model(
 
     Args:
         name: a timm model name; of an `ltmp_*` name the host is built, with nothing attached. `hf:NAME_OR_FOLDER` is
-            a model of transformers on the Hugging Face hub or on disk.
+            a model of transformers on the Hugging Face hub or on disk, `torchvision:NAME` a ViT of torchvision,
+            `open_clip:NAME[/WEIGHTS]` a visual tower of open_clip.
         weights: a checkpoint, safetensors or torch's format read without unpickling code; a file of the seed's training
             is taken without its thresholds.
         pretrained: take timm's weights, from its cache or over the network.
@@ -42,18 +44,33 @@ def build_model(
     if name.startswith(PREFIX):
         given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
         return build_classifier(name, given, model_kwargs or {})
-    name = parse_name(name)[1]
+    library, _, rest = name.partition(":")
+    if library in BUILDERS:
+        model = BUILDERS[library](rest, pretrained and weights is None, num_classes, image_size, model_kwargs or {})
+    else:
+        model = _build_timm(parse_name(name)[1], pretrained and weights is None, num_classes, image_size, model_kwargs)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def _build_timm(
+    name: str, pretrained: bool, num_classes: int | None, image_size: int | None, model_kwargs: dict[str, Any] | None
+) -> nn.Module:
     _check_name(name)
     kwargs = dict(model_kwargs or {})
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if image_size is not None:
         kwargs["img_size"] = image_size
-    model = _create(name, pretrained and weights is None, kwargs)
+    model = _create(name, pretrained, kwargs)
     _check_patches(model)
-    if weights is not None:
-        load_weights(model, weights)
-    return model.eval()
+    return model
+
+
+def brings_weights(name: str) -> bool:
+    """Whether a model's name says which weights it has."""
+    return name.startswith(PREFIX) or (name.startswith("open_clip:") and "/" in name)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

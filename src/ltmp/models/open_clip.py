@@ -11,7 +11,7 @@ from ..stack import sizes_of
 from . import mha
 from .intermediates import Unmerged
 from .pooling import sized_mean, without_prefix
-from .recipe import Parts, Recipe, linear_ratio, scales_of
+from .recipe import Parts, Recipe, describe_timm, linear_ratio, scales_of
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +78,10 @@ def _grad_checkpointing(host: Any) -> bool:
     return bool(host.transformer.grad_checkpointing)
 
 
+def _describe(host: Any) -> dict[str, Any]:
+    return {**describe_timm(host), "width": host.transformer.width, "input_size": list(host.image_size)}
+
+
 RECIPE = Recipe(
     name="open_clip VisionTransformer",
     stack="transformer.resblocks",
@@ -91,6 +95,7 @@ RECIPE = Recipe(
     final_norm=_final_norm,
     prefix_only=_prefix_only,
     grad_checkpointing=_grad_checkpointing,
+    describe=_describe,
 )
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE}

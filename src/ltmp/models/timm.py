@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from ..stack import sizes_of
@@ -19,7 +19,7 @@ from .recipe import Parts, Recipe, activation_name, linear_ratio, scales_of
 # of the ViT's blocks and of the EVA family's, which have fewer
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION_PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
-_MLPS = (Mlp, GluMlp, SwiGLU)
+_MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,11 +76,11 @@ def _problems(host: Any) -> list[str]:
 
 
 def find_problems(
-    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], pool: str = "pool"
+    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], method: str = "pool"
 ) -> list[str]:
     """What keeps a host that timm has as a `base` of `block_class`es from being reduced, one phrase each."""
     found = []
-    methods = ("forward", "forward_features", pool)
+    methods = ("forward", "forward_features", method)
     overridden = [name for name in methods if getattr(type(host), name) is not getattr(base, name)]
     if overridden:
         found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
@@ -89,8 +89,9 @@ def find_problems(
         if trouble:
             found.append(f"blocks.{i} {trouble}")
             break
-    if host.global_pool == "map" and not _map_pool_takes_mask(host.attn_pool):
-        found.append("this timm's attention pooling takes no mask (timm >= 1.0.20 does)")
+    pool = host.attn_pool
+    if host.global_pool == "map" and not (isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None):
+        found.append(f"its attention pooling is a {type(pool).__name__} that needs every patch in its place")
     return found
 
 
@@ -114,14 +115,6 @@ def _block_problems(block: Any, block_class: type[Any], attentions: tuple[type, 
     if not isinstance(block.mlp, _MLPS):
         return f"has a {type(block.mlp).__name__}, which is not known to treat each token by itself"
     return None
-
-
-def _map_pool_takes_mask(pool: nn.Module) -> bool:
-    return (
-        isinstance(pool, AttentionPoolLatent)
-        and pool.pos_embed is None
-        and "attn_mask" in inspect.signature(pool.forward).parameters
-    )
 
 
 def _final_norm(host: Any) -> nn.Module:

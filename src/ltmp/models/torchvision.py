@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from . import mha
-from .recipe import Parts, Recipe, linear_ratio
+from .recipe import Parts, Recipe, describe_timm, linear_ratio
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +36,10 @@ def _mlp_ratio(block: Any) -> float:
     return linear_ratio(block.mlp, block.self_attention.embed_dim)
 
 
+def _describe(host: Any) -> dict[str, Any]:
+    return {**describe_timm(host), "width": host.hidden_dim, "input_size": [host.image_size] * 2}
+
+
 RECIPE = Recipe(
     name="torchvision VisionTransformer",
     stack="encoder.layers",
@@ -45,6 +49,7 @@ RECIPE = Recipe(
     parts=_parts,
     problems=_problems,
     mlp_ratio=_mlp_ratio,
+    describe=_describe,
 )
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE}
