@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= ltmp-demo
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -26,3 +26,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+
+# Broken links end the build.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
