@@ -116,4 +116,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "app.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "stack.py") == {"engines", "errors", "flops", "policy", "sources", "tokens"}
+    assert imports(package / "stack.py") == {"engines", "errors", "flops", "policy", "sources"}

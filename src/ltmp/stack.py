@@ -17,11 +17,11 @@ from .engines import masked, select
 from .engines.blockwise import Blockwise
 from .engines.positions import Positions, positions_of
 from .engines.request import Active
+from .engines.state import Reduced
 from .errors import LTMPError
 from .flops import Geometry, flops_share
 from .policy import Policy
 from .sources import tracing, unmerging
-from .tokens import Reduced
 
 if TYPE_CHECKING:
     from .models.recipe import Recipe

@@ -13,8 +13,8 @@ import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, tiny_vit
 from ltmp.config import FIXED, LTMPConfig
 from ltmp.engines import packed
+from ltmp.engines.state import Reduced
 from ltmp.models import stack_of
-from ltmp.tokens import Reduced
 
 pytest.importorskip("triton")
 from ltmp.engines import triton as engine

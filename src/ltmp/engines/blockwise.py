@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LTMPError
-from ..tokens import Reduced, State
 from . import masked, packed
 from .positions import Positions
 from .request import Active
+from .state import Reduced, State
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack

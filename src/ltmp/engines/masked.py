@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..reduction import fold, importance_for, make_plan, similarity_metric
-from ..tokens import Reduced, State, take
+from ..tokens import take
 from .positions import Positions
 from .request import Active
+from .state import Reduced, State
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack

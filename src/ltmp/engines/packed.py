@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, importance_for, make_plan, similarity_metric
-from ..tokens import Reduced, State, Tokens, take
+from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves
 from .positions import Positions
 from .request import Active
+from .state import Reduced, State
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack

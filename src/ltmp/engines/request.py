@@ -12,8 +12,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
-    from ..tokens import Reduced
     from .positions import Positions
+    from .state import Reduced
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune threshold can select anything."""

@@ -20,8 +20,8 @@ from .request import REQUEST, Active, Run
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
-    from ..tokens import Reduced
     from .positions import Positions
+    from .state import Reduced
 
 _CAPABILITY = (8, 0)
 """The least that the kernels are written for: Ampere, with bfloat16 and tf32."""

@@ -22,10 +22,10 @@ from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
 from ..thresholds import Thresholds
-from ..tokens import Reduced
 from .planned import fuse_rows, plan_rows
 from .positions import Positions
 from .request import REQUEST, Active, Capacity
+from .state import Reduced
 
 if TYPE_CHECKING:
     from ..models.recipe import Parts, Recipe

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..engines.positions import Positions
 from ..engines.request import Active
+from ..engines.state import Reduced
 from ..ops.match.reference import match_halves
 from ..reduction import similarity_metric
-from ..tokens import Reduced, Tokens
+from ..tokens import Tokens
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack

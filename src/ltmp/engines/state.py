@@ -1,0 +1,101 @@
+"""What passes through an engine: the batch between two blocks, and what is handed back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sources import spread, tracing
+from ..tokens import Tokens
+from .positions import Positions
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch between two blocks.
+
+    Attributes:
+        x: [B, N, C], or the live rows [T, C].
+        tokens: what is known of them.
+        counts: live tokens of each image, where the engine packs its rows.
+        kept: tokens after each block so far, one [B] each.
+        trail: the sources after each block so far, where every block is traced, or None.
+        dropped: [B, tokens at the start, C], the features of each pruned patch when it went, where unmerging asks.
+        positions: of the tokens at the start, where the host's attention needs them.
+    """
+
+    x: Tensor
+    tokens: Tokens
+    counts: list[int] | None = None
+    kept: tuple[Any, ...] = ()
+    trail: tuple[Tensor, ...] | None = None
+    dropped: Tensor | None = None
+    positions: Positions | None = None
+
+    @classmethod
+    def start(cls, x: Tensor, *, packs: bool, positions: Positions | None, unmerges: bool = False) -> State:
+        """[B, N, C] as it enters the first block; `unmerges` says whether `unmerged` will be asked for."""
+        images, length, _ = x.shape
+        calls = tracing()
+        tokens = Tokens.start(images, length, x.device, traced=calls is not None or unmerges)
+        trail = () if calls is not None and calls.every_block else None
+        dropped = x if unmerges else None
+        return cls(x, tokens, [length] * images if packs else None, (), trail, dropped, positions)
+
+    def attended(self, x: Tensor) -> State:
+        """The same with the features `x` that a block's attention left: what is dropped next is remembered so."""
+        state = replace(self, x=x)
+        return state if state.dropped is None else replace(state, dropped=state.unmerged())
+
+    def after(self, x: Tensor, tokens: Tokens, counts: list[int] | None = None) -> State:
+        """One block further."""
+        kept = tokens.counts() if counts is None else counts
+        trail = self.trail
+        if trail is not None and tokens.source is not None:
+            trail = (*trail, tokens.source)
+        return State(x, tokens, counts, (*self.kept, kept), trail, self.dropped, self.positions)
+
+    def unmerged(self) -> Tensor:
+        """[B, tokens at the start, C]: every patch with the features of its token, or those it had when it was dropped.
+
+        Only of a state that was started for it.
+        """
+        assert self.tokens.source is not None
+        assert self.dropped is not None
+        if self.x.ndim == 3:
+            images, length = self.x.shape[:2]
+            rows, number = self.x.flatten(0, 1), torch.full((images,), length, device=self.x.device)
+        else:
+            rows, number = self.x, torch.tensor(self.counts, device=self.x.device)
+        return spread(rows, number.cumsum(0) - number, self.tokens.source, self.dropped)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What an engine hands back.
+
+    Attributes:
+        x: [B, N', C], prefix tokens first, then the other live tokens; what rows of size 0 hold means nothing.
+        size: float32 [B, N'], patches in each token, 0 for a row that is not there; differentiable like `kept`.
+        kept: float32 [B, L], tokens after each block; differentiable from the masked engine.
+        source: int32 [B, N], for each token at the start its row in x, or -1 - l where block l pruned it; None where
+            nobody asked.
+        trail: the same after each block, numbered as there, where every block was asked for.
+    """
+
+    x: Tensor
+    size: Tensor
+    kept: Tensor
+    source: Tensor | None = None
+    trail: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def whole(cls, x: Tensor, depth: int) -> Reduced:
+        """[B, N, C] after `depth` blocks that removed nothing."""
+        images, length, _ = x.shape
+        start = Tokens.start(images, length, x.device, traced=True)
+        kept = torch.full((images, depth), float(length), device=x.device)
+        return cls(x, start.size, kept, start.source, (start.source,) * depth if start.source is not None else None)
