@@ -66,10 +66,10 @@ def attach_reducing(model: Any, images: Tensor, variant: str = "ltmp", at: float
     return model
 
 
-def run_recorded(model: nn.Module, *inputs: Any) -> tuple[Any, Tensor]:
+def run_recorded(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:
     """The output and tokens after each block, [B, L]."""
     with ltmp.record() as calls:
-        output = model(*inputs)
+        output = model(*inputs, **named)
     return output, torch.cat(calls.kept)
 
 

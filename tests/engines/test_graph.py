@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_
 
 import ltmp
-from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
+from helpers import assert_close, attach_reducing, liven, random_images, run_recorded, tiny_vit
 from ltmp.engines.request import Capacity
 from ltmp.models import stack_of
 
@@ -93,6 +93,25 @@ def test_second_batch_of_a_size_is_recorded_and_later_ones_replayed() -> None:
     for seed in range(4):
         case.check(4, seed % 2)
     assert (case.recorder.recorded, case.recorder.replayed) == (1, 3)
+
+
+def test_hosts_that_are_called_by_keyword_and_return_objects() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=SIZE, patch_size=4
+    )
+    model = liven(transformers.ViTForImageClassification(config)).eval().to(DEVICE).requires_grad_(False)
+    ltmp.attach(model, ltmp.LTMPConfig(engine="graph")).ltmp.set([0.6, 0.6], [0.05, 0.05])
+    packed = copy.deepcopy(model)
+    packed.ltmp.config = ltmp.LTMPConfig(engine="packed")
+    model.forward = GraphedForward(model, stack_of(model), Rerun())
+    for seed in range(3):
+        batch = images_of(4, seed)
+        (found, kept), (expected, counts) = (run_recorded(m, pixel_values=batch) for m in (model, packed))
+        assert kept.tolist() == counts.tolist()
+        assert_close(found.logits, expected.logits, 1e-4)
+    assert model.forward.recorder.recorded == 1
 
 
 def test_results_do_not_change_under_the_caller() -> None:

@@ -91,7 +91,7 @@ def learn_verb(
 
     Example: ltmp learn --data imagenet/ --model deit_small_patch16_224 --pretrained --target 0.6
     """
-    folder = out or Path("runs") / f"{model}-{variant}-{target:g}"
+    folder = out or Path("runs") / f"{_short(model)}-{variant}-{target:g}"
     run_file = _prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), _config(variant)
@@ -168,6 +168,11 @@ def _resumable(run_file: Path) -> Iterator[None]:
         raise InterruptedRunError(f"interrupted; {_how_to_go_on(run_file)}") from None
     except distributed.LostRankError as error:
         raise distributed.LostRankError(f"{error}; {_how_to_go_on(run_file)}") from error
+
+
+def _short(model: str) -> str:
+    """The last part of a model's name: those of hubs and folders have more."""
+    return Path(model.rpartition(":")[2]).name
 
 
 def _how_to_go_on(run_file: Path) -> str:
