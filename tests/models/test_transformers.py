@@ -227,6 +227,47 @@ def test_pipeline() -> None:
         assert [x["score"] for x in a] == pytest.approx([x["score"] for x in b], abs=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hf-vit-bare", "hf-dinov2-bare", "hf-dinov3", "hf-clip-vision", "hf-siglip-vision"])
+def test_unmerged_tokens_cover_the_grid(name: str) -> None:
+    model = CASES[name].build()
+    dense = model(**pixels(model)).last_hidden_state
+    reducing(model)
+    reduced = model(**pixels(model))
+    with ltmp.unmerge():
+        whole = model(**pixels(model))
+        with pytest.raises(NotImplementedError, match="output_hidden_states"):
+            model(**pixels(model), output_hidden_states=True)
+    assert reduced.last_hidden_state.shape[1] < whole.last_hidden_state.shape[1] == dense.shape[1]
+    if "siglip" not in name:
+        assert_close(whole.pooler_output, reduced.pooler_output, atol=1e-5)
+
+
+class ZeroShot(nn.Module):
+    """A classifier whose classes are texts, as docs/transformers.md has it."""
+
+    def __init__(self, clip: Any, texts: Tensor) -> None:
+        super().__init__()
+        self.clip = clip
+        with torch.no_grad():
+            found = clip.get_text_features(texts)
+        self.register_buffer("texts", nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.clip.get_image_features(images)
+        found = nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
+        return self.clip.logit_scale.exp() * found @ self.texts.T
+
+
+def test_classes_may_be_texts() -> None:
+    clip = tiny_hf("CLIPModel", "CLIPConfig")
+    model = ltmp.attach(ZeroShot(clip, pixels_and_texts(clip)["input_ids"]).eval())
+    batches = [(_images(seed), torch.full((6,), -1)) for seed in range(4)]
+    result = ltmp.learn(model, batches, 0.75, views=12, calibration=12, distill=True)
+    assert abs(result.share - 0.75) < 0.1
+    assert evaluate(model, batches, speed=False).agreement > 50
+
+
 # -- blocks
 
 
