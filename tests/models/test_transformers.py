@@ -92,8 +92,7 @@ def test_image_text_similarity_reduces_the_images_alone() -> None:
     assert len(texts) == len(model.text_model.encoder.layers) == 3
     assert torch.equal(output.text_embeds, dense.text_embeds)
     assert not torch.allclose(output.image_embeds, dense.image_embeds, atol=1e-3)
-    features = model.get_image_features(pixel_values=inputs["pixel_values"])
-    features = getattr(features, "pooler_output", features)
+    features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
     assert_close(nn.functional.normalize(features, dim=-1), output.image_embeds, atol=1e-6)
 
 
@@ -250,13 +249,11 @@ class ZeroShot(nn.Module):
         super().__init__()
         self.clip = clip
         with torch.no_grad():
-            found = clip.get_text_features(texts)
-        self.register_buffer("texts", nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1))
+            self.register_buffer("texts", nn.functional.normalize(clip.get_text_features(texts).pooler_output, dim=-1))
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.clip.get_image_features(images)
-        found = nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
-        return self.clip.logit_scale.exp() * found @ self.texts.T
+        features = nn.functional.normalize(self.clip.get_image_features(images).pooler_output, dim=-1)
+        return self.clip.logit_scale.exp() * features @ self.texts.T
 
 
 def test_classes_may_be_texts() -> None:

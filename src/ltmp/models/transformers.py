@@ -56,11 +56,20 @@ class Layout:
         """What holds the projections and knows the number of heads."""
         return self.qkv[0].rpartition(".")[0]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all modules that run."""
+        return (self.norm, *self.qkv, *self.out, *self.mlp)
+
+    @property
+    def holders(self) -> set[str]:
+        """What only holds those, down from the block itself, and does not run."""
+        return {".".join(name.split(".")[:depth]) for name in self.names for depth in range(name.count(".") + 1)}
+
     def fits(self, block: nn.Module) -> bool:
         """Whether the block has exactly these parts."""
-        names = (self.norm, *self.qkv, *self.out, *self.mlp)
+        names, holders = self.names, self.holders
         have = {name for name, _ in block.named_modules()}
-        holders = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 1)}
         known = {*names, *holders, *(f"{self.attention}.{bias}" for bias in ("q_bias", "v_bias"))}
         found = (
             f"{holder}.{part}".lstrip(".")
@@ -150,7 +159,7 @@ def _block_problems(block: nn.Module) -> str | None:
     if layout is None:
         return f"({type(block).__name__}) has parts that this version does not know"
     attention, mlp = attrgetter(layout.attention)(block), attrgetter(layout.mlp[1])(block)
-    if any(_other_hooks(part) or "forward" in vars(part) for part in (block, attention)):
+    if any(_is_changed(block.get_submodule(holder)) for holder in layout.holders):
         return "has forward hooks or a forward of its own, which would no longer run: remove them"
     if not type(mlp).__module__.startswith("transformers.models."):
         return f"has a {type(mlp).__name__}, which is not known to treat each token by itself"
@@ -164,10 +173,13 @@ def _block_problems(block: nn.Module) -> str | None:
 _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
 
-def _other_hooks(module: nn.Module) -> bool:
-    """Whether others than transformers have hooked `module`; its own, which record outputs, stay once asked for."""
+def _is_changed(module: nn.Module) -> bool:
+    """Whether someone else hooked a module or replaced its forward: transformers does so to record outputs, and stays."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks)
+    forward = getattr(module.forward, "__func__", None)
+    return forward is not type(module).forward or any(
+        not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks
+    )
 
 
 @dataclass(frozen=True)
