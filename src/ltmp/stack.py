@@ -217,7 +217,7 @@ class ReducedStack(nn.ModuleList):
         return [partial(_call_one, way, i) for i in range(self.thresholds.depth)]
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:  # type: ignore[override]
-        return iter(self._one_by_one() if unmerging() else (self.forward,))
+        return iter(self._one_by_one() if unmerging() else (self.__call__,))
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self._one_by_one()[index] if unmerging() else super().__getitem__(index)

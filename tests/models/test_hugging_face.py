@@ -174,6 +174,17 @@ def test_command_line(folder: Path, images: Path, tmp_path: Path, monkeypatch: p
     measured = json.loads((tmp_path / "eval.json").read_text())
     assert (measured["images"], measured["tokens"]) == (6, 17)
     assert measured["share"] < 0.9
-    bench = ["bench", *own, "--thresholds", str(file), "--batch-size", "2", "--seconds", "0.02"]
+    bench = [
+        "bench",
+        *own,
+        "--thresholds",
+        str(file),
+        "--batch-size",
+        "2",
+        "--seconds",
+        "0.02",
+        "--no-compile",
+        "--no-baseline",
+    ]
     assert main([*bench, "--json", str(tmp_path / "bench.json")]) == 0
     assert "rows" in json.loads((tmp_path / "bench.json").read_text())

@@ -174,7 +174,7 @@ _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether someone else hooked a module or replaced its forward: transformers does so to record outputs, and stays."""
+    """Whether someone hooked a module or replaced its forward; transformers itself does, to record outputs."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     forward = getattr(module.forward, "__func__", None)
     return forward is not type(module).forward or any(
@@ -403,6 +403,12 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         arguments={"attention_mask": None} if clip else {},
     )
 
+
+# before 5.10 there was an encoder of their own inside these two
+for _around, _name, _prefix in ((CLIPModel, "CLIPVisionTransformer", 1), (SiglipModel, "SiglipVisionTransformer", 0)):
+    _inner = getattr(sys.modules[_around.__module__], _name, None)
+    if _inner is not None:
+        _TABLE[_inner] = Host("", "encoder.layers", "post_layernorm", _prefix)
 
 HOSTS: dict[type[nn.Module], Recipe | str] = {cls: _recipe(cls, host) for cls, host in _TABLE.items()}
 # any other model of transformers
