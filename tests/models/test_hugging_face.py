@@ -12,6 +12,7 @@ import torch
 from cases import tiny_hf
 from PIL import Image
 
+import ltmp
 from ltmp.cli import main
 from ltmp.data import eval_transform
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
@@ -174,17 +175,15 @@ def test_command_line(folder: Path, images: Path, tmp_path: Path, monkeypatch: p
     measured = json.loads((tmp_path / "eval.json").read_text())
     assert (measured["images"], measured["tokens"]) == (6, 17)
     assert measured["share"] < 0.9
-    bench = [
-        "bench",
-        *own,
-        "--thresholds",
-        str(file),
-        "--batch-size",
-        "2",
-        "--seconds",
-        "0.02",
-        "--no-compile",
-        "--no-baseline",
-    ]
-    assert main([*bench, "--json", str(tmp_path / "bench.json")]) == 0
-    assert "rows" in json.loads((tmp_path / "bench.json").read_text())
+
+
+@pytest.mark.slow
+def test_bench(folder: Path, images: Path, tmp_path: Path) -> None:
+    file = tmp_path / "thresholds.safetensors"
+    model = ltmp.attach(build_model(f"hf:{folder}"))
+    model.ltmp.set([0.5] * 3, [0.03] * 3)
+    ltmp.save(model, file, model_name=f"hf:{folder}")
+    own = ["--data", str(images), "--device", "cpu", "--thresholds", str(file), "--batch-size", "2"]
+    quick = ["--seconds", "0.02", "--no-compile", "--no-baseline", "--json", str(tmp_path / "bench.json")]
+    assert main(["bench", *own, *quick]) == 0
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"]
