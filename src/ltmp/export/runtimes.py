@@ -161,8 +161,8 @@ class ExportedModel(nn.Module):
     def __init__(self, model: nn.Module, reduced: Session, dense: Session) -> None:
         """Raises LTMPError where a session is of another model."""
         super().__init__()
-        # by this name `evaluate` knows an attached model
-        self.ltmp = stack_of(model).thresholds
+        # `evaluate` knows an attached model by its thresholds, and finds its stack inside
+        self.ltmp, self.model = stack_of(model).thresholds, model
         self.reduced, self.dense_model = reduced, dense
         self.geometry = self._geometry(model)
 
