@@ -18,6 +18,10 @@ STYLE = """
 .ltmp-blocks th, .ltmp-blocks td { padding: .15rem .6rem; text-align: left; }
 .ltmp-blocks tr.here { background: var(--background-fill-secondary); font-weight: 600; }
 .ltmp-blocks { overflow-x: auto; }
+#samples .grid-wrap { min-height: 0; height: auto; max-height: 16rem; }
+#samples .grid-container { grid-template-columns: repeat(5, 1fr); height: auto; }
+#strip img { width: 100%; height: auto; }
+#strip .image-frame { width: 100%; }
 #picture img { min-height: 10rem; object-fit: contain; }
 .ltmp-figures { font-size: 1.1em; }
 footer { display: none !important; }
