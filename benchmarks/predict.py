@@ -182,7 +182,7 @@ def kills(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     a_shard = options.shard_size
     write_tars(source, options.images, a_shard)
     shards = -(-options.images // a_shard)
-    arguments = [*tiny_model(root), "--workers", "1", "--json", os.devnull]
+    arguments = tiny_model(root)
     start = time.perf_counter()
     Run(source, whole, arguments).end()
     print(f"  unbroken run: {time.perf_counter() - start:.0f} s", flush=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
+import signal
 import zlib
+from functools import partial
+from itertools import count
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +21,7 @@ import ltmp
 from helpers import tiny_vit
 from ltmp.data import eval_transform
 from ltmp.errors import LTMPError, UsageError
-from ltmp.predict import Predictor, find_shards
+from ltmp.predict import Predictor, find_shards, predictor
 from ltmp.predict.reading import read_batches
 
 from .conftest import build, encoded, scoring, write_tar
@@ -171,6 +175,26 @@ def test_call_of_ray_data_scores_what_is_missing(folder, tmp_path):
     assert predictor(batch)["name"].tolist() == ["00000", "00001", "00002"]
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert len(rows(tmp_path / "out")) == 10
+
+
+def lose_a_worker(calls, *arguments, **how):
+    """`read_batches` whose first decoding process is killed on its way."""
+    batches = iter(read_batches(*arguments, **how))
+    if next(calls) == 0:
+        yield next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    yield from batches
+
+
+def test_killed_decoding_process_is_said_and_an_actor_tries_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictor, "read_batches", partial(lose_a_worker, count()))
+    shards = find_shards([folder], shard_size=2)
+    predict = Predictor(scoring(workers=1, batch_size=1), tmp_path / "out")
+    with pytest.raises(LTMPError, match="a process that decodes images was killed"):
+        list(predict.score(shards))
+    monkeypatch.setattr(predictor, "read_batches", partial(lose_a_worker, count()))
+    predict({"shard": np.array([pickle.dumps(shard) for shard in shards])})
+    assert [row["key"] for row in rows(tmp_path / "out")] == [item.key for shard in shards for item in shard.items()]
 
 
 def headless():

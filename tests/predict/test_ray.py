@@ -73,7 +73,9 @@ def test_killed_worker_loses_and_doubles_nothing(tars, tmp_path, monkeypatch):
 def test_what_went_wrong_in_an_actor_is_our_own_sentence():
     text = "ActorDiedError: ...\n  File x, in y\nltmp.errors.LTMPError: cannot write out: disk full\n"
     assert _explain(text) == "cannot write out: disk full"
-    assert "first ... last" in _explain("first\nsecond\nlast")
+    text = "ray::Actor\n  File x\nValueError: first\n\nthe above\nRuntimeError: last\n\nTo change retries: see there"
+    assert "(RuntimeError: last)" in _explain(text)
+    assert "(error: no trace)" in _explain("no trace\nat all")
 
 
 def test_no_cluster_there_is_said(folder, tmp_path):

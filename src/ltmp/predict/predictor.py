@@ -17,9 +17,12 @@ from ..data import eval_transform, input_channels
 from ..errors import LTMPError, UsageError
 from ..models.outputs import logits_of
 from ..stack import record
-from .reading import Batch, End, Unreadable, default_workers, read_batches
+from .reading import Batch, End, LostWorkerError, Unreadable, default_workers, naming_lost_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard
+
+ATTEMPTS = 3
+"""Times that an actor scores a shard whose decoding processes are killed."""
 
 OnBatch = Callable[[int, float], None]
 """Called with the number of images just read, broken ones counted, and the share of their shard that is done."""
@@ -161,8 +164,12 @@ class Predictor:
         """Score the shards in order and write each when it is done, while the images of the next are being decoded.
 
         Raises:
-            LTMPError: a file cannot be written, or the model gives NaN.
+            LTMPError: a file cannot be written, the model gives NaN, or a process that decodes was killed.
         """
+        with naming_lost_workers():
+            yield from self._score(shards, on_batch)
+
+    def _score(self, shards: Iterable[Shard], on_batch: OnBatch | None) -> Iterator[Written]:
         workers = self.scoring.workers
         entries = read_batches(
             shards,
@@ -196,11 +203,18 @@ class Predictor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Score the pickled shards in column `shard`; gives what was written, a row each.
 
-        A shard that is there is not scored again, so that a retry after a lost worker costs nothing.
+        A shard that is there is not scored again, so that a retry after a lost actor costs little. Processes that
+        decode may be lost, too; Ray knows nothing of those.
         """
         shards = [pickle.loads(shard) for shard in batch["shard"]]
-        for _ in self.score([shard for shard in shards if finished(self.out, shard) is None]):
-            pass
+        for attempt in reversed(range(ATTEMPTS)):
+            try:
+                for _ in self.score([shard for shard in shards if finished(self.out, shard) is None]):
+                    pass
+                break
+            except LostWorkerError:
+                if not attempt:
+                    raise
         rows = [asdict(written) for shard in shards if (written := finished(self.out, shard))]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 

@@ -62,10 +62,12 @@ def score_on_ray(scoring: Scoring, out: Path, shards: Sequence[Shard], options: 
 
 
 def _explain(text: str) -> str:
-    """Our own sentence out of the traceback of an actor, or what Ray says last."""
-    own = re.findall(r"ltmp\.errors\.\w+: (.+)", text)
-    said = (text.strip() or "no reason given").splitlines()
-    return own[-1] if own else f"scoring on Ray failed, what is finished is kept: {said[0]} ... {said[-1]}"
+    """Our own sentence out of the traceback of an actor, or else the error at its end."""
+    found = re.findall(r"^([\w.]*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
+    name, said = found[-1] if found else ("error", (text.strip() or "no reason given").splitlines()[0])
+    if name.startswith("ltmp."):
+        return said
+    return f"scoring on Ray failed ({name}: {said}); what is finished is kept, the same command goes on"
 
 
 def _import() -> Any:

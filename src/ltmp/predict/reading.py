@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -15,7 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import Broken
 from ..data.dataset import Transform
 from ..data.images import decode, reason
+from ..errors import LTMPError
 from .shards import Item, Shard, Slice
+
+
+class LostWorkerError(LTMPError):
+    """A process that decodes was killed; nothing is wrong with the images."""
 
 
 class Unreadable(NamedTuple):
@@ -126,6 +132,24 @@ def read_batches(
         collate_fn=_collate,
         pin_memory=pin_memory,
     )
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Around the use of `read_batches`: torch tells of a killed process by a signal, wherever this one just is.
+
+    Raises:
+        LostWorkerError: one was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LostWorkerError(
+            "a process that decodes images was killed, for lack of memory perhaps: the same command goes on, if it "
+            "happens again with fewer --workers or a smaller --batch-size"
+        ) from error
 
 
 def _collate(samples: list[Any]) -> Batch | End:
