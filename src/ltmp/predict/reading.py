@@ -138,13 +138,15 @@ def read_batches(
 def naming_lost_workers() -> Iterator[None]:
     """Around the use of `read_batches`: torch tells of a killed process by a signal, wherever this one just is.
 
+    Or a tensor that is being handed over ends in the middle, or the socket that it should come through is gone.
+
     Raises:
         LostWorkerError: one was killed.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise LostWorkerError(
             "a process that decodes images was killed, for lack of memory perhaps: the same command goes on, if it "
