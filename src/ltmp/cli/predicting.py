@@ -25,8 +25,9 @@ _OUTPUT, _DATA, _RUN, _RAY = "Output", "Data", "Running", "Ray"
 Source = Annotated[
     list[str],
     typer.Argument(
+        metavar="SOURCE",
         help="A folder of images at any depth, or tars (WebDataset shards) or Parquet files, by name, folder or "
-        "pattern, such as 'shards/{000..099}.tar'."
+        "pattern, such as 'shards/{000..099}.tar'.",
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Output folder; an interrupted run there goes on.", rich_help_panel=_OUTPUT)]

@@ -34,13 +34,15 @@ def score_on_ray(scoring: Scoring, out: Path, shards: Sequence[Shard], options: 
         LTMPError: no such cluster, or one without the GPUs asked for, or what went wrong in an actor.
     """
     ray = _import()
-    with _cluster(ray, options) as resources:
-        cuda = scoring.device.startswith("cuda")
-        slots = int(resources.get("GPU" if cuda else "CPU", 0))
+    cuda = scoring.device.startswith("cuda")
+    # as many actors as processors: decoding ahead would only take its time from another actor's model
+    workers = scoring.workers if scoring.workers is not None else (4 if cuda else 0)
+    cpus = max(1, workers)
+    with _cluster(ray, options, cpus) as resources:
+        slots = int(resources.get("GPU", 0) if cuda else resources.get("CPU", 0) // cpus)
         if not slots:
-            raise LTMPError("the cluster has no GPU: use --device cpu, or one that has")
-        # as many actors as processors: decoding ahead would only take its time from another actor's model
-        workers = scoring.workers if scoring.workers is not None else (4 if cuda else 0)
+            wanted = "GPU: use --device cpu" if cuda else f"machine with {cpus} processors: use fewer --workers"
+            raise LTMPError(f"the cluster has no {wanted}, or another cluster")
         there = replace(scoring, workers=workers, device="cuda" if cuda else "cpu")
         tasks = ray.data.from_items(
             [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
@@ -50,7 +52,7 @@ def score_on_ray(scoring: Scoring, out: Path, shards: Sequence[Shard], options: 
             fn_constructor_args=[there, out],
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(options.actors or slots, len(shards))),
-            num_cpus=max(1, workers),
+            num_cpus=cpus,
             num_gpus=1 if cuda else None,
         )
         names = [field.name for field in fields(Written)]
@@ -88,13 +90,16 @@ def _import() -> Any:
 
 
 @contextmanager
-def _cluster(ray: Any, options: RayOptions) -> Iterator[dict[str, float]]:
+def _cluster(ray: Any, options: RayOptions, cpus: int) -> Iterator[dict[str, float]]:
     """Connected to a running cluster, or to one of our own that ends with the run; gives its resources."""
+    if ray.is_initialized():  # by whoever called us, in Python
+        yield ray.cluster_resources()
+        return
     address = options.address or os.environ.get("RAY_ADDRESS")
     cores = os.cpu_count() or 1
     own = {
         "address": "local",
-        "num_cpus": max(cores, options.actors or 0),
+        "num_cpus": max(cores, cpus * (options.actors or 1)),
         "object_store_memory": OBJECT_STORE,
         "include_dashboard": False,
     }
