@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,13 @@ def read_batches(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        worker_init_fn=_quiet,
     )
+
+
+def _quiet(_worker: int) -> None:
+    """Torch hands errors of a decoding process on itself; what this hook would print is that a stopped run is gone."""
+    sys.excepthook = lambda *_: None
 
 
 @contextmanager
