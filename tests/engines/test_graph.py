@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_
 
 import ltmp
 from helpers import assert_close, attach_reducing, liven, random_images, run_recorded, tiny_vit
+from ltmp.config import FIXED
 from ltmp.engines.request import Capacity
 from ltmp.models import stack_of
 
@@ -65,13 +67,17 @@ class Rerun:
 class Case:
     """A reduced model, the same model on the packed engine, and the graphs between caller and host."""
 
-    def __init__(self, recorder: Any = None, engine: str = "graph", graphs: int = 8, **kwargs: Any) -> None:
+    def __init__(
+        self, recorder: Any = None, engine: str = "graph", graphs: int = 8, settings: Any = None, **kwargs: Any
+    ) -> None:
         self.recorder = recorder or Rerun()
-        small = {"img_size": SIZE, "depth": 2, **kwargs}
-        self.model = attach_reducing(tiny_vit(**small), images_of(4).cpu()).to(DEVICE).requires_grad_(False)
+        config = ltmp.LTMPConfig(**settings or {})
+        small = tiny_vit(**{"img_size": SIZE, "depth": 2, **kwargs})
+        reduced = ltmp.attach(small, config) if config.method.fixed else attach_reducing(small, images_of(4).cpu())
+        self.model = reduced.to(DEVICE).requires_grad_(False)
         self.packed = copy.deepcopy(self.model)
         for model, name in ((self.packed, "packed"), (self.model, engine)):
-            model.ltmp.config = ltmp.LTMPConfig(engine=name)
+            model.ltmp.config = replace(config, engine=name)
         self.forward = GraphedForward(self.model, stack_of(self.model), self.recorder, graphs)
         self.model.forward = self.forward
 
@@ -112,6 +118,20 @@ def test_hosts_that_are_called_by_keyword_and_return_objects() -> None:
         assert kept.tolist() == counts.tolist()
         assert_close(found.logits, expected.logits, 1e-4)
     assert model.forward.recorder.recorded == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"variant": variant, "r": 2} for variant in FIXED] + [{"floor": 4}, {"ceiling": 7}, {"variant": "pm", "r": 0.2}],
+    ids=str,
+)
+def test_every_policy_is_recorded(settings: dict[str, Any]) -> None:
+    case = Case(settings=settings)
+    for seed in range(3):
+        case.check(4, seed)
+    case.check(3, 3)  # a tail
+    assert case.recorder.recorded == 1
+    assert case.recorder.replayed >= 2
 
 
 def test_results_do_not_change_under_the_caller() -> None:
