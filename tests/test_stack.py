@@ -14,7 +14,8 @@ from helpers import attach_reducing, embed, random_images, run_recorded, tiny_vi
 from ltmp.models import stack_of
 from ltmp.stack import sizes_of
 
-CORE = ("config", "tokens", "thresholds", "reduction", "stack", "checkpoint", "flops")
+CORE = ("config", "policy", "thresholds", "rates", "tokens", "sources", "reduction", "stack")
+"""What defines the method, from its settings to the stack that runs it; hosts, kernels, files and jobs plug in."""
 
 
 @torch.no_grad()
