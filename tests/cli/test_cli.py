@@ -192,7 +192,7 @@ def test_unexpected_error_is_one_line_too(monkeypatch, capsys):
     def fail():
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(app, "_describe_machine", fail)
+    monkeypatch.setattr(app, "describe_machine", fail)
     assert main(["info"]) == 1
     assert error(capsys) == "error: ZeroDivisionError: by zero (add --debug for the traceback)"
 

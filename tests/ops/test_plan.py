@@ -62,7 +62,7 @@ def check(
         x, y, scale, norm, found, batch.size, batch.origin, batch.cu, longest or batch.longest, room
     )
     total = sum(left)
-    features = fold_reference(batch.pad(x + scale * y), tokens.size, expected)
+    features = fold_reference(batch.pad(x + scale * y), expected)
 
     def live(values: Tensor) -> Tensor:
         return torch.cat([image[:n] for image, n in zip(values, left, strict=True)])

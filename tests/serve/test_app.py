@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -153,7 +154,10 @@ def test_an_answer_that_takes_too_long(predictor):
     assert held.answered == 2
 
 
-def test_a_failing_model_is_a_500_and_nothing_worse(predictor, caplog):
+def test_a_failing_model_is_a_500_and_nothing_worse(predictor, caplog, monkeypatch):
+    # `ltmp serve` in this process keeps the log to itself
+    monkeypatch.setattr(logging.getLogger("ltmp"), "propagate", True)
+
     class Failing(Held):
         def answer(self, images):
             if images[0] is not self.blank and not self.go.is_set():
