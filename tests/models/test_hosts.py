@@ -132,15 +132,15 @@ def test_unmerged_features_cover_every_patch(case: Case) -> None:
     assert [len(row[row >= 0].unique()) for row in source] == kept[:, -1].tolist()
 
 
-@pytest.mark.parametrize("name", sorted(ATTACHED.keys() - {"open-clip-timm", "hf-clip", "hf-siglip", "hf-videomae"}))
-def test_pictures_of_hosts_that_take_images(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(ATTACHED.keys() - {"hf-videomae"}))
+def test_pictures_of_hosts_of_images(name: str) -> None:
     case = ATTACHED[name]
     model = attached(case)
     inputs = case.inputs(model)
     images = inputs["pixel_values"] if isinstance(inputs, dict) else inputs[0]
     _, kept = torch.no_grad()(recorded)(case, model)
     for seen, counts in zip(see(model, images), kept.tolist(), strict=True):
-        assert seen.groups.shape[1:] == (4, 4)
+        assert seen.groups.shape[1:] == ((14, 14) if name == "open-clip-timm" else (4, 4))
         assert seen.kept == counts
 
 

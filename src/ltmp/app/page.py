@@ -21,7 +21,7 @@ STYLE = """
 #samples .grid-wrap { min-height: 0; height: auto; max-height: 16rem; }
 #samples .grid-container { grid-template-columns: repeat(5, 1fr); height: auto; }
 #strip img { width: 100%; height: auto; }
-#strip .image-frame { width: 100%; }
+#strip, #strip .image-container, #strip .image-frame { width: 100%; height: auto; min-height: 4rem; }
 #picture img { min-height: 10rem; object-fit: contain; }
 .ltmp-figures { font-size: 1.1em; }
 footer { display: none !important; }

@@ -76,8 +76,14 @@ def patch_groups(model: nn.Module, images: Tensor) -> Tensor:
     """
     stack_of(model)
     with trace(every_block=True) as calls:
-        model(images)
+        _encode(model, images)
     return torch.cat(calls.blocks)
+
+
+def _encode(model: nn.Module, images: Tensor) -> None:
+    """Run what reads images: a model of images and text, by transformers or open_clip, is not asked about a text."""
+    towers = (getattr(model, name, None) for name in ("get_image_features", "encode_image"))
+    next((tower for tower in towers if tower is not None), model)(images)
 
 
 def patch_grid(model: nn.Module, size: tuple[int, int], patches: int) -> tuple[int, int]:
