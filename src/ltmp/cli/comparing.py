@@ -132,7 +132,16 @@ def _write(out: Path, model: str, entries: list[job.Entry], results: dict[str, E
 
     rows = job.rows(entries, results)
     images = next(iter(results.values())).images
-    report.show([{k: v for k, v in row.items() if k != "method"} for row in rows], f"{model}, {images} images")
+    names = {
+        "name": "method",
+        "share": "share",
+        "ideal": "ideal",
+        "top1": "top-1",
+        "top5": "top-5",
+        "agreement": "agree",
+    }
+    names |= {"images_per_second": "img/s", "speedup": "speed-up"}
+    report.show([{new: row[old] for old, new in names.items()} for row in rows], f"{model}, {images} images")
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     report.write_json(job.as_json(entries, results, model=model, threads=threads), out / "compare.json")
