@@ -72,6 +72,9 @@ def main() -> None:
             slide(tab, 0.62)
             tab.wait_for_timeout(1500)
             if arguments.screenshots:
+                # the browser loads a picture when it is nearly in sight
+                tab.locator("#strip").scroll_into_view_if_needed()
+                tab.wait_for_timeout(1000)
                 arguments.screenshots.mkdir(parents=True, exist_ok=True)
                 tab.screenshot(path=arguments.screenshots / f"{scheme}-{width}.png", full_page=True)
             tab.close()

@@ -20,6 +20,8 @@ STYLE = """
 .ltmp-blocks { overflow-x: auto; }
 #samples .grid-wrap { min-height: 0; height: auto; max-height: 16rem; }
 #samples .grid-container { grid-template-columns: repeat(5, 1fr); height: auto; }
+#samples .grid-container > * { min-width: 0; width: 100%; }
+#samples .thumbnail-item { width: 100% !important; height: auto !important; aspect-ratio: 1; }
 #strip img { width: 100%; height: auto; }
 #strip, #strip .image-container, #strip .image-frame { width: 100%; height: auto; min-height: 4rem; }
 #picture img { min-height: 10rem; object-fit: contain; }
