@@ -16,7 +16,7 @@ import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.models import thresholds_of
-from ltmp.serve import Limits, Predictor, read_names
+from ltmp.serve import Limits, Predictor, batching, read_names
 from ltmp.serve.app import create_app
 
 from .conftest import picture
@@ -155,8 +155,10 @@ def test_an_answer_that_takes_too_long(predictor):
 
 
 def test_a_failing_model_is_a_500_and_nothing_worse(predictor, caplog, monkeypatch):
-    # `ltmp serve` in this process keeps the log to itself
-    monkeypatch.setattr(logging.getLogger("ltmp"), "propagate", True)
+    # other tests in this process configure logging as servers do, so this one listens where the service writes
+    logger = logging.Logger("service")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(batching, "log", logger)
 
     class Failing(Held):
         def answer(self, images):
