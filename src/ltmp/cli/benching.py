@@ -16,11 +16,10 @@ from ..evaluate import report
 from ..evaluate.bench import Bench, Row, table
 from ..evaluate.synthetic import lively, smooth
 from ..learning.calibrate import calibrate
-from ..models.build import build_model
 from . import options as o
 from .evaluating import ModelName, name_in
 from .progress import progress_bar
-from .setup import DataOptions, ModelOptions, parse_kwargs, pick_device
+from .setup import DataOptions, ModelOptions, pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,11 +104,8 @@ def bench_verb(
 
 
 def _network(options: ModelOptions) -> nn.Module:
-    if options.weights is not None or options.pretrained:
-        return options.build().requires_grad_(False)
-    shape = {"num_classes": options.num_classes, "image_size": options.image_size}
-    network = build_model(options.name, model_kwargs=parse_kwargs(options.kwargs), **shape)  # type: ignore[arg-type]
-    return lively(network).requires_grad_(False)
+    network = options.build(random=True).requires_grad_(False)
+    return network if options.has_weights else lively(network)
 
 
 def _images(network: nn.Module, count: int, data: str | None, split: str | None, reading: DataOptions) -> Tensor:

@@ -28,9 +28,14 @@ class ModelOptions:
     image_size: int | None
     kwargs: Sequence[str]
 
-    def build(self) -> nn.Module:
-        """The model, with weights: thresholds of a random model would mean nothing."""
-        if self.weights is None and not self.pretrained and not brings_weights(self.name):
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model gets weights of its own, or else random ones."""
+        return self.weights is not None or self.pretrained or brings_weights(self.name)
+
+    def build(self, *, random: bool = False) -> nn.Module:
+        """The model, with weights unless `random` ones will do: thresholds of a random model would mean nothing."""
+        if not (self.has_weights or random):
             raise UsageError("which weights? give --weights FILE, or --pretrained for timm's own")
         return build_model(
             self.name,
