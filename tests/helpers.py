@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ltmp
 import reference
+from ltmp.dial import Dial
 from ltmp.models import thresholds_of
 
 TINY: dict[str, Any] = {
@@ -78,3 +79,13 @@ def assert_close(actual: Tensor, expected: Tensor, atol: float, what: str = "val
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
     assert error <= atol, f"{what} differ by {error:.2e}, allowed {atol:.0e}"
+
+
+def make_dial(depth: int, *, knots: int = 5, seed: int = 0, lowest: float = 0.3, highest: float = 0.95) -> Dial:
+    """Random thresholds that fall and rise with the budget, as learned ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.linspace(lowest, highest, knots)
+    spread = torch.rand(depth, generator=generator)
+    merge = 0.3 + 0.6 * share[:, None] * (0.5 + spread / 2)
+    prune = 0.05 * (1 - share[:, None]) * (0.1 + spread)
+    return Dial(share, merge, prune, share[:, None] * torch.linspace(17, 5, depth))

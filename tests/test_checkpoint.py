@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ltmp
-from helpers import random_images, run_recorded, tiny_vit
+from helpers import make_dial, random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
-from ltmp.checkpoint import FORMAT, apply, read, read_state_dict, split_seed_state, split_thresholds
+from ltmp.checkpoint import FORMAT, annotate, apply, read, read_state_dict, split_seed_state, split_thresholds
+from ltmp.dial import Dial
+from ltmp.errors import UsageError
 from ltmp.models import is_attached
 from ltmp.models.build import load_weights
 
@@ -297,3 +300,139 @@ def test_nan_in_a_state_dict_is_said(tmp_path: Path) -> None:
     torch.save({"ltmp.merge": torch.tensor([float("nan")] * 3), "ltmp.prune": torch.zeros(3)}, tmp_path / "nan.pt")
     with pytest.raises(LTMPError, match="NaN"):
         ltmp.load(tiny_vit(), tmp_path / "nan.pt")
+
+
+# -- dials
+
+
+@pytest.fixture
+def dialled(tmp_path: Path) -> Path:
+    model = attached()
+    model.ltmp.set_dial(make_dial(3))
+    model.ltmp.set_budget(0.61)
+    path = tmp_path / "dial" / "thresholds.safetensors"
+    ltmp.save(model, path, target=0.61)
+    return path
+
+
+def same_dial(found: Dial | None) -> bool:
+    assert found is not None
+    return all(
+        torch.equal(a, b) for a, b in zip(found.tensors().values(), make_dial(3).tensors().values(), strict=True)
+    )
+
+
+def test_a_dial_is_in_the_same_file(dialled: Path) -> None:
+    model = tiny_vit()
+    file = ltmp.load(model, dialled)
+    assert same_dial(file.dial)
+    assert same_dial(model.ltmp.dial)
+    assert model.ltmp.budget == 0.61
+    assert torch.equal(model.ltmp.merge, make_dial(3).at(0.61)[0])
+    assert dialled.stat().st_size < 10_000
+    with safe_open(dialled, framework="pt") as raw:
+        assert {"merge", "prune", "dial.share", "dial.merge", "dial.prune", "dial.kept"} == set(raw.keys())
+
+
+@pytest.mark.parametrize("by", ["file", "folder"])
+def test_loading_at_a_budget(dialled: Path, by: str) -> None:
+    model = tiny_vit()
+    file = ltmp.load(model, dialled if by == "file" else dialled.parent, budget=0.4)
+    merge, prune = make_dial(3).at(0.4)
+    assert torch.equal(model.ltmp.merge, merge)
+    assert torch.equal(file.prune, prune)
+    assert model.ltmp.budget == 0.4
+    model.ltmp.set_budget(0.8)
+    assert model.ltmp.budget == 0.8
+
+
+def test_a_plain_file_takes_the_dial_away(dialled: Path, saved: Path) -> None:
+    model = tiny_vit()
+    ltmp.load(model, dialled)
+    ltmp.load(model, saved)
+    assert model.ltmp.dial is None
+    assert model.ltmp.budget is None
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.99, float("nan")])
+def test_a_budget_out_of_reach_is_refused_and_nothing_attached(dialled: Path, budget: float) -> None:
+    model = tiny_vit()
+    with pytest.raises(UsageError, match=r"thresholds\.safetensors: budget .* goes from 0\.3 to 0\.95"):
+        ltmp.load(model, dialled, budget=budget)
+    assert not is_attached(model)
+
+
+def test_a_file_without_a_dial_has_one_budget(saved: Path) -> None:
+    model = tiny_vit()
+    with pytest.raises(UsageError, match=r"for the budget 0\.6 alone and no dial.*docs/dial\.md"):
+        ltmp.load(model, saved, budget=0.5)
+    assert not is_attached(model)
+    ltmp.load(model, saved, budget=0.6)
+    assert torch.equal(model.ltmp.merge, torch.tensor(MERGE))
+
+
+def test_saving_at_another_budget_is_loaded_there(dialled: Path, tmp_path: Path) -> None:
+    model = tiny_vit()
+    ltmp.load(model, dialled)
+    model.ltmp.set_budget(0.35)
+    ltmp.save(model, tmp_path / "again.safetensors")
+    other = tiny_vit()
+    ltmp.load(other, tmp_path / "again.safetensors")
+    assert other.ltmp.budget == 0.35
+    model.ltmp.set([0.5] * 3)
+    ltmp.save(model, tmp_path / "by-hand.safetensors")
+    ltmp.load(other, tmp_path / "by-hand.safetensors")
+    assert other.ltmp.budget is None
+    assert other.ltmp.dial is not None
+
+
+def test_annotating_keeps_the_dial(dialled: Path, tmp_path: Path) -> None:
+    annotate(dialled, tmp_path / "noted.safetensors", top1=71.0)
+    file = read(tmp_path / "noted.safetensors")
+    assert same_dial(file.dial)
+    assert file.metadata["top1"] == 71.0
+
+
+BROKEN_DIALS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "falling": lambda tensors: tensors.update({"dial.share": tensors["dial.share"].flip(0).contiguous()}),
+    "a part": lambda tensors: tensors.pop("dial.kept"),
+    "NaN": lambda tensors: tensors["dial.merge"].fill_(float("nan")),
+    "other depth": lambda tensors: tensors.update(make_dial(4).tensors()),
+    "flat": lambda tensors: tensors.update({"dial.prune": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("form", ["file", "state dict"])
+@pytest.mark.parametrize("name", BROKEN_DIALS)
+def test_broken_dials_are_refused_in_a_sentence(dialled: Path, tmp_path: Path, name: str, form: str) -> None:
+    with safe_open(dialled, framework="pt") as raw:
+        tensors = {key: raw.get_tensor(key) for key in raw.keys()}  # noqa: SIM118 (not a dict)
+    BROKEN_DIALS[name](tensors)
+    path = tmp_path / "broken.safetensors"
+    if form == "file":
+        write_tensors(path, **tensors)
+    else:
+        save_file({f"ltmp.{key}": value for key, value in tensors.items()}, path)
+    model = tiny_vit()
+    with pytest.raises(LTMPError, match=r"not a whole thresholds file|are broken") as refusal:
+        ltmp.load(model, path)
+    assert "\n" not in str(refusal.value)
+    assert not is_attached(model)
+
+
+def test_a_file_whose_budget_is_off_its_dial_is_refused(dialled: Path, tmp_path: Path) -> None:
+    for wrong in (0.1, "half"):
+        annotate(dialled, tmp_path / "off.safetensors", budget=wrong)
+        with pytest.raises(LTMPError, match="which its dial does not reach"):
+            read(tmp_path / "off.safetensors")
+
+
+def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
+    model = tiny_vit()
+    ltmp.load(model, dialled)
+    save_file(model.state_dict(), tmp_path / "whole.safetensors")
+    other = tiny_vit()
+    ltmp.load(other, tmp_path / "whole.safetensors", budget=0.4)
+    assert same_dial(other.ltmp.dial)
+    assert other.ltmp.budget == 0.4
+    load_weights(tiny_vit(), tmp_path / "whole.safetensors")

@@ -82,7 +82,7 @@ LAYERS = (
     ("policy", "tokens"),
     ("sources",),
     ("ops",),
-    ("config", "files", "flops", "locate"),
+    ("config", "dial", "files", "flops", "locate"),
     ("errors", "_version"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

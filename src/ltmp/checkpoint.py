@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .config import LTMPConfig
-from .errors import LTMPError
+from .dial import PREFIX as DIAL
+from .dial import Dial
+from .errors import LTMPError, UsageError
 from .files import atomic_path
-from .locate import locate
+from .locate import file_name, locate
 from .models import attach, is_attached, stack_of, thresholds_of
+from .thresholds import Thresholds
 
 FORMAT = "ltmp-thresholds"
 SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
@@ -35,12 +38,49 @@ class ThresholdFile:
         merge, prune: float32 [L]; of fixed rates, which the config holds, thresholds that select nothing.
         config: how they were learned.
         metadata: architecture, input size, target, measured share, accuracies, package version; as far as known.
+        dial: thresholds for a range of budgets, of which `merge` and `prune` are those at `metadata["budget"]`; None
+            where there are these alone.
+
+    Raises:
+        ValueError: the dial is for another number of blocks, or does not reach the budget.
     """
 
     merge: Tensor
     prune: Tensor
     config: LTMPConfig = field(default_factory=LTMPConfig)
     metadata: dict[str, Any] = field(default_factory=dict)
+    dial: Dial | None = None
+
+    def __post_init__(self) -> None:
+        if self.dial is not None and self.dial.depth != self.merge.numel():
+            raise ValueError(f"a dial for {self.dial.depth} blocks beside thresholds for {self.merge.numel()}")
+        budget = self.metadata.get("budget")
+        if self.dial is not None and budget is not None:
+            try:
+                self.dial.at(budget)
+            except (UsageError, TypeError, ValueError) as error:
+                raise ValueError(f"its budget is {budget!r}, which its dial does not reach") from error
+
+    def at(self, budget: float, source: str = "this file") -> ThresholdFile:
+        """The same with the dial's thresholds at `budget`; a file without a dial has its own budget alone.
+
+        Raises:
+            UsageError: there is no dial, or it does not go so far.
+        """
+        if self.dial is not None:
+            try:
+                merge, prune = self.dial.at(budget)
+            except UsageError as error:
+                raise UsageError(f"{source}: {error}") from error
+            return replace(self, merge=merge, prune=prune, metadata={**self.metadata, "budget": budget})
+        target = self.metadata.get("target")
+        if target == budget:
+            return self
+        only = "one budget" if target is None else f"the budget {target:g} alone"
+        raise UsageError(
+            f"{source} holds thresholds for {only} and no dial, so it cannot be set to {budget:g}: leave the budget "
+            "out, or learn a dial (docs/dial.md says how)"
+        )
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -51,7 +91,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
-    """Write the thresholds of an attached model, or its fixed rates, with what they belong to.
+    """Write the thresholds of an attached model, with its dial, or its fixed rates, with what they belong to.
 
     Args:
         path: a `.safetensors` file; replaced whole or left alone.
@@ -61,13 +101,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         LTMPError: nothing is attached, or the file cannot be written.
     """
     policy = stack_of(model).thresholds
+    tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
+    budget = policy.budget if isinstance(policy, Thresholds) else None
+    if isinstance(policy, Thresholds) and policy.dial is not None:
+        tensors |= policy.dial.tensors()
     about = {
         **describe(model),
+        **({} if budget is None else {"budget": budget}),
         **metadata,
         "config": policy.config.to_dict(),
         "version": __version__,
     }
-    _write({name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}, about, path)
+    _write(tensors, about, path)
 
 
 def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **metadata: Any) -> None:
@@ -95,17 +140,25 @@ def _write(tensors: dict[str, Tensor], about: dict[str, Any], path: str | os.Pat
             raise LTMPError(f"cannot write {path}: {error}") from error
 
 
-def read(path: str | os.PathLike[str]) -> ThresholdFile:
+def read(path: str | os.PathLike[str], *, budget: float | None = None) -> ThresholdFile:
     """Read a thresholds file, or the thresholds in a whole checkpoint of an attached model or of the seed's training.
 
     Args:
         path: a file, a folder or the name of a repository; see `locate`.
+        budget: FLOPs share that the file's dial is set to; None leaves it where it was saved.
 
     Raises:
+        UsageError: the file has no dial for the budget.
         LTMPError: no such file, truncated, or no thresholds in it.
     """
-    path = locate(path)
-    if Path(path).suffix == ".safetensors":
+    file = locate(path, budget=budget)
+    found = _read(file)
+    named = found.dial is None and file.name == file_name(budget)
+    return found if budget is None or named else found.at(budget, source=os.fspath(path))
+
+
+def _read(path: Path) -> ThresholdFile:
+    if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
@@ -115,7 +168,8 @@ def read(path: str | os.PathLike[str]) -> ThresholdFile:
                     if config.method.fixed:
                         depth = int(values["depth"])
                         return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, values)
-                    return ThresholdFile(file.get_tensor("merge"), file.get_tensor("prune"), config, values)
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                    return ThresholdFile(tensors["merge"], tensors["prune"], config, values, Dial.find(tensors))
         except FileNotFoundError:
             raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -191,31 +245,44 @@ def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
 
     Returns:
         The thresholds, or None where there are none, and everything else.
+
+    Raises:
+        LTMPError: its dial is broken.
     """
     found, weights = split_seed_state(state)
     merge, prune = weights.pop("ltmp.merge", None), weights.pop("ltmp.prune", None)
+    parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"ltmp.{DIAL}")}
     if merge is None or prune is None:
         return found, weights
     merges, prunes = bool((merge < 1).any()), bool((prune > 0).any())
     variant = "ltmp" if merges == prunes else "ltm" if merges else "ltp"
-    return ThresholdFile(merge.float(), prune.float(), LTMPConfig(variant=variant)), weights
+    try:
+        dial = Dial.find(parts, "ltmp.")
+        return ThresholdFile(merge.float(), prune.float(), LTMPConfig(variant=variant), dial=dial), weights
+    except ValueError as error:
+        raise LTMPError(f"the thresholds in this checkpoint are broken ({error}): copy or learn them again") from error
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, engine: str | None = None) -> ThresholdFile:
+def load(
+    model: nn.Module, path: str | os.PathLike[str], *, engine: str | None = None, budget: float | None = None
+) -> ThresholdFile:
     """Attach (unless it is) and set the thresholds of `path`; of a whole checkpoint nothing else is taken.
 
     Args:
         model: the model that the thresholds were learned for.
         path: a file, a folder with one, or a repository of the Hugging Face Hub (USER/REPO); see `locate`.
         engine: overrides the file's engine.
+        budget: FLOPs share to set the file's dial to; None leaves it where it was saved. `model.ltmp.set_budget` turns
+            it later. Of several files in a folder or repository without a dial it says which.
 
     Returns:
         What was in the file.
 
     Raises:
+        UsageError: the file has no dial for the budget; the model is unchanged.
         LTMPError: unreadable, or learned for another depth or architecture; the model is unchanged.
     """
-    file = read(path)
+    file = read(path, budget=budget)
     settings = {**file.config.to_dict(), **({"engine": engine} if engine else {})}
     attached = is_attached(model)
     if not attached:
@@ -242,7 +309,7 @@ def _fits(file: ThresholdFile, config: LTMPConfig) -> bool:
 
 
 def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds") -> None:
-    """Set an attached model's thresholds and variant, after checking that they belong to it.
+    """Set an attached model's thresholds, dial and variant, after checking that they belong to it.
 
     Raises:
         LTMPError: another depth, width or architecture, another variant than the attached one, or NaN.
@@ -269,7 +336,10 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"r={config.r} ({config.schedule}): call ltmp.detach(model) before loading it"
             )
         return
+    own = thresholds_of(model)
     try:
-        thresholds_of(model).set(file.merge, file.prune)
+        own.set(file.merge, file.prune)
+        own.set_dial(file.dial)
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error
+    own.asked = None if file.dial is None else file.metadata.get("budget")

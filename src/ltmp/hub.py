@@ -37,7 +37,7 @@ def from_pretrained(
     Args:
         source: USER/REPO, a folder or a file; see `locate`.
         model: the model they were learned on; None builds the base model that the file states, with its weights.
-        budget: which, where there are several.
+        budget: what the dial is set to, or without a dial which file, where there are several.
         engine: overrides the file's engine.
         weights: a checkpoint for the model that is built, instead of the base model's own.
         hub: more for the download: `revision`, `token`, `cache_dir`, `local_files_only`.
@@ -51,7 +51,7 @@ def from_pretrained(
     path = locate(source, budget=budget, **hub)
     if model is None:
         model = _build(read(path).metadata, weights, source=os.fspath(source))
-    load(model, path, engine=engine)
+    load(model, path, engine=engine, budget=budget)
     return model
 
 

@@ -17,6 +17,9 @@ PREFIX = "hf-hub:"
 FILES = "thresholds*.safetensors"
 """What is looked for in a folder or a repository; nothing else of it is downloaded."""
 
+DIAL = "thresholds-dial.safetensors"
+"""What a file with a dial, for a whole range of budgets, is called in a repository."""
+
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+\.safetensors))?")
 
 
@@ -36,7 +39,8 @@ def locate(source: str | os.PathLike[str], *, budget: float | None = None, **hub
         source: a file; a folder with `thresholds*.safetensors` inside; or a repository of the Hugging Face Hub,
             USER/REPO or hf-hub:USER/REPO, where needed with @REVISION behind it, and with hf-hub: also /FILE. What is
             here comes first. A repository that was loaded once is found without a network, too.
-        budget: which of several files in a folder or repository, by the target they were learned for.
+        budget: which of several files in a folder or repository: the one learned for this target, or else the one with
+            a dial. A single file is taken whatever its budget: its reader knows whether it has a dial.
         hub: more for huggingface_hub's download: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Returns:
@@ -66,8 +70,9 @@ def locate(source: str | os.PathLike[str], *, budget: float | None = None, **hub
 
 def _choose(folder: Path, budget: float | None, where: str) -> Path:
     found = sorted(path.name for path in folder.glob(FILES))
-    wanted = [name for name in found if budget is None or name == file_name(budget)]
-    if len(wanted) == 1:
+    names = () if budget is None else (file_name(budget), DIAL)
+    wanted = found if len(found) == 1 else [name for name in names if name in found]
+    if wanted:
         return folder / wanted[0]
     if not found:
         raise UsageError(f"{where} holds no {FILES}: give a folder or repository with thresholds, or a file")

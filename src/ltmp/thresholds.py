@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from .config import LTMPConfig
+from .dial import Dialled
 from .errors import LTMPError
 from .policy import Policy
 
 
-def over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
+def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """1 where `score > threshold`, else 0, exactly; its gradient is that of a sigmoid of temperature `tau`.
 
     The forward value is the hard decision in float32 (paper, equation 8, straight-through). `soft + (hard - soft)`
-    in this order is exactly 0 or 1; `hard + soft - soft` is not.
+    in this order is exactly 0 or 1; `hard + soft - soft` is not. The sigmoid is taken on a `scale` of both numbers,
+    where one is given.
     """
     hard = (score > threshold).to(score.dtype)
     if not (threshold.requires_grad and torch.is_grad_enabled()):
         return hard
+    if scale is not None:
+        score, threshold = scale(score), scale(threshold)
     soft = torch.sigmoid((score - threshold) / tau)
     return soft + (hard - soft).detach()
 
@@ -29,15 +35,10 @@ def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     Importance lives near 1/N, so a sigmoid in its own units gives every token the same gradient; in log space one
     temperature fits every token count. The decision itself compares the plain numbers, like deployment.
     """
-    hard = (score > threshold).to(score.dtype)
-    if not (threshold.requires_grad and torch.is_grad_enabled()):
-        return hard
-    tiny = torch.finfo(score.dtype).tiny
-    soft = torch.sigmoid((score.clamp_min(tiny).log() - threshold.clamp_min(tiny).log()) / tau)
-    return soft + (hard - soft).detach()
+    return over(score, threshold, tau, lambda values: values.clamp_min(torch.finfo(values.dtype).tiny).log())
 
 
-class Thresholds(Policy):
+class Thresholds(Dialled, Policy):
     """The learned thresholds of a model, under its name `ltmp`; everything here trains and is saved, nothing else.
 
     A block whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped:
@@ -91,6 +92,7 @@ class Thresholds(Policy):
                 )
         for name, values in new.items():
             getattr(self, name).copy_(values)
+        self.asked = None
 
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         """1 above the block's threshold and 0 not."""

@@ -1,0 +1,241 @@
+"""A budget dial: thresholds for a whole range of budgets, as a table, and the values between its rows."""
+
+from __future__ import annotations
+
+from abc import ABC
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import UsageError
+
+PREFIX = "dial."
+"""Before the names of its tensors in files and state dicts."""
+
+_ALMOST_ONE = 1 - 1e-6
+_ALMOST_ZERO = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Dial:
+    """Thresholds at K budgets; between two neighbours they are mixed in proportion.
+
+    A step that is on at one budget is on at all of them, and one that is off is off at all: a merge step that is on
+    reorders the tokens even where it selects none, so that switching it would be a jump between two functions, and a
+    recorded CUDA graph is for one set of steps. `keep_on` makes values so. The numbers that a dial gives therefore mean
+    the same wherever they come from.
+
+    Args:
+        share: [K] FLOPs shares in (0, 1), rising; K is 2 or more. All tensors end in float32 on the CPU.
+        merge, prune: [K, L].
+        kept: [K, L], mean tokens after each block.
+
+    Raises:
+        ValueError: shapes that do not fit, shares that do not rise, numbers that are not finite, or a step that is on
+            at some budgets only.
+    """
+
+    share: Tensor
+    merge: Tensor
+    prune: Tensor
+    kept: Tensor
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            values = torch.as_tensor(getattr(self, field.name)).detach().to("cpu", torch.float32, copy=True)
+            object.__setattr__(self, field.name, values.contiguous())
+        self._check()
+        # float64: rounded once, at the end, so that a knot's own values come back to the bit
+        rows = torch.cat([self.merge, self.prune, self.kept], 1).double().numpy()
+        object.__setattr__(self, "_knots", self.share.double().tolist())
+        object.__setattr__(self, "_rows", rows)
+
+    def _check(self) -> None:
+        knots = self.share.numel()
+        if self.share.ndim != 1 or knots < 2:
+            raise ValueError(f"a dial needs two budgets or more in one row, got shape {tuple(self.share.shape)}")
+        if self.merge.ndim != 2 or self.merge.shape[1] == 0:
+            raise ValueError(f"a dial's merge must be [budgets, blocks], got shape {tuple(self.merge.shape)}")
+        for field in fields(self):
+            values, shape = getattr(self, field.name), tuple(self.merge.shape)
+            if field.name != "share" and tuple(values.shape) != (knots, shape[1]):
+                raise ValueError(
+                    f"a dial's {field.name} has shape {tuple(values.shape)}, expected one row for each of its {knots} "
+                    f"budgets and one number for each of its {shape[1]} blocks"
+                )
+            if not values.isfinite().all():
+                raise ValueError(f"a dial's {field.name} holds NaN or infinity: the run that made it is broken")
+        if not (self.share.diff() > 0).all() or self.share[0] <= 0 or self.share[-1] >= 1:
+            raise ValueError(f"a dial's shares must rise between 0 and 1, got {_listed(self.share)}")
+        if not (self.kept > 0).all():
+            raise ValueError("a dial's kept tokens must be positive: they are what each block has left on average")
+        for name, on in (("merge", self.merge < 1), ("prune", self.prune > 0)):
+            mixed = (on.any(0) & ~on.all(0)).nonzero()
+            if len(mixed):
+                raise ValueError(
+                    f"a dial's {name} step of block {int(mixed[0])} is on at some budgets and off at others: give "
+                    "ltmp.dial.keep_on(merge, prune), which keeps it on"
+                )
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, L."""
+        return self.merge.shape[1]
+
+    @property
+    def lowest(self) -> float:
+        """The smallest share that can be asked for."""
+        return round(float(self.share[0]), 6)
+
+    @property
+    def highest(self) -> float:
+        """The largest share that can be asked for, but for 1."""
+        return round(float(self.share[-1]), 6)
+
+    def at(self, share: float) -> tuple[Tensor, Tensor]:
+        """Merge and prune thresholds, float32 [L] each on the CPU, for a FLOPs share; 1 is all off.
+
+        Raises:
+            UsageError: the share is neither 1 nor between the dial's ends.
+        """
+        if share == 1:
+            return torch.ones(self.depth), torch.zeros(self.depth)
+        row = self._between(share)
+        return row[: self.depth], row[self.depth : 2 * self.depth]
+
+    def kept_at(self, share: float) -> Tensor:
+        """float32 [L], mean tokens after each block at a share between the dial's ends.
+
+        Raises:
+            UsageError: another share; what 1 keeps is every token, whose number a dial does not know.
+        """
+        return self._between(share)[2 * self.depth :]
+
+    def _between(self, share: float) -> Tensor:
+        """float32 [3 L], the row at `share`. Plain numbers: this runs while a server waits."""
+        knots: list[float] = vars(self)["_knots"]
+        rows: np.ndarray[Any, np.dtype[np.float64]] = vars(self)["_rows"]
+        # as the knots were rounded, so that 0.3 is the knot at 0.3
+        at = float(np.float32(float(share)))
+        if not knots[0] <= at <= knots[-1]:
+            raise UsageError(
+                f"budget {share:g}: this dial goes from {self.lowest:g} to {self.highest:g}, and 1 turns reduction off"
+            )
+        low = min(bisect_right(knots, at), len(knots) - 1) - 1
+        part = (at - knots[low]) / (knots[low + 1] - knots[low])
+        return torch.from_numpy((rows[low] + part * (rows[low + 1] - rows[low])).astype(np.float32))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors under the names they have in a file."""
+        return {f"{PREFIX}{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def find(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> Dial | None:
+        """The dial among named tensors, or None where there is none.
+
+        Raises:
+            ValueError: a part of it is missing, or it is broken.
+        """
+        names = {field.name: f"{prefix}{PREFIX}{field.name}" for field in fields(cls)}
+        missing = [name for name in names.values() if name not in tensors]
+        if len(missing) == len(names):
+            return None
+        if missing:
+            raise ValueError(f"a dial without {', '.join(missing)}")
+        return cls(**{field: tensors[name] for field, name in names.items()})
+
+
+def keep_on(merge: Tensor, prune: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds [K, L] with every step that is on at one budget on at all of them, as `Dial` wants them.
+
+    Where it was off its threshold ends a hair inside its range and selects next to nothing, but a merge step that is on
+    puts even tokens first: measure a row's share and accuracy after this, not before.
+    """
+    merges, prunes = (merge < 1).any(0), (prune > 0).any(0)
+    return (
+        torch.where(merges, merge.clamp(max=_ALMOST_ONE), merge),
+        torch.where(prunes, prune.clamp(min=_ALMOST_ZERO), prune),
+    )
+
+
+def _listed(values: Tensor) -> str:
+    return ", ".join(f"{value:g}" for value in values.tolist())
+
+
+class Dialled(nn.Module, ABC):
+    """What a dial turns: the two threshold vectors of a model. Abstract: `Thresholds` decides by them.
+
+    Attributes:
+        merge, prune: float32 [L].
+        depth: number of blocks, L.
+        dial: thresholds for a range of budgets, or None.
+        asked: the budget that was set last; a hint where `budget` would have to wait for a device.
+    """
+
+    merge: nn.Parameter
+    prune: nn.Parameter
+    depth: int
+    dial: Dial | None = None
+    asked: float | None = None
+
+    def set_dial(self, dial: Dial | None) -> None:
+        """Give the model a dial, or take it away; its thresholds stay as they are until `set_budget`.
+
+        Raises:
+            ValueError: it is for another number of blocks.
+        """
+        if dial is not None and dial.depth != self.depth:
+            raise ValueError(
+                f"a dial for {dial.depth} blocks, but this model has {self.depth}: use one learned on this architecture"
+            )
+        self.dial, self.asked = dial, None
+
+    @torch.no_grad()
+    def set_budget(self, share: float) -> None:
+        """Turn the dial: thresholds for this FLOPs share, in microseconds and without waiting for a device.
+
+        >>> model.ltmp.set_budget(0.55)
+
+        Args:
+            share: between the dial's ends, or 1 for all off.
+
+        Raises:
+            UsageError: there is no dial, or it does not go so far; the thresholds stay as they are.
+        """
+        if self.dial is None:
+            raise UsageError("these thresholds are for one budget and have no dial: docs/dial.md says how to get one")
+        for parameter, values in zip((self.merge, self.prune), self.dial.at(share), strict=True):
+            # from pinned memory a copy waits for nothing
+            parameter.copy_(values.pin_memory() if parameter.is_cuda else values, non_blocking=True)
+        self.asked = float(share)
+
+    @property
+    def budget(self) -> float | None:
+        """The share that the dial set these thresholds for; None where they are others by now. Reads the device."""
+        if self.dial is None or self.asked is None:
+            return None
+        pairs = zip((self.merge, self.prune), self.dial.at(self.asked), strict=True)
+        return self.asked if all(torch.equal(mine.detach().cpu(), dials) for mine, dials in pairs) else None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        """The dial goes along; not as buffers, which `model.half()` would round."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.dial is not None:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self.dial.tensors().items()})
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """The dial comes along, or goes where the thresholds that are loaded had none."""
+        if f"{prefix}merge" in state_dict:
+            try:
+                self.set_dial(Dial.find(state_dict, prefix))
+            except ValueError as error:
+                error_msgs.append(str(error))
+        rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
