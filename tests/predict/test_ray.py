@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 from ltmp.errors import LTMPError
 from ltmp.predict import RayOptions, predict
-from ltmp.predict.ray import _explain
+from ltmp.predict.ray import _explain, _import
 
 from .conftest import build_slowly, scoring
 from .test_run import break_some, results
@@ -76,6 +77,16 @@ def test_what_went_wrong_in_an_actor_is_our_own_sentence():
     text = "ray::Actor\n  File x\nValueError: first\n\nthe above\nRuntimeError: last\n\nTo change retries: see there"
     assert "(RuntimeError: last)" in _explain(text)
     assert "(error: no trace)" in _explain("no trace\nat all")
+
+
+def test_the_handlers_of_others_keep_their_level():
+    logger, handler = logging.getLogger("ray.data"), logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        _import()
+        assert handler.level == logging.NOTSET
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_no_cluster_there_is_said(folder, tmp_path):

@@ -82,9 +82,9 @@ def _import() -> Any:
     except ImportError as error:
         raise MissingExtraError("ray", "ray", "Scoring on Ray") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # its log files keep everything; on the screen there is our own bar
+    # its log files keep everything; on the screen there is our own bar. Handlers that others put there stay as they are
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.split(".")[0] == "ray":
             handler.setLevel(logging.CRITICAL + 1)
     return ray
 
