@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_
 import ltmp
 from helpers import assert_close, attach_reducing, liven, random_images, run_recorded, tiny_vit
 from ltmp.config import FIXED
+from ltmp.dial import Dial, keep_on
 from ltmp.engines.request import Capacity
 from ltmp.models import stack_of
 
@@ -333,6 +334,85 @@ def test_copies_and_pickles_start_without_graphs() -> None:
         assert twin.forward.host is twin
         assert not twin.forward._recorded
         assert_close(twin(images), case.model(images), 1e-4)
+
+
+def dial_of(model: Any, budgets: tuple[float, ...]) -> Dial:
+    """A dial of thresholds that leave about so much of each block, with what they really leave."""
+    rows, images = [], images_of(4).cpu()
+    twin = ltmp.detach(copy.deepcopy(model)).cpu()
+    for at in budgets:
+        reduced = attach_reducing(copy.deepcopy(twin), images, at=at)
+        rows.append(
+            (reduced.ltmp.merge.detach(), reduced.ltmp.prune.detach(), run_recorded(reduced, images)[1].mean(0))
+        )
+    merge, prune, kept = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Dial(torch.tensor(budgets), *keep_on(merge, prune), kept)
+
+
+class Dialled(Case):
+    """A case with a dial from 0.5 to 0.9, whose rooms are not rounded up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> None:
+        monkeypatch.setattr(graph, "_ROWS", 1)
+        super().__init__(**kwargs)
+        dial = dial_of(self.model, (0.5, 0.6, 0.75, 0.9))
+        self.follow(lambda model: model.ltmp.set_dial(dial))
+
+    def at(self, share: float) -> None:
+        """A batch at a budget. Always the same: of four images with ten tokens, others would outgrow its room."""
+        self.follow(lambda model: model.ltmp.set_budget(share))
+        self.check(4)
+
+
+def test_turning_the_dial_to_and_fro_records_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Dialled(monkeypatch)
+    budgets = (0.5, 0.7, 0.9)
+    for i in range(15):
+        case.at(budgets[i % 3])
+    assert case.recorder.recorded == 3
+    assert case.recorder.replayed == 15 - 3
+    kept = [case.forward._room[key].rows[-1] for key in case.forward._recorded]
+    assert kept == sorted(kept)
+    assert len(set(kept)) == 3, "each level has a room of its own"
+
+
+def test_budgets_of_a_level_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Dialled(monkeypatch)
+    for i in range(8):
+        # the level goes from 0.5625 to 0.625, and the first batch is near its lower end
+        case.at(0.57 + 0.055 * (i / 7))
+    assert case.recorder.recorded == 1
+    assert len(case.forward._recorded) == 1
+
+
+def test_a_level_is_not_wasteful_at_its_lower_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_PATIENCE", 3)
+    case = Dialled(monkeypatch)
+    for _ in range(6):
+        case.at(0.57)
+    assert case.recorder.recorded == 1
+
+
+def test_one_on_the_dial_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Dialled(monkeypatch)
+    for share in (0.5, 1.0) * 3:
+        case.at(share)
+    assert case.recorder.recorded == 2
+
+
+def test_thresholds_set_by_hand_leave_the_dials_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Dialled(monkeypatch)
+    for _ in range(3):
+        case.at(0.5)
+    case.follow(lambda model: model.ltmp.set([0.9] * 2, [0.01] * 2))
+    for _ in range(3):
+        case.check(4)
+    case.at(0.5)
+    assert case.recorder.recorded == 2
+    # behind the dial's back: only room is at stake
+    case.follow(lambda model: model.ltmp.merge.data.fill_(0.99))
+    case.check(4)
+    case.check(4)
 
 
 def stress(batches: int, recorder: Any) -> GraphedForward:

@@ -8,6 +8,7 @@ that is known.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -21,19 +22,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..thresholds import Thresholds
 from .patches import patches_as_product
 from .request import Active, Capacity, Request, requested
 
 if TYPE_CHECKING:
     from ..flops import Geometry
+    from ..policy import Policy
     from ..stack import ReducedStack
 
 log = logging.getLogger("ltmp")
 
 T = TypeVar("T")
 
-GRAPHS = 8
-"""Graphs kept for one model, by default; the least recently used one goes first."""
+GRAPHS = 16
+"""Graphs kept for one model, by default: a whole dial of them. The least recently used one goes first."""
+
+LEVELS = 16
+"""Parts of the range from 0 to 1 whose budgets share graphs: fewer waste room, more record more."""
 
 _ROWS = 128
 """Rooms are multiples of this many rows: a matrix product's tile."""
@@ -98,13 +104,42 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class Level:
+    """The part of a budget dial that graphs are for.
+
+    Attributes:
+        top: the largest budget in it; None where no dial set the thresholds.
+        growth: for each block how many times the tokens of the present budget that one leaves.
+    """
+
+    top: float | None = None
+    growth: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, policy: Policy) -> Level:
+        """Where `policy` is, as far as that is known without waiting for a device: a wrong answer costs room."""
+        if not isinstance(policy, Thresholds) or policy.dial is None or policy.asked is None:
+            return cls()
+        top, dial = math.ceil(policy.asked * LEVELS) / LEVELS, policy.dial
+        if policy.asked == 1:
+            return cls(top)
+        most = dial.kept_at(min(top, dial.highest)) / dial.kept_at(policy.asked)
+        return cls(top, tuple(most.clamp(min=1).tolist()))
+
+    def scaled(self, stats: Sequence[Sequence[int]]) -> list[list[float]]:
+        """What a batch with these stats would take at the top."""
+        growth = self.growth or (1.0,) * len(stats)
+        return [[factor * n for n in block] for block, factor in zip(stats, growth, strict=True)]
+
+
 def plan_capacity(
-    stats: Sequence[Sequence[int]], tokens: int, rows: int, slack: float = _SLACK, least: Capacity | None = None
+    stats: Sequence[Sequence[float]], tokens: int, rows: int, slack: float = _SLACK, least: Capacity | None = None
 ) -> Capacity:
     """Room for batches like one that ran.
 
     Args:
-        stats: [L][tokens of the batch, longest image], zeros where a block reduced nothing.
+        stats: [L][tokens of the batch, longest image, ...], zeros where a block reduced nothing.
         tokens: of one image at the start; rows: of the whole batch at the start.
         slack: room beyond what it took, as a share of that.
         least: room that must not shrink.
@@ -153,7 +188,7 @@ class Graph:
     weights: Snapshot
     loose: int = 0
 
-    def wastes(self, stats: list[list[int]]) -> bool:
+    def wastes(self, stats: Sequence[Sequence[float]]) -> bool:
         """Whether batches have long needed far less room than there is: thresholds changed, or the images did."""
         if self.capacity is None:
             return False
@@ -222,7 +257,8 @@ class GraphedForward:
     The first batch of a size runs at exact sizes; the second is recorded with the room that the first one took. A
     batch a little smaller than a recorded one is filled up; other sizes run exactly until they come again. Thresholds
     are read from device memory, so new values need no new graph; one that switches a step on or off does, as does a
-    model that was moved, cast or given other weights.
+    model that was moved, cast or given other weights. Each `Level` of a budget dial has graphs of its own, with room
+    for all of it, so that turning the dial to and fro records nothing again.
 
     Args:
         host: the transformer; its own class's `forward` is what is recorded.
@@ -289,26 +325,27 @@ class GraphedForward:
         return self.stack.thresholds.config.engine == "auto"
 
     def _run(self, images: Tensor) -> Any:
-        key = (len(images), images.shape[1:], images.dtype, images.device)
+        level = Level.of(self.stack.thresholds)
+        key = (len(images), images.shape[1:], images.dtype, images.device, level.top)
         graph = self._recorded.get(key) or self._larger(key)
         if graph is None and key in self._seen and key not in self._refused:
             graph = self._record(key, images)
         if graph is None:
-            return self._exactly(key, images)
+            return self._exactly(key, level, images)
         graph.launch(images)
         same = graph.weights.holds()
         if self.automatic and graph.capacity is None:
             # dense by choice, whatever the thresholds say: nothing to wait for
-            return self._handed_out(graph, len(images)) if same else self._again(graph, key, images)
+            return self._handed_out(graph, len(images)) if same else self._again(graph, key, level, images)
         stats, active = graph.read()
         if not same or active != graph.active:
-            return self._again(graph, key, images)
+            return self._again(graph, key, level, images)
         if graph.capacity is not None and not graph.capacity.holds(stats):
             log.debug("a batch needed more room than planned; it runs again at its exact size")
             self._drop(graph, replan=False)
             self._slack[key] = 2 * self._slack.get(key, _SLACK)
-            return self._exactly(key, images)
-        if graph.wastes(stats):
+            return self._exactly(key, level, images)
+        if graph.wastes(level.scaled(stats)):
             self._drop(graph)
         return self._handed_out(graph, len(images))
 
@@ -317,10 +354,10 @@ class GraphedForward:
         _note(graph.kept[:count], graph.geometry)
         return tree_map(lambda value: value[:count].clone() if isinstance(value, Tensor) else value, graph.output)
 
-    def _again(self, graph: Graph, key: tuple[Any, ...], images: Tensor) -> Any:
+    def _again(self, graph: Graph, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
         """The graph is of another model by now: start over."""
         self._drop(graph)
-        return self._exactly(key, images)
+        return self._exactly(key, level, images)
 
     def _larger(self, key: tuple[Any, ...]) -> Graph | None:
         """The smallest recorded batch that this one fills at least by half."""
@@ -331,8 +368,8 @@ class GraphedForward:
         self._recorded.move_to_end(best)
         return self._recorded[best]
 
-    def _exactly(self, key: tuple[Any, ...], images: Tensor) -> Any:
-        """Run at exact sizes, and remember how much room it took."""
+    def _exactly(self, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
+        """Run at exact sizes, and remember how much room it took, or would have at the top of its level."""
         request = Request()
         output, kept, geometry = self._forward(images, request)
         _note(kept, geometry)
@@ -340,7 +377,8 @@ class GraphedForward:
         if request.stats is not None:
             rows = len(images) * geometry.tokens
             slack = self._slack.setdefault(key, _SLACK)
-            self._room[key] = plan_capacity(request.stats.tolist(), geometry.tokens, rows, slack, self._room.get(key))
+            stats = level.scaled(request.stats.tolist())
+            self._room[key] = plan_capacity(stats, geometry.tokens, rows, slack, self._room.get(key))
         return output
 
     def _forward(self, images: Tensor, request: Request, as_dense: bool = False) -> tuple[Any, Tensor, Geometry]:
