@@ -391,6 +391,13 @@ def test_annotating_keeps_the_dial(dialled: Path, tmp_path: Path) -> None:
     file = read(tmp_path / "noted.safetensors")
     assert same_dial(file.dial)
     assert file.metadata["top1"] == 71.0
+    assert torch.equal(file.merge, make_dial(3).at(0.61)[0])
+    annotate(dialled, tmp_path / "noted.safetensors", budget=0.4)
+    file = read(tmp_path / "noted.safetensors")
+    assert file.metadata["budget"] == 0.4
+    assert torch.equal(file.merge, make_dial(3).at(0.4)[0])
+    with pytest.raises(UsageError, match="goes from"):
+        annotate(dialled, tmp_path / "no.safetensors", budget=0.1)
 
 
 BROKEN_DIALS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
@@ -421,8 +428,10 @@ def test_broken_dials_are_refused_in_a_sentence(dialled: Path, tmp_path: Path, n
 
 
 def test_a_file_whose_budget_is_off_its_dial_is_refused(dialled: Path, tmp_path: Path) -> None:
+    model = tiny_vit()
+    ltmp.load(model, dialled)
     for wrong in (0.1, "half"):
-        annotate(dialled, tmp_path / "off.safetensors", budget=wrong)
+        ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
         with pytest.raises(LTMPError, match="which its dial does not reach"):
             read(tmp_path / "off.safetensors")
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import ltmp
-from helpers import attach_reducing, random_images, tiny_vit
+from helpers import attach_reducing, make_dial, random_images, tiny_vit
 from hub_stub import TOKEN, local_hub
 from ltmp.checkpoint import annotate, read
 from ltmp.cli import main
@@ -93,6 +93,42 @@ def test_several_budgets_in_one_repository(hub, reduced):
     text = hub.files[REPO]["README.md"].decode()
     assert text.count("| thresholds-0.") == 2
     assert 'from_pretrained("me/tiny-ltmp", model, budget=0.45)' in text
+
+
+def test_a_dial_beside_single_budgets(hub, reduced):
+    ltmp.push_to_hub(reduced, REPO, target=0.6)
+    reduced.ltmp.set_dial(make_dial(3))
+    reduced.ltmp.set_budget(0.5)
+    ltmp.push_to_hub(reduced, REPO, budget=0.7)
+    assert sorted(hub.files[REPO]) == ["README.md", "thresholds-0.6.safetensors", "thresholds-dial.safetensors"]
+    for budget, dialled in ((0.6, False), (0.45, True)):
+        model = ltmp.from_pretrained(REPO, tiny_vit(), budget=budget)
+        assert (model.ltmp.dial is not None) is dialled
+        assert model.ltmp.budget == (budget if dialled else None)
+    text = hub.files[REPO]["README.md"].decode()
+    assert "| 0.3 to 0.95 | 0.700 |" in text
+    named = ltmp.load(tiny_vit(), f"hf-hub:{REPO}/thresholds-dial.safetensors")
+    assert torch.equal(named.merge, make_dial(3).at(0.7)[0])
+    with pytest.raises(UsageError, match=r"goes from 0\.3 to 0\.95"):
+        ltmp.from_pretrained(REPO, tiny_vit(), budget=0.1)
+
+
+def test_the_card_of_a_dial_says_how_to_turn_it(hub, reduced):
+    reduced.ltmp.set_dial(make_dial(3))
+    ltmp.push_to_hub(reduced, REPO, base_model="timm/tiny")
+    text = hub.files[REPO]["README.md"].decode()
+    assert 'from_pretrained("me/tiny-ltmp", budget=0.62)' in text
+    assert "model.ltmp.set_budget(0.3)" in text
+
+
+def test_a_folder_with_one_file_and_a_budget(reduced, tmp_path):
+    ltmp.save(reduced, tmp_path / "thresholds.safetensors", target=0.6)
+    assert locate(tmp_path, budget=0.5) == tmp_path / "thresholds.safetensors"
+    with pytest.raises(UsageError, match=r"the budget 0\.6 alone and no dial"):
+        ltmp.from_pretrained(tmp_path, tiny_vit(), budget=0.5)
+    (tmp_path / "thresholds.safetensors").rename(tmp_path / "thresholds-0.6.safetensors")
+    ltmp.save(reduced, tmp_path / "thresholds-0.5.safetensors")
+    assert same_thresholds(ltmp.from_pretrained(tmp_path, tiny_vit(), budget=0.5), reduced)
 
 
 def test_the_card_says_what_was_measured(hub, reduced):

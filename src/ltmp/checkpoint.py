@@ -102,12 +102,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     """
     policy = stack_of(model).thresholds
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
-    budget = policy.budget if isinstance(policy, Thresholds) else None
+    about = describe(model)
     if isinstance(policy, Thresholds) and policy.dial is not None:
         tensors |= policy.dial.tensors()
-    about = {
-        **describe(model),
-        **({} if budget is None else {"budget": budget}),
+        about |= {"dial": [policy.dial.lowest, policy.dial.highest]}
+        about |= {} if policy.budget is None else {"budget": policy.budget}
+    about |= {
         **metadata,
         "config": policy.config.to_dict(),
         "version": __version__,
@@ -116,12 +116,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
 
 
 def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **metadata: Any) -> None:
-    """Copy a thresholds file with more, or newer, metadata.
+    """Copy a thresholds file with more, or newer, metadata; a new `budget` also sets its dial.
 
     Raises:
+        UsageError: the file has no dial for the budget.
         LTMPError: `source` is not a file that `save` wrote.
     """
-    read(source)
+    found = read(source, budget=metadata.get("budget"))
     if Path(source).suffix != ".safetensors":
         raise LTMPError(f"{source} is not safetensors: load it and write it with ltmp.save(model, PATH.safetensors)")
     with safe_open(source, framework="pt") as file:
@@ -129,6 +130,8 @@ def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **met
             raise LTMPError(f"{source} is a whole checkpoint: load it and write its thresholds with ltmp.save")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         about = json.loads(file.metadata()["ltmp"])
+    if not found.config.method.fixed:
+        tensors |= {"merge": found.merge, "prune": found.prune}
     _write(tensors, {**about, **metadata}, path)
 
 

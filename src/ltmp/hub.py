@@ -14,7 +14,7 @@ from torch import nn
 from .checkpoint import annotate, load, read, save
 from .errors import LTMPError
 from .evaluate import Evaluation, report
-from .locate import FILES, PREFIX, download, file_name, locate, told
+from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
 from .models.build import build_model
 
 PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
@@ -85,12 +85,13 @@ def push_to_hub(
     revision: str | None = None,
     token: str | None = None,
     message: str | None = None,
+    budget: float | None = None,
     **metadata: Any,
 ) -> str:
     """Put thresholds into a repository of the Hugging Face Hub, with a card of all the thresholds there.
 
     The file is called thresholds-BUDGET.safetensors after the target it was learned for, so that one repository holds
-    several; a repository that does not exist is made.
+    several, or thresholds-dial.safetensors where it has a dial; a repository that does not exist is made.
 
     Args:
         source: an attached model, or a file that `save` wrote.
@@ -101,6 +102,7 @@ def push_to_hub(
         revision: the branch to push to.
         token: instead of the one of `hf auth login`.
         message: of the commit.
+        budget: what the dial is set to for those who load the file and ask for no budget; None leaves it as it is.
         metadata: more to keep in the file: `target`, `model_name`, `dataset`.
 
     Returns:
@@ -112,19 +114,20 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     known = {**metadata, **measured(evaluation), **({"base_model": base_model} if base_model else {})}
+    known |= {} if budget is None else {"budget": budget}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "new.safetensors"
         if isinstance(source, nn.Module):
-            save(source, path, **known)
-        else:
-            annotate(locate(source), path, **known)
-        file = file_name(read(path).metadata.get("target"))
+            save(source, path)
+        annotate(path if isinstance(source, nn.Module) else locate(source, budget=budget), path, **known)
+        added = read(path)
+        file = file_name(added.metadata.get("target")) if added.dial is None else DIAL
         api = HfApi(token=token)
         with told(repo_id):
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             before = download(url.repo_id, [FILES, "README.md"], revision=revision, token=token)
-            files = {**{p.name: read(p).metadata for p in before.glob(FILES)}, file: read(path).metadata}
+            files = {**{p.name: read(p).metadata for p in before.glob(FILES)}, file: added.metadata}
             old = before / "README.md"
             text = card(url.repo_id, files, old.read_text(encoding="utf-8") if old.exists() else None)
             operations = [CommitOperationAdd(file, path), CommitOperationAdd("README.md", text.encode())]
@@ -193,16 +196,30 @@ def _usage(repo_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
     arguments = [f'"{repo_id}"']
     if not about.get("base_model"):
         arguments.append("model")
-    if len(files) > 1 and about.get("target") is not None:
-        arguments.append(f"budget={about['target']:g}")
+    dial = about.get("dial")
+    chosen = about.get("target") if dial is None else _default(about)
+    if chosen is not None and (len(files) > 1 or dial is not None):
+        arguments.append(f"budget={chosen:g}")
     own = "" if about.get("base_model") else "# model: the one that they were learned on\n"
+    turn = "" if dial is None else f"model.ltmp.set_budget({dial[0]:g})  # later, in microseconds\n"
     return f"""```python
 import ltmp
 
 {own}model = ltmp.from_pretrained({", ".join(arguments)})
-```
+{turn}```
 
 On the command line they are called `--thresholds {PREFIX}{repo_id}/{name}`."""
+
+
+def _default(about: Mapping[str, Any]) -> float:
+    """A budget of a dial to name: the one that it was saved at, or its middle."""
+    return float(about.get("budget") or round(sum(about["dial"]) / 2, 2))
+
+
+def _budget(about: Mapping[str, Any]) -> object:
+    """What a file was learned for: one budget, or a dial's range."""
+    dial = about.get("dial")
+    return about.get("target") if dial is None else f"{dial[0]:g} to {dial[1]:g}"
 
 
 def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:
@@ -213,7 +230,8 @@ def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:
         "file": name,
         "model": about.get("model_name") or about.get("architecture"),
         "input": "x".join(map(str, about.get("input_size") or ())) or None,
-        "budget": about.get("target"),
+        "budget": _budget(about),
+        "set to": about.get("budget"),
         "share": about.get("share"),
         "top-1": about.get("top1"),
         "dense top-1": about.get("top1_dense"),

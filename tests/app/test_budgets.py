@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ltmp
-from helpers import random_images
+from helpers import make_dial, random_images, tiny_vit
 from ltmp.app import Budgets
-from ltmp.errors import LTMPError
+from ltmp.errors import LTMPError, UsageError
 
 
 def cost(model, images):
@@ -56,6 +56,36 @@ def test_without_files_thresholds_are_calibrated(model):
     budgets.set(0.6)
     assert cost(model, samples) == pytest.approx(0.6, abs=0.05)
     assert "calibrated" in budgets.explain()
+
+
+@pytest.fixture
+def dialled(model, tmp_path):
+    model.ltmp.set_dial(make_dial(3))
+    model.ltmp.set_budget(0.5)
+    ltmp.save(model, tmp_path / "dial.safetensors")
+    return tmp_path / "dial.safetensors"
+
+
+def test_a_dial_needs_neither_samples_nor_mixing(dialled):
+    model = tiny_vit()
+    budgets = Budgets.from_files(model, [dialled])
+    assert (budgets.lowest, budgets.start) == (0.3, 0.6)
+    for share, set_to in ((0.55, 0.55), (1.0, 1.0), (0.1, 0.3), (0.98, 0.95)):
+        budgets.set(share)
+        assert model.ltmp.budget == set_to
+    assert "every budget from 0.30 to 0.95" in budgets.explain()
+
+
+def test_a_slider_begins_where_it_is_told_to(files, dialled):
+    assert Budgets.from_files(tiny_vit(), [dialled], start=0.4).start == 0.4
+    assert Budgets.from_files(tiny_vit(), files, start=0.7).start == 0.7
+    with pytest.raises(UsageError, match=r"budget 0\.2: these thresholds go from 0\.3 to 1"):
+        Budgets.from_files(tiny_vit(), [dialled], start=0.2)
+
+
+def test_a_dial_stands_alone(files, dialled):
+    with pytest.raises(UsageError, match="has a dial for every budget: give it alone"):
+        Budgets.from_files(tiny_vit(), [*files, dialled])
 
 
 def test_neither_is_refused(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Thresholds for every budget of a slider: learned ones where there are files, mixtures between them, or calibrated."""
+"""Thresholds for every budget of a slider: from a dial or learned where there are files, mixed, or calibrated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load, read
-from ..errors import LTMPError
+from ..errors import LTMPError, UsageError
 from ..learning.calibrate import calibrate
 from ..models import attach, is_attached, thresholds_of
 from ..stack import record
@@ -26,33 +26,54 @@ class Budgets:
 
     Args:
         model: attached, in evaluation mode.
-        learned: share to thresholds.
+        learned: share to thresholds; a model with a dial needs none, and its dial alone is asked.
         samples: [B, C, H, W] images, as the model takes them. They place mixtures between learned budgets, and without
             learned ones thresholds are calibrated on them; images that people upload change nothing.
+        start: a share to begin with; None for one in the middle.
 
     Raises:
+        UsageError: `start` is not among the shares that can be asked for.
         LTMPError: neither thresholds nor samples.
     """
 
-    def __init__(self, model: nn.Module, learned: dict[float, Pair], samples: Tensor | None = None) -> None:
-        if not learned and samples is None:
+    def __init__(
+        self, model: nn.Module, learned: dict[float, Pair], samples: Tensor | None = None, start: float | None = None
+    ) -> None:
+        own = thresholds_of(model)
+        self.dial = own.dial
+        if not learned and samples is None and self.dial is None:
             raise LTMPError("which thresholds? give files that `ltmp learn` wrote, or images to calibrate on")
         self.model, self.samples = model, samples
-        depth = thresholds_of(model).depth
-        off = (torch.ones(depth), torch.zeros(depth))
+        off = (torch.ones(own.depth), torch.zeros(own.depth))
         self.learned = dict(sorted(learned.items(), reverse=True))
         self._known: dict[float, Pair] = {1.0: off, **self.learned}
+        if start is not None and not self.lowest <= start <= 1:
+            raise UsageError(f"budget {start:g}: these thresholds go from {self.lowest:g} to 1")
+        self.start = self._middle() if start is None else start
 
     @classmethod
-    def from_files(cls, model: nn.Module, files: Sequence[str | Path], samples: Tensor | None = None) -> Budgets:
-        """Attach, and take the budgets from files that `ltmp learn` wrote, all of one variant.
+    def from_files(
+        cls,
+        model: nn.Module,
+        files: Sequence[str | Path],
+        samples: Tensor | None = None,
+        start: float | None = None,
+    ) -> Budgets:
+        """Attach, and take the budgets from files that `ltmp learn` wrote: one with a dial, or several of one variant.
 
         Raises:
+            UsageError: a dial beside other files, or one that does not reach `start`.
             LTMPError: a file is not for this model, or does not say its share.
         """
         learned = {}
         for path in files:
-            about = read(path).metadata
+            file = read(path)
+            about = file.metadata
+            if file.dial is not None:
+                if len(files) > 1:
+                    raise UsageError(f"{path} has a dial for every budget: give it alone, or files of one budget each")
+                load(model, path)
+                break
             share = about.get("share") or about.get("target")
             if share is None:
                 raise LTMPError(f"{path} does not say which share it was learned for: learn it again with `ltmp learn`")
@@ -61,27 +82,36 @@ class Budgets:
             learned[round(float(share), 3)] = (own.merge.detach().cpu().clone(), own.prune.detach().cpu().clone())
         if not is_attached(model):
             attach(model)
-        return cls(model, learned, samples)
+        return cls(model, learned, samples, start)
 
     @property
     def lowest(self) -> float:
         """The smallest share that can be asked for."""
+        if self.dial is not None:
+            return self.dial.lowest
         return min(self.learned) if self.learned else LOWEST
 
-    @property
-    def start(self) -> float:
-        """A share to begin with: a learned one in the middle, or 0.6."""
+    def _middle(self) -> float:
+        """A share to begin with: a learned one in the middle, or 0.6 as far as there is that."""
+        if self.dial is not None:
+            return min(max(0.6, self.dial.lowest), self.dial.highest)
         return list(self.learned)[len(self.learned) // 2] if self.learned else 0.6
 
     def set(self, share: float) -> None:
         """Set the model's thresholds for `share`, which is clamped to what can be asked for."""
         share = round(min(1.0, max(self.lowest, share)), 3)
+        if self.dial is not None:
+            thresholds_of(self.model).set_budget(share if share == 1 else min(share, self.dial.highest))
+            return
         if share not in self._known:
             self._known[share] = self._mixed(share) if self.learned else self._calibrated(share)
         thresholds_of(self.model).set(*self._known[share])
 
     def explain(self) -> str:
         """What the slider does, in a sentence or two."""
+        if self.dial is not None:
+            ends = f"from {self.dial.lowest:.2f} to {self.dial.highest:.2f}"
+            return f"Thresholds were learned for every budget {ends}, as one dial; 1 is all off."
         if not self.learned:
             return "Thresholds are calibrated on the sample pictures for the share that you ask for; none were learned."
         shares = ", ".join(f"{share:.2f}" for share in self.learned)

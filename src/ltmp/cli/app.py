@@ -85,8 +85,11 @@ def info(
 
 
 def _describe_file(file: ThresholdFile) -> dict[str, Any]:
+    dial = file.dial
+    reach = {} if dial is None else {"dial": f"{dial.lowest:g} to {dial.highest:g}, by {len(dial.share)} budgets"}
     return {
         **file.metadata,
+        **reach,
         "variant": file.config.variant,
         "merge": [round(value, 6) for value in file.merge.tolist()],
         "prune": [round(value, 8) for value in file.prune.tolist()],

@@ -29,6 +29,10 @@ def app_verb(
     thresholds: Annotated[
         list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="FLOPs share that the slider begins at; default: one in the middle."),
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of pictures to choose from and calibrate on.", rich_help_panel="Data"),
@@ -64,7 +68,7 @@ def app_verb(
     --pretrained --images photographs/
     """
     if model is None and not thresholds:
-        if weights or pretrained or images:
+        if weights or pretrained or images or budget is not None:
             raise UsageError("for which model? give --model NAME or --thresholds FILE, or no options for the demo's")
         from ..app.default import demo_explorer
 
@@ -74,7 +78,8 @@ def app_verb(
         network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
         settings: dict[str, Any] = {"interpolation": interpolation, "mean": mean, "std": std}
         settings |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
-        explorer = _explorer(network.to(pick_device(device)), thresholds or [], images, class_names_file, settings)
+        network = network.to(pick_device(device))
+        explorer = _explorer(network, thresholds or [], budget, images, class_names_file, settings)
     page = build_page(explorer)
     where = {"server_name": host, "server_port": port, "inbrowser": browser}
     try:
@@ -86,14 +91,20 @@ def app_verb(
 
 
 def _explorer(
-    network: nn.Module, files: list[Path], folder: Path | None, names: Path | None, settings: dict[str, Any]
+    network: nn.Module,
+    files: list[Path],
+    budget: float | None,
+    folder: Path | None,
+    names: Path | None,
+    settings: dict[str, Any],
 ) -> Explorer:
     """A model of one's own, with the pictures of a folder."""
     mode = "L" if input_channels(network) == 1 else "RGB"
     samples = _pictures(folder, mode) if folder else []
     transform = eval_transform(network, **settings)
     tensors = torch.stack([transform(image) for image in samples[:16]]) if samples else None
-    budgets = Budgets.from_files(network, files, None if tensors is None else tensors.to(next(network.parameters())))
+    tensors = None if tensors is None else tensors.to(next(network.parameters()))
+    budgets = Budgets.from_files(network, files, tensors, budget)
     return Explorer(network, budgets, classes=class_names(network, None, names), samples=samples, data_options=settings)
 
 

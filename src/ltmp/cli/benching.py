@@ -29,6 +29,7 @@ def bench_verb(
     thresholds: Annotated[
         Path | None, typer.Option(help="The file that `ltmp learn` wrote; without it, see --share.")
     ] = None,
+    budget: o.Budget = None,
     share: Annotated[
         float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")
     ] = 0.55,
@@ -72,14 +73,16 @@ def bench_verb(
         raise UsageError(f"--share {share}: expected a number between 0 and 1")
     if model is None and thresholds is None:
         raise UsageError("which model? give --model NAME, or --thresholds FILE of one that was learned")
-    name = model or name_in(Path(thresholds or ""))
+    if thresholds is None and budget is not None:
+        raise UsageError("--budget sets the dial of --thresholds FILE: give one, or --share to calibrate thresholds")
+    name = model or name_in(Path(thresholds or ""), budget)
     sizes, place = sorted(set(batch_size or (1, 8, 32))), pick_device(device)
     options = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or [])
     network = _network(options).to(place, DTYPES[dtype])
     images = _images(network, max(sizes), data, split, DataOptions(data_root, class_map, batch_size=max(sizes)))
     images = images.to(place, DTYPES[dtype])
     if thresholds is not None:
-        load(network, thresholds)
+        load(network, thresholds, budget=budget)
     else:
         few = images if data else smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images)
         calibrate(attach(network), few, share)
@@ -95,7 +98,8 @@ def bench_verb(
             advance()
     if json:
         file = str(thresholds) if thresholds else None
-        about = {"model": name, "thresholds": file, "device": where, "dtype": dtype, "torch": torch.__version__}
+        about: dict[str, Any] = {"model": name, "thresholds": file, "budget": budget, "device": where, "dtype": dtype}
+        about |= {"torch": torch.__version__}
         report.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, json)
     if csv:
         report.write_csv(rows, csv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,10 @@ def compare_verb(
     ] = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="FLOPs share that methods without a rate are to meet; may be repeated. Default: 0.6."),
+        typer.Option(
+            help="FLOPs share that methods without a rate, and files with a dial, are to meet; may be repeated. "
+            "Default: 0.6, and what a file was saved at."
+        ),
     ] = None,
     thresholds: Annotated[
         list[Path] | None, typer.Option(help="A file of learned thresholds that takes part; may be repeated.")
@@ -89,7 +93,7 @@ def compare_verb(
     settings: dict[str, Any] = {"engine": engine} if engine else {}
     attach(network, LTMPConfig(**settings))
     few = next(iter(loader))[0][:1].to(place)
-    entries = [_from_file(network, path, settings) for path in thresholds or []]
+    entries = [entry for path in thresholds or [] for entry in _from_file(network, path, settings, budget or [])]
     budgets = budget or [0.6]
     for w in wanted:
         if w.learned:
@@ -107,12 +111,21 @@ def compare_verb(
     _write(out, model, entries, results)
 
 
-def _from_file(network: nn.Module, path: Path, settings: dict[str, Any]) -> job.Entry:
-    file = read(path)
-    attach(network, LTMPConfig.from_dict({**file.config.to_dict(), **settings}))
-    apply(network, file, source=str(path))
+def _from_file(
+    network: nn.Module, path: Path, settings: dict[str, Any], budgets: Sequence[float]
+) -> Iterator[job.Entry]:
+    """A file's thresholds: with a dial at each budget that is asked for, or as they were saved."""
+    saved = read(path)
     name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
-    return job.Entry(name, file.config.variant, file.metadata.get("target"), stack_of(network).thresholds)
+    dialled = budgets if saved.dial is not None else ()
+    for budget in dialled or (None,):
+        file = saved if budget is None else saved.at(budget, source=str(path))
+        attach(network, LTMPConfig.from_dict({**file.config.to_dict(), **settings}))
+        apply(network, file, source=str(path))
+        target = file.metadata.get("target") if budget is None else budget
+        yield job.Entry(
+            name if budget is None else f"{name} {budget:g}", file.config.variant, target, stack_of(network).thresholds
+        )
 
 
 def _learned(

@@ -44,6 +44,7 @@ def evaluate_verb(
     data: o.Data,
     thresholds: Thresholds,
     model: ModelName = None,
+    budget: o.Budget = None,
     engine: EvalEngine = None,
     exported: Exported = None,
     form: o.Form = "batch",
@@ -76,14 +77,14 @@ def evaluate_verb(
 
     Example: ltmp eval --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained
     """
-    name = model or name_in(thresholds)
+    name = model or name_in(thresholds, budget)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
     elsewhere = engine in RUNTIMES
     if exported and not elsewhere:
         raise UsageError("--exported is for --engine onnx or openvino, which run such files")
     if elsewhere and (amp or device not in ("auto", "cpu")):
         raise UsageError(f"--engine {engine} runs float32 or INT8 on the CPU: leave out --amp and --device {device}")
-    load(network, thresholds, engine=None if elsewhere else engine)
+    load(network, thresholds, engine=None if elsewhere else engine, budget=budget)
     loader = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
     ).open(data, network, split=split or "validation")
@@ -97,10 +98,13 @@ def evaluate_verb(
     report_skipped(loader.skipped)
     rows = report.comparison(result)
     if "-" not in (json, csv):
-        report.show(rows, f"{name}, {result.images} images (top-1, top-5, agree in %)")
+        at = "" if budget is None else f" at {budget:g}"
+        report.show(rows, f"{name}{at}, {result.images} images (top-1, top-5, agree in %)")
         typer.echo(report.tokens_line(result))
     if json:
-        report.write_json(report.as_json(result, model=name, thresholds=str(thresholds), device=str(place)), json)
+        about: dict[str, Any] = {"model": name, "thresholds": str(thresholds), "device": str(place)}
+        about |= {} if budget is None else {"budget": budget}
+        report.write_json(report.as_json(result, **about), json)
     if csv:
         report.write_csv(rows, csv)
 
@@ -117,9 +121,9 @@ def _in_runtime(network: nn.Module, engine: str, exported: Path | None, form: st
     return sessions
 
 
-def name_in(thresholds: Path) -> str:
-    """The model that a thresholds file says it is for."""
-    about = read(thresholds).metadata
+def name_in(thresholds: Path, budget: float | None = None) -> str:
+    """The model that a thresholds file says it is for; refuses a budget that it cannot be set to."""
+    about = read(thresholds, budget=budget).metadata
     # the full name also says which weights; a file that Python saved knows the architecture only
     name = about.get("model_name") or about.get("architecture")
     if name is None:

@@ -39,6 +39,7 @@ def export_verb(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="How many images to verify on.", rich_help_panel="Data")] = 8,
     model: ModelName = None,
+    budget: o.Budget = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
     num_classes: o.NumClasses = None,
@@ -61,10 +62,10 @@ def export_verb(
     from ..export import FORMATS, Plan, export
 
     plan = Plan(format, form, opset, int8, dense, static_batch)
-    name = model or name_in(thresholds)
+    name = model or name_in(thresholds, budget)
     path = out or Path(f"{name}_{form}{'_int8' if int8 else ''}{FORMATS[format]}")
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    load(network, thresholds)
+    load(network, thresholds, budget=budget)
     options = DataOptions(data_root, None, interpolation, mean, std, crop_pct, crop_mode, batch_size=images)
     with progress_bar("exporting", 4 if int8 else 3) as bar:
         found = export(

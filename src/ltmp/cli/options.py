@@ -70,6 +70,23 @@ Amp = Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=_R
 Engine = Annotated[
     str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=_RUN)
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.",
+        rich_help_panel=_RUN,
+    ),
+]
+Budgets = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--budget",
+        metavar="SHARE",
+        help="FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
+        rich_help_panel=_RUN,
+    ),
+]
 Form = Annotated[
     str,
     typer.Option(

@@ -74,6 +74,7 @@ def predict_verb(
     out: Out,
     model: ModelName = None,
     thresholds: Thresholds = None,
+    budget: o.Budget = None,
     top: Top = None,
     embeddings: Embeddings = False,
     shard_size: ShardSize = 1024,
@@ -110,12 +111,12 @@ def predict_verb(
     """
     ray = _ray_options(runner, engine, actors, ray_address)
     engine = None if engine == "ray" else engine
-    name = _model_name(model, thresholds, engine)
+    name = _model_name(model, thresholds, engine, budget)
     options = ModelOptions(
         name, weights.absolute() if weights else None, pretrained, num_classes, img_size, model_kwargs or []
     )
     scoring = Scoring(
-        partial(build_reduced, options, thresholds.absolute() if thresholds else None, engine),
+        partial(build_reduced, options, thresholds.absolute() if thresholds else None, engine, budget),
         top=top,
         embeddings=embeddings,
         class_names=tuple(read_names(class_map)) if class_map else None,
@@ -161,13 +162,14 @@ def _ray_options(runner: str, engine: str | None, actors: int | None, address: s
     return None
 
 
-def _model_name(model: str | None, thresholds: Path | None, engine: str | None) -> str:
+def _model_name(model: str | None, thresholds: Path | None, engine: str | None, budget: float | None) -> str:
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}, or ray")
     if thresholds is not None:
-        return model or name_in(thresholds)
-    if engine is not None:
-        raise UsageError("--engine is for reduced models: give --thresholds FILE, or leave it out")
+        return model or name_in(thresholds, budget)
+    for option, value in (("--engine", engine), ("--budget", budget)):
+        if value is not None:
+            raise UsageError(f"{option} is for reduced models: give --thresholds FILE, or leave it out")
     if model is None:
         raise UsageError("which model? give --thresholds FILE, or --model NAME for a dense one")
     return model

@@ -16,7 +16,7 @@ from ..data import Images, Loader, class_names
 from ..errors import UsageError
 from ..evaluate import describe_machine
 from ..report import Budget, Report, evaluate_budget, read_result, write_report
-from ..visualize.showing import budget_names
+from ..visualize.showing import named_budgets
 from . import options as o
 from .evaluating import ModelName, name_in, report_skipped
 from .progress import progress_bar
@@ -44,6 +44,7 @@ def report_verb(
         ),
     ] = None,
     model: ModelName = None,
+    budget: o.Budgets = None,
     engine: o.Engine = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None,
     speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True,
@@ -88,7 +89,7 @@ def report_verb(
         ).open(data, network, split=split or "validation")
         place = pick_device(device)
         how = {"device": place, "amp": autocast_type(amp), "limit": limit, "speed": speed}
-        budgets = _evaluate_all(network, loader, files, engine, how)
+        budgets = _evaluate_all(network, loader, named_budgets(files, budget or ()), engine, how)
         run: dict[str, Any] = {"model": name, "weights": weights or "timm's pretrained", "data": data, "device": place}
         run |= {"batch size": batch_size, "bfloat16 autocast": amp, "images not readable": len(loader.skipped)}
         page = replace(
@@ -109,13 +110,17 @@ def _now() -> str:
 
 
 def _evaluate_all(
-    network: nn.Module, loader: Loader, files: Sequence[Path], engine: str | None, how: Mapping[str, Any]
+    network: nn.Module,
+    loader: Loader,
+    files: Mapping[str, tuple[Path, float | None]],
+    engine: str | None,
+    how: Mapping[str, Any],
 ) -> list[Budget]:
-    """Each thresholds file, with a progress bar; they may be of different variants."""
+    """Each thresholds file at its budget, by name, with a progress bar; they may be of different variants."""
     budgets = []
     total = min(how["limit"] or loader.images, loader.images)
-    for path, name in zip(files, budget_names(files), strict=True):
-        file = load(detach(network), path, engine=engine)
+    for name, (path, share) in files.items():
+        file = load(detach(network), path, engine=engine, budget=share)
         about = {"file": path, "variant": file.config.variant, **file.metadata}
         with progress_bar(f"evaluating {name}", total) as advance:
             budgets.append(evaluate_budget(network, loader, name, about=about, progress=advance, **how))

@@ -48,6 +48,7 @@ def serve_verb(
         float, typer.Option(min=0.1, help="Seconds from a whole request to its answer.", rich_help_panel=_LIMITS)
     ] = 30.0,
     decoders: Annotated[int, typer.Option(min=1, help="Threads that decode.", rich_help_panel=_LIMITS)] = 2,
+    budget: o.Budget = None,
     engine: o.Engine = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -93,9 +94,9 @@ def serve_verb(
     log_to_stderr(as_json=json_logs)
     # before the model is built: a taken port is the most likely mistake
     bound = bind(host, port)
-    name = model or name_in(thresholds)
+    name = model or name_in(thresholds, budget)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    file = load(network, thresholds, engine=engine)
+    file = load(network, thresholds, engine=engine, budget=budget)
     predictor = Predictor(
         network,
         transform=eval_transform(

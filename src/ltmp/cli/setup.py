@@ -100,11 +100,13 @@ class DataOptions:
         }
 
 
-def build_reduced(options: ModelOptions, thresholds: Path | None, engine: str | None) -> nn.Module:
+def build_reduced(
+    options: ModelOptions, thresholds: Path | None, engine: str | None, budget: float | None = None
+) -> nn.Module:
     """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
     model = options.build()
     if thresholds is not None:
-        load(model, thresholds, engine=engine)
+        load(model, thresholds, engine=engine, budget=budget)
     return model
 
 

@@ -23,6 +23,12 @@ def push_verb(
         str | None,
         typer.Option(help="Repository of the model's own weights, e.g. timm/deit_small_patch16_224.fb_in1k."),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="What a file's dial is set to for those who ask for no budget; default: as saved."
+        ),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
@@ -42,6 +48,7 @@ def push_verb(
         private=private or None,
         revision=revision,
         message=message,
+        budget=budget,
     )
     typer.echo(url)
 

@@ -26,6 +26,7 @@ def show_verb(
     thresholds: Annotated[
         list[Path], typer.Option(help="A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
     ],
+    budget: o.Budgets = None,
     out: Annotated[
         Path, typer.Option(help="Folder, or for one image a .png, .gif or .mp4.", rich_help_panel=_OUTPUT)
     ] = Path("ltmp-show"),
@@ -73,6 +74,7 @@ def show_verb(
             images,
             thresholds,
             out,
+            budgets=budget or (),
             formats=formats or ["png"],
             blocks=None if blocks is None else parse_blocks(blocks, read(thresholds[0]).merge.numel()),
             width=width,

@@ -39,6 +39,7 @@ def show_images(
     thresholds: Sequence[Path],
     out: Path,
     *,
+    budgets: Sequence[float] = (),
     formats: Sequence[str] = ("png",),
     blocks: Sequence[int] | None = None,
     width: int = 224,
@@ -52,6 +53,7 @@ def show_images(
         model: not attached; afterwards it is not, either.
         images: files that Pillow can read.
         thresholds: files that `ltmp learn` wrote for this model, one a budget.
+        budgets: FLOPs shares to set each file's dial to; none leaves each as it was saved.
         out: a folder, or the file to write for a single image, whose ending is the format.
         formats: any of `FORMATS`, for a folder.
         blocks: from 0; by default a choice in strips, and in films all that leave patches.
@@ -70,18 +72,22 @@ def show_images(
     done = []
     for image, files in zip(images, targets, strict=True):
         photograph = read_image(image, mode)
-        budgets = see_budgets(model, transform(photograph)[None], thresholds, device or torch.device("cpu"))
+        seen = see_budgets(model, transform(photograph)[None], thresholds, device or torch.device("cpu"), budgets)
         view = sharp_view(model, photograph, width, **data_options)
         written = []
         for file in files:
-            written += _write(file, view, budgets, blocks, width)
-        done.append(Shown(image, budgets, written))
+            written += _write(file, view, seen, blocks, width)
+        done.append(Shown(image, seen, written))
         progress()
     return done
 
 
 def see_budgets(
-    model: nn.Module, images: torch.Tensor, thresholds: Sequence[Path], device: torch.device
+    model: nn.Module,
+    images: torch.Tensor,
+    thresholds: Sequence[Path],
+    device: torch.device,
+    budgets: Sequence[float] = (),
 ) -> dict[str, Seen]:
     """What becomes of the first of `images` at each budget, by a short name of the budget."""
     if not thresholds:
@@ -89,13 +95,30 @@ def see_budgets(
     model.to(device).eval()
     found = {}
     try:
-        for name, path in zip(budget_names(thresholds), thresholds, strict=True):
+        for name, (path, budget) in named_budgets(thresholds, budgets).items():
             detach(model)
-            load(model, path, engine="packed")
+            load(model, path, engine="packed", budget=budget)
             found[name] = see(model, images.to(device))[0]
     finally:
         detach(model)
     return found
+
+
+def named_budgets(thresholds: Sequence[Path], budgets: Sequence[float] = ()) -> dict[str, tuple[Path, float | None]]:
+    """Each file as it was saved, or with its dial at each of `budgets`, by short names.
+
+    Raises:
+        UsageError: a file was given twice, or has no dial for a budget.
+    """
+    names = budget_names(thresholds)
+    if not budgets:
+        return {name: (path, None) for name, path in zip(names, thresholds, strict=True)}
+    files = [""] if len(names) == 1 else [f"{name}, " for name in names]
+    return {
+        f"{name}budget {budget:g}": (path, budget)
+        for name, path in zip(files, thresholds, strict=True)
+        for budget in budgets
+    }
 
 
 def budget_names(thresholds: Sequence[Path]) -> list[str]:
