@@ -20,7 +20,7 @@ HEAVY = ("timm", "torchvision", "transformers", "triton", "typer", "rich", "matp
 EXTRAS = (
     "typer", "rich", "matplotlib", "mlxtend", "sklearn", "pandas", "transformers", "open_clip", "onnx", "onnxscript",
     "onnxruntime", "openvino", "pyarrow", "ray", "fastapi", "uvicorn", "prometheus_client", "gradio", "imageio_ffmpeg",
-    "tensorboard", "wandb",
+    "tensorboard", "wandb", "peft",
 )  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing

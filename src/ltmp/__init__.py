@@ -15,6 +15,7 @@ from .hub import from_pretrained as from_pretrained
 from .hub import push_to_hub as push_to_hub
 from .learning import LearnResult as LearnResult
 from .learning import learn as learn
+from .learning import tune as tune
 from .models import attach as attach
 from .models import detach as detach
 from .models.registry import install as _install

@@ -140,10 +140,39 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
     assert torch.equal(one.prune, other.prune)
 
 
+@pytest.mark.parametrize("parts", ["norms", "lora"])
+def test_a_tuned_model_is_written_beside_its_thresholds(ltmp, images, weights, tmp_path, parts):
+    from .conftest import MODEL
+
+    out = tmp_path / "run"
+    assert ltmp("learn", "--data", images, "--out", out, *LEARN, "--tune", parts, "--json", out / "learn.json") == 0
+    learned = json.loads((out / "learn.json").read_text())
+    assert (learned["tuned"], learned["weights"]) == (parts, str(out / "model.safetensors"))
+    assert {"top1", "top1_dense", "top1_dense_tuned"} <= learned.keys()
+    before, after = (package.checkpoint.read_state_dict(file) for file in (weights, out / "model.safetensors"))
+    assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}
+    own = ["--weights", str(out / "model.safetensors"), "--thresholds", str(out), "--data", str(images)]
+    assert main(["eval", *MODEL, *own, "--json", str(tmp_path / "eval.json")]) == 0
+    measured = json.loads((tmp_path / "eval.json").read_text())
+    assert (measured["top1"], measured["share"]) == (learned["top1"], pytest.approx(learned["share"]))
+
+
+def test_tuning_runs_one_epoch_and_puts_the_model_where_it_is_told(ltmp, images, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "tuned.safetensors"
+    options = ["--batch-size", 3, "--target", 0.7, "--tune", "norms", "--tuned-weights", file]
+    assert ltmp("learn", "--data", images, "--out", out, *options, "--json", out / "learn.json") == 0
+    assert len(json.loads((out / "learn.json").read_text())["history"]) == 2
+    assert file.exists()
+    assert not (out / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
         (["learn", "--target", "0.7"], 2, "'--data'"),
+        (["learn", "--data", "DATA", "--tune", "heads"], 2, "knows no parts 'heads': choose one of norms, lora"),
+        (["learn", "--data", "DATA", "--tune", "lora", "--lora-rank", "0"], 2, "rank"),
+        (["learn", "--data", "DATA", "--tuned-weights", "x.safetensors"], 2, "add --tune norms or --tune lora"),
         (["nonsense"], 2, "nonsense"),
         (["learn", "--data", "DATA", "--target", "1.5"], 2, "target is 1.5"),
         (["learn", "--data", "DATA", "--target", "0.01"], 2, "out of reach"),

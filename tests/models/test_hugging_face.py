@@ -13,6 +13,7 @@ from cases import tiny_hf
 from PIL import Image
 
 import ltmp
+from ltmp.checkpoint import plain_state, save_weights
 from ltmp.cli import main
 from ltmp.data import eval_transform
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
@@ -53,6 +54,18 @@ def test_a_folder_gives_its_model_and_its_transform(folder: Path) -> None:
         assert "size=(16, 16)" in text
         assert "bicubic" in text
         assert "0.5000, 0.5000, 0.5000" in text
+
+
+@torch.no_grad()
+def test_other_weights_are_saved_as_such_a_folder(folder: Path, tmp_path: Path) -> None:
+    model: Any = ltmp.attach(build_model(f"hf:{folder}"))
+    model.vit.layernorm.weight.add_(1)
+    save_weights(model, tmp_path / "tuned")
+    again: Any = build_model(f"hf:{tmp_path / 'tuned'}")
+    assert again.pretrained_cfg == model.pretrained_cfg
+    ours = plain_state(model)
+    assert ours.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, ours[name]) for name, value in again.state_dict().items())
 
 
 def test_half_precision_weights_become_float32(folder: Path) -> None:

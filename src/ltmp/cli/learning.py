@@ -8,20 +8,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import nn
 
 from .. import LearnResult, attach, distributed, save
 from .. import learn as run_learning
+from ..checkpoint import save_weights
 from ..config import LTMPConfig
+from ..data import Loader
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, report
 from ..files import atomic_path
-from ..learning import open_log
+from ..learning import Tuning, open_log, views_of
+from ..models.hugging_face import is_of_transformers
 from . import options as o
 from .evaluating import evaluate_with_bar, report_skipped
 from .progress import progress_bar
 from .setup import DataOptions, ModelOptions, autocast_type, pick_device
+
+VIEWS = 20_000
+_TUNING = "Tuning"
 
 
 class InterruptedRunError(LTMPError):
@@ -43,7 +50,10 @@ def learn_verb(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
     ] = False,
-    views: Annotated[int, typer.Option(min=0, help="Images to optimise on; 0: calibrate only.")] = 20_000,
+    views: Annotated[
+        int | None,
+        typer.Option(min=0, help="Images to optimise on; 0: calibrate only. [default: 20000; one epoch with --tune]"),
+    ] = None,
     calibration: Annotated[int, typer.Option(min=2, help="Images to set the start and to meet the budget on.")] = 512,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0,
@@ -51,6 +61,29 @@ def learn_verb(
         bool, typer.Option("--distill", help="Learn from the dense model's answers instead of labels.")
     ] = False,
     unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Ignore folder names; implies --distill.")] = False,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTS",
+            help="Train a few weights along, taught by the dense model: norms (norms, biases, layer scales) or lora.",
+            rich_help_panel=_TUNING,
+        ),
+    ] = None,
+    tuned_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the tuned model goes; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
+            rich_help_panel=_TUNING,
+        ),
+    ] = None,
+    tune_lr: Annotated[
+        float | None, typer.Option(help="Rate of the weights' AdamW.", rich_help_panel=_TUNING, show_default=False)
+    ] = None,
+    labels: Annotated[
+        float,
+        typer.Option(help="Part of the loss from labels; the rest is from the dense model.", rich_help_panel=_TUNING),
+    ] = Tuning.labels,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the updates of lora.", rich_help_panel=_TUNING)] = Tuning.rank,
     val: Annotated[
         str | None,
         typer.Option(help="Data to report accuracy on; default: val/ of the data folder.", rich_help_panel="Data"),
@@ -85,13 +118,18 @@ def learn_verb(
     ] = None,
     debug: o.Debug = False,
 ) -> None:
-    """Learn the thresholds of a model for a FLOPs budget; the model itself is not changed.
+    """Learn the thresholds of a model for a FLOPs budget; unless --tune is given, the model itself is not changed.
 
     Writes OUT/thresholds.safetensors (under 10 KB). Ctrl-C saves the run; --resume goes on with it.
 
     Example: ltmp learn --data imagenet/ --model deit_small_patch16_224 --pretrained --target 0.6
     """
     folder = out or Path("runs") / f"{_short(model)}-{variant}-{target:g}"
+    tuning = Tuning(tune, lr=tune_lr, labels=labels, rank=lora_rank) if tune is not None else None
+    if tuning is None and tuned_weights is not None:
+        raise UsageError(
+            "--tuned-weights says where a tuned model goes: add --tune norms or --tune lora, or leave it out"
+        )
     run_file = _prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), _config(variant)
@@ -105,7 +143,11 @@ def learn_verb(
     checking = reading.open(held_out, network, split="validation") if held_out else None
     place, cast = pick_device(device), autocast_type(amp)
     logger = open_log(log) if log and distributed.is_first() else None
+    if views is None:
+        views = VIEWS if tuning is None else views_of(loader, 1, calibration)
     with distributed.group(place), _resumable(run_file):
+        # of the weights as they are now: afterwards nobody has them any more
+        original = _evaluated(network, checking, place, cast) if tuning else None
         with closing(logger) if logger else nullcontext(), progress_bar("learning", None) as bar:
             result = run_learning(
                 network,
@@ -125,13 +167,21 @@ def learn_verb(
                 ),
                 progress=bar.reach,
                 log=logger,
+                tuning=tuning,
             )
-        evaluation = evaluate_with_bar(network, checking, device=place, amp=cast, speed=False) if checking else None
+        evaluation = _evaluated(network, checking, place, cast)
         distributed.merge(loader.skipped)
         if distributed.rank() > 0:
             return
     path = folder / "thresholds.safetensors"
-    about = {**_about(model, result, evaluation), **_base_model(network, pretrained and not weights)}
+    about = _about(model, result, evaluation)
+    if tuning is None:
+        about |= _base_model(network, pretrained and not weights)
+    else:
+        about |= _about_tuning(tuning, original, evaluation)
+        model_file = tuned_weights or folder / ("model" if is_of_transformers(network) else "model.safetensors")
+        save_weights(network, model_file)
+        about["weights"] = str(model_file)
     save(network, path, **about)
     run_file.unlink(missing_ok=True)
     report_skipped(loader.skipped)
@@ -141,6 +191,18 @@ def learn_verb(
         report.write_json(
             {**about, "thresholds": str(path), "history": [asdict(step) for step in result.history]}, json
         )
+
+
+def _evaluated(network: nn.Module, checking: Loader | None, place: torch.device, cast: Any) -> Evaluation | None:
+    """How good the model is, where there is something to check it on."""
+    return evaluate_with_bar(network, checking, device=place, amp=cast, speed=False) if checking else None
+
+
+def _about_tuning(tuning: Tuning, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """What a thresholds file says of the weights that belong to it; `top1_dense` is that of those before."""
+    if before is None or after is None:
+        return {"tuned": tuning.parts}
+    return {"tuned": tuning.parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}
 
 
 def _prepare(folder: Path, resume: bool) -> Path:

@@ -8,3 +8,6 @@ from .log import open_log as open_log
 from .loop import LearnResult as LearnResult
 from .loop import learn as learn
 from .run import Step as Step
+from .tune import tune as tune
+from .tune import views_of as views_of
+from .weights import Tuning as Tuning

@@ -45,11 +45,20 @@ class HeldOut:
 
     Args:
         images: [N, 3, H, W] on the model's device; batch: how many to run at once.
+        taught_by: whose answers with nothing removed are the right ones; None is the model itself.
         progress: told of each batch while a candidate is made.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, batch: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        batch: int,
+        progress: Progress | None = None,
+        taught_by: nn.Module | None = None,
+    ) -> None:
         self.model = model
+        self.taught_by = taught_by or model
         self.count = len(images)
         self.parts = images.split(batch)
         self.progress = progress
@@ -119,7 +128,7 @@ class HeldOut:
         """The dense model's, kept: they are the same for every candidate."""
         found = []
         for part in self.parts:
-            found.append(teacher(self.model, part))
+            found.append(teacher(self.taught_by, part))
             self._tick(part)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +25,8 @@ from .log import Journal, Logger
 from .objective import Objective
 from .resume import load_run, save_run
 from .run import Run, Step
-from .views import Batch, first_images, stream
+from .views import Batch, apart, first_images, stream
+from .weights import Tuning, cut, tuned
 
 CALIBRATED = 128
 """Images that the calibrated start is taken from; the budget is met on all that are kept apart."""
@@ -63,6 +65,7 @@ class _Settings:
     seed: int
     variant: str
     depth: int
+    tuning: dict[str, Any] | None
 
 
 def learn(
@@ -84,6 +87,7 @@ def learn(
     on_step: Callable[[Step], None] | None = None,
     progress: Progress | None = None,
     log: Logger | None = None,
+    tuning: Tuning | None = None,
 ) -> LearnResult:
     """Learn an attached model's thresholds so that it costs `target` of the dense FLOPs; nothing else changes.
 
@@ -115,6 +119,7 @@ def learn(
         progress: called with (done, of how many, what) while images are read, calibrated on and judged.
         log: told of loss, share, thresholds and tokens of each block after every step, and given pictures of what a
             few images lost; `ltmp.learning.TensorBoard(folder)`, or any `ltmp.learning.Logger`.
+        tuning: which of the model's weights train along; see `ltmp.tune`, which also counts the views.
 
     Returns:
         How it ended; the thresholds are in `model.ltmp`.
@@ -136,15 +141,26 @@ def learn(
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
-                         thresholds.config.variant, thresholds.depth)  # fmt: skip
+                         thresholds.config.variant, thresholds.depth, asdict(tuning) if tuning else None)  # fmt: skip
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
+    # the teacher: weights that train are no longer those of the model as it was
+    original = model if tuning is None else copy.deepcopy(model).requires_grad_(False)
     cast = torch.autocast(place.type, amp) if amp is not None else nullcontext()
     journal = Journal(log if rank() == 0 else None, model, images)
-    held_out = HeldOut(model, images[rank() :: world()].contiguous(), batch, progress)
+    held_out = HeldOut(model, images[rank() :: world()].contiguous(), batch, progress, original)
 
     def save() -> None:
         if checkpoint is not None and rank() == 0:
-            save_run(checkpoint, asdict(settings), run.state())
+            along = {"tuned": weights.state()} if weights is not None else {}
+            save_run(checkpoint, asdict(settings), {**run.state(), **along})
+
+    def tell(step: Step) -> None:
+        run.history.append(step)
+        journal.step(step)
+        if on_step is not None:
+            on_step(step)
+        if step.step % save_every == 0 or step.step == run.steps:
+            save()
 
     def saved() -> dict[str, Any] | None:
         return load_run(checkpoint, asdict(settings)) if checkpoint is not None and rank() == 0 else None
@@ -161,29 +177,40 @@ def learn(
             run.begin(held_out.candidate(target))
             journal.deployed(0, run.start)
     torch.manual_seed(seed + run.step)
-    objective = Objective(model, target, budget_weight, distill, cast)
-    batches = stream(loader, run.step * accumulate * world(), batch)
-    try:
-        with _only(model, thresholds), _learning(thresholds):
-            while run.step < run.steps:
-                loss, share, kept = objective.gradients(batches, accumulate)
-                run.update()
-                run.history.append(Step(run.step, run.steps, loss, share, time.perf_counter() - start, kept))
-                journal.step(run.history[-1])
-                if on_step is not None:
-                    on_step(run.history[-1])
-                if run.step % save_every == 0 or run.step == run.steps:
-                    save()
-    except (KeyboardInterrupt, LostRankError):
-        save()
-        raise
-    best, looks = run.start, run.start.looks
-    if run.step:
-        run.finish()
-        with cast:
-            learned = held_out.candidate(target)
-        # single batches are noisy, and the calibrated start is good: learning must not end behind it
-        best, looks = min(learned, best, key=lambda candidate: candidate.loss), looks + learned.looks
+    labels = float(not distill) * (1.0 if tuning is None else tuning.labels)
+    objective = Objective(model, target, budget_weight, labels, original, cast)
+    skipped = 0 if tuning is None else -(-apart(loader, len(images)) // batch)
+    batches = stream(loader, skipped + run.step * accumulate * world(), batch)
+    with _only(model, thresholds), tuned(model, original, tuning, run.steps) as weights:
+        if weights is not None and state is not None:
+            weights.restore(state["tuned"])
+        try:
+            with _learning(thresholds):
+                while run.step < run.steps:
+                    joint = tuning is None or run.step % tuning.joint_every == 0
+                    with nullcontext() if joint else cut(thresholds):
+                        loss, share, kept = objective.gradients(batches, accumulate)
+                    if weights is not None:
+                        weights.update()
+                    run.update()
+                    tell(Step(run.step, run.steps, loss, share, time.perf_counter() - start, kept))
+        except (KeyboardInterrupt, LostRankError):
+            save()
+            raise
+        best, looks = run.start, run.start.looks
+        if run.step:
+            run.finish()
+            if weights is not None:
+                weights.fold()
+            with cast:
+                learned = held_out.candidate(target)
+            # single batches are noisy, and the calibrated start is good: learning must not end behind it
+            best, looks = min(learned, best, key=lambda candidate: candidate.loss), looks + learned.looks
+            if weights is not None and best is not learned:
+                weights.undo()
+            elif weights is not None:
+                # a dial of other weights
+                thresholds.set_dial(None)
     thresholds.set(best.merge, best.prune)
     with cast:
         journal.deployed(run.steps + 1, best)
@@ -203,14 +230,14 @@ def _check_target(model: nn.Module, images: Tensor, target: float) -> None:
 def _only(model: nn.Module, thresholds: Thresholds) -> Iterator[None]:
     """Freeze everything but the thresholds inside."""
     mine = set(thresholds.parameters())
-    frozen = [p for p in model.parameters() if p not in mine and p.requires_grad]
-    for parameter in frozen:
+    trains = {p: p.requires_grad for p in model.parameters() if p not in mine}
+    for parameter in trains:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for parameter, before in trains.items():
+            parameter.requires_grad_(before)
 
 
 @contextmanager

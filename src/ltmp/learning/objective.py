@@ -50,18 +50,20 @@ class Objective:
     """What a step descends: task loss and budget loss of an attached model.
 
     Attributes:
-        distill: learn from the dense model's answers instead of labels.
+        labels: part of the task loss that comes from labels; the rest comes from the dense model's answers.
+        taught_by: whose answers with nothing removed those are.
         cast: autocast of the forward passes.
     """
 
     model: nn.Module
     target: float
     budget_weight: float
-    distill: bool
+    labels: float
+    taught_by: nn.Module
     cast: AbstractContextManager[Any]
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float, list[float]]:
-        """Leave in the thresholds the mean gradients of the next `count` batches, of all ranks' as of one large batch.
+        """Leave in what trains the mean gradients of the next `count` batches, of all ranks' as of one large batch.
 
         Returns:
             Mean task loss, mean share and mean tokens after each block [L].
@@ -70,16 +72,15 @@ class Objective:
             LTMPError: the loss is not finite.
         """
         losses, shares, kept = [], [], []
-        thresholds = thresholds_of(self.model)
-        place = thresholds.merge.device
+        place = thresholds_of(self.model).merge.device
         for _ in range(count):
             images, labels = (t.to(place, non_blocking=True) for t in next(batches))
             with self.cast:
-                taught = teacher(self.model, images) if self.distill else None
+                taught = teacher(self.taught_by, images) if self.labels < 1 else None
                 with record() as calls:
                     logits = logits_of(self.model(images))
             share = mean(calls.share())
-            task = mean(task_loss(logits, labels, taught))
+            task = mean(self._task(logits, labels, taught))
             loss = task + budget_loss(share, self.target, self.budget_weight)
             if not loss.isfinite():
                 raise LTMPError(
@@ -90,8 +91,14 @@ class Objective:
             losses.append(task.detach())
             shares.append(share.detach())
             kept.append(calls.kept[0].detach().mean(0))
-        for parameter in thresholds.parameters():
-            if parameter.grad is not None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is not None:
                 parameter.grad = total(parameter.grad)
         tokens = gather(torch.stack(kept)).flatten(0, 1).mean(0).tolist()
         return float(torch.stack(losses).mean()), float(torch.stack(shares).mean()), tokens
+
+    def _task(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
+        """[B], from labels, the dense model's answers [B, K], or both."""
+        if taught is None or self.labels == 0:
+            return task_loss(logits, labels, taught)
+        return self.labels * task_loss(logits, labels, None) + (1 - self.labels) * task_loss(logits, None, taught)

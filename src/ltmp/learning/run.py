@@ -72,16 +72,21 @@ class Run:
             latent.copy_(value.clamp_min(1e-6).log() if name == "prune" else value)
 
     def update(self) -> None:
-        """One step of the optimiser from the gradients that the thresholds hold."""
+        """One step of the optimiser from the gradients that the thresholds hold; without any, they wait."""
+        moved = False
         for name, latent in self.latent.items():
             threshold = getattr(self.thresholds, name)
+            if threshold.grad is None:
+                continue
+            moved = True
             if name == "prune":
                 # a threshold of 1 drops all there is, on purpose (see calibrate): it stays
                 latent.grad = threshold.grad * threshold.data * (threshold.data < 1)
             else:
                 latent.grad = threshold.grad
             threshold.grad = None
-        self.optimizer.step()
+        if moved:
+            self.optimizer.step()
         self.schedule.step()
         self.step += 1
         first = int(self.steps * (1 - self.AVERAGED))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 
 import torch
@@ -39,6 +39,22 @@ def first_images(loader: Iterable[Batch], count: int, progress: Progress | None 
     if have < world():
         raise LTMPError(f"{have} images are too few to share among {world()} ranks: start fewer")
     return torch.cat(found)[:count]
+
+
+def count(loader: Iterable[Batch]) -> int:
+    """Images in one pass; 0 where a streaming source does not say."""
+    if isinstance(loader, Loader):
+        return loader.images
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else sum(len(images) for images, _ in loader)
+
+
+def apart(loader: Iterable[Batch], kept: int) -> int:
+    """How many images at the loader's beginning nothing else learns from, where `kept` are judged on.
+
+    None of them where less than half would be left: of so few, all are needed.
+    """
+    return kept if count(loader) >= 2 * kept else 0
 
 
 def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[Batch]:

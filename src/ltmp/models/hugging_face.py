@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LTMPError, MissingExtraError, UsageError, first_line
 
@@ -61,6 +62,21 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
     model.pretrained_cfg = data_config(model)
     model.num_classes = model.config.num_labels
     return model.eval()
+
+
+def save_classifier(model: Any, state: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Write a model with these weights, and its image processor, as `hf:FOLDER` reads them.
+
+    Raises:
+        LTMPError: the folder cannot be written.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        model.save_pretrained(folder, state_dict=state)
+        AutoImageProcessor.from_pretrained(model.config.name_or_path, trust_remote_code=False).save_pretrained(folder)
+    except OSError as error:
+        raise LTMPError(f"cannot save the model in {folder}: {first_line(error)}") from error
 
 
 def is_of_transformers(model: nn.Module) -> bool:

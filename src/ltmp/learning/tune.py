@@ -1,0 +1,64 @@
+"""Light tuning: thresholds and a few of the model's own weights, learned together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError
+from .loop import LearnResult, learn
+from .views import Batch, apart, count
+from .weights import Tuning
+
+
+def tune(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    target: float = 0.6,
+    parts: str | Tuning = "norms",
+    *,
+    epochs: float = 1.0,
+    calibration: int = 512,
+    **learning: Any,
+) -> LearnResult:
+    """Learn thresholds as `ltmp.learn` does, and train a few of the model's own weights along with them.
+
+    The weights are taught by the model as it was, dense, and by labels. They end as plain weights under their own names
+    and in their own shapes: `ltmp.detach(model)` is a plain model again, and `ltmp.checkpoint.save_weights` writes its
+    checkpoint. They belong to the thresholds learned with them. Where tuning did not bring the answers on images kept
+    apart closer to those of the model as it was, the model gets its weights back; likewise where the run fails.
+
+    >>> ltmp.tune(model, loader, target=0.47, parts="lora")
+
+    Args:
+        parts: `norms` (norms, biases and layer scales), `lora` (low-rank updates of the blocks' linear layers), or a
+            `ltmp.learning.Tuning` with all settings.
+        epochs: passes over the loader's images, not counting those kept apart.
+        learning: whatever else `ltmp.learn` takes. With `distill=True` labels are not read.
+
+    Raises:
+        UsageError: settings that make no sense, or a loader that does not know its number of images.
+        MissingExtraError: peft, for LoRA, is not installed.
+        LTMPError: as `ltmp.learn`; also weights in half precision.
+    """
+    tuning = parts if isinstance(parts, Tuning) else Tuning(parts)
+    if not epochs > 0:
+        raise UsageError(f"epochs is {epochs!r}: expected a number above 0, such as 1")
+    return learn(
+        model, loader, target, views=views_of(loader, epochs, calibration), calibration=calibration, tuning=tuning,
+        **learning,
+    )  # fmt: skip
+
+
+def views_of(loader: Iterable[Batch], epochs: float, calibration: int) -> int:
+    """Images to optimise on in so many passes, of which those kept apart are no part.
+
+    Raises:
+        UsageError: the loader does not know how many images it has.
+    """
+    images = count(loader)
+    if images == 0:
+        raise UsageError("this loader does not say how many images it has: call ltmp.learn with tuning= and views=")
+    return max(1, round(epochs * (images - apart(loader, calibration))))
