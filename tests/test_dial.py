@@ -55,6 +55,14 @@ def test_the_ends_are_reached_by_the_numbers_that_people_type(share: float) -> N
     dial.at(share)
 
 
+@given(st.floats(0.125, 0.4375, width=32), st.floats(0.5, 0.96875, width=32))
+@settings(max_examples=60, deadline=None)
+def test_what_the_ends_are_said_to_be_can_be_asked_for(lowest: float, highest: float) -> None:
+    dial = make_dial(2, lowest=lowest, highest=highest)
+    assert torch.equal(dial.at(dial.lowest)[0], dial.merge[0])
+    assert torch.equal(dial.at(dial.highest)[0], dial.merge[-1])
+
+
 @given(st.floats(0.3, 0.95), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_between_neighbours_values_are_theirs_in_proportion(share: float, seed: int) -> None:

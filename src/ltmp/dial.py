@@ -90,12 +90,12 @@ class Dial:
     @property
     def lowest(self) -> float:
         """The smallest share that can be asked for."""
-        return round(float(self.share[0]), 6)
+        return _shortest(self.share[0])
 
     @property
     def highest(self) -> float:
         """The largest share that can be asked for, but for 1."""
-        return round(float(self.share[-1]), 6)
+        return _shortest(self.share[-1])
 
     def at(self, share: float) -> tuple[Tensor, Tensor]:
         """Merge and prune thresholds, float32 [L] each on the CPU, for a FLOPs share; 1 is all off.
@@ -161,6 +161,11 @@ def keep_on(merge: Tensor, prune: Tensor) -> tuple[Tensor, Tensor]:
         torch.where(merges, merge.clamp(max=_ALMOST_ONE), merge),
         torch.where(prunes, prune.clamp(min=_ALMOST_ZERO), prune),
     )
+
+
+def _shortest(value: Tensor) -> float:
+    """The shortest number that is `value` in float32: 0.3, not 0.30000001192092896."""
+    return float(str(np.float32(value.item())))
 
 
 def _listed(values: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,19 @@ def test_eval(run, dial, tmp_path):
     assert shares[0] > shares[1]
 
 
-def test_bench(run, dial, tmp_path):
+def test_bench(run, dial, tmp_path, monkeypatch):
+    timed = []
+
+    class Bench:
+        def __init__(self, network, images, **_):
+            timed.append(network.ltmp.budget)
+
+        def run(self, seconds):
+            return []
+
+    monkeypatch.setattr("ltmp.cli.benching.Bench", Bench)
     assert run("bench", dial, "--budget", 0.4, "--json", tmp_path / "bench.json") == 0
+    assert timed == [0.4]
     assert json.loads((tmp_path / "bench.json").read_text())["budget"] == 0.4
     assert main(["bench", *MODEL, "--budget", "0.5"]) == 2
 
@@ -152,12 +164,13 @@ def test_app_begins_at_a_budget(run, dial, monkeypatch, capsys):
     assert main(["app", "--budget", "0.4"]) == 2
 
 
-def test_export_is_of_the_budget(run, dial, tmp_path):
-    pytest.importorskip("onnxruntime")
-    assert run("export", dial, "--budget", 0.9, "--form", "single", "--json", tmp_path / "found.json") == 0
-    high = json.loads((tmp_path / "found.json").read_text())["share"]
-    assert run("export", dial, "--budget", 0.3, "--form", "single", "--json", tmp_path / "found.json") == 0
-    assert json.loads((tmp_path / "found.json").read_text())["share"] < high
+def test_export_is_of_the_budget(run, dial, monkeypatch, capsys):
+    def export(network, *_, **__):
+        raise package.LTMPError(f"exported at {network.ltmp.budget}")
+
+    monkeypatch.setattr("ltmp.export.export", export)
+    assert run("export", dial, "--budget", 0.4) == 1
+    assert "exported at 0.4" in capsys.readouterr().err
 
 
 def test_push_sets_the_default(run, dial, monkeypatch, capsys):
@@ -173,3 +186,45 @@ def test_info_says_how_far_the_dial_goes(dial, capsys):
     assert "dial: 0.3 to 0.95, by 5 budgets" in said
     assert "budget: 0.5" in said
     assert read(dial).dial is not None
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Costs that are measured in no time, and not worth more."""
+    monkeypatch.setattr("ltmp.cli.timing.measure_costs", partial(package.measure_costs, seconds=1e-4))
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_time_is_met_by_turning_the_dial(run, dial, tmp_path, capsys):
+    assert run("eval", dial, "--speed", "--milliseconds", 1e6, "--batch-size", 3, "--json", tmp_path / "eval.json") == 0
+    said = capsys.readouterr().out
+    assert "dense is fast enough, all off: " in said
+    assert "predicted for batches of 3" in said
+    assert "measured: " in said
+    assert json.loads((tmp_path / "eval.json").read_text())["budget"] == 1.0
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_speed_out_of_reach_is_said(run, dial, capsys):
+    assert run("eval", dial, "--images-per-second", 1e9) == 1
+    assert "out of reach: for batches of" in capsys.readouterr().err
+    assert run("bench", dial, "--images-per-second", 1e9) == 1
+    assert "out of reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "expected"),
+    [
+        ("eval", ("--budget", 0.5, "--milliseconds", 9), "--budget and --milliseconds each set the dial"),
+        ("eval", ("--milliseconds", 9, "--images-per-second", 9), "give one of them"),
+        ("eval", ("--milliseconds", 9, "--engine", "onnx"), "is not timed block by block"),
+        ("eval", ("--milliseconds", -9), "--milliseconds -9: expected a positive number"),
+        ("eval", ("--images-per-second", "nan"), "expected a positive number"),
+        ("bench", ("--milliseconds", 9, "--batch-size", 4), "give one --batch-size"),
+    ],
+)
+def test_wrong_targets_are_one_sentence(verb, arguments, expected, run, dial, capsys):
+    assert run(verb, dial, *arguments) == 2
+    said = capsys.readouterr().err
+    assert expected in said
+    assert said.count("error: ") == 1

@@ -20,6 +20,7 @@ from . import options as o
 from .evaluating import ModelName, name_in
 from .progress import progress_bar
 from .setup import DataOptions, ModelOptions, pick_device
+from .timing import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +31,8 @@ def bench_verb(
         Path | None, typer.Option(help="The file that `ltmp learn` wrote; without it, see --share.")
     ] = None,
     budget: o.Budget = None,
+    milliseconds: o.Milliseconds = None,
+    images_per_second: o.ImagesPerSecond = None,
     share: Annotated[
         float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")
     ] = 0.55,
@@ -73,16 +76,21 @@ def bench_verb(
         raise UsageError(f"--share {share}: expected a number between 0 and 1")
     if model is None and thresholds is None:
         raise UsageError("which model? give --model NAME, or --thresholds FILE of one that was learned")
-    if thresholds is None and budget is not None:
-        raise UsageError("--budget sets the dial of --thresholds FILE: give one, or --share to calibrate thresholds")
+    target = Target.of(milliseconds, images_per_second, budget)
+    if thresholds is None and (target or budget is not None):
+        raise UsageError("which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE")
     name = model or name_in(Path(thresholds or ""), budget)
     sizes, place = sorted(set(batch_size or (1, 8, 32))), pick_device(device)
+    if target and len(sizes) != 1:
+        raise UsageError("a time or a speed is for one batch size: give one --batch-size")
     options = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or [])
     network = _network(options).to(place, DTYPES[dtype])
     images = _images(network, max(sizes), data, split, DataOptions(data_root, class_map, batch_size=max(sizes)))
     images = images.to(place, DTYPES[dtype])
     if thresholds is not None:
         load(network, thresholds, budget=budget)
+        if target:
+            budget = target.meet(network, images[: sizes[0]], quiet="-" in (json, csv))
     else:
         few = images if data else smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images)
         calibrate(attach(network), few, share)

@@ -17,6 +17,7 @@ from ..evaluate import Evaluation, evaluate, report
 from . import options as o
 from .progress import console, progress_bar
 from .setup import DataOptions, ModelOptions, autocast_type, pick_device
+from .timing import Target, say_measured
 
 Thresholds = Annotated[Path, typer.Option(help="The file that `ltmp learn` wrote, its folder, or USER/REPO.")]
 ModelName = Annotated[
@@ -45,6 +46,8 @@ def evaluate_verb(
     thresholds: Thresholds,
     model: ModelName = None,
     budget: o.Budget = None,
+    milliseconds: o.Milliseconds = None,
+    images_per_second: o.ImagesPerSecond = None,
     engine: EvalEngine = None,
     exported: Exported = None,
     form: o.Form = "batch",
@@ -77,6 +80,7 @@ def evaluate_verb(
 
     Example: ltmp eval --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained
     """
+    target = Target.of(milliseconds, images_per_second, budget)
     name = model or name_in(thresholds, budget)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
     elsewhere = engine in RUNTIMES
@@ -84,11 +88,16 @@ def evaluate_verb(
         raise UsageError("--exported is for --engine onnx or openvino, which run such files")
     if elsewhere and (amp or device not in ("auto", "cpu")):
         raise UsageError(f"--engine {engine} runs float32 or INT8 on the CPU: leave out --amp and --device {device}")
+    if elsewhere and target:
+        raise UsageError(f"--engine {engine} is not timed block by block: give --budget instead of a time or a speed")
     load(network, thresholds, engine=None if elsewhere else engine, budget=budget)
     loader = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
     ).open(data, network, split=split or "validation")
     place = torch.device("cpu") if elsewhere else pick_device(device)
+    if target:
+        images = next(iter(loader))[0].to(place)
+        budget = target.meet(network.to(place), images, autocast_type(amp), quiet="-" in (json, csv))
     if engine is not None and elsewhere:
         network = _in_runtime(network, engine, exported, form, int8)
     with distributed.group(place):
@@ -101,6 +110,8 @@ def evaluate_verb(
         at = "" if budget is None else f" at {budget:g}"
         report.show(rows, f"{name}{at}, {result.images} images (top-1, top-5, agree in %)")
         typer.echo(report.tokens_line(result))
+        if target and result.throughput is not None:
+            say_measured(result.throughput.batch_size, result.throughput.reduced)
     if json:
         about: dict[str, Any] = {"model": name, "thresholds": str(thresholds), "device": str(place)}
         about |= {} if budget is None else {"budget": budget}

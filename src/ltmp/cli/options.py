@@ -78,6 +78,16 @@ Budget = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Milliseconds = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.",
+        rich_help_panel=_RUN,
+    ),
+]
+ImagesPerSecond = Annotated[
+    float | None, typer.Option(help="Instead of --budget: the speed wanted here.", rich_help_panel=_RUN)
+]
 Budgets = Annotated[
     list[float] | None,
     typer.Option(

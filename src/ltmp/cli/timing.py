@@ -1,0 +1,69 @@
+"""From a time or a speed on the command line to a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from .. import distributed
+from ..errors import UsageError
+from ..evaluate.latency import measure_costs, set_latency
+from ..models import thresholds_of
+from .progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Target:
+    """How fast a batch is to be, by --milliseconds or --images-per-second."""
+
+    milliseconds: float | None
+    images_per_second: float | None
+
+    @classmethod
+    def of(
+        cls, milliseconds: float | None, images_per_second: float | None, budget: float | None = None
+    ) -> Target | None:
+        """What was asked for, or None.
+
+        Raises:
+            UsageError: two targets, or several processes, which would time each other.
+        """
+        given = {"--budget": budget, "--milliseconds": milliseconds, "--images-per-second": images_per_second}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)} each set the dial: give one of them")
+        if milliseconds is None and images_per_second is None:
+            return None
+        for name in names:
+            if not (given[name] or 0) > 0:
+                raise UsageError(f"{name} {given[name]:g}: expected a positive number")
+        if distributed.started():
+            raise UsageError(f"{names[0]} times one process: run it without torchrun, then give --budget to all")
+        return cls(milliseconds, images_per_second)
+
+    def meet(self, network: nn.Module, images: Tensor, amp: torch.dtype | None = None, quiet: bool = False) -> float:
+        """Measure what blocks cost on batches like `images`, set the dial, and say to what; returns the share."""
+        with progress_bar("measuring costs", None) as bar:
+            costs = measure_costs(
+                network, images, amp=amp, progress=lambda done, total: bar.reach(done, total, "measuring costs")
+            )
+        share = set_latency(network, costs, milliseconds=self.milliseconds, images_per_second=self.images_per_second)
+        dial = thresholds_of(network).dial
+        assert dial is not None
+        seconds = costs.dense if share == 1 else float(costs.predict_seconds(dial.kept_at(share)))
+        if not quiet:
+            said = "dense is fast enough, all off" if share == 1 else f"budget {share:g}"
+            typer.echo(f"{said}: {_times(seconds, len(images))} predicted for batches of {len(images)}")
+        return share
+
+
+def say_measured(images: int, images_per_second: float) -> None:
+    """The time that came of it."""
+    typer.echo(f"measured: {_times(images / images_per_second, images)}")
+
+
+def _times(seconds: float, images: int) -> str:
+    return f"{1e3 * seconds:.3g} ms ({images / seconds:.4g} images/s)"
