@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -89,9 +88,6 @@ def main() -> None:
     print(f"{args.model}, batch {args.batch}, {args.device}, {args.dtype}; costs took {perf_counter() - begin:.1f} s")
     report.show(_promised(model, costs, other, args.seconds), "predicted against measured")
     report.show(_asked(model, costs, other, args.seconds), "asked against measured")
-    own = model.ltmp
-    turns = [_microseconds(own, share) for share in torch.linspace(own.dial.lowest, own.dial.highest, 1000).tolist()]
-    print(f"set_budget: {median(turns):.1f} us (median of {len(turns)}, largest {max(turns):.0f} us)")
 
 
 def _milliseconds(model: nn.Module, images: Tensor, seconds: float) -> float:
@@ -136,12 +132,6 @@ def _row(budget: float, measured: float, **said: float) -> dict[str, Any]:
         "measured ms": round(measured, 2),
         "off by": f"{100 * (value / measured - 1):+.1f} %",
     }
-
-
-def _microseconds(own: Any, share: float) -> float:
-    begin = perf_counter()
-    own.set_budget(share)
-    return 1e6 * (perf_counter() - begin)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ltmp
-from helpers import attach_reducing, make_dial, random_images, run_recorded, tiny_vit
+from helpers import assert_close, attach_reducing, make_dial, random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
 from ltmp.dial import Dial, keep_on
 from ltmp.errors import UsageError
@@ -234,6 +234,29 @@ def test_the_same_numbers_mean_the_same_from_a_dial_and_from_set() -> None:
         (logits, kept), (expected, counts) = run_recorded(model, images), run_recorded(plain, images)
         assert torch.equal(kept, counts)
         assert torch.equal(logits, expected)
+
+
+@torch.no_grad()
+def test_steps_that_are_on_and_select_nothing_lose_nothing_on_any_engine() -> None:
+    """What `keep_on` leaves of a step that was off: the tokens change places, and no engine loses or folds one."""
+    pytest.importorskip("triton")
+    images = random_images(3)
+    model = ltmp.attach(tiny_vit())
+    with ltmp.dense():
+        expected = model(images)
+    model.ltmp.set(*(row[1] for row in keep_on(*(torch.tensor(t) for t in _one_off()))))
+    assert model.ltmp.active() == ((True, True),) * 3
+    for engine, masked in (("packed", True), ("packed", False), ("triton", False)):
+        model.ltmp.config = replace(model.ltmp.config, engine=engine)
+        model.ltmp.train(masked)
+        logits, kept = run_recorded(model, images)
+        assert kept.eq(17).all()
+        assert_close(logits, expected, 1e-4, f"logits ({engine}, masked: {masked})")
+
+
+def _one_off() -> tuple[list[list[float]], list[list[float]]]:
+    """Merge and prune thresholds at two budgets, all off at the second."""
+    return [[0.5] * 3, [1.0] * 3], [[0.1] * 3, [0.0] * 3]
 
 
 # -- keeping it

@@ -18,6 +18,7 @@ from ltmp.dial import Dial, keep_on
 from ltmp.errors import LTMPError, UsageError
 from ltmp.evaluate import latency
 from ltmp.evaluate.latency import BlockCosts, Costs, measure_costs, set_latency
+from ltmp.models import stack_of
 
 IMAGES = 4
 
@@ -163,6 +164,24 @@ def test_blocks_measured_alone_predict_the_model(monkeypatch: pytest.MonkeyPatch
         assert costs.predict_seconds(kept).item() == pytest.approx(measured, rel=0.01)
     model.ltmp.set_budget(1.0)
     assert costs.dense == pytest.approx(1 / counted({"model": lambda: model(images)}, 1, 0)["model"])
+
+
+@torch.inference_mode()
+def test_pieces_of_the_triton_engine_run() -> None:
+    """In its interpreter, and not recorded: what a GPU is to time."""
+    pytest.importorskip("triton")
+    from ltmp.engines.select import unavailable
+
+    if unavailable(torch.device("cpu")):
+        pytest.skip("neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1)")
+    model = ltmp.attach(tiny_vit())
+    stack, x = stack_of(model), torch.randn(2, 9, 16)
+    model.ltmp.set([0.5] * 3, [0.01] * 3)
+    calls, left = latency._triton_pieces(stack, 1, x, None, ((True, True),) * 3, recorded=False)
+    assert left == 9
+    assert calls["plain"]().cu.tolist() == [0, 9, 18]
+    assert calls["reduced"]().cu[-1] < 18
+    assert calls["mlp"]().shape == (18, 16)
 
 
 def test_measuring_leaves_the_model_as_it_was(model: Any) -> None:
