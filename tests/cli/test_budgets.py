@@ -14,6 +14,7 @@ import ltmp as package
 from helpers import make_dial
 from ltmp.checkpoint import read
 from ltmp.cli import app_verb, main
+from ltmp.evaluate.bench import Row
 
 from .conftest import MODEL, NAME, SHAPE
 
@@ -92,7 +93,8 @@ def test_eval(run, dial, tmp_path):
     assert shares[0] > shares[1]
 
 
-def test_bench(run, dial, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("quickly")
+def test_bench(run, dial, tmp_path, monkeypatch, capsys):
     timed = []
 
     class Bench:
@@ -100,13 +102,16 @@ def test_bench(run, dial, tmp_path, monkeypatch):
             timed.append(network.ltmp.budget)
 
         def run(self, seconds):
-            return []
+            return [Row("packed", 50.0, 0.4, 2.5, None, None, 0.0)]
 
     monkeypatch.setattr("ltmp.cli.benching.Bench", Bench)
     assert run("bench", dial, "--budget", 0.4, "--json", tmp_path / "bench.json") == 0
     assert timed == [0.4]
     assert json.loads((tmp_path / "bench.json").read_text())["budget"] == 0.4
     assert main(["bench", *MODEL, "--budget", "0.5"]) == 2
+    capsys.readouterr()
+    assert run("bench", dial, "--milliseconds", 1e6) == 0
+    assert "measured: 40 ms (50 images/s)" in capsys.readouterr().out
 
 
 def test_compare_takes_a_dial_at_each_budget(run, dial, tmp_path):

@@ -20,7 +20,7 @@ from . import options as o
 from .evaluating import ModelName, name_in
 from .progress import progress_bar
 from .setup import DataOptions, ModelOptions, pick_device
-from .timing import Target
+from .timing import Target, say_measured
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,6 +103,9 @@ def bench_verb(
             if "-" not in (json, csv):
                 pixels = "x".join(map(str, images.shape[-2:]))
                 typer.echo(f"{name}, batch {size}, {pixels}, {dtype}, {where}\n{table(found)}\n")
+                speeds = {row.way: row.images_per_second for row in found}
+                if target and (own := speeds.get("auto", speeds.get("packed"))):
+                    say_measured(size, own)
             advance()
     if json:
         file = str(thresholds) if thresholds else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import UsageError
-from ..evaluate.latency import measure_costs, set_latency
+from ..evaluate.latency import measure_costs, set_latency, speed
 from ..models import thresholds_of
 from .progress import progress_bar
 
@@ -56,14 +56,10 @@ class Target:
         seconds = costs.dense if share == 1 else float(costs.predict_seconds(dial.kept_at(share)))
         if not quiet:
             said = "dense is fast enough, all off" if share == 1 else f"budget {share:g}"
-            typer.echo(f"{said}: {_times(seconds, len(images))} predicted for batches of {len(images)}")
+            typer.echo(f"{said}: {speed(seconds, len(images))} predicted for batches of {len(images)}")
         return share
 
 
 def say_measured(images: int, images_per_second: float) -> None:
     """The time that came of it."""
-    typer.echo(f"measured: {_times(images / images_per_second, images)}")
-
-
-def _times(seconds: float, images: int) -> str:
-    return f"{1e3 * seconds:.3g} ms ({images / seconds:.4g} images/s)"
+    typer.echo(f"measured: {speed(images / images_per_second, images)}")

@@ -120,16 +120,21 @@ class Costs:
         if len(fast) == 0:
             first, last = float(predicted.min()), max(float(predicted.max()), self.dense)
             raise LTMPError(
-                f"{_speed(seconds, self.images)} are out of reach: for batches of {self.images} this model takes "
-                f"{1e3 * first:.3g} to {1e3 * last:.3g} ms here ({self.images / last:.4g} to "
-                f"{self.images / first:.4g} images/s)"
+                f"{speed(seconds, self.images)} are out of reach: for batches of {self.images} this model takes "
+                f"between {speed(first, self.images)} and {speed(last, self.images)} here"
             )
         # a round number, rather a little faster
         return max(dial.lowest, int(1e4 * shares[fast[-1]]) / 1e4)
 
 
-def _speed(seconds: float, images: int) -> str:
-    return f"{1e3 * seconds:.3g} ms ({images / seconds:.4g} images/s)"
+def speed(seconds: float, images: int) -> str:
+    """A batch's time in words: 9.53 ms (839 images/s)."""
+    return f"{_three(1e3 * seconds)} ms ({_three(images / seconds)} images/s)"
+
+
+def _three(value: float) -> str:
+    """Three digits, or the whole number."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def set_latency(
