@@ -16,8 +16,10 @@ from .evaluate.latency import measure_costs as measure_costs
 from .evaluate.latency import set_latency as set_latency
 from .hub import from_pretrained as from_pretrained
 from .hub import push_to_hub as push_to_hub
+from .learning import DialResult as DialResult
 from .learning import LearnResult as LearnResult
 from .learning import learn as learn
+from .learning import learn_dial as learn_dial
 from .learning import tune as tune
 from .models import attach as attach
 from .models import detach as detach

@@ -14,9 +14,10 @@ from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.flops import Geometry, flops_share
 from ltmp.learning import calibrate, heldout, loop
-from ltmp.learning.budget import lowest_share, schedule
+from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import teacher
+from ltmp.learning.schedule import usual
 from ltmp.models import thresholds_of
 
 TARGET = 0.65
@@ -206,9 +207,11 @@ def test_the_schedule_costs_the_target() -> None:
     geometry = Geometry(tokens=197, width=384, mlp_ratio=(4.0,) * 12)
     for target in (0.9, 0.6, 0.4, 0.3):
         for last_free in (False, True):
-            kept = schedule(target, geometry, 1, last_free)
-            assert float(flops_share(torch.tensor(kept), geometry)) == pytest.approx(target, abs=1e-3)
-            assert all(b <= a for a, b in pairwise(kept))
+            kept = (
+                usual(target).schedule(12, ("merge", "prune"), last_free).to_cost(target, geometry, 1).kept(geometry, 1)
+            )
+            assert float(flops_share(kept, geometry)) == pytest.approx(target, abs=1e-3)
+            assert all(b <= a for a, b in pairwise(kept.tolist()))
     # the first block's attention, and from there on the class token alone
     first, alone, dense = 4 * 197 + 2 * 197**2 / 384, 4 + 2 / 384, 12 * 197 + 2 * 197**2 / 384
     assert lowest_share(geometry, 1) == pytest.approx((first + 11 * alone + 12 * 8) / (12 * dense), rel=1e-4)

@@ -1,6 +1,8 @@
 """Learn the thresholds of an attached model against a budget."""
 
 from .calibrate import calibrate as calibrate
+from .dial import DialResult as DialResult
+from .dial import learn_dial as learn_dial
 from .log import Logger as Logger
 from .log import TensorBoard as TensorBoard
 from .log import WandB as WandB

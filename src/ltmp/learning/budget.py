@@ -34,31 +34,6 @@ def check_target(target: float, geometry: Geometry, protected: int) -> None:
         )
 
 
-def schedule(target: float, geometry: Geometry, protected: int, last_free: bool = False) -> list[float]:
-    """Tokens to have left after each block so that an image costs `target`: the same number goes in every block.
-
-    A constant number a block is the strongest fixed schedule known (ToMe, table 3), which makes it a good start. Where
-    that would empty an image early, a block takes at most 40 % of what is left.
-
-    Args:
-        last_free: nothing reads the tokens after the last attention, so that the last block keeps only the protected.
-    """
-
-    def kept(removed: float) -> list[float]:
-        left, after = float(geometry.tokens), []
-        for _ in range(geometry.depth):
-            left = max(left - removed, 0.6 * left, max(1.0, protected))
-            after.append(left)
-        return [*after[:-1], max(1.0, protected)] if last_free else after
-
-    low, high = 0.0, float(geometry.tokens)
-    for _ in range(50):
-        middle = (low + high) / 2
-        over = float(flops_share(torch.tensor(kept(middle)), geometry)) > target
-        low, high = (middle, high) if over else (low, middle)
-    return kept(high)
-
-
 def budget_loss(share: Tensor, target: float, weight: float) -> Tensor:
     """`weight * (target - mean share)^2` (paper, equation 11).
 

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from ..flops import Geometry
 from ..models import stack_of, thresholds_of
-from ..stack import dense, record
+from ..stack import ReducedStack, dense, record
 from ..thresholds import Thresholds
-from .budget import schedule
-
-MERGE_FIRST = 0.9
-"""Share of the tokens to remove that the calibrated start merges; the rest it prunes."""
+from .schedule import Schedule, usual
 
 
-class _Calibrating(Thresholds):
-    """Thresholds that set themselves, at each block, to what selects the wanted number of tokens of this batch."""
+class Calibrating(Thresholds):
+    """Thresholds that set themselves, at each block, to what removes the wanted part of this batch's tokens."""
 
-    def __init__(self, model: Thresholds, kept: list[float], tokens: int, last_free: bool) -> None:
-        super().__init__(model.depth, model.config)
-        self.last_free = last_free
-        before = [float(tokens), *kept[:-1]]
-        self.removed = [b - k for b, k in zip(before, kept, strict=True)]
-        steps = model.config.steps
-        self.part = {
-            step: 1.0 if len(steps) == 1 else MERGE_FIRST if step == "merge" else 1 - MERGE_FIRST for step in steps
-        }
+    def __init__(self, like: Thresholds, schedule: Schedule) -> None:
+        super().__init__(like.depth, like.config)
+        self.rates = {"merge": schedule.merge.tolist(), "prune": schedule.prune.tolist()}
         self.eval()
 
     def active(self) -> tuple[tuple[bool, bool], ...]:
-        return ((True, True),) * self.depth
+        return tuple((m > 0, p > 0) for m, p in zip(self.rates["merge"], self.rates["prune"], strict=True))
 
     @torch.no_grad()
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        if self.last_free and block == self.depth - 1:
-            # nothing reads these tokens any more: no mean of attention weights is above 1
+        rate = self.rates[step][block]
+        if math.isinf(rate):
+            # no mean of attention weights is above 1
             self.prune[block] = 1.0
             return super().decide(step, block, score, free)
         scores = score[free].sort(descending=step == "merge").values
-        wanted = round(self.removed[block] * self.part[step] * score.shape[0])
-        wanted = min(wanted, scores.numel() - 1)
+        # every other token may merge, so that of these twice the part must
+        part = (2 if step == "merge" else 1) * (1 - math.exp(-rate))
+        wanted = min(round(part * scores.numel()), scores.numel() - 1)
         if wanted > 0:
             # halfway between the last that goes and the first that stays
             getattr(self, step)[block] = (scores[wanted - 1] + scores[wanted]) / 2
         return super().decide(step, block, score, free)
+
+
+@torch.inference_mode()
+def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
+    """What an image of these costs an attached model."""
+    with record() as calls, dense():
+        model(images[:1])
+    return calls.geometry[0]
+
+
+def last_is_free(stack: ReducedStack) -> bool:
+    """Whether the last block may drop all that it may: its head reads the prefix tokens alone."""
+    return stack.prefix_only and "prune" in stack.thresholds.config.steps
 
 
 @torch.inference_mode()
@@ -54,14 +63,25 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
         images: [B, 3, H, W] on the model's device; 128 or more give stable thresholds.
         target: FLOPs share.
     """
-    stack = stack_of(model)
+    stack, geometry = stack_of(model), geometry_of(model, images)
     thresholds = thresholds_of(model)
-    with record() as calls, dense():
-        model(images[:1])
-    geometry = calls.geometry[0]
-    last_free = stack.prefix_only and "prune" in thresholds.config.steps
-    kept = schedule(target, geometry, stack.protected, last_free)
-    calibrating = _Calibrating(thresholds, kept, geometry.tokens, last_free).to(images.device)
+    shape = usual(target).schedule(thresholds.depth, thresholds.config.steps, last_is_free(stack))
+    follow(model, images, shape.to_cost(target, geometry, stack.protected))
+
+
+@torch.inference_mode()
+def follow(model: nn.Module, images: Tensor, schedule: Schedule) -> Tensor:
+    """Set an attached model's thresholds so that `images` follow `schedule`.
+
+    Args:
+        images: [B, 3, H, W] on the model's device.
+
+    Returns:
+        What the model answers in that pass, which is what it will answer when deployed with these thresholds.
+    """
+    stack, thresholds = stack_of(model), thresholds_of(model)
+    calibrating = Calibrating(thresholds, schedule).to(images.device)
     with stack.using(calibrating):
-        model(images)
+        output: Tensor = model(images)
     thresholds.set(calibrating.merge.clamp(max=1), calibrating.prune.clamp(min=0))
+    return output

@@ -1,0 +1,202 @@
+"""Learning thresholds for every budget at once: a search of schedules at a few budgets, and a calibrated table."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dial import Dial, keep_on
+from ..distributed import exchange, rank
+from ..errors import UsageError
+from ..models import stack_of, thresholds_of
+from ..models.outputs import logits_of
+from ..stack import record
+from .budget import check_target
+from .calibrate import follow, geometry_of, last_is_free
+from .heldout import Progress
+from .objective import task_loss, teacher
+from .resume import load_run, save_run
+from .schedule import Shape, between, usual
+from .search import POPULATION, evolve
+from .views import first_images
+
+ANCHORS = 3
+"""Budgets that shapes are searched at; between them they are mixed."""
+
+SEARCHED = 128
+"""Images that a shape is judged on."""
+
+CLOSE = 7.0
+"""How much the logarithm of the divergence's root falls when the share grows by 1, about: corrects what shapes that
+cost a little more or less than asked are judged by."""
+
+
+@dataclass(frozen=True)
+class DialResult:
+    """How a run ended; the dial is in `model.ltmp.dial`.
+
+    Attributes:
+        divergence: [K], at each of the dial's shares, from the dense model's answers, on the images it is made of.
+        shapes: at each share that was searched.
+        views: images looked at.
+        seconds: wall time of this process.
+    """
+
+    divergence: list[float]
+    shapes: dict[float, Shape]
+    views: int
+    seconds: float
+
+
+def learn_dial(
+    model: nn.Module,
+    loader: Any,
+    low: float = 0.3,
+    high: float = 0.95,
+    *,
+    knots: int = 14,
+    views: int = 18_000,
+    calibration: int = 512,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: torch.dtype | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> DialResult:
+    """Learn thresholds for every FLOPs share from `low` to `high`; `model.ltmp.set_budget(0.55)` then picks.
+
+    Needs images and no labels, forward passes and no gradients. At `ANCHORS` budgets it searches how removal is best
+    spread over the blocks, judged by how far answers are from the dense model's; then thresholds are calibrated for
+    `knots` budgets on the same images, and each row of the dial says what these cost.
+
+    Args:
+        model: attached, with learned thresholds; left in eval mode on `device`.
+        loader: batches of images [B, 3, H, W] and anything; the first `calibration` images are used.
+        low, high: ends of the dial, shares of the dense model's multiply-adds.
+        knots: rows of the dial.
+        views: images to search on, in passes over `SEARCHED` at a time; 0 takes the usual shapes. The table adds
+            `(knots + 2 * ANCHORS + 1) * calibration` at most.
+        calibration: images to make the table from.
+        seed: of the search.
+        device: where to learn; default the model's.
+        amp: autocast type of the search; the table is made in the model's own precision.
+        checkpoint: file to save the run in after each search; an existing one is resumed.
+        progress: called with (done, of how many, what).
+
+    Raises:
+        UsageError: a range that cannot be reached, or settings that make no sense.
+        LTMPError: NaN in images, no images, or a checkpoint of another run.
+    """
+    start = time.perf_counter()
+    thresholds = thresholds_of(model)
+    if knots < 2 or calibration < 2 or views < 0 or not low < high:
+        raise UsageError(
+            "a dial needs low < high, at least 2 knots, at least 2 images to calibrate on, and views of at least 0"
+        )
+    place = torch.device(device) if device is not None else thresholds.merge.device
+    model.to(place).eval()
+    images = first_images(loader, calibration, progress).to(place)
+    maker = _Maker(model, images, amp, progress)
+    for end in (low, high):
+        check_target(end, maker.geometry, stack_of(model).protected)
+
+    generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
+    anchors = [low + (high - low) * (i + 0.5) / ANCHORS for i in range(ANCHORS)]
+    settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
+                "variant": thresholds.config.variant}  # fmt: skip
+    saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
+    state = exchange(saved)[0] or {"shapes": {}, "views": 0}
+    shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
+    maker.views, maker.expected = state["views"], views + (knots + 2 * ANCHORS + 1) * len(images)
+    for i, share in enumerate(anchors):
+        if generations and share not in shapes:
+            shapes[share] = maker.search(share, generations, torch.Generator().manual_seed(seed * ANCHORS + i))
+            if checkpoint is not None and rank() == 0:
+                found = {at: asdict(shape) for at, shape in shapes.items()}
+                save_run(checkpoint, settings, {"shapes": found, "views": maker.views})
+    dial, divergence = maker.table([low + (high - low) * i / (knots - 1) for i in range(knots)], shapes)
+    thresholds.set_dial(dial)
+    thresholds.set_budget((dial.lowest + dial.highest) / 2)
+    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
+
+
+class _Maker:
+    """An attached model, the images that its dial is made of, and the dense model's answers to them."""
+
+    def __init__(self, model: nn.Module, images: Tensor, amp: torch.dtype | None, progress: Progress | None) -> None:
+        self.model, self.images, self.amp, self.progress = model, images, amp, progress
+        self.geometry = geometry_of(model, images)
+        self.views = self.expected = 0
+        self.answers = torch.cat([teacher(model, part) for part in images.split(SEARCHED)])
+        self._looked(len(images), "reading the dense model's answers")
+
+    def _looked(self, images: int, text: str) -> None:
+        self.views += images
+        if self.progress is not None and self.expected:
+            self.progress(min(self.views, self.expected), self.expected, text)
+
+    @torch.inference_mode()
+    def run(self, shape: Shape, share: float, part: slice, text: str) -> tuple[float, float, Tensor]:
+        """Calibrate on some of the images.
+
+        Returns:
+            Their divergence's root on average, which single images sway less than the divergence itself; the mean
+            share; and the mean tokens after each block [L].
+        """
+        stack = stack_of(self.model)
+        config = stack.thresholds.config
+        schedule = shape.schedule(self.geometry.depth, config.steps, last_is_free(stack))
+        schedule = schedule.to_cost(share, self.geometry, stack.protected)
+        with record() as calls:
+            answers = logits_of(follow(self.model, self.images[part], schedule))
+        self._looked(len(answers), text)
+        divergence = task_loss(answers, None, self.answers[part]).clamp_min(0).sqrt().mean()
+        return float(divergence), float(calls.share().mean()), calls.kept[0].mean(0)
+
+    def score(self, shape: Shape, share: float, part: slice) -> float:
+        """The lower the better: the divergence, corrected for what the shape cost more or less than asked."""
+        divergence, cost, _ = self.run(shape, share, part, f"searching at {share:.2f}")
+        return math.log(max(divergence, 1e-9)) + CLOSE * (cost - share)
+
+    def search(self, share: float, generations: int, generator: torch.Generator) -> Shape:
+        """The usual shape for a share, or a better one where evolution finds it."""
+        whole = slice(0, len(self.images))
+        count = max(1, len(self.images) // SEARCHED)
+        asked = 0
+
+        def judge(shape: Shape) -> float:
+            # a generation is judged on the same images, the next one on others
+            nonlocal asked
+            at = asked // POPULATION % count * SEARCHED
+            asked += 1
+            return self.score(shape, share, slice(at, at + SEARCHED))
+
+        device = self.images.device.type
+        with torch.autocast(device, self.amp) if self.amp is not None else nullcontext():
+            found = evolve(judge, usual(share), generations, generator)
+            # ranks on unlike hardware may round unlike
+            found = Shape(*exchange(astuple(found))[0])
+            return min((usual(share), found), key=lambda shape: self.score(shape, share, whole))
+
+    def table(self, shares: list[float], shapes: dict[float, Shape]) -> tuple[Dial, list[float]]:
+        """A dial with a row near each of `shares`, and each row's divergence."""
+        thresholds = thresholds_of(self.model)
+        rows: list[tuple[float, float, Tensor, Tensor, Tensor]] = []
+        for share in shares:
+            shape = between(shapes, share) if shapes else usual(share)
+            divergence, cost, kept = self.run(shape, share, slice(0, len(self.images)), "calibrating")
+            values = (thresholds.merge.detach().clone(), thresholds.prune.detach().clone())
+            # few images leave neighbours in the wrong order
+            if not rows or cost > rows[-1][0]:
+                rows.append((cost, divergence, *values, kept))
+        rows = exchange(rows)[0]
+        merge, prune = keep_on(torch.stack([row[2] for row in rows]), torch.stack([row[3] for row in rows]))
+        dial = Dial(torch.tensor([row[0] for row in rows]), merge, prune, torch.stack([row[4] for row in rows]))
+        return dial, [row[1] for row in rows]

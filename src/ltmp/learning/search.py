@@ -1,0 +1,52 @@
+"""Search of a schedule's shape by evolution: a few numbers, judged by noisy measurements that have no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from .schedule import Shape
+
+SPREAD = (0.4, 0.4, 0.6, 0.7, 0.4)
+"""Standard deviation of the first generation, of each number of a shape."""
+
+POPULATION = 8
+PARENTS = 4
+
+_STAY = 0.3
+"""How far the mean stays where it was: one generation is judged on few images."""
+
+
+def evolve(judge: Callable[[Shape], float], start: Shape, generations: int, generator: torch.Generator) -> Shape:
+    """Improve `start` by a small evolution strategy with covariance adaptation (after Hansen, arXiv 1604.00772).
+
+    Args:
+        judge: the lower the better; asked `POPULATION` times a generation.
+        generator: what is random; on the CPU.
+
+    Returns:
+        The mean after the last generation, which is less of a lucky draw than the best shape seen.
+    """
+    mean = torch.tensor(astuple(start), dtype=torch.float64)
+    spread = torch.diag(torch.tensor(SPREAD, dtype=torch.float64).square())
+    weight = torch.arange(PARENTS, 0, -1, dtype=torch.float64) / (PARENTS * (PARENTS + 1) / 2)
+    for _ in range(generations):
+        shapes = list(_draw(mean, spread, generator))
+        scores = torch.tensor([judge(Shape(*shape.tolist())) for shape in shapes])
+        best = torch.stack([shapes[i] for i in scores.argsort()[:PARENTS]])
+        steps = best - mean
+        spread = 0.6 * spread + 0.4 * (steps.T * weight) @ steps + 2e-3 * torch.eye(len(mean), dtype=torch.float64)
+        mean = _STAY * mean + (1 - _STAY) * weight @ best
+    return Shape(*mean.tolist())
+
+
+def _draw(mean: Tensor, spread: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """A generation: pairs mirrored at the mean, so that it is balanced."""
+    root = torch.linalg.cholesky(spread)
+    for _ in range(POPULATION // 2):
+        step = root @ torch.randn(len(mean), dtype=torch.float64, generator=generator)
+        yield mean + step
+        yield mean - step

@@ -1,0 +1,126 @@
+"""One run gives thresholds for every budget: each costs what it says, and a killed run ends where a whole one does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltmp
+from helpers import random_images, tiny_vit
+from ltmp.errors import LTMPError, UsageError
+from ltmp.learning import dial as module
+from ltmp.learning.schedule import USUAL, Shape, between, usual
+from ltmp.learning.search import evolve
+
+SETTINGS = {"knots": 5, "views": 0, "calibration": 48}
+
+
+def model_and_images(**settings: object) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, None]]]:
+    model = ltmp.attach(tiny_vit(depth=4, img_size=32), **settings)
+    return model, [(part, None) for part in random_images(48, size=32).split(16)]
+
+
+def deployed(model: torch.nn.Module, batches: list[tuple[torch.Tensor, None]]) -> float:
+    with ltmp.record() as calls, torch.inference_mode():
+        for images, _ in batches:
+            model(images)
+    return float(calls.share().mean())
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm", "ltp"])
+def test_every_budget_costs_what_was_asked(variant: str) -> None:
+    model, batches = model_and_images(config=ltmp.LTMPConfig(variant=variant))
+    result = ltmp.learn_dial(model, batches, 0.55, 0.9, **SETTINGS)
+    dial = model.ltmp.dial
+    # each row says what these very images cost with it
+    for share in dial.share.tolist():
+        model.ltmp.set_budget(share)
+        assert deployed(model, batches) == pytest.approx(share, abs=1e-5)
+    assert dial.lowest == pytest.approx(0.55, abs=0.03)
+    assert dial.highest == pytest.approx(0.9, abs=0.03)
+    assert len(result.divergence) == len(dial.share)
+    assert not result.shapes
+
+
+def test_a_dial_needs_no_gradients_and_leaves_the_weights_alone() -> None:
+    model, batches = model_and_images()
+    before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("ltmp.")}
+    ltmp.learn_dial(model, batches, 0.6, 0.9, **SETTINGS)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_searching_never_ends_behind_the_usual_shape() -> None:
+    model, batches = model_and_images()
+    views = 3 * 8 * 48 * 2
+    result = ltmp.learn_dial(model, batches, 0.55, 0.9, **{**SETTINGS, "views": views})
+    assert len(result.shapes) == module.ANCHORS
+    images = torch.cat([images for images, _ in batches])
+    maker = module._Maker(model, images, None, None)
+    for share, shape in result.shapes.items():
+        assert maker.score(shape, share, slice(0, 48)) <= maker.score(usual(share), share, slice(0, 48)) + 1e-6
+    assert any(shape != usual(share) for share, shape in result.shapes.items())
+    assert result.views <= views + (5 + 2 * 3 + 1) * 48
+
+
+def test_seeds_reproduce_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**SETTINGS, "views": 3 * 8 * 48}
+    model, batches = model_and_images()
+    whole = ltmp.learn_dial(model, batches, 0.55, 0.9, **settings)
+    expected = model.ltmp.dial.tensors()
+
+    model, _ = model_and_images()
+    search, searched = module._Maker.search, []
+
+    def killed(self, share, *args):
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        searched.append(share)
+        return search(self, share, *args)
+
+    monkeypatch.setattr(module._Maker, "search", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ltmp.learn_dial(model, batches, 0.55, 0.9, checkpoint=tmp_path / "run.pt", **settings)
+    monkeypatch.setattr(module._Maker, "search", lambda self, *a: searched.append(a[0]) or search(self, *a))
+    again = ltmp.learn_dial(model, batches, 0.55, 0.9, checkpoint=tmp_path / "run.pt", **settings)
+    assert len(searched) == 3
+    assert again.shapes == whole.shapes
+    found = model.ltmp.dial.tensors()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    with pytest.raises(LTMPError, match="other settings"):
+        ltmp.learn_dial(model, batches, 0.6, 0.9, checkpoint=tmp_path / "run.pt", **settings)
+
+
+def test_evolution_finds_a_shape() -> None:
+    wanted = torch.tensor([0.6, -0.5, -1.0, 1.5, 0.5])
+
+    def judge(shape: Shape) -> float:
+        return float((torch.tensor([*vars(shape).values()]) - wanted).square().sum())
+
+    start = usual(0.5)
+    found = evolve(judge, start, 25, torch.Generator().manual_seed(0))
+    assert judge(found) < 0.02 < judge(start)
+
+
+def test_shapes_between_and_beyond_budgets() -> None:
+    low, high = USUAL.values()
+    assert between(USUAL, 0.1) == low
+    assert between(USUAL, 0.99) == high
+    middle = between(USUAL, sum(USUAL) / 2)
+    assert middle.prune_slope == pytest.approx((low.prune_slope + high.prune_slope) / 2)
+    schedule = low.schedule(12, ("merge", "prune"), last_free=True)
+    assert math.isinf(schedule.prune[-1])
+    assert schedule.merge[-1] == 0
+
+
+@pytest.mark.parametrize("wrong", [{"low": 0.9, "high": 0.5}, {"knots": 1}, {"calibration": 1}, {"views": -1}])
+def test_settings_that_make_no_sense(wrong: dict[str, float]) -> None:
+    model, batches = model_and_images()
+    with pytest.raises(UsageError, match="a dial needs low < high"):
+        ltmp.learn_dial(model, batches, **{**SETTINGS, **wrong})
+    with pytest.raises(UsageError, match="out of reach"):
+        ltmp.learn_dial(model, batches, 0.05, 0.9, **SETTINGS)
+    assert model.ltmp.dial is None
