@@ -15,7 +15,7 @@ from ltmp.cli import main
 
 NAME = "vit_tiny_patch16_224"
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 3}
-OWN = ("learn", "eval", "bench", "compare", "show")
+OWN = ("learn", "dial", "eval", "bench", "compare", "show")
 MODEL = ["--model", NAME, "--img-size", "32", "--num-classes", "3"]
 MODEL += ["--model-kwargs", " ".join(f"{name}={value}" for name, value in SHAPE.items())]
 

@@ -14,6 +14,7 @@ from . import options as o
 from .app_verb import app_verb
 from .benching import bench_verb
 from .comparing import compare_verb
+from .dialling import dial_verb
 from .evaluating import evaluate_verb
 from .exporting import export_verb
 from .learning import learn_verb
@@ -36,6 +37,7 @@ app = typer.Typer(
 
 
 app.command("learn")(learn_verb)
+app.command("dial")(dial_verb)
 app.command("eval")(evaluate_verb)
 app.command("bench")(bench_verb)
 app.command("compare")(compare_verb)

@@ -41,9 +41,7 @@ def learn_verb(
     data: o.Data,
     model: o.Model,
     target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
-    variant: Annotated[
-        str, typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.")
-    ] = "ltmp",
+    variant: o.Variant = "ltmp",
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
     ] = None,
@@ -124,28 +122,28 @@ def learn_verb(
 
     Example: ltmp learn --data imagenet/ --model deit_small_patch16_224 --pretrained --target 0.6
     """
-    folder = out or Path("runs") / f"{_short(model)}-{variant}-{target:g}"
+    folder = out or Path("runs") / f"{short_name(model)}-{variant}-{target:g}"
     tuning = Tuning(tune, lr=tune_lr, labels=labels, rank=lora_rank) if tune is not None else None
     if tuning is None and tuned_weights is not None:
         raise UsageError(
             "--tuned-weights says where a tuned model goes: add --tune norms or --tune lora, or leave it out"
         )
-    run_file = _prepare(folder, resume)
+    run_file = prepare(folder, resume)
     network = attach(
-        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), _config(variant)
+        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), config_of(variant)
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
     )
     loader = reading.open(data, network, split=split or "train", labelled=not unlabelled, shuffle=True, seed=seed)
     distill = distill or not getattr(loader.dataset, "labelled", True)
-    held_out = val or _validation_folder(data)
+    held_out = val or validation_folder(data)
     checking = reading.open(held_out, network, split="validation") if held_out else None
     place, cast = pick_device(device), autocast_type(amp)
     logger = open_log(log) if log and distributed.is_first() else None
     if views is None:
         views = VIEWS if tuning is None else views_of(loader, 1, calibration)
-    with distributed.group(place), _resumable(run_file):
+    with distributed.group(place), resumable(run_file):
         # of the weights as they are now: afterwards nobody has them any more
         original = _evaluated(network, checking, place, cast) if tuning else None
         with closing(logger) if logger else nullcontext(), progress_bar("learning", None) as bar:
@@ -176,7 +174,7 @@ def learn_verb(
     path = folder / "thresholds.safetensors"
     about = _about(model, result, evaluation)
     if tuning is None:
-        about |= _base_model(network, pretrained and not weights)
+        about |= base_model(network, pretrained and not weights)
     else:
         about |= _about_tuning(tuning, original, evaluation)
         model_file = tuned_weights or folder / ("model" if is_of_transformers(network) else "model.safetensors")
@@ -205,7 +203,7 @@ def _about_tuning(tuning: Tuning, before: Evaluation | None, after: Evaluation |
     return {"tuned": tuning.parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}
 
 
-def _prepare(folder: Path, resume: bool) -> Path:
+def prepare(folder: Path, resume: bool) -> Path:
     """The run's checkpoint file; fails before the work where the folder cannot be written or the intent is unclear."""
     run_file = folder / "run.pt"
     if not distributed.is_first():
@@ -222,7 +220,7 @@ def _prepare(folder: Path, resume: bool) -> Path:
 
 
 @contextmanager
-def _resumable(run_file: Path) -> Iterator[None]:
+def resumable(run_file: Path) -> Iterator[None]:
     """Say, of what stops the run inside, how to go on."""
     try:
         yield
@@ -232,7 +230,7 @@ def _resumable(run_file: Path) -> Iterator[None]:
         raise distributed.LostRankError(f"{error}; {_how_to_go_on(run_file)}") from error
 
 
-def _short(model: str) -> str:
+def short_name(model: str) -> str:
     """The last part of a model's name: those of hubs and folders have more."""
     return Path(model.rpartition(":")[2]).name
 
@@ -243,14 +241,14 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def _config(variant: str) -> LTMPConfig:
+def config_of(variant: str) -> LTMPConfig:
     try:
         return LTMPConfig(variant=variant)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def _validation_folder(data: str) -> str | None:
+def validation_folder(data: str) -> str | None:
     """The data folder itself where it has a validation part that is not what was learned from."""
     names = ("val", "validation")
     return data if any((Path(data) / name).is_dir() for name in names) else None
@@ -263,7 +261,7 @@ def _about(model: str, result: LearnResult, evaluation: Evaluation | None) -> di
     return {"model_name": model, "target": result.target, "share": share, **measured, "views": result.views}
 
 
-def _base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:
+def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:
     """Whose weights these are, where that is known, so that others find them by the thresholds."""
     repository = (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")
     return {"base_model": repository} if pretrained and repository else {}

@@ -70,6 +70,9 @@ Amp = Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=_R
 Engine = Annotated[
     str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=_RUN)
 ]
+Variant = Annotated[
+    str, typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.")
+]
 Budget = Annotated[
     float | None,
     typer.Option(

@@ -1,0 +1,73 @@
+"""`ltmp dial`: one run, one file, every budget; a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ltmp.checkpoint import read
+from ltmp.learning import dial as job
+
+FEW = ("--knots", 3, "--views", 0, "--calibration", 6, "--batch-size", 4, "--low", 0.7, "--high", 0.9)
+
+
+def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
+    assert (
+        ltmp("dial", "--data", images, "--target", 0.8, "--budget", 0.72, "--budget", 0.78, "--json", "d.json", *FEW)
+        == 0
+    )
+    path = Path("runs") / "vit_tiny_patch16_224-ltmp-dial" / "thresholds.safetensors"
+    file = read(path)
+    assert file.dial is not None
+    assert len(file.dial.share) <= 3
+    assert "a dial from 0.7" in capsys.readouterr().out
+    told = json.loads((tmp_path / "d.json").read_text())
+    assert [row["budget"] for row in told["budgets"]] == [0.72, 0.78]
+    assert all(abs(row["share"] - row["budget"]) < 0.1 and "top1" in row for row in told["budgets"])
+    assert file.metadata["views"] == told["views"] == 6 * (1 + 3)
+    # the file goes on to the verbs that run it
+    assert ltmp("eval", "--data", images, "--thresholds", path, "--no-speed", "--budget", 0.8) == 0
+    assert not path.with_name("run.pt").exists()
+
+
+def test_without_labels_or_anything_to_check_on(ltmp, images, capsys) -> None:
+    assert ltmp("dial", "--data", images / "train", "--out", "here", "--target", 0.8, *FEW) == 0
+    assert "divergence" in capsys.readouterr().out
+    assert read("here/thresholds.safetensors").dial is not None
+
+
+def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
+    many = [*FEW[:3], 3 * 8 * 6, *FEW[4:], "--target", 0.8, "--out", "here"]
+    search = job._Maker.search
+    searched: list[float] = []
+
+    def interrupted(self, share, *rest):
+        if searched:
+            raise KeyboardInterrupt
+        searched.append(share)
+        return search(self, share, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job._Maker, "search", interrupted)
+        assert ltmp("dial", "--data", images, *many) == 130
+    assert "--resume to go on" in capsys.readouterr().err
+    assert ltmp("dial", "--data", images, *many) == 2
+    assert "interrupted run" in capsys.readouterr().err
+    assert ltmp("dial", "--data", images, "--resume", *many) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--target", 0.5), "--target 0.5 is not on the dial"),
+        (("--target", 0.8, "--low", 0.1), "out of reach"),
+        (("--target", 0.8, "--variant", "best"), "unknown variant"),
+    ],
+)
+def test_bad_settings_are_one_sentence(ltmp, images, capsys, wrong, said) -> None:
+    assert ltmp("dial", "--data", images, *FEW, *wrong) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
