@@ -114,7 +114,8 @@ def learn_dial(
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
-    maker.views, maker.expected = state["views"], views + (knots + 2 * ANCHORS + 1) * len(images)
+    maker.views += state["views"]
+    maker.expected = views + (knots + 2 * ANCHORS + 1) * len(images)
     for i, share in enumerate(anchors):
         if generations and share not in shapes:
             shapes[share] = maker.search(share, generations, torch.Generator().manual_seed(seed * ANCHORS + i))
