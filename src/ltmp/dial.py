@@ -204,6 +204,9 @@ class Dialled(nn.Module, ABC):
     def set_budget(self, share: float) -> None:
         """Turn the dial: thresholds for this FLOPs share, in microseconds and without waiting for a device.
 
+        Calls of the model that are queued on a GPU keep the thresholds that they were queued with. A call that another
+        thread is in the middle of may see both.
+
         >>> model.ltmp.set_budget(0.55)
 
         Args:

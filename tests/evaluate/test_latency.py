@@ -177,7 +177,7 @@ def test_pieces_of_the_triton_engine_run() -> None:
     model = ltmp.attach(tiny_vit())
     stack, x = stack_of(model), torch.randn(2, 9, 16)
     model.ltmp.set([0.5] * 3, [0.01] * 3)
-    calls, left = latency._triton_pieces(stack, 1, x, None, ((True, True),) * 3, recorded=False)
+    calls, left = latency._triton_pieces(stack, 1, x, None, ((True, True),) * 3)
     assert left == 9
     assert calls["plain"]().cu.tolist() == [0, 9, 18]
     assert calls["reduced"]().cu[-1] < 18

@@ -255,6 +255,9 @@ def _block_costs(
     tokens = x.shape[1]
     least = min(max(2.0, stack.protected + 1.0, float(dial.kept.min())), tokens)
     counts = sorted({round(n) for n in np.linspace(least, tokens, POINTS).tolist()})
+    engine = stack.thresholds.config.engine
+    triton = engine != "packed" and x.is_cuda and select.unavailable(x.device) is None
+    pieces = _triton_pieces if triton else _packed_pieces
     policy = copy.deepcopy(stack.thresholds)
     assert isinstance(policy, Thresholds)
     ways: dict[str, Call] = {"whole": lambda: stack.whole(i, x, positions)}
@@ -263,9 +266,11 @@ def _block_costs(
         for n in counts:
             part = x[:, :n].contiguous()
             _merge_some(policy, stack, i, part)
-            calls, leaving = _pieces(stack, i, part, positions, active)
+            calls, leaving = pieces(stack, i, part, positions, active)
             ways |= {f"{name} {n}": call for name, call in calls.items()}
             left.append(leaving)
+        if triton and engine in ("auto", "graph"):
+            ways = _recorded(ways)
         took = {name: 1 / speed for name, speed in timed(ways, 1, seconds).items()}
     plain, mlp, reduced = (np.array([took[f"{name} {n}"] for n in counts]) for name in ("plain", "mlp", "reduced"))
     at = np.array(counts, dtype=np.float64)
@@ -283,13 +288,10 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
     policy.prune[i] = torch.finfo(torch.float32).tiny
 
 
-def _pieces(
+def _packed_pieces(
     stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """Block `i` on [B, n, C] without its reduction, with it, and its MLP; and the tokens an image that it leaves."""
-    engine = stack.thresholds.config.engine
-    if engine != "packed" and x.is_cuda and select.unavailable(x.device) is None:
-        return _triton_pieces(stack, i, x, positions, active, recorded=engine in ("auto", "graph"))
     off = ((False, False),) * len(active)
     start = State.start(x, packs=True, positions=positions)
     rows = replace(start, x=x.flatten(0, 1))
@@ -305,14 +307,13 @@ def _pieces(
 
 
 def _triton_pieces(
-    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active, recorded: bool
+    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
-    """The same on a GPU, at fixed sizes, in CUDA graphs where the model runs in one: all rows stay."""
-    from ..engines.graph import CudaRecorder
+    """The same on a GPU, at fixed sizes, so that nothing is read back: the MLP runs on as many rows as entered."""
     from ..engines.triton import Pass, Rows
 
     images, n, _ = x.shape
-    capacity, recorder = Capacity((images * n,) * len(active), (n,) * len(active)), CudaRecorder()
+    capacity = Capacity((images * n,) * len(active), (n,) * len(active))
 
     def block(active: Active) -> Call:
         run = Pass(stack, x, active, capacity, positions)
@@ -321,14 +322,20 @@ def _triton_pieces(
 
     run = Pass(stack, x, active, capacity, positions)
     rows = Rows.start(x, run.branches[i].norms[0])
-    calls = {
+    calls: dict[str, Call] = {
         "plain": block(((False, False),) * len(active)),
         "reduced": block(active),
         "mlp": lambda: run.branches[i].mlp(rows.x, rows.normed),
     }
-    if recorded:
-        calls = {name: recorder.record(call)[0] for name, call in calls.items()}
     return calls, float(n)
+
+
+def _recorded(ways: dict[str, Call]) -> dict[str, Call]:
+    """Each as a CUDA graph, as the model will run: launching small kernels one by one would take longer."""
+    from ..engines.graph import CudaRecorder
+
+    recorder = CudaRecorder()
+    return {name: recorder.record(call)[0] for name, call in ways.items()}
 
 
 def _whole_model(
