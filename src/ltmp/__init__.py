@@ -11,8 +11,8 @@ from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig
 from .errors import LTMPError as LTMPError
+from .evaluate.costs import measure_costs as measure_costs
 from .evaluate.latency import Costs as Costs
-from .evaluate.latency import measure_costs as measure_costs
 from .evaluate.latency import set_latency as set_latency
 from .hub import from_pretrained as from_pretrained
 from .hub import push_to_hub as push_to_hub

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import UsageError
-from ..evaluate.latency import measure_costs, set_latency, speed
+from ..evaluate.costs import measure_costs
+from ..evaluate.latency import set_latency, speed
 from ..models import thresholds_of
 from .progress import progress_bar
 
