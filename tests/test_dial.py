@@ -163,7 +163,7 @@ def test_budgets_out_of_reach_are_refused_and_change_nothing(share: float) -> No
 
 
 def test_a_model_without_a_dial_says_so() -> None:
-    with pytest.raises(LTMPError, match=r"no dial: docs/dial\.md says how"):
+    with pytest.raises(LTMPError, match=r"no dial: make one with `ltmp dial` \(docs/dial\.md\)"):
         Thresholds(3, LTMPConfig()).set_budget(0.5)
 
 

@@ -80,7 +80,7 @@ class ThresholdFile:
         only = "one budget" if target is None else f"the budget {target:g} alone"
         raise UsageError(
             f"{source} holds thresholds for {only} and no dial, so it cannot be set to {budget:g}: leave the budget "
-            "out, or learn a dial (docs/dial.md says how)"
+            "out, or make a dial with `ltmp dial` (docs/dial.md)"
         )
 
 

@@ -216,7 +216,9 @@ class Dialled(nn.Module, ABC):
             UsageError: there is no dial, or it does not go so far; the thresholds stay as they are.
         """
         if self.dial is None:
-            raise UsageError("these thresholds are for one budget and have no dial: docs/dial.md says how to get one")
+            raise UsageError(
+                "these thresholds are for one budget and have no dial: make one with `ltmp dial` (docs/dial.md)"
+            )
         for parameter, values in zip((self.merge, self.prune), self.dial.at(share), strict=True):
             # from pinned memory a copy waits for nothing
             parameter.copy_(values.pin_memory() if parameter.is_cuda else values, non_blocking=True)

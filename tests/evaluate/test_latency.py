@@ -120,7 +120,7 @@ def test_a_dial_is_needed() -> None:
         lambda: measure_costs(plain, random_images(2)),
         lambda: set_latency(plain, linear_costs(), milliseconds=9),
     ):
-        with pytest.raises(UsageError, match=r"have none: docs/dial\.md"):
+        with pytest.raises(UsageError, match=r"have none: `ltmp dial` makes one"):
             call()
 
 

@@ -153,5 +153,7 @@ def dial_of(own: Thresholds) -> Dial:
         UsageError: there is none.
     """
     if own.dial is None:
-        raise UsageError("a time is met by turning the dial, and these thresholds have none: docs/dial.md says how")
+        raise UsageError(
+            "a time is met by turning the dial, and these thresholds have none: `ltmp dial` makes one (docs/dial.md)"
+        )
     return own.dial
