@@ -22,6 +22,7 @@ from helpers import random_images, tiny_vit
 from ltmp import distributed
 from ltmp.data import Loader, make_loader
 from ltmp.evaluate import ImageRows, evaluate
+from ltmp.learning import Tuning
 
 CLASSES = 64
 TARGET = 0.65
@@ -87,6 +88,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     "labels": {},
     "distilled": {"distill": True},
     "accumulated": {"accumulate": 2},
+    "tuned": {"tuning": Tuning("lora", joint_every=1)},
 }
 
 
