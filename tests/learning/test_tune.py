@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_tuned_weights_come_closer_to_the_dense_model_at_the_same_share(parts: s
     others = HeldOut(model, random_images(256, seed=1), 64, taught_by=copy.deepcopy(model))
     ltmp.learn(model, batches, 0.45, views=288, **settings)
     frozen = others.divergence()
-    result = tune(model, batches, 0.45, parts, epochs=3, **settings)
+    result = tune(model, batches, 0.45, Tuning(parts, lr=3e-3), epochs=3, **settings)
     assert others.divergence() < 0.9 * frozen
     assert abs(result.share - 0.45) <= 0.01
 
@@ -239,9 +240,23 @@ def test_few_images_are_all_learned_from() -> None:
     assert len(result.history) == 3
 
 
-def test_unlabelled_images_will_do() -> None:
-    model, batches = model_and_batches()
-    tune(model, [(images, torch.full_like(labels, -1)) for images, labels in batches], TARGET, distill=True, **SETTINGS)
+@pytest.mark.parametrize(("labels", "distill"), [(0.0, False), (0.5, True)])
+def test_unlabelled_images_will_do(labels: float, distill: bool) -> None:
+    model, batches = model_and_batches(96)
+    unlabelled = [(images, torch.full_like(given, -1)) for images, given in batches]
+    tune(model, unlabelled, TARGET, Tuning(labels=labels), distill=distill, **SETTINGS)
+
+
+def test_labels_are_a_part_of_the_loss() -> None:
+    model, batches = model_and_batches(32)
+    ltmp.learn(model, batches, TARGET, views=0, calibration=16)
+
+    def loss(labels: float) -> float:
+        with loop._learning(model.ltmp):
+            return Objective(model, TARGET, 0.0, labels, model, nullcontext()).gradients(iter(batches), 1)[0]
+
+    taught, labelled = loss(0.0), loss(1.0)
+    assert loss(0.3) == pytest.approx(0.3 * labelled + 0.7 * taught, abs=1e-6)
 
 
 def test_decisions_are_made_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

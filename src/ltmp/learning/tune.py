@@ -25,7 +25,7 @@ def tune(
 ) -> LearnResult:
     """Learn thresholds as `ltmp.learn` does, and train a few of the model's own weights along with them.
 
-    The weights are taught by the model as it was, dense, and by labels. They end as plain weights under their own names
+    The weights are taught by the model as it was, dense. They end as plain weights under their own names
     and in their own shapes: `ltmp.detach(model)` is a plain model again, and `ltmp.checkpoint.save_weights` writes its
     checkpoint. They belong to the thresholds learned with them. Where tuning did not bring the answers on images kept
     apart closer to those of the model as it was, the model gets its weights back; likewise where the run fails.
@@ -36,7 +36,7 @@ def tune(
         parts: `norms` (norms, biases and layer scales), `lora` (low-rank updates of the blocks' linear layers), or a
             `ltmp.learning.Tuning` with all settings.
         epochs: passes over the loader's images, not counting those kept apart.
-        learning: whatever else `ltmp.learn` takes. With `distill=True` labels are not read.
+        learning: whatever else `ltmp.learn` takes; `distill=True` leaves out labels where the tuning asks for them.
 
     Raises:
         UsageError: settings that make no sense, or a loader that does not know its number of images.

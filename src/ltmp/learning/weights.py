@@ -18,7 +18,7 @@ from ..models import stack_of, thresholds_of
 from ..thresholds import Thresholds
 
 PARTS = ("norms", "lora")
-RATES = {"norms": 2e-3, "lora": 1e-3}
+RATES = {"norms": 1e-3, "lora": 3e-4}
 CLIP = 1.0
 
 
@@ -29,7 +29,7 @@ class Tuning:
     Args:
         parts: `norms` (every vector: norms, biases, layer scales) or `lora` (low-rank updates of the blocks' linear
             layers, Hu et al., ICLR 2022, by peft; folded into the layers at the end).
-        lr: of AdamW, at its highest; None is 2e-3 for `norms` and 1e-3 for `lora`.
+        lr: of AdamW, at its highest; None is 1e-3 for `norms` and 3e-4 for `lora`.
         weight_decay: of AdamW.
         labels: part of the task loss that comes from labels, in [0, 1]; the rest is the divergence from the answers of
             the model as it was.
@@ -43,8 +43,8 @@ class Tuning:
 
     parts: str = "norms"
     lr: float | None = None
-    weight_decay: float = 0.01
-    labels: float = 0.5
+    weight_decay: float = 0.0
+    labels: float = 0.0
     rank: int = 8
     joint_every: int = 4
 
