@@ -15,7 +15,7 @@ from ltmp.learning import dial as module
 from ltmp.learning.schedule import USUAL, Shape, between, usual
 from ltmp.learning.search import evolve
 
-SETTINGS = {"knots": 5, "views": 0, "calibration": 48}
+SETTINGS = {"knots": 5, "views": 0, "calibration": 48, "checked": 0}
 
 
 def model_and_images(**settings: object) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, None]]]:
@@ -43,6 +43,26 @@ def test_every_budget_costs_what_was_asked(variant: str) -> None:
     assert dial.highest == pytest.approx(0.9, abs=0.03)
     assert len(result.divergence) == len(dial.share)
     assert not result.shapes
+
+
+def test_shares_are_corrected_by_more_images() -> None:
+    model, few = model_and_images()
+    batches = [*few, *((part, None) for part in random_images(96, size=32, seed=9).mul(0.3).split(16))]
+    ltmp.learn_dial(model, batches, 0.55, 0.9, **{**SETTINGS, "checked": 0})
+
+    def misses() -> list[float]:
+        found = []
+        for share in model.ltmp.dial.share.tolist():
+            model.ltmp.set_budget(share)
+            found.append(abs(deployed(model, batches) - share))
+        return found
+
+    before = misses()
+    assert min(before) > 0.004
+    result = ltmp.learn_dial(model, batches, 0.55, 0.9, **{**SETTINGS, "checked": 1000})
+    # three rows were looked at, and all others moved with them
+    assert sorted(misses())[2] < 1e-5
+    assert result.views == 48 * (1 + 5) + 3 * 144
 
 
 def test_a_dial_needs_no_gradients_and_leaves_the_weights_alone() -> None:
