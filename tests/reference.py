@@ -29,8 +29,9 @@ class Token:
 class OneImage:
     """One image on its way through the blocks of a timm VisionTransformer."""
 
-    def __init__(self, model: Any, x: Tensor, protected: int) -> None:
+    def __init__(self, model: Any, x: Tensor, protected: int, similarity: str = "mean") -> None:
         """`x`: [N, C] embedded tokens, of which the first `protected` are prefix tokens."""
+        self.similarity = similarity
         self.model = copy.deepcopy(model).double().eval()
         self.tokens = [Token(place, row) for place, row in enumerate(x.double())]
         self.protected = protected
@@ -49,7 +50,10 @@ class OneImage:
         p = (q @ k.transpose(1, 2) * attn.head_dim**-0.5 + size.log()).softmax(-1)
         y = (p @ v).transpose(0, 1).flatten(1)
         x = x + block.ls1(attn.proj(attn.norm(y)))
-        importance, metric = p.mean((0, 1)), torch.nn.functional.normalize(k.mean(0), dim=-1)
+        importance, metric = p.mean((0, 1)), k.mean(0) / k.mean(0).norm(dim=-1, keepdim=True)
+        if self.similarity == "heads":
+            # so that a product of two is the mean of the heads' cosines
+            metric = torch.cat(tuple(k / k.norm(dim=-1, keepdim=True)), -1) / attn.num_heads**0.5
         for j, token in enumerate(self.tokens):
             token.x, token.importance, token.metric = x[j], float(importance[j]), metric[j]
 

@@ -445,3 +445,17 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
     assert same_dial(other.ltmp.dial)
     assert other.ltmp.budget == 0.4
     load_weights(tiny_vit(), tmp_path / "whole.safetensors")
+
+
+def test_thresholds_are_for_one_similarity(tmp_path) -> None:
+    path = tmp_path / "heads.safetensors"
+    model = ltmp.attach(tiny_vit(), LTMPConfig(similarity="heads"))
+    model.ltmp.set([0.5] * 3)
+    ltmp.save(model, path)
+    fresh = tiny_vit()
+    ltmp.load(fresh, path)
+    assert fresh.ltmp.config.similarity == "heads"
+    with pytest.raises(LTMPError, match="for similarity by heads, but the model was attached with mean"):
+        ltmp.load(ltmp.attach(tiny_vit()), path)
+    with pytest.raises(ValueError, match="unknown similarity 'values': expected one of mean, heads"):
+        LTMPConfig(similarity="values")

@@ -46,22 +46,25 @@ def run_stack(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor
     patches=st.integers(1, 20),
     protected=st.sampled_from([0, 1, 2, 5]),
     variant=st.sampled_from(sorted(LEARNED)),
+    similarity=st.sampled_from(["mean", "mean", "heads"]),
     merge=merge_thresholds,
     prune=prune_thresholds,
     seed=st.integers(0, 10_000),
 )
 def test_any_tokens_any_thresholds(
-    images: int, patches: int, protected: int, variant: str, merge: list[float], prune: list[float], seed: int
-) -> None:
+    images: int, patches: int, protected: int, variant: str, similarity: str, merge: list[float], prune: list[float],
+    seed: int,
+) -> None:  # fmt: skip
     model = prefix_model(protected)
     tokens = patches + protected
     x = torch.randn(images, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
     merge, prune = torch.tensor(merge).tolist(), (torch.tensor(prune) / tokens).tolist()
-    expected = [reference.run(reference.OneImage(model, row, protected), merge, prune, variant) for row in x]
+    alone = [reference.OneImage(model, row, protected, similarity) for row in x]
+    expected = [reference.run(image, merge, prune, variant) for image in alone]
     # rounding may decide what lies this close to its threshold, or a tie between two partners
     assume(min(image.margin for image, _ in expected) > 1e-4 / tokens)
 
-    ltmp.attach(model, ltmp.LTMPConfig(variant=variant))
+    ltmp.attach(model, ltmp.LTMPConfig(variant=variant, similarity=similarity))
     model.ltmp.set(merge, prune)
     counts = [counts for _, counts in expected]
     for masked, parts in ((False, x[None]), (False, x[:, None]), (True, x[None]), (True, x[:, None])):

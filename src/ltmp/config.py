@@ -51,6 +51,7 @@ FIXED = tuple(name for name, method in VARIANTS.items() if method.fixed)
 
 ENGINES = ("auto", "packed", "triton", "graph")
 SCHEDULES = ("constant", "decreasing")
+SIMILARITIES = ("mean", "heads")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class LTMPConfig:
         ceiling: tokens that an image keeps at most after each block, as far as the block's last step can remove them
             (merging removes half of them at most); None for any number.
         seed: of `random`.
+        similarity: tokens are alike by the cosine of their keys' `mean` over heads (paper, section 3.2), or by the mean
+            of the cosines of all `heads`, which tells more apart and costs a little more.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.
@@ -86,9 +89,11 @@ class LTMPConfig:
     floor: int = 0
     ceiling: int | None = None
     seed: int = 0
+    similarity: str = "mean"
 
     def __post_init__(self) -> None:
-        for name, known in (("variant", VARIANTS), ("engine", ENGINES), ("schedule", SCHEDULES)):
+        settings = {"variant": VARIANTS, "engine": ENGINES, "schedule": SCHEDULES, "similarity": SIMILARITIES}
+        for name, known in settings.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
         for name in ("tau", "prune_tau"):

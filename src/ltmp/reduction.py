@@ -60,16 +60,18 @@ class _Scored:
     metric: Tensor
 
 
-def similarity_metric(k: Tensor) -> Tensor:
-    """What similarity is measured on: the mean of the keys over heads, of length one, in float32.
+def similarity_metric(k: Tensor, kind: str = "mean") -> Tensor:
+    """What similarity is measured on: a vector of length one, in float32.
 
     Args:
-        k: [..., H, D].
+        k: [..., H, D], keys.
+        kind: "mean" for their mean over heads, or "heads" for all of them, each of the same length.
 
     Returns:
-        float32 [..., D].
+        float32 [..., D], or [..., H D] for "heads", whose cosine is the mean of the heads' cosines.
     """
-    return F.normalize(k.detach().float().mean(-2), dim=-1)
+    k = k.detach().float()
+    return F.normalize(k.mean(-2) if kind == "mean" else F.normalize(k, dim=-1).flatten(-2), dim=-1)
 
 
 def importance_for(

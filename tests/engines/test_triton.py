@@ -93,6 +93,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "a list": {"variant": "pm", "r": (0, 4, 2)},
     "floor and ceiling": {"floor": 8, "ceiling": 10},
     "ceiling after pruning": {"variant": "ltpm", "ceiling": 12},
+    "cosines of all heads": {"similarity": "heads"},
+    "cosines of all heads after pruning": {"variant": "ltpm", "similarity": "heads"},
 }
 
 

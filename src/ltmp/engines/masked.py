@@ -46,7 +46,8 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if steps:
         state = state.attended(x)
         importance = importance_for(thresholds, i, received, q, k, tokens)
-        plan = make_plan(tokens, similarity_metric(k), importance, thresholds, i, steps, stack.protected)
+        metric = similarity_metric(k, thresholds.config.similarity)
+        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 

@@ -48,7 +48,7 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
-        metric = pad(similarity_metric(k), counts) if "merge" in steps else None
+        metric = pad(similarity_metric(k, thresholds.config.similarity), counts) if "merge" in steps else None
         importance = pad(received, counts) if received is not None else None
         if not by_received:
             importance = importance_for(thresholds, i, None, pad(q, counts), pad(k, counts), tokens)

@@ -59,6 +59,12 @@ def slots(plan: reduction.Plan) -> Tensor:
     return torch.where(plan.merged, -2 - plan.into // 2, stays)
 
 
+def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
+    """float32 [T, D], or [T, H D] where all heads count: what similarity is measured on, of keys [T, H, D]."""
+    kind = policy.config.similarity
+    return similarity_metric(k, cu).flatten(1) if kind == "mean" else reduction.similarity_metric(k, kind)
+
+
 def plan_rows(
     policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor | None, k: Tensor,
     received: Tensor | None, protected: int, stats: Tensor, room: int | None,
@@ -73,7 +79,7 @@ def plan_rows(
     tokens = tokens_of(rows, padding)
     metric = importance = None
     if "merge" in steps:
-        metric = padding.pad(similarity_metric(k, rows.cu).flatten(1))
+        metric = padding.pad(metric_rows(policy, k, rows.cu))
     if steps != ("merge",):
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
     plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected)

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from .. import reduction
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
-from ..ops.match.triton import similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
 from ..thresholds import Thresholds
-from .planned import fuse_rows, plan_rows
+from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
 from .request import REQUEST, Active, Capacity
 from .state import Reduced
@@ -261,7 +260,7 @@ class Pass:
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
             dropped, _ = self._plan(i, ("prune",), rows, q, k, received, spare)
-            metric, *_ = _fold(rows, similarity_metric(k, rows.cu).flatten(1), None, None, None, dropped)
+            metric, *_ = _fold(rows, metric_rows(self.policy, k, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
             k, y, scale, steps = metric.unsqueeze(1), None, None, ("merge",)
@@ -286,7 +285,9 @@ class Pass:
     ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
         """By the kernel where plain thresholds decide, or else by the definition, whose own plan comes along."""
         policy, protected = self.policy, self.stack.protected
-        if not isinstance(policy, Thresholds) or policy.bounded:
+        # the kernel matches by the mean of the keys
+        own = "merge" in steps and policy.config.similarity != "mean"
+        if not isinstance(policy, Thresholds) or policy.bounded or own:
             first = None if self.received else q
             return plan_rows(policy, i, steps, rows, first, k, received, protected, stats, room)
         merge = policy.merge[i : i + 1] if "merge" in steps else None

@@ -116,8 +116,9 @@ def _reference_slots(
     _, importance = packed._attend(q, k, v, tokens, counts, True)
     assert importance is not None
     steps = stack.thresholds.steps(active, block)
+    metric = similarity_metric(k, stack.thresholds.config.similarity)
     plan = make_plan(
-        tokens, packed.pad(similarity_metric(k), counts), packed.pad(importance, counts),
+        tokens, packed.pad(metric, counts), packed.pad(importance, counts),
         stack.thresholds, block, steps, stack.protected,
     )  # fmt: skip
     return packed.rows(slots(plan).clamp(max=0), counts)

@@ -145,7 +145,7 @@ def _block_costs(
 def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> None:
     """Thresholds of block `i` at which a few tokens of x [B, n, C] merge, and none is pruned."""
     _, k, _ = stack.recipe.qkv(stack.blocks[i], x)
-    metric = similarity_metric(k)
+    metric = similarity_metric(k, policy.config.similarity)
     best, _ = match(metric, torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device))
     policy.merge[i] = best[:, 1:].flatten().quantile(1 - MERGED) if best.shape[1] > 1 else 0.999
     policy.prune[i] = torch.finfo(torch.float32).tiny

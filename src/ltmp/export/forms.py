@@ -195,7 +195,8 @@ class Form:
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
                 importance = _importance(p, layout.live) if "prune" in steps else None
-                metric = layout.pad(similarity_metric(k)) if "merge" in steps else None
+                kind = stack.thresholds.config.similarity
+                metric = layout.pad(similarity_metric(k, kind)) if "merge" in steps else None
                 state = self._reduce(stack.protected, i, steps, state, importance, metric)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
