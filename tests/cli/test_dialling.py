@@ -64,6 +64,7 @@ def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
         (("--target", 0.5), "--target 0.5 is not on the dial"),
         (("--target", 0.8, "--low", 0.1), "out of reach"),
         (("--target", 0.8, "--variant", "best"), "unknown variant"),
+        (("--target", 0.8, "--similarity", "values"), "expected one of mean, heads"),
     ],
 )
 def test_bad_settings_are_one_sentence(ltmp, images, capsys, wrong, said) -> None:

@@ -33,6 +33,7 @@ def dial_verb(
     high: Annotated[float, typer.Option(help="Largest share to be asked for, but for 1.")] = 0.95,
     target: Annotated[float, typer.Option(help="Share that the file is saved at.")] = 0.6,
     variant: o.Variant = "ltmp",
+    similarity: o.Similarity = "mean",
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel="Output")
     ] = None,
@@ -84,7 +85,8 @@ def dial_verb(
     folder = out or Path("runs") / f"{short_name(model)}-{variant}-dial"
     run_file = prepare(folder, resume)
     network = attach(
-        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), config_of(variant)
+        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
+        config_of(variant, similarity),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers

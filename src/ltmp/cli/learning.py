@@ -42,6 +42,7 @@ def learn_verb(
     model: o.Model,
     target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
     variant: o.Variant = "ltmp",
+    similarity: o.Similarity = "mean",
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
     ] = None,
@@ -130,7 +131,8 @@ def learn_verb(
         )
     run_file = prepare(folder, resume)
     network = attach(
-        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(), config_of(variant)
+        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
+        config_of(variant, similarity),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
@@ -241,9 +243,10 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def config_of(variant: str) -> LTMPConfig:
+def config_of(variant: str, similarity: str) -> LTMPConfig:
+    """The settings that verbs ask for; what is wrong with them is a usage error."""
     try:
-        return LTMPConfig(variant=variant)
+        return LTMPConfig(variant=variant, similarity=similarity)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

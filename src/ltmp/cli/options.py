@@ -73,6 +73,9 @@ Engine = Annotated[
 Variant = Annotated[
     str, typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.")
 ]
+Similarity = Annotated[
+    str, typer.Option(help="Tokens are alike by the mean of their keys over heads, or by the cosines of all heads.")
+]
 Budget = Annotated[
     float | None,
     typer.Option(
