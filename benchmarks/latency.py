@@ -3,8 +3,8 @@
     python benchmarks/latency.py --weights vit.safetensors --data learn.tar --thresholds dial.safetensors
     python benchmarks/latency.py --weights vit.safetensors --data learn.tar --images 64     # a dial made here, roughly
 
-Costs are measured once, on one batch; each budget is then set and timed on another batch of the same size. The second
-table asks for times and says what they came to.
+Costs are measured once, on one batch; each budget is then set and timed on other batches of the same size, one after
+the other: predictions are for the dial's average image. The second table asks for times and says what they came to.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--thresholds", type=Path, help="a file with a dial; default: one made here")
     parser.add_argument("--images", type=int, default=64, help="to make a dial on")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=4, help="to time each budget on")
     parser.add_argument("--seconds", type=float, default=0.3, help="to time each call")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--engine", default="auto")
@@ -71,7 +72,7 @@ def main() -> None:
     )  # fmt: skip
     model.requires_grad_(False).to(args.device)
     data = open_dataset(args.data, split="train", transform=eval_transform(model, crop_pct=1.0, crop_mode="squash"))
-    count = max(args.images, 2 * args.batch)
+    count = max(args.images, (1 + args.batches) * args.batch)
     images = next(iter(make_loader(data, count, shuffle=True)))[0].to(args.device)
     if args.thresholds:
         ltmp.load(model, args.thresholds, engine=args.engine)
@@ -82,7 +83,7 @@ def main() -> None:
             ltmp.save(model, args.save, model_name=args.model)
     model.to(getattr(torch, args.dtype))
     images = images.to(getattr(torch, args.dtype))
-    first, other = images[: args.batch], images[args.batch : 2 * args.batch]
+    first, *other = images[: (1 + args.batches) * args.batch].split(args.batch)
     begin = perf_counter()
     costs = ltmp.measure_costs(model, first, seconds=args.seconds)
     print(f"{args.model}, batch {args.batch}, {args.device}, {args.dtype}; costs took {perf_counter() - begin:.1f} s")
@@ -90,37 +91,43 @@ def main() -> None:
     report.show(_asked(model, costs, other, args.seconds), "asked against measured")
 
 
-def _milliseconds(model: nn.Module, images: Tensor, seconds: float) -> float:
+def _milliseconds(model: nn.Module, batches: list[Tensor], seconds: float) -> float:
+    """Of a batch."""
+
+    def call() -> None:
+        for images in batches:
+            model(images)
+
     for _ in range(3):
-        model(images)
-    return 1e3 / timed({"model": lambda: model(images)}, 1, seconds)["model"]
+        call()
+    return 1e3 / timed({"model": call}, len(batches), seconds)["model"]
 
 
 @torch.inference_mode()
-def _promised(model: Any, costs: Any, images: Tensor, seconds: float) -> list[dict[str, Any]]:
+def _promised(model: Any, costs: Any, batches: list[Tensor], seconds: float) -> list[dict[str, Any]]:
     """A row a budget."""
     rows, dial = [], model.ltmp.dial
     for share in torch.linspace(dial.lowest, dial.highest, 5).tolist():
         model.ltmp.set_budget(share)
-        predicted, measured = 1e3 * costs.predict_seconds(dial.kept_at(share)), _milliseconds(model, images, seconds)
+        predicted, measured = 1e3 * costs.predict_seconds(dial.kept_at(share)), _milliseconds(model, batches, seconds)
         rows.append(_row(budget=share, predicted=float(predicted), measured=measured))
-    return [*rows, _row(budget=1.0, predicted=1e3 * costs.dense, measured=_dense(model, images, seconds))]
+    return [*rows, _row(budget=1.0, predicted=1e3 * costs.dense, measured=_dense(model, batches, seconds))]
 
 
-def _dense(model: Any, images: Tensor, seconds: float) -> float:
+def _dense(model: Any, batches: list[Tensor], seconds: float) -> float:
     model.ltmp.set_budget(1.0)
-    return _milliseconds(model, images, seconds)
+    return _milliseconds(model, batches, seconds)
 
 
 @torch.inference_mode()
-def _asked(model: Any, costs: Any, images: Tensor, seconds: float) -> list[dict[str, Any]]:
+def _asked(model: Any, costs: Any, batches: list[Tensor], seconds: float) -> list[dict[str, Any]]:
     """A row a target between the fastest and the slowest."""
     dial = model.ltmp.dial
     ends = [1e3 * float(costs.predict_seconds(dial.kept_at(share))) for share in (dial.lowest, dial.highest)]
     rows = []
     for target in torch.linspace(*ends, 5).tolist()[1:4]:
         share = ltmp.set_latency(model, costs, milliseconds=target)
-        rows.append(_row(budget=share, asked=target, measured=_milliseconds(model, images, seconds)))
+        rows.append(_row(budget=share, asked=target, measured=_milliseconds(model, batches, seconds)))
     return rows
 
 

@@ -77,10 +77,10 @@ def measure_costs(
             len(images), x.shape[1], tuple(found[shape] for shape in shapes), tuple(map(any, active)), 1.0, 0.0, 0.0
         )
         shares = (dial.lowest, (dial.lowest + dial.highest) / 2, dial.highest, 1.0)
-        took = _whole_model(model, own, images, shares, seconds)
+        kept, took = _whole_model(model, own, images, shares, seconds)
         told(len(chosen) + 1, len(chosen) + 1)
-    kept = torch.stack([dial.kept_at(share) for share in shares[:-1]])
-    factor, rest = _line(costs.blocks_alone(kept), np.array(took[:-1]))
+    # by what these images kept: the dial's own counts are for others
+    factor, rest = _line(costs.blocks_alone(kept[:-1]), np.array(took[:-1]))
     return replace(costs, factor=factor, rest=rest, dense=took[-1])
 
 
@@ -203,8 +203,8 @@ def _recorded(ways: dict[str, Call]) -> dict[str, Call]:
 
 def _whole_model(
     model: nn.Module, own: Thresholds, images: Tensor, shares: tuple[float, ...], seconds: float
-) -> list[float]:
-    """Seconds of the model at each share."""
+) -> tuple[Tensor, list[float]]:
+    """Tokens after each block, [S, L] on the CPU, and seconds of the model at each share."""
 
     def at(share: float) -> Call:
         def call() -> Any:
@@ -214,11 +214,14 @@ def _whole_model(
         return call
 
     calls = {str(share): at(share) for share in shares}
+    kept = []
     for call in calls.values():
         for _ in range(3):  # graphs take two batches to get going
-            call()
+            with record() as recorded:
+                call()
+        kept.append(torch.cat(recorded.kept).mean(0).cpu())
     speeds = timed(calls, 1, 3 * seconds)
-    return [1 / speeds[str(share)] for share in shares]
+    return torch.stack(kept), [1 / speeds[str(share)] for share in shares]
 
 
 def _line(x: Floats, y: Floats) -> tuple[float, float]:
