@@ -141,16 +141,19 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
 
 
 @pytest.mark.parametrize("parts", ["norms", "lora"])
-def test_a_tuned_model_is_written_beside_its_thresholds(ltmp, images, weights, tmp_path, parts):
+def test_a_tuned_model_is_written_beside_its_thresholds(ltmp, images, weights, tmp_path, capsys, parts):
     from .conftest import MODEL
 
     out = tmp_path / "run"
     assert ltmp("learn", "--data", images, "--out", out, *LEARN, "--tune", parts, "--json", out / "learn.json") == 0
     learned = json.loads((out / "learn.json").read_text())
-    assert (learned["tuned"], learned["weights"]) == (parts, str(out / "model.safetensors"))
+    assert learned["weights"] == str(out / "model.safetensors")
+    kept = learned["tuned"] == parts
+    assert ("it keeps the weights it had" in capsys.readouterr().err.replace("\n", " ")) == (not kept)
     assert {"top1", "top1_dense", "top1_dense_tuned"} <= learned.keys()
     before, after = (package.checkpoint.read_state_dict(file) for file in (weights, out / "model.safetensors"))
     assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}
+    assert any(not torch.equal(value, before[name]) for name, value in after.items()) == kept
     own = ["--weights", str(out / "model.safetensors"), "--thresholds", str(out), "--data", str(images)]
     assert main(["eval", *MODEL, *own, "--json", str(tmp_path / "eval.json")]) == 0
     measured = json.loads((tmp_path / "eval.json").read_text())

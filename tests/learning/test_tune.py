@@ -44,6 +44,7 @@ def test_tuned_weights_come_closer_to_the_dense_model_at_the_same_share(parts: s
     ltmp.learn(model, batches, 0.45, views=288, **settings)
     frozen = others.divergence()
     result = tune(model, batches, 0.45, Tuning(parts, lr=3e-3), epochs=3, **settings)
+    assert result.tuned
     assert others.divergence() < 0.9 * frozen
     assert abs(result.share - 0.45) <= 0.01
 
@@ -122,7 +123,7 @@ def test_undoing_gives_the_weights_back_bit_for_bit(parts: str) -> None:
     model, batches = model_and_batches()
     before = plain_state(model)
     # steps so large that what they learn is worthless
-    tune(model, batches, TARGET, Tuning(parts, lr=0.1), **SETTINGS)
+    assert not tune(model, batches, TARGET, Tuning(parts, lr=0.1), **SETTINGS).tuned
     assert all(torch.equal(value, before[name]) for name, value in plain_state(model).items())
     assert not hasattr(model, "peft_config")
 

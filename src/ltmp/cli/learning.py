@@ -24,7 +24,7 @@ from ..learning import Tuning, open_log, views_of
 from ..models.hugging_face import is_of_transformers
 from . import options as o
 from .evaluating import evaluate_with_bar, report_skipped
-from .progress import progress_bar
+from .progress import console, progress_bar
 from .setup import DataOptions, ModelOptions, autocast_type, pick_device
 
 VIEWS = 20_000
@@ -178,7 +178,7 @@ def learn_verb(
     if tuning is None:
         about |= base_model(network, pretrained and not weights)
     else:
-        about |= _about_tuning(tuning, original, evaluation)
+        about |= _about_tuning(tuning.parts if result.tuned else None, original, evaluation)
         model_file = tuned_weights or folder / ("model" if is_of_transformers(network) else "model.safetensors")
         save_weights(network, model_file)
         about["weights"] = str(model_file)
@@ -198,11 +198,13 @@ def _evaluated(network: nn.Module, checking: Loader | None, place: torch.device,
     return evaluate_with_bar(network, checking, device=place, amp=cast, speed=False) if checking else None
 
 
-def _about_tuning(tuning: Tuning, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+def _about_tuning(parts: str | None, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """What a thresholds file says of the weights that belong to it; `top1_dense` is that of those before."""
+    if parts is None:
+        console.print("tuning brought the model no closer to its dense answers: it keeps the weights it had")
     if before is None or after is None:
-        return {"tuned": tuning.parts}
-    return {"tuned": tuning.parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}
+        return {"tuned": parts}
+    return {"tuned": parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}
 
 
 def prepare(folder: Path, resume: bool) -> Path:

@@ -41,6 +41,7 @@ class LearnResult:
         views: images looked at, calibration and final adjustment included.
         seconds: wall time of this process.
         history: one entry an optimisation step.
+        tuned: whether the model has weights that were tuned along.
     """
 
     target: float
@@ -48,6 +49,7 @@ class LearnResult:
     views: int
     seconds: float
     history: list[Step] = field(default_factory=list)
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ def learn(
         journal.deployed(run.steps + 1, best)
     looked = len(images) * (1 + looks)
     seen = len(run.history) * views_a_step + looked
-    return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history)
+    stayed = tuning is not None and best is not run.start
+    return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history, stayed)
 
 
 @torch.inference_mode()
