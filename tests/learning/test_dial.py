@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 
@@ -112,6 +113,14 @@ def test_seeds_reproduce_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(found[name], values) for name, values in expected.items())
     with pytest.raises(LTMPError, match="other settings"):
         ltmp.learn_dial(model, batches, 0.6, 0.9, checkpoint=tmp_path / "run.pt", **settings)
+
+
+def test_a_dial_takes_thirty_thousand_views_at_most() -> None:
+    default = {name: p.default for name, p in inspect.signature(ltmp.learn_dial).parameters.items()}
+    generation = module.POPULATION * module.SEARCHED
+    searching = module.ANCHORS * generation * round(default["views"] / module.ANCHORS / generation)
+    table = (default["knots"] + 2 * module.ANCHORS + 1) * default["calibration"]
+    assert searching + table + module.ANCHORS * default["checked"] <= 30_000
 
 
 def test_evolution_finds_a_shape() -> None:

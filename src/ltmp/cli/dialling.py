@@ -41,7 +41,7 @@ def dial_verb(
         bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
     ] = False,
     knots: Annotated[int, typer.Option(min=2, help="Rows of the dial.")] = 14,
-    views: Annotated[int, typer.Option(min=0, help="Images to search on; 0: calibrate only.")] = 18_000,
+    views: Annotated[int, typer.Option(min=0, help="Images to search on; 0: calibrate only.")] = 9_000,
     calibration: Annotated[int, typer.Option(min=2, help="Images to make the table from.")] = 512,
     val: Annotated[
         str | None,

@@ -63,7 +63,7 @@ def learn_dial(
     high: float = 0.95,
     *,
     knots: int = 14,
-    views: int = 18_000,
+    views: int = 9_000,
     calibration: int = 512,
     checked: int = 3072,
     seed: int = 0,
