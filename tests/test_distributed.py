@@ -162,7 +162,7 @@ def test_after_a_restart_a_run_goes_on_by_itself(
     # as if it had been lost just before its end
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: None)
-        patch.setattr("ltmp.cli.learning._prepare", lambda folder, resume: folder / "run.pt")
+        patch.setattr("ltmp.cli.learning.prepare", lambda folder, resume: folder / "run.pt")
         assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == 0
     assert (out / "run.pt").exists()
     assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == code
