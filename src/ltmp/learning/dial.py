@@ -44,7 +44,8 @@ class DialResult:
     """How a run ended; the dial is in `model.ltmp.dial`.
 
     Attributes:
-        divergence: [K], at each of the dial's shares, from the dense model's answers, on the images it is made of.
+        divergence: [K], at each of the dial's shares: the mean root of an image's divergence from the dense model's
+            answer, on the images that the dial is made of.
         shapes: at each share that was searched.
         views: images looked at.
         seconds: wall time of this process.
@@ -115,7 +116,7 @@ def learn_dial(
     generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
     anchors = [low + (high - low) * (i + 0.5) / ANCHORS for i in range(ANCHORS)]
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
-                "variant": thresholds.config.variant}  # fmt: skip
+                "variant": thresholds.config.variant, "similarity": thresholds.config.similarity}  # fmt: skip
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
