@@ -97,6 +97,10 @@ class Dial:
         """The largest share that can be asked for, but for 1."""
         return _shortest(self.share[-1])
 
+    def nearest(self, share: float) -> float:
+        """`share`, or the end of the dial that is nearest to it."""
+        return min(max(share, self.lowest), self.highest)
+
     def at(self, share: float) -> tuple[Tensor, Tensor]:
         """Merge and prune thresholds, float32 [L] each on the CPU, for a FLOPs share; 1 is all off.
 

@@ -94,14 +94,14 @@ class Budgets:
     def _middle(self) -> float:
         """A share to begin with: a learned one in the middle, or 0.6 as far as there is that."""
         if self.dial is not None:
-            return min(max(0.6, self.dial.lowest), self.dial.highest)
+            return self.dial.nearest(0.6)
         return list(self.learned)[len(self.learned) // 2] if self.learned else 0.6
 
     def set(self, share: float) -> None:
         """Set the model's thresholds for `share`, which is clamped to what can be asked for."""
         share = round(min(1.0, max(self.lowest, share)), 3)
         if self.dial is not None:
-            thresholds_of(self.model).set_budget(share if share == 1 else min(share, self.dial.highest))
+            thresholds_of(self.model).set_budget(share if share == 1 else self.dial.nearest(share))
             return
         if share not in self._known:
             self._known[share] = self._mixed(share) if self.learned else self._calibrated(share)

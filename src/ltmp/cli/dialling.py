@@ -108,7 +108,7 @@ def dial_verb(
     # few images may end a dial a little off its ends
     dial = thresholds_of(network).dial
     assert dial is not None
-    thresholds_of(network).set_budget(min(max(target, dial.lowest), dial.highest))
+    thresholds_of(network).set_budget(dial.nearest(target))
     path = folder / "thresholds.safetensors"
     about = {
         "model_name": model, "target": target, "share": target, "views": result.views, "budgets": rows,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..flops import Geometry
 from ..models import stack_of, thresholds_of
-from ..stack import ReducedStack, dense, record
+from ..stack import dense, record
 from ..thresholds import Thresholds
-from .schedule import Schedule, usual
+from .schedule import Schedule, Shape, usual
 
 
 class Calibrating(Thresholds):
@@ -50,12 +50,6 @@ def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
     return calls.geometry[0]
 
 
-def last_is_free(stack: ReducedStack) -> bool:
-    """Whether the last block may drop all that it may: its head reads the prefix tokens alone."""
-    return stack.prefix_only and "prune" in stack.thresholds.config.steps
-
-
-@torch.inference_mode()
 def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
     """Set an attached model's thresholds so that `images` cost about `target`, block after block in one pass.
 
@@ -63,23 +57,25 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
         images: [B, 3, H, W] on the model's device; 128 or more give stable thresholds.
         target: FLOPs share.
     """
-    stack, geometry = stack_of(model), geometry_of(model, images)
-    thresholds = thresholds_of(model)
-    shape = usual(target).schedule(thresholds.depth, thresholds.config.steps, last_is_free(stack))
-    follow(model, images, shape.to_cost(target, geometry, stack.protected))
+    follow(model, images, usual(target), target, geometry_of(model, images))
 
 
 @torch.inference_mode()
-def follow(model: nn.Module, images: Tensor, schedule: Schedule) -> Tensor:
-    """Set an attached model's thresholds so that `images` follow `schedule`.
+def follow(model: nn.Module, images: Tensor, shape: Shape, target: float, geometry: Geometry) -> Tensor:
+    """Set an attached model's thresholds so that `images` follow a schedule of `shape` that costs about `target`.
 
     Args:
         images: [B, 3, H, W] on the model's device.
+        geometry: what an image of these costs, see `geometry_of`.
 
     Returns:
         What the model answers in that pass, which is what it will answer when deployed with these thresholds.
     """
     stack, thresholds = stack_of(model), thresholds_of(model)
+    # an emptied last block is free where the head reads the prefix tokens alone
+    last_free = stack.prefix_only and "prune" in thresholds.config.steps
+    schedule = shape.schedule(thresholds.depth, thresholds.config.steps, last_free)
+    schedule = schedule.to_cost(target, geometry, stack.protected)
     calibrating = Calibrating(thresholds, schedule).to(images.device)
     with stack.using(calibrating):
         output: Tensor = model(images)

@@ -20,7 +20,7 @@ from ..models import stack_of, thresholds_of
 from ..models.outputs import logits_of
 from ..stack import record
 from .budget import check_target
-from .calibrate import follow, geometry_of, last_is_free
+from .calibrate import follow, geometry_of
 from .heldout import Progress
 from .objective import task_loss, teacher
 from .resume import load_run, save_run
@@ -139,6 +139,22 @@ def learn_dial(
     return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Calibrated thresholds [L] and what they did to the images that they were calibrated on.
+
+    Attributes:
+        share: mean; kept: mean tokens after each block [L].
+        divergence: its root on average, which single images sway less than the divergence itself.
+    """
+
+    share: float
+    divergence: float
+    merge: Tensor
+    prune: Tensor
+    kept: Tensor
+
+
 class _Maker:
     """An attached model, the images that its dial is made of, and the dense model's answers to them."""
 
@@ -155,27 +171,20 @@ class _Maker:
             self.progress(min(self.views, self.expected), self.expected, text)
 
     @torch.inference_mode()
-    def run(self, shape: Shape, share: float, part: slice, text: str) -> tuple[float, float, Tensor]:
-        """Calibrate on some of the images.
-
-        Returns:
-            Their divergence's root on average, which single images sway less than the divergence itself; the mean
-            share; and the mean tokens after each block [L].
-        """
-        stack = stack_of(self.model)
-        config = stack.thresholds.config
-        schedule = shape.schedule(self.geometry.depth, config.steps, last_is_free(stack))
-        schedule = schedule.to_cost(share, self.geometry, stack.protected)
+    def run(self, shape: Shape, share: float, part: slice, text: str) -> _Row:
+        """Calibrate on some of the images."""
+        own = thresholds_of(self.model)
         with record() as calls:
-            answers = logits_of(follow(self.model, self.images[part], schedule))
+            answers = logits_of(follow(self.model, self.images[part], shape, share, self.geometry))
         self._looked(len(answers), text)
         divergence = task_loss(answers, None, self.answers[part]).clamp_min(0).sqrt().mean()
-        return float(divergence), float(calls.share().mean()), calls.kept[0].mean(0)
+        values = (own.merge.detach().clone(), own.prune.detach().clone())
+        return _Row(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
 
     def score(self, shape: Shape, share: float, part: slice) -> float:
         """The lower the better: the divergence, corrected for what the shape cost more or less than asked."""
-        divergence, cost, _ = self.run(shape, share, part, f"searching at {share:.2f}")
-        return math.log(max(divergence, 1e-9)) + CLOSE * (cost - share)
+        row = self.run(shape, share, part, f"searching at {share:.2f}")
+        return math.log(max(row.divergence, 1e-9)) + CLOSE * (row.share - share)
 
     def search(self, share: float, generations: int, generator: torch.Generator) -> Shape:
         """The usual shape for a share, or a better one where evolution finds it."""
@@ -199,19 +208,17 @@ class _Maker:
 
     def table(self, shares: list[float], shapes: dict[float, Shape]) -> tuple[Dial, list[float]]:
         """A dial with a row near each of `shares`, and each row's divergence."""
-        thresholds = thresholds_of(self.model)
-        rows: list[tuple[float, float, Tensor, Tensor, Tensor]] = []
+        rows: list[_Row] = []
         for share in shares:
             shape = between(shapes, share) if shapes else usual(share)
-            divergence, cost, kept = self.run(shape, share, slice(0, len(self.images)), "calibrating")
-            values = (thresholds.merge.detach().clone(), thresholds.prune.detach().clone())
+            row = self.run(shape, share, slice(0, len(self.images)), "calibrating")
             # few images leave neighbours in the wrong order
-            if not rows or cost > rows[-1][0]:
-                rows.append((cost, divergence, *values, kept))
+            if not rows or row.share > rows[-1].share:
+                rows.append(row)
         rows = exchange(rows)[0]
-        merge, prune = keep_on(torch.stack([row[2] for row in rows]), torch.stack([row[3] for row in rows]))
-        dial = Dial(torch.tensor([row[0] for row in rows]), merge, prune, torch.stack([row[4] for row in rows]))
-        return dial, [row[1] for row in rows]
+        merge, prune = keep_on(torch.stack([row.merge for row in rows]), torch.stack([row.prune for row in rows]))
+        dial = Dial(torch.tensor([row.share for row in rows]), merge, prune, torch.stack([row.kept for row in rows]))
+        return dial, [row.divergence for row in rows]
 
     @torch.inference_mode()
     def corrected(self, dial: Dial, budgets: list[float], loader: Any, images: int) -> Dial:

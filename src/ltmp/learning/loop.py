@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..models import stack_of, thresholds_of
-from ..stack import dense, record
 from ..thresholds import Thresholds
 from .budget import check_target
-from .calibrate import calibrate
+from .calibrate import calibrate, geometry_of
 from .heldout import HeldOut, Progress
 from .log import Journal, Logger
 from .objective import Objective
@@ -138,7 +137,7 @@ def learn(
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
     images = first_images(loader, calibration, progress).to(place)
-    _check_target(model, images, target)
+    check_target(target, geometry_of(model, images), stack_of(model).protected)
 
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
     views_a_step = batch * world() * accumulate
@@ -220,13 +219,6 @@ def learn(
     seen = len(run.history) * views_a_step + looked
     stayed = tuning is not None and best is not run.start
     return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history, stayed)
-
-
-@torch.inference_mode()
-def _check_target(model: nn.Module, images: Tensor, target: float) -> None:
-    with record() as calls, dense():
-        model(images[:1])
-    check_target(target, calls.geometry[0], stack_of(model).protected)
 
 
 @contextmanager
