@@ -66,6 +66,16 @@ def test_shares_are_corrected_by_more_images() -> None:
     assert result.views == 48 * (1 + 5) + 3 * 144
 
 
+def test_a_source_that_does_not_say_its_length_is_checked_on() -> None:
+    class Streaming(list):  # type: ignore[type-arg]
+        images = 0
+
+    model, few = model_and_images()
+    more = [(part, None) for part in random_images(48, size=32, seed=9).split(16)]
+    result = ltmp.learn_dial(model, Streaming([*few, *more]), 0.55, 0.9, **{**SETTINGS, "checked": 96})
+    assert result.views == 48 * (1 + 5) + 3 * 96
+
+
 def test_a_dial_needs_no_gradients_and_leaves_the_weights_alone() -> None:
     model, batches = model_and_images()
     before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("ltmp.")}

@@ -121,7 +121,8 @@ def learn_dial(
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
     maker.views += state["views"]
-    more = min(checked, getattr(loader, "images", checked))
+    # a streaming source does not say how many it has
+    more = min(checked, getattr(loader, "images", 0) or checked)
     more = more if more > len(images) else 0
     maker.expected = views + (knots + 2 * ANCHORS + 1) * len(images) + ANCHORS * more
     for i, share in enumerate(anchors):
