@@ -12,9 +12,6 @@ from torch import Tensor
 from .._triton import image_rows, pow2, strides
 from ..match.triton import best_partner, match, tile_of
 
-_TILE = 32
-"""Receivers that are looked at together."""
-
 _ANY = ["MERGE", "PRUNE", "STATS", "protected", "rows", "images", "room"]
 """Arguments whose value or alignment changes from block to block: one compilation serves all."""
 
@@ -44,100 +41,70 @@ def _importance(RECEIVED, token, live, n, rows, H: tl.constexpr):
 
 
 @triton.jit
-def _receivers(
-    RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, even_size, even_importance,
-    H: tl.constexpr, PRUNES: tl.constexpr,
-):  # fmt: skip
-    """Size and importance of a tile of odd tokens after what merges into them, and where each came from."""
-    token = 2 * odd + 1
-    live = token < n
-    arrives = merged[None, :] & (odd[:, None] == partner[None, :])
-    size = tl.load(SIZE + token, mask=live, other=0.0) + tl.sum(tl.where(arrives, even_size[None, :], 0.0), 1)
-    importance = tl.zeros(odd.shape, tl.float32)
-    if PRUNES:
-        importance = _importance(RECEIVED, token, live, n, rows, H)
-        importance = tl.maximum(importance, tl.max(tl.where(arrives, even_importance[None, :], 0.0), 1))
-        importance = tl.where(live, importance, -1.0)
-    return size, importance, tl.load(ORIGIN + token, mask=live, other=0)
-
-
-@triton.jit
 def _merge_image(
-    best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,
-    H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+    best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, IMPORTANCE, SLOT, n, rows, merge_theta, prune_theta, protected,
+    H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Merge, then prune if PRUNES; returns how many tokens stay. `best` and `partner` are [HALF], for even tokens."""
-    even = tl.arange(0, HALF)
-    live = 2 * even < n
-    merged = live & (best > merge_theta)
-    size = tl.load(SIZE + 2 * even, mask=live, other=0.0)
-    importance = tl.zeros([HALF], tl.float32)
-    keep = live & (merged == 0)
-    spared_odd = -1
+    place = tl.arange(0, HALF)
+    even, odd = 2 * place, 2 * place + 1
+    is_even, is_odd = even < n, odd < n
+    merged = is_even & (best > merge_theta)
+    size = tl.load(SIZE + even, mask=is_even, other=0.0)
+    tl.store(SIZE_OUT + even, size, mask=is_even)
+    tl.store(SIZE_OUT + odd, tl.load(SIZE + odd, mask=is_odd, other=0.0), mask=is_odd)
     if PRUNES:
-        importance = _importance(RECEIVED, 2 * even, live, n, rows, H)
-        spared = tl.load(ORIGIN + 2 * even, mask=live, other=0) < protected
+        importance = _importance(RECEIVED, even, is_even, n, rows, H)
+        received = _importance(RECEIVED, odd, is_odd, n, rows, H)
+        # of numbers that are not negative, the bits have their order
+        tl.store(IMPORTANCE + odd, received.to(tl.int32, bitcast=True), mask=is_odd)
+    tl.debug_barrier()
+    # sizes are whole numbers and a maximum knows no order: atomic or not, the same bits every run
+    into = 2 * partner + 1
+    tl.atomic_add(SIZE_OUT + into, size, mask=merged, sem="relaxed")
+    stays_even = is_even & (merged == 0)
+    stays_odd = is_odd
+    if PRUNES:
+        tl.atomic_max(IMPORTANCE + into, importance.to(tl.int32, bitcast=True), mask=merged, sem="relaxed")
+        tl.debug_barrier()
+        # past the first-level cache, which atomics leave as it was
+        received = tl.load(IMPORTANCE + odd, mask=is_odd, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
+        received = tl.where(is_odd, received, -1.0)
         if SPARES:
             # nothing is protected: the most important token stays, the first in the new order among equals
-            candidate = tl.where(keep, importance, -1.0)
-            top = tl.max(candidate, 0)
-            spared_even = tl.argmax(candidate, 0)
-            for start in range(0, n // 2, TILE):
-                odd = start + tl.arange(0, TILE)
-                _, received, _ = _receivers(
-                    RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, size, importance, H, PRUNES
-                )  # fmt: skip
-                highest = tl.max(received, 0)
-                spared_odd = tl.where(highest > top, start + tl.argmax(received, 0), spared_odd)
-                top = tl.maximum(top, highest)
-            spared = (even == spared_even) & (spared_odd < 0)
-        keep = keep & ((importance > prune_theta) | spared)
-    count = tl.sum(keep.to(tl.int32), 0)
-    stayed = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(SLOT + 2 * even, tl.where(keep, stayed, tl.where(merged, -2 - partner, -1)), mask=live)
-    tl.store(SIZE_OUT + 2 * even, size, mask=live)
-    for start in range(0, n // 2, TILE):
-        odd = start + tl.arange(0, TILE)
-        is_odd = 2 * odd + 1 < n
-        new_size, received, origin = _receivers(
-            RECEIVED, SIZE, ORIGIN, odd, n, rows, merged, partner, size, importance, H, PRUNES
-        )  # fmt: skip
-        stays = is_odd
-        if PRUNES:
-            stays = is_odd & ((received > prune_theta) | (origin < protected) | (odd == spared_odd))
-        place = count + tl.cumsum(stays.to(tl.int32), 0) - 1
-        tl.store(SLOT + 2 * odd + 1, tl.where(stays, place, -1), mask=is_odd)
-        tl.store(SIZE_OUT + 2 * odd + 1, new_size, mask=is_odd)
-        count += tl.sum(stays.to(tl.int32), 0)
-    return count
+            candidate = tl.where(stays_even, importance, -1.0)
+            top_even, top_odd = tl.max(candidate, 0), tl.max(received, 0)
+            spared_even = place == tl.where(top_even >= top_odd, tl.argmax(candidate, 0), -1)
+            spared_odd = place == tl.where(top_even >= top_odd, -1, tl.argmax(received, 0))
+        else:
+            spared_even = tl.load(ORIGIN + even, mask=is_even, other=0) < protected
+            spared_odd = tl.load(ORIGIN + odd, mask=is_odd, other=0) < protected
+        stays_even = stays_even & ((importance > prune_theta) | spared_even)
+        stays_odd = stays_odd & ((received > prune_theta) | spared_odd)
+    count = tl.sum(stays_even.to(tl.int32), 0)
+    at_even = tl.cumsum(stays_even.to(tl.int32), 0) - 1
+    at_odd = count + tl.cumsum(stays_odd.to(tl.int32), 0) - 1
+    tl.store(SLOT + even, tl.where(stays_even, at_even, tl.where(merged, -2 - partner, -1)), mask=is_even)
+    tl.store(SLOT + odd, tl.where(stays_odd, at_odd, -1), mask=is_odd)
+    return count + tl.sum(stays_odd.to(tl.int32), 0)
 
 
 @triton.jit
 def _prune_image(
     RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,
-    H: tl.constexpr, SPARES: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Prune alone: survivors keep their order; returns how many stay."""
-    spared = -1
+    token = tl.arange(0, FULL)
+    live = token < n
+    importance = _importance(RECEIVED, token, live, n, rows, H)
     if SPARES:
-        top = -1.0
-        for start in range(0, n, TILE):
-            token = start + tl.arange(0, TILE)
-            importance = tl.where(token < n, _importance(RECEIVED, token, token < n, n, rows, H), -1.0)
-            highest = tl.max(importance, 0)
-            spared = tl.where(highest > top, start + tl.argmax(importance, 0), spared)
-            top = tl.maximum(top, highest)
-    count = 0
-    for start in range(0, n, TILE):
-        token = start + tl.arange(0, TILE)
-        live = token < n
-        importance = _importance(RECEIVED, token, live, n, rows, H)
-        origin = tl.load(ORIGIN + token, mask=live, other=0)
-        stays = live & ((importance > prune_theta) | (origin < protected) | (token == spared))
-        place = count + tl.cumsum(stays.to(tl.int32), 0) - 1
-        tl.store(SLOT + token, tl.where(stays, place, -1), mask=live)
-        count += tl.sum(stays.to(tl.int32), 0)
-    return count
+        spared = token == tl.argmax(tl.where(live, importance, -1.0), 0)
+    else:
+        spared = tl.load(ORIGIN + token, mask=live, other=0) < protected
+    stays = live & ((importance > prune_theta) | spared)
+    tl.store(SLOT + token, tl.where(stays, tl.cumsum(stays.to(tl.int32), 0) - 1, -1), mask=live)
+    return tl.sum(stays.to(tl.int32), 0)
 
 
 @triton.jit
@@ -167,10 +134,10 @@ def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr)
 
 @triton.jit(do_not_specialize=_ANY)
 def _match_plan_kernel(
-    K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
+    K, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, IMPORTANCE, SLOT, KEPT, CU_OUT, STATS,
     k_row, k_head, protected, rows, images, room,
     HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ODD: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
-    SPARES: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
+    SPARES: tl.constexpr, HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program = one image short enough to match in one tile."""
     image = tl.program_id(0)
@@ -179,18 +146,18 @@ def _match_plan_kernel(
     best, partner = best_partner(K + first * k_row, ORIGIN + first, even, n, k_row, k_head, protected, HK, D, DB, ODD)
     prune_theta = tl.load(PRUNE) if PRUNES else 0.0
     count = _merge_image(
-        best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first, SLOT + first, n, rows,
-        tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, HALF, TILE,
+        best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first,
+        IMPORTANCE + first, SLOT + first, n, rows, tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, HALF,
     )  # fmt: skip
     _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN)
 
 
 @triton.jit(do_not_specialize=_ANY)
 def _plan_kernel(
-    BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, SLOT, KEPT, CU_OUT, STATS,
+    BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, IMPORTANCE, SLOT, KEPT, CU_OUT, STATS,
     protected, rows, images, room,
     H: tl.constexpr, MERGES: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
-    HALF: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
+    HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program = one image, whose partners were found before."""
     image = tl.program_id(0)
@@ -201,12 +168,12 @@ def _plan_kernel(
         best = tl.load(BEST + first + even, mask=2 * even < n, other=-float("inf"))
         partner = tl.load(PARTNER + first + even, mask=2 * even < n, other=0)
         count = _merge_image(
-            best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first, SLOT + first, n, rows,
-            tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, HALF, TILE,
+            best, partner, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first,
+            IMPORTANCE + first, SLOT + first, n, rows, tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, HALF,
         )  # fmt: skip
     else:
         count = _prune_image(
-            RECEIVED + first, ORIGIN + first, SLOT + first, n, rows, prune_theta, protected, H, SPARES, 4 * TILE
+            RECEIVED + first, ORIGIN + first, SLOT + first, n, rows, prune_theta, protected, H, SPARES, 2 * HALF
         )
     _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN)
 
@@ -245,15 +212,16 @@ def plan(
     bounds = torch.empty(images + 1, dtype=torch.int32, device=size.device)
     prunes = prune_theta is not None
     new_size = torch.empty_like(size) if merge_theta is not None else size
+    importance = torch.empty_like(slot) if merge_theta is not None and prunes else slot
     half = pow2((longest + 1) // 2)
     # a pointer that its constexpr flag leaves unread may be any tensor
     pointers = (received if prunes else size, size, origin, cu,
                 merge_theta if merge_theta is not None else size, prune_theta if prunes else size,
-                new_size, slot, kept, bounds, stats)  # fmt: skip
+                new_size, importance, slot, kept, bounds, stats)  # fmt: skip
     numbers = (protected, rows, images, rows if room is None else room)
     shape = {
         "H": received.shape[0] if received is not None else 1,
-        "PRUNES": prunes, "SPARES": prunes and protected == 0, "HALF": half, "TILE": _TILE,
+        "PRUNES": prunes, "SPARES": prunes and protected == 0, "HALF": half,
         "SCAN": min(pow2(images), 1024),
     }  # fmt: skip
     if merge_theta is None:
