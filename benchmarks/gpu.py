@@ -32,6 +32,9 @@ from ltmp.evaluate.bench import Bench, Row, table
 from ltmp.evaluate.synthetic import lively, smooth
 from ltmp.learning.calibrate import calibrate
 
+NEVER_SLOWER = 0.97
+"""What `auto` reaches of the fastest dense way at least, whatever the batch."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -49,7 +52,7 @@ CASES = [
     Case("deit_s", "deit_small_patch16_224", 256, 224, 0.572, 1.5),
     Case("deit_b", "deit_base_patch16_224", 256, 224, 0.58, 1.6),
     Case("vit_l", "vit_large_patch16_224", 128, 224, 0.58, 1.63),
-    Case("vit_b_384", "vit_base_patch16_384", 64, 384, 0.65, 1.38),
+    Case("vit_b_384", "vit_base_patch16_384", 64, 384, 0.64, 1.38),
     Case("vit_s_518", "vit_small_patch14_dinov2", 32, 518, 0.6),
     Case("deit_s_64", "deit_small_patch16_224", 64, 224, 0.572),
     Case("deit_s_16", "deit_small_patch16_224", 16, 224, 0.572),
@@ -63,7 +66,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype, dry: bool) -> tu
     """The attached, calibrated model and its batch."""
     kwargs = {"img_size": case.size, "num_classes": 1000}
     if dry:
-        kwargs |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
+        kwargs |= {"embed_dim": 32, "depth": 4, "num_heads": 2}
     with device:
         model = lively(timm.create_model(case.model, **kwargs)).eval().to(dtype).requires_grad_(False)
     images = smooth(case.batch, case.size).to(device, dtype)
@@ -181,13 +184,15 @@ def main() -> int:
         missed = in_turns(cases, sys.argv[1:], options.patience)
         print(f"\n{time.time() - begin:.0f} s; {missed} of {len(cases)} missed their target or failed")
         return missed
+    missed = 0
     for case in cases:
-        rows = measure(case, options, device, dtype)
-        ratio = next((row.ratio for row in rows if row.way == "graph"), None)
-        if case.target is not None and not options.dry and (ratio is None or ratio < case.target):
-            print(f"missed: {ratio} instead of {case.target}")
-            return 1
-    return 0
+        ratios = {row.way: row.ratio for row in measure(case, options, device, dtype)}
+        for way, least in (("graph", case.target), ("auto", NEVER_SLOWER)):
+            ratio = ratios.get(way)
+            if least is not None and not options.dry and (ratio is None or ratio < least):
+                print(f"missed: {way} {ratio} instead of {least}")
+                missed = 1
+    return missed
 
 
 if __name__ == "__main__":

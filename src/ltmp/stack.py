@@ -172,7 +172,7 @@ class ReducedStack(nn.ModuleList):
             return x
         positions = self.positions(x, args, kwargs)
         active = self.active(x)
-        if any(map(any, active)):
+        if select.needed(active):
             thresholds = self.thresholds
             run = masked.run if thresholds.training else select.engine(thresholds.config.engine, x.device)
             reduced = run(self, x, active, positions)

@@ -20,6 +20,7 @@ from helpers import assert_close, attach_reducing, liven, random_images, run_rec
 from ltmp.config import FIXED
 from ltmp.dial import Dial, keep_on
 from ltmp.engines.request import Capacity
+from ltmp.evaluate.compare import rates_for
 from ltmp.models import stack_of
 
 pytest.importorskip("triton")
@@ -283,6 +284,37 @@ def test_auto_runs_dense_where_that_is_faster(
             assert kept.unique().tolist() == [10.0]
     assert len(caplog.records) == 1
     assert "does not pay for batches of 4" in caplog.records[0].message
+
+
+def test_other_thresholds_in_the_stack_are_never_mistaken_for_its_own() -> None:
+    case = Case()
+    stack, other = stack_of(case.model), copy.deepcopy(case.model.ltmp)
+    other.set(None, [0.3] * 2)
+    case.check(4)
+    case.check(4)
+    twin = copy.deepcopy(case.packed)
+    twin.ltmp.set(None, [0.3] * 2)
+    images = images_of(4)
+    _, wanted = run_recorded(twin, images)
+    for _ in range(3):
+        with stack.using(other):
+            _, kept = run_recorded(case.model, images)
+        assert kept.tolist() == wanted.tolist()
+        case.check(4)
+    assert case.recorder.recorded == 2
+
+
+def test_fixed_rates_are_found_where_auto_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphedForward, "automatic", True)
+    case = Case(Rerun(times=(2e-3, 1e-3) * 20), img_size=SIZE, depth=6)
+    image = images_of(1)
+    for _ in range(3):
+        case.model(image)
+    rates = rates_for(case.model, image, "m", 0.6)
+    with ltmp.record() as calls, stack_of(case.packed).using(rates):
+        rates.config = replace(rates.config, engine="packed")
+        case.packed(image)
+    assert abs(calls.share().item() - 0.6) < 0.05
 
 
 def test_auto_reduces_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,15 @@ def test_every_way_is_timed_and_compared() -> None:
         assert rows["triton"].logits < 1e-4
 
 
+def test_fixed_rate_that_cannot_go_so_low_is_named() -> None:
+    model = attach_reducing(tiny_vit(depth=2), random_images(6), at=0.05)
+    *_, last = Bench(model, random_images(3), compiled=False).run(seconds=0.01)
+    assert last.way == "fixed-rate merge"
+    assert "cannot go below a share of" in last.note
+    assert last.to_dict()["share"] is None
+    assert last.note in table([last])
+
+
 def test_model_is_left_as_it_was() -> None:
     model = reduced_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -14,7 +14,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -174,6 +173,7 @@ class Graph:
         active: the same when it was recorded.
         capacity: None for a dense graph.
         weights: what it reads.
+        policy: whose thresholds.
         loose: batches in a row that used little of the room.
     """
 
@@ -186,6 +186,7 @@ class Graph:
     active: Active
     capacity: Capacity | None
     weights: Snapshot
+    policy: Policy
     loose: int = 0
 
     def wastes(self, stats: Sequence[Sequence[float]]) -> bool:
@@ -326,7 +327,9 @@ class GraphedForward:
 
     def _run(self, images: Tensor) -> Any:
         level = Level.of(self.stack.thresholds)
-        key = (len(images), images.shape[1:], images.dtype, images.device, level.top)
+        # other thresholds may take the place of the stack's own for a while (`ReducedStack.using`)
+        policy = weakref.ref(self.stack.thresholds)
+        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, policy)
         graph = self._recorded.get(key) or self._larger(key)
         if graph is None and key in self._seen and key not in self._refused:
             graph = self._record(key, images)
@@ -381,15 +384,14 @@ class GraphedForward:
             self._room[key] = plan_capacity(stats, geometry.tokens, rows, slack, self._room.get(key))
         return output
 
-    def _forward(self, images: Tensor, request: Request, as_dense: bool = False) -> tuple[Any, Tensor, Geometry]:
+    def _forward(self, images: Tensor, request: Request) -> tuple[Any, Tensor, Geometry]:
         """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
-        from ..stack import dense, record
+        from ..stack import record
 
         with (
             requested(request),
             record() as calls,
             patches_as_product(self.host),
-            dense() if as_dense else nullcontext(),
         ):
             output = type(self.host).forward(self.host, images)
         return output, calls.kept[0], calls.geometry[0]
@@ -429,21 +431,25 @@ class GraphedForward:
 
     def _trace(self, images: Tensor, active: Active, capacity: Capacity | None) -> Graph:
         """Record the host on `images`; without capacity, dense."""
+        from . import triton
+
         static = images.clone()
         thresholds = self.stack.thresholds
         weights = Snapshot([*self.host.modules(), thresholds])
         costs: list[Geometry] = []
 
         def call() -> tuple[Any, Tensor, Tensor]:
-            request = Request(active, capacity)
-            output, kept, geometry = self._forward(static, request, as_dense=capacity is None)
+            # a dense pass gains by the fused kernels, too
+            nothing = Request(((False, False),) * len(active), run=triton.run, always=True)
+            request = nothing if capacity is None else Request(active, capacity)
+            output, kept, geometry = self._forward(static, request)
             costs.append(geometry)
             flags = thresholds.on().T.flatten().int()
             stats = flags.new_zeros(len(active), 3) if request.stats is None else request.stats
             return output, kept, torch.cat([stats.flatten(), flags])
 
         replay, (output, kept, report) = self.recorder.record(call)
-        return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights)
+        return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights, thresholds)
 
     def _drop(self, graph: Graph, replan: bool = True) -> None:
         """Forget a graph, and the room that it was planned with unless the next one may only be larger."""

@@ -52,12 +52,14 @@ class Request:
         stats: filled by the engine, int32 [L, 3] on the device: tokens of the batch and of its longest image after each
             block that reduces, zero after the others.
         run: the engine itself, where the caller brings one; None is the one of the model's settings.
+        always: take the engine where no threshold is on, too, instead of the host's own blocks.
     """
 
     active: Active | None = None
     capacity: Capacity | None = None
     stats: Tensor | None = None
     run: Run | None = None
+    always: bool = False
 
 
 REQUEST: ContextVar[Request | None] = ContextVar("ltmp_request", default=None)

@@ -75,6 +75,12 @@ def active(thresholds: Policy) -> Active:
     return thresholds.active()
 
 
+def needed(active: Active) -> bool:
+    """Whether a pass with these thresholds takes an engine, and not the host's own blocks."""
+    request = REQUEST.get()
+    return any(map(any, active)) or (request is not None and request.always)
+
+
 def on_device(stack: ReducedStack) -> bool:
     """Whether the decisions need no host and nobody asks where patches went: all that the Triton engines know."""
     return type(stack.thresholds) in (Thresholds, Rates) and tracing() is None and not unmerging()

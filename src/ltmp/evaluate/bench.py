@@ -6,6 +6,7 @@ A way whose decisions or logits are wrong has no speed: the check comes first, a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import packed, select
-from ..errors import LTMPError, first_line
+from ..errors import LTMPError, UsageError, first_line
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
 from ..policy import Policy
@@ -69,7 +70,8 @@ class Row:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values, None for what is not a number: JSON knows none."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 @torch.no_grad()
@@ -154,6 +156,7 @@ class Bench:
         self.compiled = compiled
         self.fixed: Policy | None = None
         self.ways: dict[str, Call] = {}
+        self.absent: dict[str, str] = {}
         self.rows: list[Row] = []
 
     def dense_ways(self) -> dict[str, Call]:
@@ -188,7 +191,12 @@ class Bench:
                 ways["graph"] = self._graph_way("graph")
                 ways["auto"] = self._graph_way("auto")
         if self.baseline:
-            self.fixed = rates_for(self.model, self.images[:1], "m", self._recorded(ways["packed"])[1])
+            try:
+                self.fixed = rates_for(self.model, self.images[:1], "m", self._recorded(ways["packed"])[1])
+            except UsageError as error:
+                # so much less than these thresholds leave is not to be had by merging alone
+                self.absent[FIXED] = str(error)
+                return ways
             ways[FIXED] = self._fixed_way(ways["packed"])
             if "graph" in ways:
                 ways[f"{FIXED}, graph"] = self._fixed_way(self._graph_way("graph"))
@@ -248,6 +256,8 @@ class Bench:
         self.ways = {**self.dense_ways(), **self.reduced_ways()}
         exact = self._reference()
         self.rows = [self._checked(name, call, exact) for name, call in self.ways.items()]
+        nan = math.nan
+        self.rows += [Row(name, None, nan, nan, None, None, nan, why) for name, why in self.absent.items()]
         return self.rows
 
     @torch.inference_mode()
@@ -284,7 +294,7 @@ class Bench:
             if "compiled" not in name:
                 raise
             # no compiler on this machine, or a host that it does not know: the other ways can still be compared
-            return Row(name, None, 1.0, 1.0, None, None, float("nan"), f"torch.compile failed: {first_line(error)}")
+            return Row(name, None, 1.0, 1.0, None, None, math.nan, f"torch.compile failed: {first_line(error)}")
         is_dense = name.startswith("dense") or (name == "auto" and share == 1)
         kind = "dense" if is_dense else "fixed" if name.startswith(FIXED) else "reduced"
         wanted = exact[kind]
@@ -368,6 +378,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         speed, ratio = cell(row.images_per_second, ".0f"), cell(row.ratio, ".2f")
         decisions, logits = cell(row.decisions, ".3%"), cell(row.logits, ".4f")
-        line = f"{row.way:<24}{speed:>10}{row.share:>8.3f}{row.ideal:>7.2f}{ratio:>7}{decisions:>11}{logits:>9}"
+        share, ideal = cell(row.share, ".3f"), cell(row.ideal, ".2f")
+        line = f"{row.way:<24}{speed:>10}{share:>8}{ideal:>7}{ratio:>7}{decisions:>11}{logits:>9}"
         lines.append(f"{line}  {row.note}".rstrip())
     return "\n".join(lines)
