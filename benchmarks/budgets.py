@@ -64,7 +64,8 @@ def dials(model: nn.Module, opened: Open, options: argparse.Namespace) -> tuple[
     policies: dict[tuple[int, float], Policy] = {}
     runs = []
     for seed in range(options.seeds):
-        ltmp.attach(model, ltmp.LTMPConfig(similarity=options.similarity))
+        scores = {name: getattr(options, name) for name in ("similarity", "matching", "importance")}
+        ltmp.attach(model, ltmp.LTMPConfig(**scores))
         with progress_bar(f"seed {seed}", None) as bar:
             result = ltmp.learn_dial(
                 model, opened(seed), options.low, 0.95, views=options.views, checked=options.checked, seed=seed,
@@ -114,6 +115,8 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=9216)
     parser.add_argument("--checked", type=int, default=3072)
     parser.add_argument("--similarity", default="mean")
+    parser.add_argument("--matching", default="bipartite")
+    parser.add_argument("--importance", help="default: what the method says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16: the search, and all that is reported")
     parser.add_argument("--limit", type=int)

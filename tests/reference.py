@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltmp.config import LTMPConfig
+
+PAPER = LTMPConfig()
+
 STEPS = {"ltmp": ("merge", "prune"), "ltpm": ("prune", "merge"), "ltm": ("merge",), "ltp": ("prune",)}
 
 
@@ -29,9 +33,9 @@ class Token:
 class OneImage:
     """One image on its way through the blocks of a timm VisionTransformer."""
 
-    def __init__(self, model: Any, x: Tensor, protected: int, similarity: str = "mean") -> None:
+    def __init__(self, model: Any, x: Tensor, protected: int, config: LTMPConfig = PAPER) -> None:
         """`x`: [N, C] embedded tokens, of which the first `protected` are prefix tokens."""
-        self.similarity = similarity
+        self.config = config
         self.model = copy.deepcopy(model).double().eval()
         self.tokens = [Token(place, row) for place, row in enumerate(x.double())]
         self.protected = protected
@@ -51,9 +55,11 @@ class OneImage:
         y = (p @ v).transpose(0, 1).flatten(1)
         x = x + block.ls1(attn.proj(attn.norm(y)))
         importance, metric = p.mean((0, 1)), k.mean(0) / k.mean(0).norm(dim=-1, keepdim=True)
-        if self.similarity == "heads":
+        if self.config.similarity == "heads":
             # so that a product of two is the mean of the heads' cosines
             metric = torch.cat(tuple(k / k.norm(dim=-1, keepdim=True)), -1) / attn.num_heads**0.5
+        if self.config.goes_by == "class":
+            importance = p[:, 0].mean(0)
         for j, token in enumerate(self.tokens):
             token.x, token.importance, token.metric = x[j], float(importance[j]), metric[j]
 
@@ -64,24 +70,32 @@ class OneImage:
         for token, row in zip(self.tokens, x, strict=True):
             token.x = row
 
-    def best(self) -> list[tuple[float, Token | None]]:
-        """For each even token the highest cosine to an odd one, and that one."""
-        odd = [t for t in self.tokens[1::2] if self.free(t)]
-        found: list[tuple[float, Token | None]] = []
-        for token in self.tokens[::2]:
-            if not odd or not self.free(token):
-                found.append((float("-inf"), None))
-                continue
-            ranked = sorted(((float(token.metric @ other.metric), j) for j, other in enumerate(odd)), reverse=True)
-            if len(ranked) > 1:
-                self.margin = min(self.margin, ranked[0][0] - ranked[1][0])
-            found.append((ranked[0][0], odd[ranked[0][1]]))
-        return found
+    def nearest(self, token: Token, others: Sequence[Token]) -> tuple[float, Token | None]:
+        """The highest cosine to one of the others that are free, and that one."""
+        others = [t for t in others if self.free(t) and t is not token]
+        if not others or not self.free(token):
+            return float("-inf"), None
+        ranked = sorted(((float(token.metric @ other.metric), j) for j, other in enumerate(others)), reverse=True)
+        if len(ranked) > 1:
+            self.margin = min(self.margin, ranked[0][0] - ranked[1][0])
+        return ranked[0][0], others[ranked[0][1]]
+
+    def best(self) -> list[tuple[Token, float, Token | None]]:
+        """The tokens that may merge, each with its cosine to the one that it would merge into, and that one."""
+        if self.config.matching == "bipartite":
+            return [(token, *self.nearest(token, self.tokens[1::2])) for token in self.tokens[::2]]
+        found = {token.place: self.nearest(token, self.tokens) for token in self.tokens}
+        pairs = []
+        for j, token in enumerate(self.tokens):
+            cosine, partner = found[token.place]
+            if any(partner is t for t in self.tokens[:j]) and found[partner.place][1] is token:
+                pairs.append((token, cosine, partner))
+        return pairs
 
     def scores(self, step: str) -> list[float]:
         """What is compared with the threshold in this step."""
         if step == "merge":
-            return [cosine for cosine, partner in self.best() if partner is not None]
+            return [cosine for _, cosine, partner in self.best() if partner is not None]
         return [t.importance for t in self.tokens if self.free(t)]
 
     def reduce(self, step: str, threshold: float) -> None:
@@ -94,13 +108,14 @@ class OneImage:
             self._prune(threshold)
 
     def _merge(self, threshold: float) -> None:
-        stay, groups = [], {t.place: [t] for t in self.tokens[1::2]}
-        for token, (cosine, partner) in zip(self.tokens[::2], self.best(), strict=True):
+        groups = {t.place: [t] for t in self.tokens}
+        for token, cosine, partner in self.best():
             if partner is not None and cosine > threshold:
-                groups[partner.place].append(token)
-            else:
-                stay.append(token)
-        self.tokens = stay + [_combine(group) for group in groups.values()]
+                groups[partner.place] += groups.pop(token.place)
+        if self.config.matching == "bipartite":
+            order = self.tokens[::2] + self.tokens[1::2]
+            groups = {t.place: groups[t.place] for t in order if t.place in groups}
+        self.tokens = [_combine(group) for group in groups.values()]
 
     def _prune(self, threshold: float) -> None:
         spared = self.protected

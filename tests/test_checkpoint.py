@@ -447,15 +447,26 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
     load_weights(tiny_vit(), tmp_path / "whole.safetensors")
 
 
-def test_thresholds_are_for_one_similarity(tmp_path) -> None:
-    path = tmp_path / "heads.safetensors"
-    model = ltmp.attach(tiny_vit(), LTMPConfig(similarity="heads"))
+@pytest.mark.parametrize(
+    ("name", "other", "usual"),
+    [("similarity", "heads", "mean"), ("matching", "mutual", "bipartite"), ("importance", "class", "received")],
+)
+def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: str, usual: str) -> None:
+    path = tmp_path / "other.safetensors"
+    model = ltmp.attach(tiny_vit(), LTMPConfig(**{name: other}))
     model.ltmp.set([0.5] * 3)
     ltmp.save(model, path)
     fresh = tiny_vit()
     ltmp.load(fresh, path)
-    assert fresh.ltmp.config.similarity == "heads"
-    with pytest.raises(LTMPError, match="for similarity by heads, but the model was attached with mean"):
+    assert getattr(fresh.ltmp.config, name) == other
+    with pytest.raises(LTMPError, match=f"for {name} by {other}, but the model was attached with {usual}"):
         ltmp.load(ltmp.attach(tiny_vit()), path)
-    with pytest.raises(ValueError, match="unknown similarity 'values': expected one of mean, heads"):
-        LTMPConfig(similarity="values")
+    with pytest.raises(ValueError, match=f"unknown {name} 'values': expected one of {usual}, {other}"):
+        LTMPConfig(**{name: "values"})
+
+
+def test_fixed_rates_have_scores_of_their_own() -> None:
+    with pytest.raises(ValueError, match="matching and importance are for ltmp, ltpm, ltm, ltp; m has its own"):
+        LTMPConfig(variant="m", r=4, matching="mutual")
+    with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
+        ltmp.attach(tiny_vit(class_token=False, global_pool="avg"), LTMPConfig(importance="class"))

@@ -30,6 +30,14 @@ def prefix_model(protected: int) -> Any:
     return tiny_vit(reg_tokens=protected - 1)
 
 
+SCORES: list[dict[str, str]] = [
+    {"similarity": "heads"},
+    {"matching": "mutual"},
+    {"importance": "class"},
+    {"similarity": "heads", "matching": "mutual", "importance": "class"},
+]
+
+
 def run_stack(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """The live rows of each image, the counts [B, L], and the size of each live row."""
     model.ltmp.train(masked)
@@ -46,25 +54,28 @@ def run_stack(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor
     patches=st.integers(1, 20),
     protected=st.sampled_from([0, 1, 2, 5]),
     variant=st.sampled_from(sorted(LEARNED)),
-    similarity=st.sampled_from(["mean", "mean", "heads"]),
+    scores=st.sampled_from([{}, {}, *SCORES]),
     merge=merge_thresholds,
     prune=prune_thresholds,
     seed=st.integers(0, 10_000),
 )
 def test_any_tokens_any_thresholds(
-    images: int, patches: int, protected: int, variant: str, similarity: str, merge: list[float], prune: list[float],
-    seed: int,
+    images: int, patches: int, protected: int, variant: str, scores: dict[str, str], merge: list[float],
+    prune: list[float], seed: int,
 ) -> None:  # fmt: skip
+    if protected == 0 and "importance" in scores:
+        scores = {**scores, "importance": "received"}
+    config = ltmp.LTMPConfig(variant=variant, **scores)
     model = prefix_model(protected)
     tokens = patches + protected
     x = torch.randn(images, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
     merge, prune = torch.tensor(merge).tolist(), (torch.tensor(prune) / tokens).tolist()
-    alone = [reference.OneImage(model, row, protected, similarity) for row in x]
+    alone = [reference.OneImage(model, row, protected, config) for row in x]
     expected = [reference.run(image, merge, prune, variant) for image in alone]
     # rounding may decide what lies this close to its threshold, or a tie between two partners
     assume(min(image.margin for image, _ in expected) > 1e-4 / tokens)
 
-    ltmp.attach(model, ltmp.LTMPConfig(variant=variant, similarity=similarity))
+    ltmp.attach(model, config)
     model.ltmp.set(merge, prune)
     counts = [counts for _, counts in expected]
     for masked, parts in ((False, x[None]), (False, x[:, None]), (True, x[None]), (True, x[:, None])):

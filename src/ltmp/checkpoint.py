@@ -368,11 +368,12 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"r={config.r} ({config.schedule}): call ltmp.detach(model) before loading it"
             )
         return
-    if file.config.similarity != config.similarity:
-        raise LTMPError(
-            f"{source} is for similarity by {file.config.similarity}, but the model was attached with "
-            f"{config.similarity}: attach with LTMPConfig(similarity={file.config.similarity!r})"
-        )
+    for name, theirs in file.config.scores.items():
+        if theirs != config.scores[name]:
+            raise LTMPError(
+                f"{source} is for {name} by {theirs}, but the model was attached with {config.scores[name]}: attach "
+                f"with LTMPConfig({name}={theirs!r})"
+            )
     own = thresholds_of(model)
     try:
         own.set(file.merge, file.prune)

@@ -52,6 +52,8 @@ FIXED = tuple(name for name, method in VARIANTS.items() if method.fixed)
 ENGINES = ("auto", "packed", "triton", "graph")
 SCHEDULES = ("constant", "decreasing")
 SIMILARITIES = ("mean", "heads")
+MATCHINGS = ("bipartite", "mutual")
+IMPORTANCES = ("received", "class")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class LTMPConfig:
         seed: of `random`.
         similarity: tokens are alike by the cosine of their keys' `mean` over heads (paper, section 3.2), or by the mean
             of the cosines of all `heads`, which tells more apart and costs a little more.
+        matching: which tokens may merge: even ones into odd ones by `bipartite` matching (paper, section 3.2), or, of
+            learned variants, `mutual` pairs, each the other's most similar token.
+        importance: what learned variants prune by: the mean attention `received` (paper, section 3.3) or the `class`
+            token's attention; None is what the variant says.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.
@@ -90,12 +96,18 @@ class LTMPConfig:
     ceiling: int | None = None
     seed: int = 0
     similarity: str = "mean"
+    matching: str = "bipartite"
+    importance: str | None = None
 
     def __post_init__(self) -> None:
-        settings = {"variant": VARIANTS, "engine": ENGINES, "schedule": SCHEDULES, "similarity": SIMILARITIES}
+        settings = {"variant": VARIANTS, "engine": ENGINES, "schedule": SCHEDULES, "similarity": SIMILARITIES,
+                    "matching": MATCHINGS, "importance": (None, *IMPORTANCES)}  # fmt: skip
         for name, known in settings.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+                names = ", ".join(value for value in known if value)
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {names}")
+        if self.method.fixed and (self.matching != "bipartite" or self.importance is not None):
+            raise ValueError(f"matching and importance are for {', '.join(LEARNED)}; {self.variant} has its own")
         for name in ("tau", "prune_tau"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -130,6 +142,16 @@ class LTMPConfig:
     @property
     def method(self) -> Method:
         return VARIANTS[self.variant]
+
+    @property
+    def goes_by(self) -> str:
+        """What pruning goes by: see `Method.importance`."""
+        return self.importance or self.method.importance
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """What thresholds mean: those that were learned by other scores say nothing here."""
+        return {"similarity": self.similarity, "matching": self.matching, "importance": self.goes_by}
 
     @property
     def steps(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops.attend.reference import class_attention
-from .ops.match.reference import match
+from .ops.match.reference import match, match_mutual
 from .policy import Policy, rank
 from .rates import noise
 from .sources import follow
@@ -83,7 +83,7 @@ def importance_for(
         received: float32 [B, N], mean attention received; needed where the variant goes by it.
         q, k: [B, N, H, D]; the class token is first.
     """
-    kind = policy.config.method.importance
+    kind = policy.config.goes_by
     if kind == "class":
         return class_attention(q, k, tokens.size, tokens.keep)
     if kind == "random":
@@ -132,12 +132,12 @@ def make_plan(
                 # parity is taken among those that are left
                 order = _live_first(state.keep, turn)
                 state = take_all(state, order)
-            state, partner = _merge(state, policy, block, protected)
-            receiver = torch.where(partner < 0, order[:, ::2], order[:, 1::2].gather(1, partner.clamp_min(0)))
-            into = into.scatter(1, order[:, ::2], receiver)
-            # evens, then odds; but a block that cannot merge keeps its order, because deployment skips it
-            evens_first = place // 2 + place % 2 * ((length + 1) // 2)
-            turn = torch.where(policy.on()[block, 0], evens_first, place)
+            state, receiver = _merge(state, policy, block, protected)
+            into = into.scatter(1, order, order.gather(1, receiver))
+            if policy.config.matching == "bipartite":
+                # evens, then odds; but a block that cannot merge keeps its order, because deployment skips it
+                evens_first = place // 2 + place % 2 * ((length + 1) // 2)
+                turn = torch.where(policy.on()[block, 0], evens_first, place)
     last = _live_first(state.keep, turn)
     after = Tokens(*(take(t, last) for t in (state.size, state.keep, state.origin)))
     order = order.gather(1, last)
@@ -152,23 +152,29 @@ def _live_first(keep: Tensor, turn: Tensor) -> Tensor:
 
 
 def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor]:
-    """Fold each selected even token into the odd token most like it.
+    """Fold each selected token into the one most like it: even tokens into odd ones, or the later of a pair.
 
     Returns:
-        The state, every token still in its place, and int64 [B, ceil(N/2)]: the odd token that each even one went
-        into, or -1.
+        The state, every token still in its place, and int64 [B, N]: the place that each is folded into, or its own.
     """
     free = (state.keep > 0) & (state.origin >= protected)
-    best, partner = match(state.metric, free)
+    if policy.config.matching == "mutual":
+        asked = slice(None)
+        best, receiver = match_mutual(state.metric, free)
+    else:
+        asked = slice(None, None, 2)
+        best, odd = match(state.metric, free)
+        receiver = 2 * odd + 1
     gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
     moved = gone.detach()
-    size, importance, leaving = state.size.clone(), state.importance.clone(), torch.zeros_like(state.keep)
-    size[:, 1::2].scatter_add_(1, partner, size[:, ::2] * moved)
-    arriving = importance[:, ::2].masked_fill(moved == 0, float("-inf"))
-    importance[:, 1::2] = importance[:, 1::2].scatter_reduce(1, partner, arriving, "amax")
-    leaving[:, ::2] = gone
-    state = replace(state, size=size, importance=importance, keep=state.keep * (1 - leaving))
-    return state, partner.masked_fill_(moved == 0, -1)
+    size = state.size.scatter_add(1, receiver, state.size[:, asked] * moved)
+    arriving = state.importance[:, asked].masked_fill(moved == 0, float("-inf"))
+    importance = state.importance.scatter_reduce(1, receiver, arriving, "amax")
+    leaving = torch.zeros_like(state.keep)
+    leaving[:, asked] = gone
+    into = torch.arange(free.shape[1], device=free.device).repeat(len(free), 1)
+    into[:, asked] = torch.where(moved > 0, receiver, into[:, asked])
+    return replace(state, size=size, importance=importance, keep=state.keep * (1 - leaving)), into
 
 
 def _prune(state: _Scored, policy: Policy, block: int, protected: int, step: str = "prune") -> _Scored:

@@ -95,6 +95,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ceiling after pruning": {"variant": "ltpm", "ceiling": 12},
     "cosines of all heads": {"similarity": "heads"},
     "cosines of all heads after pruning": {"variant": "ltpm", "similarity": "heads"},
+    "mutual pairs": {"matching": "mutual"},
+    "mutual pairs after pruning": {"variant": "ltpm", "matching": "mutual"},
+    "the class token's attention": {"importance": "class"},
+    "all that is opt-in": {"similarity": "heads", "matching": "mutual", "importance": "class"},
 }
 
 
@@ -102,7 +106,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_agrees_with_packed(policy: str, host: str) -> None:
     config = LTMPConfig(**POLICIES[policy])
-    if config.method.importance == "class" and host == "no prefix, mean pooled":
+    if config.goes_by == "class" and host == "no prefix, mean pooled":
         pytest.skip("this variant needs a class token, and this host has none")
     images = random_images(3)
     model = tiny_vit(**HOSTS[host])

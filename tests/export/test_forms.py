@@ -29,6 +29,8 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "attention pooling": partial(tiny_vit, global_pool="map"),
     "query-key norm": partial(tiny_vit, qk_norm=True, init_values=0.5),
 }
+SCORES: list[dict[str, str]] = [{}, {"matching": "mutual"}, {"importance": "class"}]
+SCORES.append({**SCORES[1], **SCORES[2], "similarity": "heads"})
 
 
 def rotary() -> Any:
@@ -61,14 +63,18 @@ def test_every_host_and_variant(form, host, variant):
     form=st.sampled_from(sorted(FORMS)),
     host=st.sampled_from([*HOSTS.values(), rotary]),
     variant=st.sampled_from(VARIANTS),
+    scores=st.sampled_from(SCORES),
     merge=st.lists(st.floats(-0.6, 1.1), min_size=DEPTH, max_size=DEPTH),
     # in units of 1/N, the mean of importance; above 1 is all
     prune=st.lists(st.one_of(st.floats(-0.2, 2.0), st.just(100.0)), min_size=DEPTH, max_size=DEPTH),
     seed=st.integers(0, 1000),
 )
-def test_any_thresholds(form, host, variant, merge, prune, seed):
+def test_any_thresholds(form, host, variant, scores, merge, prune, seed):
     images = random_images(1 if form == "single" else 3, seed=seed)
-    model = ltmp.attach(host(), ltmp.LTMPConfig(variant=variant))
+    model = host()
+    if "importance" in scores and not getattr(model, "has_class_token", model.num_prefix_tokens):
+        scores = {"matching": "mutual"}
+    ltmp.attach(model, ltmp.LTMPConfig(variant=variant, **scores))
     thresholds_of(model).set(merge, (torch.tensor(prune) / 17).tolist())
     with torch.no_grad():
         logits, kept = run_recorded(model, images)

@@ -34,6 +34,8 @@ def dial_verb(
     target: Annotated[float, typer.Option(help="Share that the file is saved at.")] = 0.6,
     variant: o.Variant = "ltmp",
     similarity: o.Similarity = "mean",
+    matching: o.Matching = "bipartite",
+    importance: o.Importance = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel="Output")
     ] = None,
@@ -86,7 +88,7 @@ def dial_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity),
+        config_of(variant, similarity, matching, importance),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers

@@ -43,6 +43,8 @@ def learn_verb(
     target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
     variant: o.Variant = "ltmp",
     similarity: o.Similarity = "mean",
+    matching: o.Matching = "bipartite",
+    importance: o.Importance = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
     ] = None,
@@ -132,7 +134,7 @@ def learn_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity),
+        config_of(variant, similarity, matching, importance),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
@@ -245,10 +247,10 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def config_of(variant: str, similarity: str) -> LTMPConfig:
+def config_of(variant: str, similarity: str, matching: str, importance: str | None) -> LTMPConfig:
     """The settings that verbs ask for; what is wrong with them is a usage error."""
     try:
-        return LTMPConfig(variant=variant, similarity=similarity)
+        return LTMPConfig(variant=variant, similarity=similarity, matching=matching, importance=importance)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

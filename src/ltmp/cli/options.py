@@ -76,6 +76,13 @@ Variant = Annotated[
 Similarity = Annotated[
     str, typer.Option(help="Tokens are alike by the mean of their keys over heads, or by the cosines of all heads.")
 ]
+Matching = Annotated[
+    str, typer.Option(help="Even tokens merge into odd ones (bipartite), or into each other's nearest (mutual).")
+]
+Importance = Annotated[
+    str | None,
+    typer.Option(help="What pruning goes by: mean attention received, or class, the class token's attention."),
+]
 Budget = Annotated[
     float | None,
     typer.Option(

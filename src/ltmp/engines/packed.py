@@ -43,14 +43,14 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
-    by_received = thresholds.config.method.importance == "received"
+    by_received = thresholds.config.goes_by == "received"
     y, received = _attend(q, k, v, tokens, counts, by_received and "prune" in steps)
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
         metric = pad(similarity_metric(k, thresholds.config.similarity), counts) if "merge" in steps else None
         importance = pad(received, counts) if received is not None else None
-        if not by_received:
+        if not by_received and steps != ("merge",):
             importance = importance_for(thresholds, i, None, pad(q, counts), pad(k, counts), tokens)
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
         x, tokens, counts = _fold_rows(x, counts, plan)

@@ -53,10 +53,10 @@ def tokens_of(rows: Rows, padding: Padding) -> Tokens:
 
 
 def slots(plan: reduction.Plan) -> Tensor:
-    """int64 [B, N], a plan of one parity split as the kernels write it: `ops.plan.triton.Plan.slot`."""
+    """int64 [B, N], a plan of one merge step as the kernels write it: `ops.plan.triton.Plan.slot`."""
     place = torch.arange(plan.order.shape[1], device=plan.order.device).expand_as(plan.order)
     stays = torch.zeros_like(place).scatter(1, plan.order, torch.where(plan.tokens.live, place, -1))
-    return torch.where(plan.merged, -2 - plan.into // 2, stays)
+    return torch.where(plan.merged, -2 - plan.into, stays)
 
 
 def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:

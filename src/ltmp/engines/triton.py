@@ -209,7 +209,7 @@ class Pass:
         self.stack, self.x, self.active, self.capacity, self.positions = stack, x, active, capacity, positions
         self.branches = branches(stack)
         self.policy = stack.thresholds
-        self.received = self.policy.config.method.importance == "received"
+        self.received = self.policy.config.goes_by == "received"
         self.plans: list[Plan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
 
@@ -276,7 +276,8 @@ class Pass:
             room, longest, _ = self.stats[i].tolist()
         else:
             room, longest = self.capacity.rows[i], self.capacity.longest[i]
-        x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room)
+        bipartite = self.policy.config.matching == "bipartite"
+        x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room, bipartite)
         return Rows(x, normed, size, origin, planned.cu, longest, False)
 
     def _plan(
@@ -285,8 +286,9 @@ class Pass:
     ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
         """By the kernel where plain thresholds decide, or else by the definition, whose own plan comes along."""
         policy, protected = self.policy, self.stack.protected
-        # the kernel matches by the mean of the keys
-        own = "merge" in steps and policy.config.similarity != "mean"
+        # the kernel matches evens with odds by the mean of the keys
+        own = "merge" in steps and (policy.config.similarity, policy.config.matching) != ("mean", "bipartite")
+        own |= "prune" in steps and not self.received
         if not isinstance(policy, Thresholds) or policy.bounded or own:
             first = None if self.received else q
             return plan_rows(policy, i, steps, rows, first, k, received, protected, stats, room)
@@ -298,10 +300,10 @@ class Pass:
 
 def _fold(
     rows: Rows, x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm | None, planned: Plan,
-    room: int | None = None,
+    room: int | None = None, bipartite: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     room = x.shape[0] if room is None else room
-    return fold(x, y, scale, norm, planned, rows.size, rows.origin, rows.cu, rows.longest, room)
+    return fold(x, y, scale, norm, planned, rows.size, rows.origin, rows.cu, rows.longest, room, bipartite)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, want_received: bool) -> tuple[Tensor, Tensor | None]:

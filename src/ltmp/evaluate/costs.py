@@ -24,7 +24,7 @@ from ..engines.positions import Positions
 from ..engines.request import Active, Capacity
 from ..engines.state import State
 from ..models import stack_of, thresholds_of
-from ..ops.match.reference import match
+from ..ops.match.reference import match, match_mutual
 from ..reduction import similarity_metric
 from ..stack import ReducedStack, dense, record
 from ..thresholds import Thresholds
@@ -146,8 +146,10 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
     """Thresholds of block `i` at which a few tokens of x [B, n, C] merge, and none is pruned."""
     _, k, _ = stack.recipe.qkv(stack.blocks[i], x)
     metric = similarity_metric(k, policy.config.similarity)
-    best, _ = match(metric, torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device))
-    policy.merge[i] = best[:, 1:].flatten().quantile(1 - MERGED) if best.shape[1] > 1 else 0.999
+    free = torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device)
+    best, _ = (match_mutual if policy.config.matching == "mutual" else match)(metric, free)
+    found = best[:, 1:][best[:, 1:].isfinite()]
+    policy.merge[i] = found.quantile(1 - MERGED) if len(found) else 0.999
     policy.prune[i] = torch.finfo(torch.float32).tiny
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
-from ..ops.match.reference import match_halves
+from ..ops.match.reference import match_halves, match_mutual
 from ..reduction import similarity_metric
 from ..tokens import Tokens
 
@@ -194,10 +194,11 @@ class Form:
             y, p = _attend(queries, keys, values, bias)
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
-                importance = _importance(p, layout.live) if "prune" in steps else None
-                kind = stack.thresholds.config.similarity
-                metric = layout.pad(similarity_metric(k, kind)) if "merge" in steps else None
-                state = self._reduce(stack.protected, i, steps, state, importance, metric)
+                config = stack.thresholds.config
+                votes = _importance if config.goes_by == "received" else _class_importance
+                importance = votes(p, layout.live) if "prune" in steps else None
+                metric = layout.pad(similarity_metric(k, config.similarity)) if "merge" in steps else None
+                state = self._reduce(stack.protected, i, steps, state, importance, metric, config.matching)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
 
@@ -209,6 +210,7 @@ class Form:
         state: _State,
         importance: Tensor | None,
         metric: Tensor | None,
+        matching: str,
     ) -> _State:
         """The steps of block `i` (paper, section 3.2), as `reduction.make_plan` and `fold` have them."""
         layout = state.layout
@@ -222,7 +224,7 @@ class Form:
                 source, layout = self.compact(scored.keep, layout.length)
                 scored = scored.each(partial(_moved, source=source, layout=layout))
                 scored = scored if layout.live is None else replace(scored, keep=layout.live)
-            scored = _merge(scored, self.merge[i], protected)
+            scored = (_merge if matching == "bipartite" else _merge_pairs)(scored, self.merge[i], protected)
         source, layout = self.compact(scored.keep, layout.length)
         size, origin = (_moved(values, source, layout) for values in (scored.size, scored.origin))
         return _State(_rows(scored.x, source), size, origin, layout, state.weighed or "merge" in steps)
@@ -289,6 +291,11 @@ def _importance(p: Tensor, live: Tensor | None) -> Tensor:
     return votes.sum((1, 2)) / (p.shape[1] * live.sum(1, keepdim=True))
 
 
+def _class_importance(p: Tensor, _: Tensor | None) -> Tensor:
+    """[B, N], the attention of the class token, which is first, over heads."""
+    return p[:, :, 0].mean(1)
+
+
 def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Drop what is not above the threshold; see `reduction`."""
     assert scored.importance is not None
@@ -315,18 +322,31 @@ def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
     free_even, free_odd = (side.keep & (side.origin >= protected) for side in (even, odd))
     best, partner = match_halves(even.metric, odd.metric, free_even, free_odd)
     moved = best > threshold
-    # [B, odds, evens], which even token goes into which odd one
-    into = (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :]
-    weight = torch.where(into, even.size[:, None, :], 0.0)
-    size = odd.size + weight.sum(-1)
-    x = odd.x * (odd.size / size)[..., None] + (weight / size[..., None]) @ even.x
-    importance = odd.importance
-    if importance is not None and even.importance is not None:
-        arriving = torch.where(into, even.importance[:, None, :], float("-inf")).amax(-1)
-        importance = torch.maximum(importance, arriving)
-    odd = replace(odd, x=x, size=size, importance=importance)
+    odd = _received(odd, even, (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :])
     even = replace(even, keep=even.keep & ~moved)
     return even.then(odd)
+
+
+def _merge_pairs(scored: _Scored, threshold: float, protected: int) -> _Scored:
+    """Fold the later of each mutual pair above the threshold into the earlier one; see `reduction`."""
+    assert scored.metric is not None
+    best, partner = match_mutual(scored.metric, scored.keep & (scored.origin >= protected))
+    moved = best > threshold
+    place = torch.arange(scored.keep.shape[1], device=scored.keep.device)
+    after = _received(scored, scored, (partner[:, None, :] == place[:, None]) & moved[:, None, :])
+    return replace(after, keep=scored.keep & ~moved)
+
+
+def _received(tokens: _Scored, others: _Scored, into: Tensor) -> _Scored:
+    """`tokens` after what goes `into` them, bool [B, tokens, others]."""
+    weight = torch.where(into, others.size[:, None, :], 0.0)
+    size = tokens.size + weight.sum(-1)
+    x = tokens.x * (tokens.size / size)[..., None] + (weight / size[..., None]) @ others.x
+    importance = tokens.importance
+    if importance is not None and others.importance is not None:
+        arriving = torch.where(into, others.importance[:, None, :], float("-inf")).amax(-1)
+        importance = torch.maximum(importance, arriving)
+    return replace(tokens, x=x, size=size, importance=importance)
 
 
 def _prefix(origin: Tensor, protected: int) -> Tensor:

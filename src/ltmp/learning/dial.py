@@ -116,7 +116,7 @@ def learn_dial(
     generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
     anchors = [low + (high - low) * (i + 0.5) / ANCHORS for i in range(ANCHORS)]
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
-                "variant": thresholds.config.variant, "similarity": thresholds.config.similarity}  # fmt: skip
+                "variant": thresholds.config.variant, **thresholds.config.scores}  # fmt: skip
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}

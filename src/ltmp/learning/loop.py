@@ -65,6 +65,7 @@ class _Settings:
     calibrate: int
     seed: int
     variant: str
+    scores: dict[str, str]
     depth: int
     tuning: dict[str, Any] | None
 
@@ -142,7 +143,8 @@ def learn(
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
-                         thresholds.config.variant, thresholds.depth, asdict(tuning) if tuning else None)  # fmt: skip
+                         thresholds.config.variant, thresholds.config.scores, thresholds.depth,
+                         asdict(tuning) if tuning else None)  # fmt: skip
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
     # the teacher: weights that train are no longer those of the model as it was
     original = model if tuning is None else copy.deepcopy(model).requires_grad_(False)

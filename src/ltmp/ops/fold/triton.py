@@ -16,8 +16,8 @@ from ..plan.triton import Plan
 def _fold_kernel(
     X, Y, LAYER_SCALE, W, BIAS, CU, CU_OUT, SIZE, NEW_SIZE, SLOT, ORIGIN, X_OUT, H_OUT, SIZE_OUT, ORIGIN_OUT,
     room, eps,
-    C: tl.constexpr, CB: tl.constexpr, HALF: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
-    AFFINE: tl.constexpr, NORMS: tl.constexpr,
+    C: tl.constexpr, CB: tl.constexpr, GIVERS: tl.constexpr, STEP: tl.constexpr, ADDS: tl.constexpr,
+    SCALES: tl.constexpr, AFFINE: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """One program = one token."""
     image = tl.program_id(0)
@@ -32,14 +32,15 @@ def _fold_kernel(
             before = tl.load(SIZE + first + token)
             if size > before:
                 x *= before
-                even = tl.arange(0, HALF)
-                arrives = tl.load(SLOT + first + 2 * even, mask=2 * even < n, other=-1) == -2 - token // 2
+                # with evens and odds matched, all that arrive are even
+                even = STEP * tl.arange(0, GIVERS)
+                arrives = tl.load(SLOT + first + even, mask=even < n, other=-1) == -2 - token
                 left = tl.sum(arrives.to(tl.int32), 0)
                 while left > 0:
                     which = tl.argmax(arrives.to(tl.int32), 0)
-                    source = first + 2 * which
+                    source = first + STEP * which
                     x += residual_row(X, Y, LAYER_SCALE, source, C, CB, ADDS, SCALES) * tl.load(SIZE + source)
-                    arrives = arrives & (even != which)
+                    arrives = arrives & (even != STEP * which)
                     left -= 1
                 x /= size
             column = tl.arange(0, CB)
@@ -62,6 +63,7 @@ def fold(
     cu: Tensor,
     longest: int,
     room: int,
+    bipartite: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`x + layer_scale * y` folded by a plan, and its layer norm.
 
@@ -71,6 +73,7 @@ def fold(
         plan: from `plan`; size: float32 [T] and origin: int32 [T] before it.
         cu: int32 [B + 1] row bounds before it; longest: a bound on the tokens of an image before it.
         room: rows of the result, at least plan.cu[B].
+        bipartite: whether only even tokens merge, and into odd ones.
 
     Returns:
         x [room, C], its norm [room, C] or None, size [room], origin [room]; rows past plan.cu[B] are not written.
@@ -81,14 +84,14 @@ def fold(
     new_size = torch.empty(room, device=x.device)
     new_origin = torch.empty(room, dtype=torch.int32, device=x.device)
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    block = pow2(width)
+    block, step = pow2(width), 2 if bipartite else 1
     _fold_kernel[(cu.shape[0] - 1, longest)](
         x, y if y is not None else x, layer_scale if layer_scale is not None else x,
         weight if weight is not None else x, bias if bias is not None else x,
         cu, plan.cu, size, plan.size, plan.slot, origin,
         new, normed if normed is not None else new, new_size, new_origin, room, eps,
-        C=width, CB=block, HALF=pow2((longest + 1) // 2), ADDS=y is not None, SCALES=layer_scale is not None,
-        AFFINE=(weight is not None) + (bias is not None), NORMS=norm is not None,
+        C=width, CB=block, GIVERS=pow2(-(-longest // step)), STEP=step, ADDS=y is not None,
+        SCALES=layer_scale is not None, AFFINE=(weight is not None) + (bias is not None), NORMS=norm is not None,
         num_warps=1 if block <= 512 else 2 if block <= 1024 else 4,
     )  # fmt: skip
     return new, normed, new_size, new_origin

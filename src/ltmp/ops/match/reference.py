@@ -1,4 +1,4 @@
-"""The best partner of every even token, in plain torch."""
+"""The best partners of tokens, in plain torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,28 @@ def match(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """
     # no .contiguous() copies: matmul takes the strided halves as they are
     return match_halves(metric[:, ::2], metric[:, 1::2], free[:, ::2], free[:, 1::2])
+
+
+@torch.no_grad()
+def match_mutual(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of tokens that are each other's most similar one, whatever their places.
+
+    Nothing depends on a token's rank, so that one decision more or less elsewhere changes none here.
+
+    Args:
+        metric, free: as in `match`.
+
+    Returns:
+        best: float32 [B, N], for the later token of each pair its cosine to the earlier one, -inf for all others.
+        partner: int64 [B, N], the place of the most similar token.
+    """
+    with torch.autocast(metric.device.type, enabled=False):
+        cosine = metric @ metric.transpose(1, 2)
+    place = torch.arange(metric.shape[1], device=metric.device)
+    possible = free[:, :, None] & free[:, None, :] & (place[:, None] != place)
+    best, partner = cosine.masked_fill_(~possible, float("-inf")).max(-1)
+    later_of_pair = (partner.gather(1, partner) == place) & (partner < place)
+    return best.masked_fill(~later_of_pair, float("-inf")), partner
 
 
 def match_halves(even: Tensor, odd: Tensor, free_even: Tensor, free_odd: Tensor) -> tuple[Tensor, Tensor]:

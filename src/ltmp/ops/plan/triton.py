@@ -20,8 +20,8 @@ class Plan(NamedTuple):
     """One block's reduction on packed rows.
 
     Attributes:
-        slot: int32 [T], each token's place in its image's new order; -1 dropped; -2 - i merged into the odd token at
-            place 2 i + 1.
+        slot: int32 [T], each token's place in its image's new order; -1 dropped; -2 - i merged into the token at
+            place i.
         size: float32 [T], sizes by old place, receivers with what they received.
         cu: int32 [B + 1], row bounds of the images afterwards, never past the room given.
     """
@@ -84,7 +84,7 @@ def _merge_image(
     count = tl.sum(stays_even.to(tl.int32), 0)
     at_even = tl.cumsum(stays_even.to(tl.int32), 0) - 1
     at_odd = count + tl.cumsum(stays_odd.to(tl.int32), 0) - 1
-    tl.store(SLOT + even, tl.where(stays_even, at_even, tl.where(merged, -2 - partner, -1)), mask=is_even)
+    tl.store(SLOT + even, tl.where(stays_even, at_even, tl.where(merged, -2 - into, -1)), mask=is_even)
     tl.store(SLOT + odd, tl.where(stays_odd, at_odd, -1), mask=is_odd)
     return count + tl.sum(stays_odd.to(tl.int32), 0)
 
