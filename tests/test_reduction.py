@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import assert_close
-from ltmp.config import LEARNED, LTMPConfig
+from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
 from ltmp.reduction import Plan, fold, make_plan, similarity_metric
 from ltmp.thresholds import Thresholds
 from ltmp.tokens import Tokens, take
 
 
 def plan_of(
-    tokens: Tokens, metric: Tensor, importance: Tensor, merge: float, prune: float, variant: str, protected: int
-) -> Plan:
-    thresholds = Thresholds(1, LTMPConfig(variant=variant))
+    tokens: Tokens, metric: Tensor, importance: Tensor, merge: float, prune: float, variant: str, protected: int,
+    matching: str = "bipartite",
+) -> Plan:  # fmt: skip
+    thresholds = Thresholds(1, LTMPConfig(variant=variant, matching=matching))
     thresholds.set([merge], [prune])
     return make_plan(tokens, metric, importance, thresholds, 0, thresholds.config.steps, protected)
 
@@ -38,12 +39,12 @@ def cases(draw: st.DrawFn) -> tuple[Tokens, Tensor, Tensor, float, float, str, i
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases())
+@given(cases(), st.sampled_from(MATCHINGS))
 @torch.no_grad()
-def test_every_patch_is_accounted_for(case: tuple) -> None:
+def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
     """Patches in live tokens plus patches that were dropped are what came in; prefix tokens live, alone."""
     tokens, protected = case[0], case[-1]
-    plan = plan_of(*case)
+    plan = plan_of(*case, matching)
     after = plan.tokens
     length = tokens.size.shape[1]
     for b in range(len(after.size)):
@@ -145,6 +146,37 @@ def test_similarity_is_the_mean_key_over_heads() -> None:
     k = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]], dtype=torch.float16)
     assert_close(similarity_metric(k), torch.tensor([[0.6, 0.8]]), atol=1e-3)
     assert similarity_metric(k).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_mutual_pairs_merge_wherever_they_stand_and_keep_the_order() -> None:
+    """Of 1 and 3, which are alike and both at odd places, the later goes; 4 is nearest to 2, but 2 is nearer to 5."""
+    metric = one_image([1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.1], [0.6, 0, 0.8], [0.1, 0, 1])
+    plan = plan_of(Tokens.start(1, 6, torch.device("cpu")), metric, torch.ones(1, 6), 0.5, 0.0, "ltmp", 1, "mutual")
+    assert plan.into.tolist() == [[0, 1, 2, 1, 4, 2]]
+    assert plan.order[0, :4].tolist() == [0, 1, 2, 4]
+    assert plan.tokens.size[0, :4].tolist() == [1, 2, 2, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 24), st.integers(0, 10_000))
+@torch.no_grad()
+def test_mutual_pairs_do_not_depend_on_ranks(length: int, seed: int) -> None:
+    """Without a token that nobody pairs with, all others merge as before; parity would have shifted."""
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.nn.functional.normalize(torch.randn(1, length, 3, generator=generator), dim=-1)
+    lonely = torch.tensor([0.0, 0.0, 0.0])
+    at = int(torch.randint(1, length, (), generator=generator))
+    longer = torch.cat([metric[:, :at], lonely.view(1, 1, 3) - 1e-3, metric[:, at:]], 1)
+
+    def groups(metric: Tensor) -> set[tuple[float, float]]:
+        n = metric.shape[1]
+        state = Tokens.start(1, n, torch.device("cpu"))
+        plan = plan_of(state, metric, torch.ones(1, n), 0.2, 0.0, "ltmp", 1, "mutual")
+        pairs = plan.merged[0].nonzero()[:, 0].tolist()
+        return {(float(metric[0, i, 0]), float(metric[0, plan.into[0, i], 0])) for i in pairs}
+
+    assert groups(metric) == groups(longer)
 
 
 @torch.no_grad()
