@@ -193,9 +193,11 @@ def test_no_images_and_nothing_attached_are_said() -> None:
         ltmp.learn(ltmp.detach(model), batches, TARGET)
 
 
+@pytest.mark.parametrize("matching", ["bipartite", "mutual"])
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_calibration_alone_is_near_the_budget(pool: str) -> None:
-    model = ltmp.attach(tiny_vit(depth=4, img_size=32, global_pool=pool))
+def test_calibration_alone_is_near_the_budget(pool: str, matching: str) -> None:
+    config = ltmp.LTMPConfig(matching=matching)
+    model = ltmp.attach(tiny_vit(depth=4, img_size=32, global_pool=pool), config)
     images = random_images(64, size=32)
     calibrate(model, images, 0.7)
     assert abs(HeldOut(model, images, 64).share() - 0.7) < 0.03

@@ -19,11 +19,16 @@ class Calibrating(Thresholds):
 
     def __init__(self, like: Thresholds, schedule: Schedule) -> None:
         super().__init__(like.depth, like.config)
+        self.there = 0
         self.rates = {"merge": schedule.merge.tolist(), "prune": schedule.prune.tolist()}
         self.eval()
 
     def active(self) -> tuple[tuple[bool, bool], ...]:
         return tuple((m > 0, p > 0) for m, p in zip(self.rates["merge"], self.rates["prune"], strict=True))
+
+    def select(self, step: str, block: int, score: Tensor, free: Tensor, tokens: Tensor) -> Tensor:
+        self.there = int(tokens.sum())
+        return super().select(step, block, score, free, tokens)
 
     @torch.no_grad()
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
@@ -33,9 +38,11 @@ class Calibrating(Thresholds):
             self.prune[block] = 1.0
             return super().decide(step, block, score, free)
         scores = score[free].sort(descending=step == "merge").values
-        # every other token may merge, so that of these twice the part must
-        part = (2 if step == "merge" else 1) * (1 - math.exp(-rate))
-        wanted = min(round(part * scores.numel()), scores.numel() - 1)
+        count = scores.numel()
+        if step == "merge":
+            # only some of the tokens may merge, so that of these more than the wanted part must
+            count = 2 * count if self.config.matching == "bipartite" else self.there
+        wanted = min(round(count * (1 - math.exp(-rate))), scores.numel() - 1)
         if wanted > 0:
             # halfway between the last that goes and the first that stays
             getattr(self, step)[block] = (scores[wanted - 1] + scores[wanted]) / 2
