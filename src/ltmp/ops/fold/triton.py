@@ -33,14 +33,14 @@ def _fold_kernel(
             if size > before:
                 x *= before
                 # with evens and odds matched, all that arrive are even
-                even = STEP * tl.arange(0, GIVERS)
-                arrives = tl.load(SLOT + first + even, mask=even < n, other=-1) == -2 - token
+                giver = STEP * tl.arange(0, GIVERS)
+                arrives = tl.load(SLOT + first + giver, mask=giver < n, other=-1) == -2 - token
                 left = tl.sum(arrives.to(tl.int32), 0)
                 while left > 0:
                     which = tl.argmax(arrives.to(tl.int32), 0)
                     source = first + STEP * which
                     x += residual_row(X, Y, LAYER_SCALE, source, C, CB, ADDS, SCALES) * tl.load(SIZE + source)
-                    arrives = arrives & (even != STEP * which)
+                    arrives = arrives & (giver != STEP * which)
                     left -= 1
                 x /= size
             column = tl.arange(0, CB)
