@@ -104,7 +104,7 @@ class LTMPConfig:
                     "matching": MATCHINGS, "importance": (None, *IMPORTANCES)}  # fmt: skip
         for name, known in settings.items():
             if getattr(self, name) not in known:
-                names = ", ".join(value for value in known if value)
+                names = ", ".join(filter(None, known))
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {names}")
         if self.method.fixed and (self.matching != "bipartite" or self.importance is not None):
             raise ValueError(f"matching and importance are for {', '.join(LEARNED)}; {self.variant} has its own")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops.attend.reference import class_attention
-from .ops.match.reference import match, match_mutual
+from .ops.match.reference import candidates
 from .policy import Policy, rank
 from .rates import noise
 from .sources import follow
@@ -158,13 +158,7 @@ def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[
         The state, every token still in its place, and int64 [B, N]: the place that each is folded into, or its own.
     """
     free = (state.keep > 0) & (state.origin >= protected)
-    if policy.config.matching == "mutual":
-        asked = slice(None)
-        best, receiver = match_mutual(state.metric, free)
-    else:
-        asked = slice(None, None, 2)
-        best, odd = match(state.metric, free)
-        receiver = 2 * odd + 1
+    asked, best, receiver = candidates(state.metric, free, policy.config.matching)
     gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
     moved = gone.detach()
     size = state.size.scatter_add(1, receiver, state.size[:, asked] * moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .engines import masked, select
 from .engines.blockwise import Blockwise
 from .engines.positions import Positions, positions_of
-from .engines.request import Active
+from .engines.request import Active, held
 from .engines.state import Reduced
 from .errors import LTMPError
 from .flops import Geometry, flops_share
@@ -52,30 +52,19 @@ _RECORD: ContextVar[Record | None] = ContextVar("ltmp_record", default=None)
 _DENSE: ContextVar[bool] = ContextVar("ltmp_dense", default=False)
 
 
-@contextmanager
-def record() -> Iterator[Record]:
+def record() -> AbstractContextManager[Record]:
     """Collect token counts of the reduced models called inside, in this thread only.
 
     >>> with ltmp.record() as calls:
     ...     logits = model(images)
     >>> calls.share().mean()
     """
-    calls = Record()
-    token = _RECORD.set(calls)
-    try:
-        yield calls
-    finally:
-        _RECORD.reset(token)
+    return held(_RECORD, Record())
 
 
-@contextmanager
-def dense() -> Iterator[None]:
+def dense() -> AbstractContextManager[bool]:
     """Run attached models as if nothing were attached, inside and in this thread only: the baseline of a comparison."""
-    token = _DENSE.set(True)
-    try:
-        yield
-    finally:
-        _DENSE.reset(token)
+    return held(_DENSE, True)
 
 
 def recording() -> Record | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..stack import ReducedStack
     from .positions import Positions
     from .state import Reduced
+
+T = TypeVar("T")
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune threshold can select anything."""
@@ -66,10 +68,15 @@ REQUEST: ContextVar[Request | None] = ContextVar("ltmp_request", default=None)
 
 
 @contextmanager
-def requested(request: Request) -> Iterator[Request]:
-    """Run the engine on these terms inside, in this thread only."""
-    token = REQUEST.set(request)
+def held(variable: ContextVar[Any], value: T) -> Iterator[T]:
+    """Give a variable a value inside, in this thread only."""
+    token = variable.set(value)
     try:
-        yield request
+        yield value
     finally:
-        REQUEST.reset(token)
+        variable.reset(token)
+
+
+def requested(request: Request) -> AbstractContextManager[Request]:
+    """Run the engine on these terms inside, in this thread only."""
+    return held(REQUEST, request)

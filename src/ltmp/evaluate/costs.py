@@ -24,7 +24,7 @@ from ..engines.positions import Positions
 from ..engines.request import Active, Capacity
 from ..engines.state import State
 from ..models import stack_of, thresholds_of
-from ..ops.match.reference import match, match_mutual
+from ..ops.match.reference import candidates
 from ..reduction import similarity_metric
 from ..stack import ReducedStack, dense, record
 from ..thresholds import Thresholds
@@ -147,7 +147,7 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
     _, k, _ = stack.recipe.qkv(stack.blocks[i], x)
     metric = similarity_metric(k, policy.config.similarity)
     free = torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device)
-    best, _ = (match_mutual if policy.config.matching == "mutual" else match)(metric, free)
+    _, best, _ = candidates(metric, free, policy.config.matching)
     found = best[:, 1:][best[:, 1:].isfinite()]
     policy.merge[i] = found.quantile(1 - MERGED) if len(found) else 0.999
     policy.prune[i] = torch.finfo(torch.float32).tiny

@@ -6,6 +6,23 @@ import torch
 from torch import Tensor
 
 
+def candidates(metric: Tensor, free: Tensor, matching: str) -> tuple[slice, Tensor, Tensor]:
+    """The tokens that may merge, by `bipartite` or `mutual` matching.
+
+    Args:
+        metric, free: as in `match`.
+
+    Returns:
+        asked: the places that may have one.
+        best: float32 [B, M], of each of these places the cosine to what it would merge into, -inf where it may not.
+        receiver: int64 [B, M], the place of that.
+    """
+    if matching == "mutual":
+        return slice(None), *match_mutual(metric, free)
+    best, odd = match(metric, free)
+    return slice(None, None, 2), best, 2 * odd + 1
+
+
 @torch.no_grad()
 def match(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """For each even token its most similar odd token (paper, section 3.2: bipartite matching by parity).
