@@ -78,11 +78,15 @@ def test_wrong_decisions_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["triton"].note == "only 99.00 % of decisions equal the reference's"
 
 
+@pytest.mark.parametrize(
+    "scores", [{}, {"importance": "class"}, {"matching": "mutual", "similarity": "heads"}], ids=str
+)
 @pytest.mark.parametrize("variant", ["ltmp", "ltm", "ltp"])
-def test_decisions_are_compared_one_by_one(variant: str) -> None:
+def test_decisions_are_compared_one_by_one(variant: str, scores: dict[str, str]) -> None:
     pytest.importorskip("triton")
     images = random_images(3)
     model = attach_reducing(tiny_vit(reg_tokens=2), images, variant)
+    model.ltmp.config = replace(model.ltmp.config, **scores)
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     assert decisions_agree(stack_of(model), x) == 1
 

@@ -22,7 +22,7 @@ from ..errors import LTMPError, UsageError, first_line
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
 from ..policy import Policy
-from ..reduction import make_plan, similarity_metric
+from ..reduction import importance_for, make_plan, similarity_metric
 from ..stack import ReducedStack, record
 from ..tokens import Tokens
 from .compare import rates_for
@@ -107,7 +107,7 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
 def _reference_slots(
     stack: ReducedStack, block: int, active: Any, rows: Any, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the odd token at place 2 i + 1."""
+    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the token at place i."""
     from ..engines.planned import slots
 
     counts = rows.cu.diff().tolist()
@@ -115,14 +115,13 @@ def _reference_slots(
     size, origin = (packed.pad(t[:live], counts) for t in (rows.size, rows.origin.long()))
     there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
     tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
-    _, importance = packed._attend(q, k, v, tokens, counts, True)
-    assert importance is not None
+    _, received = packed._attend(q, k, v, tokens, counts, True)
+    assert received is not None
+    padded_q, padded_k = packed.pad(q, counts), packed.pad(k, counts)
+    importance = importance_for(stack.thresholds, block, packed.pad(received, counts), padded_q, padded_k, tokens)
     steps = stack.thresholds.steps(active, block)
     metric = similarity_metric(k, stack.thresholds.config.similarity)
-    plan = make_plan(
-        tokens, packed.pad(metric, counts), packed.pad(importance, counts),
-        stack.thresholds, block, steps, stack.protected,
-    )  # fmt: skip
+    plan = make_plan(tokens, packed.pad(metric, counts), importance, stack.thresholds, block, steps, stack.protected)
     return packed.rows(slots(plan).clamp(max=0), counts)
 
 
