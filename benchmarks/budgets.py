@@ -63,8 +63,8 @@ def dials(model: nn.Module, opened: Open, options: argparse.Namespace) -> tuple[
     """For each seed the thresholds at each budget, and how each run went."""
     policies: dict[tuple[int, float], Policy] = {}
     runs = []
+    scores = {name: getattr(options, name) for name in ("similarity", "matching", "importance")}
     for seed in range(options.seeds):
-        scores = {name: getattr(options, name) for name in ("similarity", "matching", "importance")}
         ltmp.attach(model, ltmp.LTMPConfig(**scores))
         with progress_bar(f"seed {seed}", None) as bar:
             result = ltmp.learn_dial(

@@ -82,7 +82,7 @@ LAYERS = (
     ("policy", "tokens"),
     ("sources",),
     ("ops",),
-    ("config", "dial", "files", "flops", "locate"),
+    ("config", "context", "dial", "files", "flops", "locate"),
     ("errors", "_version"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -116,4 +116,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "app.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "stack.py") == {"engines", "errors", "flops", "policy", "sources"}
+    assert imports(package / "stack.py") == {"context", "engines", "errors", "flops", "policy", "sources"}

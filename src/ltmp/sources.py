@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .context import held
 
 
 @dataclass
@@ -37,8 +38,7 @@ _TRACE: ContextVar[Trace | None] = ContextVar("ltmp_trace", default=None)
 _UNMERGE: ContextVar[bool] = ContextVar("ltmp_unmerge", default=False)
 
 
-@contextmanager
-def trace(*, every_block: bool = False) -> Iterator[Trace]:
+def trace(*, every_block: bool = False) -> AbstractContextManager[Trace]:
     """Follow the patches of the reduced models called inside, in this thread only: 4 bytes a patch.
 
     >>> with ltmp.trace() as calls:
@@ -48,12 +48,7 @@ def trace(*, every_block: bool = False) -> Iterator[Trace]:
     Args:
         every_block: keep what was so after each block, too: 4 bytes a patch and block.
     """
-    calls = Trace(every_block=every_block)
-    token = _TRACE.set(calls)
-    try:
-        yield calls
-    finally:
-        _TRACE.reset(token)
+    return held(_TRACE, Trace(every_block=every_block))
 
 
 def tracing() -> Trace | None:
@@ -61,8 +56,7 @@ def tracing() -> Trace | None:
     return _TRACE.get()
 
 
-@contextmanager
-def unmerge() -> Iterator[None]:
+def unmerge() -> AbstractContextManager[bool]:
     """Features of reduced models called inside cover every patch, at its own place, in this thread only.
 
     A patch gets the features of the token that it ended in, and one that was pruned keeps those that it had when it
@@ -76,11 +70,7 @@ def unmerge() -> Iterator[None]:
     One thing differs from an ordinary call: a last block whose prune threshold is 1 or more drops every patch because a
     class-token head reads none of them; here they are read, and that block prunes nothing.
     """
-    token = _UNMERGE.set(True)
-    try:
-        yield
-    finally:
-        _UNMERGE.reset(token)
+    return held(_UNMERGE, True)
 
 
 def unmerging() -> bool:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .context import held
 from .engines import masked, select
 from .engines.blockwise import Blockwise
 from .engines.positions import Positions, positions_of
-from .engines.request import Active, held
+from .engines.request import Active
 from .engines.state import Reduced
 from .errors import LTMPError
 from .flops import Geometry, flops_share

@@ -24,8 +24,9 @@ from ltmp.evaluate.compare import rates_for
 from ltmp.models import stack_of
 
 pytest.importorskip("triton")
-from ltmp.engines import graph
-from ltmp.engines.graph import CudaRecorder, GraphedForward, plan_capacity
+from ltmp.engines import capacity, graph
+from ltmp.engines.capacity import SLACK, plan_capacity
+from ltmp.engines.graph import CudaRecorder, GraphedForward
 
 # batches that outgrow their room leave nonsense behind in it, and NumPy says so
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -166,7 +167,7 @@ def test_overflow_is_run_again_and_room_grows() -> None:
     case.check(4)
     case.check(4)
     assert (case.recorder.recorded, case.recorder.replayed) == (2, 3)
-    assert case.forward._slack[key] == 2 * graph._SLACK
+    assert case.forward._slack[key] == 2 * SLACK
 
 
 def test_too_long_an_image_is_an_overflow() -> None:
@@ -238,7 +239,7 @@ def test_other_image_size_has_its_own_graph() -> None:
 
 def test_room_far_too_large_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_PATIENCE", 2)
-    monkeypatch.setattr(graph, "_ROWS", 1)
+    monkeypatch.setattr(capacity, "_ROWS", 1)
     case = Case()
     case.check(4)
     case.check(4)
@@ -385,7 +386,7 @@ class Dialled(Case):
     """A case with a dial from 0.5 to 0.9, whose rooms are not rounded up."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> None:
-        monkeypatch.setattr(graph, "_ROWS", 1)
+        monkeypatch.setattr(capacity, "_ROWS", 1)
         super().__init__(**kwargs)
         dial = dial_of(self.model, (0.5, 0.6, 0.75, 0.9))
         self.follow(lambda model: model.ltmp.set_dial(dial))

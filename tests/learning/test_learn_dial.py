@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_shares_are_corrected_by_more_images() -> None:
 
 
 def test_a_source_that_does_not_say_its_length_is_checked_on() -> None:
-    class Streaming(list):  # type: ignore[type-arg]
+    class Streaming(list[Any]):
         images = 0
 
     model, few = model_and_images()

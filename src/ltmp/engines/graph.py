@@ -8,7 +8,6 @@ that is known.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..thresholds import Thresholds
+from .capacity import SLACK, Level, plan_capacity
 from .patches import patches_as_product
 from .request import Active, Capacity, Request, requested
 
@@ -36,17 +35,6 @@ T = TypeVar("T")
 
 GRAPHS = 16
 """Graphs kept for one model, by default: a whole dial of them. The least recently used one goes first."""
-
-LEVELS = 16
-"""Parts of the range from 0 to 1 whose budgets share graphs: fewer waste room, more record more."""
-
-_ROWS = 128
-"""Rooms are multiples of this many rows: a matrix product's tile."""
-
-_SLACK = 0.02
-"""Room beyond the largest batch seen, doubled whenever it was too little. Totals of random batches of 256 images vary
-by about 1 %; photographs sorted by class vary more."""
-
 
 _TIGHT = 0.9
 """Share of its room that a batch should use in at least one block."""
@@ -101,63 +89,6 @@ class CudaRecorder:
 
     def release(self) -> None:
         torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True)
-class Level:
-    """The part of a budget dial that graphs are for.
-
-    Attributes:
-        top: the largest budget in it; None where no dial set the thresholds.
-        growth: for each block how many times the tokens of the present budget that one leaves.
-    """
-
-    top: float | None = None
-    growth: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, policy: Policy) -> Level:
-        """Where `policy` is, as far as that is known without waiting for a device: a wrong answer costs room."""
-        if not isinstance(policy, Thresholds) or policy.dial is None or policy.asked is None:
-            return cls()
-        top, dial = math.ceil(policy.asked * LEVELS) / LEVELS, policy.dial
-        if policy.asked == 1:
-            return cls(top)
-        most = dial.kept_at(min(top, dial.highest)) / dial.kept_at(policy.asked)
-        return cls(top, tuple(most.clamp(min=1).tolist()))
-
-    def scaled(self, stats: Sequence[Sequence[int]]) -> list[list[float]]:
-        """What a batch with these stats would take at the top."""
-        growth = self.growth or (1.0,) * len(stats)
-        return [[factor * n for n in block] for block, factor in zip(stats, growth, strict=True)]
-
-
-def plan_capacity(
-    stats: Sequence[Sequence[float]], tokens: int, rows: int, slack: float = _SLACK, least: Capacity | None = None
-) -> Capacity:
-    """Room for batches like one that ran.
-
-    Args:
-        stats: [L][tokens of the batch, longest image, ...], zeros where a block reduced nothing.
-        tokens: of one image at the start; rows: of the whole batch at the start.
-        slack: room beyond what it took, as a share of that.
-        least: room that must not shrink.
-
-    Returns:
-        What the batch took and a little more, never more than it started with.
-    """
-    room: list[int] = []
-    longest: list[int] = []
-    for i, (total, most, *_) in enumerate(stats):
-        before = (rows, tokens) if i == 0 else (room[-1], longest[-1])
-        wanted = -(-int(total * (1 + slack)) // _ROWS) * _ROWS
-        # counts of single images vary more than their sum, and a loose bound on them costs next to nothing
-        reach = -(-int(most * 1.1) // 16) * 16
-        if least is not None:
-            wanted, reach = max(wanted, least.rows[i]), max(reach, least.longest[i])
-        room.append(min(wanted, before[0]) if most else before[0])
-        longest.append(min(reach, before[1]) if most else before[1])
-    return Capacity(tuple(room), tuple(longest))
 
 
 @dataclass
@@ -346,7 +277,7 @@ class GraphedForward:
         if graph.capacity is not None and not graph.capacity.holds(stats):
             log.debug("a batch needed more room than planned; it runs again at its exact size")
             self._drop(graph, replan=False)
-            self._slack[key] = 2 * self._slack.get(key, _SLACK)
+            self._slack[key] = 2 * self._slack.get(key, SLACK)
             return self._exactly(key, level, images)
         if graph.wastes(level.scaled(stats)):
             self._drop(graph)
@@ -379,7 +310,7 @@ class GraphedForward:
         self._seen.add(key)
         if request.stats is not None:
             rows = len(images) * geometry.tokens
-            slack = self._slack.setdefault(key, _SLACK)
+            slack = self._slack.setdefault(key, SLACK)
             stats = level.scaled(request.stats.tolist())
             self._room[key] = plan_capacity(stats, geometry.tokens, rows, slack, self._room.get(key))
         return output
@@ -388,11 +319,7 @@ class GraphedForward:
         """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
         from ..stack import record
 
-        with (
-            requested(request),
-            record() as calls,
-            patches_as_product(self.host),
-        ):
+        with requested(request), record() as calls, patches_as_product(self.host):
             output = type(self.host).forward(self.host, images)
         return output, calls.kept[0], calls.geometry[0]
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from ..context import held
 
 if TYPE_CHECKING:
     from ..stack import ReducedStack
     from .positions import Positions
     from .state import Reduced
-
-T = TypeVar("T")
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune threshold can select anything."""
@@ -65,16 +65,6 @@ class Request:
 
 
 REQUEST: ContextVar[Request | None] = ContextVar("ltmp_request", default=None)
-
-
-@contextmanager
-def held(variable: ContextVar[Any], value: T) -> Iterator[T]:
-    """Give a variable a value inside, in this thread only."""
-    token = variable.set(value)
-    try:
-        yield value
-    finally:
-        variable.reset(token)
 
 
 def requested(request: Request) -> AbstractContextManager[Request]:
