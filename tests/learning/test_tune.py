@@ -42,10 +42,10 @@ def test_tuned_weights_come_closer_to_the_dense_model_at_the_same_share(parts: s
     settings = {"calibration": 96, "distill": True}
     others = HeldOut(model, random_images(256, seed=1), 64, taught_by=copy.deepcopy(model))
     ltmp.learn(model, batches, 0.45, views=288, **settings)
-    frozen = others.divergence()
+    frozen = others.loss()
     result = tune(model, batches, 0.45, Tuning(parts, lr=3e-3), epochs=3, **settings)
     assert result.tuned
-    assert others.divergence() < 0.9 * frozen
+    assert others.loss() < 0.9 * frozen
     assert abs(result.share - 0.45) <= 0.01
 
 
@@ -258,6 +258,16 @@ def test_labels_are_a_part_of_the_loss() -> None:
 
     taught, labelled = loss(0.0), loss(1.0)
     assert loss(0.3) == pytest.approx(0.3 * labelled + 0.7 * taught, abs=1e-6)
+
+
+def test_what_was_learned_from_labels_is_judged_by_labels() -> None:
+    model, batches = model_and_batches()
+    away = [(images, (labels + 1) % 5) for images, labels in batches]
+    judged = HeldOut(model, batches[0][0], 16, labels=away[0][1], part=1.0)
+    before = judged.loss()
+    # far from the dense model, on purpose
+    assert tune(model, away, TARGET, Tuning(lr=3e-3, labels=1.0), epochs=4, **SETTINGS).tuned
+    assert judged.loss() < before
 
 
 def test_decisions_are_made_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

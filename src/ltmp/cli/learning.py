@@ -203,7 +203,7 @@ def _evaluated(network: nn.Module, checking: Loader | None, place: torch.device,
 def _about_tuning(parts: str | None, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """What a thresholds file says of the weights that belong to it; `top1_dense` is that of those before."""
     if parts is None:
-        console.print("tuning brought the model no closer to its dense answers: it keeps the weights it had")
+        console.print("tuning did not lower the loss on the images kept apart: the model keeps the weights it had")
     if before is None or after is None:
         return {"tuned": parts}
     return {"tuned": parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}

@@ -26,7 +26,7 @@ from .objective import task_loss, teacher
 from .resume import load_run, save_run
 from .schedule import Shape, between, usual
 from .search import POPULATION, evolve
-from .views import first_images
+from .views import first
 
 ANCHORS = 3
 """Budgets that shapes are searched at; between them they are mixed."""
@@ -108,7 +108,7 @@ def learn_dial(
         )
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
-    images = first_images(loader, calibration, progress).to(place)
+    images = first(loader, calibration, progress)[0].to(place)
     maker = _Maker(model, images, amp, progress)
     for end in (low, high):
         check_target(end, maker.geometry, stack_of(model).protected)

@@ -29,7 +29,7 @@ class Candidate:
 
     Attributes:
         merge, prune: float32 [L].
-        share: deployed; loss: divergence from the dense model's answers.
+        share: deployed; loss: what they are judged by, see `HeldOut`.
         looks: how often the images were looked at.
     """
 
@@ -46,6 +46,8 @@ class HeldOut:
     Args:
         images: [N, 3, H, W] on the model's device; batch: how many to run at once.
         taught_by: whose answers with nothing removed are the right ones; None is the model itself.
+        labels: int64 [N], and `part`: how much of what candidates are judged by is from them; the rest is the
+            divergence from the dense model's answers.
         progress: told of each batch while a candidate is made.
     """
 
@@ -56,11 +58,15 @@ class HeldOut:
         batch: int,
         progress: Progress | None = None,
         taught_by: nn.Module | None = None,
+        labels: Tensor | None = None,
+        part: float = 0.0,
     ) -> None:
         self.model = model
         self.taught_by = taught_by or model
         self.count = len(images)
         self.parts = images.split(batch)
+        self.labels = [None] * len(self.parts) if labels is None else labels.split(batch)
+        self.part = part
         self.progress = progress
         self._done = 0
 
@@ -68,7 +74,7 @@ class HeldOut:
         """Move the model's thresholds onto the budget and judge them as deployed."""
         self._done = 0
         share, looks = self.meet_budget(target)
-        loss = self.divergence()
+        loss = self.loss()
         thresholds = thresholds_of(self.model)
         values = (thresholds.merge.detach().cpu().clone(), thresholds.prune.detach().cpu().clone())
         if self.progress is not None:
@@ -85,11 +91,11 @@ class HeldOut:
         return float(mean(calls.share().double()))
 
     @torch.inference_mode()
-    def divergence(self) -> float:
-        """Mean divergence of the deployed model's answers from the dense model's."""
+    def loss(self) -> float:
+        """Mean loss of the deployed model's answers."""
         losses = []
-        for part, answer in zip(self.parts, self._answers, strict=True):
-            losses.append(task_loss(logits_of(self.model(part)), None, answer).double())
+        for part, labels, answer in zip(self.parts, self.labels, self._answers, strict=True):
+            losses.append(task_loss(logits_of(self.model(part)), labels, answer, self.part).double())
             self._tick(part)
         return float(mean(torch.cat(losses)))
 
@@ -134,7 +140,7 @@ class HeldOut:
 
     @property
     def _most(self) -> int:
-        """Images that a candidate may take: every try, the dense answers and the divergence."""
+        """Images that a candidate may take: every try, the dense answers and the loss."""
         return (TRIES + 2) * self.count
 
     def _tick(self, part: Tensor) -> None:

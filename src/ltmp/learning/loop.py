@@ -24,7 +24,7 @@ from .log import Journal, Logger
 from .objective import Objective
 from .resume import load_run, save_run
 from .run import Run, Step
-from .views import Batch, apart, first_images, stream
+from .views import Batch, apart, first, stream
 from .weights import Tuning, cut, tuned
 
 CALIBRATED = 128
@@ -95,7 +95,8 @@ def learn(
 
     Starts from thresholds calibrated block by block on the first images, optimises the 2 L numbers with gradients
     through the hard decisions (paper, section 3.4), and closes what is left to the budget by bisection on one scalar.
-    Of the calibrated and the learned thresholds, those stay whose answers are closer to the dense model's.
+    Of the calibrated and the learned thresholds, those stay whose answers are closer to the dense model's, or with
+    `tuning` those of less loss.
 
     Called by every rank of a `torch.distributed` process group, with the same model, loader and settings, this is one
     run: ranks take turns at the batches, a step looks at a batch of each, and all end with the same thresholds: those
@@ -137,7 +138,8 @@ def learn(
         raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
-    images = first_images(loader, calibration, progress).to(place)
+    images, labels = first(loader, calibration, progress)
+    images = images.to(place)
     check_target(target, geometry_of(model, images), stack_of(model).protected)
 
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
@@ -150,7 +152,12 @@ def learn(
     original = model if tuning is None else copy.deepcopy(model).requires_grad_(False)
     cast = torch.autocast(place.type, amp) if amp is not None else nullcontext()
     journal = Journal(log if rank() == 0 else None, model, images)
-    held_out = HeldOut(model, images[rank() :: world()].contiguous(), batch, progress, original)
+    part = float(not distill) * (1.0 if tuning is None else tuning.labels)
+    # frozen weights cannot be much better than the dense model, whose answers tell more than labels
+    judged = part if tuning is not None and labels is not None else 0.0
+    mine = slice(rank(), None, world())
+    known = labels[mine].to(place) if labels is not None and judged else None
+    held_out = HeldOut(model, images[mine].contiguous(), batch, progress, original, known, judged)
 
     def save() -> None:
         if checkpoint is not None and rank() == 0:
@@ -180,8 +187,7 @@ def learn(
             run.begin(held_out.candidate(target))
             journal.deployed(0, run.start)
     torch.manual_seed(seed + run.step)
-    labels = float(not distill) * (1.0 if tuning is None else tuning.labels)
-    objective = Objective(model, target, budget_weight, labels, original, cast)
+    objective = Objective(model, target, budget_weight, part, original, cast)
     skipped = 0 if tuning is None else -(-apart(loader, len(images)) // batch)
     batches = stream(loader, skipped + run.step * accumulate * world(), batch)
     with _only(model, thresholds), tuned(model, original, tuning, run.steps) as weights:

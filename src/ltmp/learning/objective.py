@@ -26,23 +26,30 @@ def teacher(model: nn.Module, images: Tensor) -> Tensor:
         return logits_of(model(images))
 
 
-def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None) -> Tensor:
-    """Of each image the cross-entropy to its label, or the divergence from the dense model's probabilities if given.
+def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float | None = None) -> Tensor:
+    """Of each image the divergence from the dense model's probabilities, the cross-entropy to its label, or a mixture.
 
     Args:
         logits: [B, K].
         labels: int64 [B], or None.
         taught: [B, K] logits of the dense model, or None.
+        part: how much of the loss is from labels, in [0, 1]; None is 0 where the dense model's answers are given.
 
     Returns:
         float32 [B].
     """
-    if taught is not None:
+    part = float(taught is None) if part is None else part
+    loss = torch.zeros(len(logits), device=logits.device)
+    if part < 1:
+        if taught is None:
+            raise LTMPError("the dense model's answers are part of the loss, and there are none")
         ours, theirs = logits.float().log_softmax(-1), taught.float().log_softmax(-1)
-        return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-    if labels is None:
-        raise LTMPError("there is nothing to learn from: give labels, or learn from the dense model (distill)")
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+        loss = loss + (1 - part) * F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    if part > 0:
+        if labels is None:
+            raise LTMPError("there is nothing to learn from: give labels, or learn from the dense model (distill)")
+        loss = loss + part * F.cross_entropy(logits.float(), labels, reduction="none")
+    return loss
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Objective:
                 with record() as calls:
                     logits = logits_of(self.model(images))
             share = mean(calls.share())
-            task = mean(self._task(logits, labels, taught))
+            task = mean(task_loss(logits, labels, taught, self.labels))
             loss = task + budget_loss(share, self.target, self.budget_weight)
             if not loss.isfinite():
                 raise LTMPError(
@@ -96,9 +103,3 @@ class Objective:
                 parameter.grad = total(parameter.grad)
         tokens = gather(torch.stack(kept)).flatten(0, 1).mean(0).tolist()
         return float(torch.stack(losses).mean()), float(torch.stack(shares).mean()), tokens
-
-    def _task(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
-        """[B], from labels, the dense model's answers [B, K], or both."""
-        if taught is None or self.labels == 0:
-            return task_loss(logits, labels, taught)
-        return self.labels * task_loss(logits, labels, None) + (1 - self.labels) * task_loss(logits, None, taught)

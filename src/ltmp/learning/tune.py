@@ -27,8 +27,8 @@ def tune(
 
     The weights are taught by the model as it was, dense. They end as plain weights under their own names
     and in their own shapes: `ltmp.detach(model)` is a plain model again, and `ltmp.checkpoint.save_weights` writes its
-    checkpoint. They belong to the thresholds learned with them. Where tuning did not bring the answers on images kept
-    apart closer to those of the model as it was, the model gets its weights back; likewise where the run fails.
+    checkpoint. They belong to the thresholds learned with them. Where tuning did not lower the loss on images kept
+    apart, the model gets its weights back; likewise where the run fails.
 
     >>> ltmp.tune(model, loader, target=0.47, parts="lora")
 

@@ -16,19 +16,24 @@ from .heldout import Progress
 Batch = tuple[Tensor, Tensor]
 
 
-def first_images(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> Tensor:
-    """The first `count` images of the loader, or all where there are fewer.
+def first(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images of the loader and their labels, or all where there are fewer.
+
+    Returns:
+        [N, 3, H, W], and int64 [N], or None where the loader gives something else.
 
     Raises:
         LTMPError: there are none, or fewer than ranks, or one holds NaN or infinity.
     """
     found: list[Tensor] = []
+    known: list[Tensor] = []
     have = 0
     expected = min(count, getattr(loader, "images", 0) or count)
-    for images, _ in loader:
+    for images, labels in loader:
         if not images.isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
         found.append(images)
+        known += [labels] if isinstance(labels, Tensor) and len(labels) == len(images) else []
         have += len(images)
         if progress is not None:
             progress(min(have, expected), expected, "reading images to calibrate on")
@@ -38,7 +43,7 @@ def first_images(loader: Iterable[Batch], count: int, progress: Progress | None 
         raise LTMPError("there are no images to learn from: the loader is empty")
     if have < world():
         raise LTMPError(f"{have} images are too few to share among {world()} ranks: start fewer")
-    return torch.cat(found)[:count]
+    return torch.cat(found)[:count], torch.cat(known)[:count] if len(known) == len(found) else None
 
 
 def count(loader: Iterable[Batch]) -> int:
