@@ -51,7 +51,8 @@ class OneImage:
         q, k, v = attn.qkv(block.norm1(x)).reshape(len(x), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
         q, k = attn.q_norm(q), attn.k_norm(k)
         size = torch.tensor([t.size for t in self.tokens], dtype=x.dtype)
-        p = (q @ k.transpose(1, 2) * attn.head_dim**-0.5 + size.log()).softmax(-1)
+        power = torch.linspace(self.config.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
+        p = (q @ k.transpose(1, 2) * attn.head_dim**-0.5 + power * size.log()).softmax(-1)
         y = (p @ v).transpose(0, 1).flatten(1)
         x = x + block.ls1(attn.proj(attn.norm(y)))
         importance, metric = p.mean((0, 1)), k.mean(0) / k.mean(0).norm(dim=-1, keepdim=True)

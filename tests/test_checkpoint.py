@@ -449,9 +449,14 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "other", "usual"),
-    [("similarity", "heads", "mean"), ("matching", "mutual", "bipartite"), ("importance", "class", "received")],
+    [
+        ("similarity", "heads", "mean"),
+        ("matching", "mutual", "bipartite"),
+        ("importance", "class", "received"),
+        ("size_power", 0.3, 1.0),
+    ],
 )
-def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: str, usual: str) -> None:
+def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: Any, usual: Any) -> None:
     path = tmp_path / "other.safetensors"
     model = ltmp.attach(tiny_vit(), LTMPConfig(**{name: other}))
     model.ltmp.set([0.5] * 3)
@@ -461,7 +466,14 @@ def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other
     assert getattr(fresh.ltmp.config, name) == other
     with pytest.raises(LTMPError, match=f"for {name} by {other}, but the model was attached with {usual}"):
         ltmp.load(ltmp.attach(tiny_vit()), path)
-    with pytest.raises(ValueError, match=f"unknown {name} 'values': expected one of {usual}, {other}"):
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("similarity", "mean, heads"), ("matching", "bipartite, mutual"), ("importance", "received, class")],
+)
+def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {name} 'values': expected one of {known}"):
         LTMPConfig(**{name: "values"})
 
 

@@ -30,11 +30,12 @@ def prefix_model(protected: int) -> Any:
     return tiny_vit(reg_tokens=protected - 1)
 
 
-SCORES: list[dict[str, str]] = [
+SCORES: list[dict[str, Any]] = [
     {"similarity": "heads"},
     {"matching": "mutual"},
     {"importance": "class"},
-    {"similarity": "heads", "matching": "mutual", "importance": "class"},
+    {"size_power": 0.5},
+    {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3},
 ]
 
 

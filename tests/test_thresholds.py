@@ -109,6 +109,18 @@ def test_conversion_keeps_the_bits_and_the_parameters() -> None:
         assert torch.equal(parameter, old)
 
 
+# -- sizes
+
+
+def test_sizes_count_for_more_from_block_to_block() -> None:
+    size = torch.tensor([1.0, 4.0])
+    whole, rising = Thresholds(3, LTMPConfig()), Thresholds(3, LTMPConfig(size_power=0.5))
+    assert all(whole.weight(block, size) is size for block in range(3))
+    weights = [rising.weight(block, size).tolist() for block in range(3)]
+    assert weights == [pytest.approx(row) for row in ([1, 2], [1, 4**0.75], [1, 4])]
+    assert Thresholds(1, LTMPConfig(size_power=0.5)).power(0) == 0.5
+
+
 # -- settings
 
 
@@ -119,6 +131,8 @@ def test_conversion_keeps_the_bits_and_the_parameters() -> None:
         ({"engine": "warp"}, "expected one of auto"),
         ({"tau": 0.0}, "tau must be a positive number"),
         ({"tau": math.nan}, "tau must be a positive number"),
+        ({"size_power": -0.1}, "size_power must be between 0 and 1"),
+        ({"size_power": math.nan}, "size_power must be between 0 and 1"),
         ({"prune_tau": -1.0}, "prune_tau must be a positive number"),
         ({"prune_tau": math.inf}, "prune_tau must be a positive number"),
     ],

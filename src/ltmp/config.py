@@ -80,6 +80,8 @@ class LTMPConfig:
             learned variants, `mutual` pairs, each the other's most similar token.
         importance: what learned variants prune by: the mean attention `received` (paper, section 3.3) or the `class`
             token's attention; None is what the variant says.
+        size_power: a token of s patches counts as s ** power in attention, with this power in the first block, rising
+            to 1 in the last; 1 is proportional attention throughout (paper, section 3.1).
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.
@@ -98,6 +100,7 @@ class LTMPConfig:
     similarity: str = "mean"
     matching: str = "bipartite"
     importance: str | None = None
+    size_power: float = 1.0
 
     def __post_init__(self) -> None:
         settings = {"variant": VARIANTS, "engine": ENGINES, "schedule": SCHEDULES, "similarity": SIMILARITIES,
@@ -118,6 +121,8 @@ class LTMPConfig:
                 # JSON and callers bring lists
                 object.__setattr__(self, name, tuple(value))
             self._check_rate(name, getattr(self, name))
+        if not 0 <= self.size_power <= 1:
+            raise ValueError(f"size_power must be between 0 and 1, got {self.size_power!r}")
         if self.floor < 0 or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
             raise ValueError(f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens")
 
@@ -149,9 +154,10 @@ class LTMPConfig:
         return self.importance or self.method.importance
 
     @property
-    def scores(self) -> dict[str, str]:
+    def scores(self) -> dict[str, str | float]:
         """What thresholds mean: those that were learned by other scores say nothing here."""
-        return {"similarity": self.similarity, "matching": self.matching, "importance": self.goes_by}
+        by: dict[str, str | float] = {"similarity": self.similarity, "matching": self.matching}
+        return {**by, "importance": self.goes_by, "size_power": self.size_power}
 
     @property
     def steps(self) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def importance_for(
     """
     kind = policy.config.goes_by
     if kind == "class":
-        return class_attention(q, k, tokens.size, tokens.keep)
+        return class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
     if kind == "random":
         return noise(tokens.origin, block, policy.config.seed)
     return received

@@ -32,6 +32,16 @@ def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
     assert not path.with_name("run.pt").exists()
 
 
+SCORES = {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3}
+
+
+@pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])
+def test_what_thresholds_go_by_is_asked_for_and_kept(ltmp, images, verb) -> None:
+    scores = [part for name, value in SCORES.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert ltmp(*verb, "--data", images, "--out", "here", "--target", 0.8, *scores) == 0
+    assert read("here/thresholds.safetensors").config.scores == SCORES
+
+
 def test_without_labels_or_anything_to_check_on(ltmp, images, capsys) -> None:
     assert ltmp("dial", "--data", images / "train", "--out", "here", "--target", 0.8, *FEW) == 0
     assert "divergence" in capsys.readouterr().out
@@ -65,6 +75,7 @@ def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
         (("--target", 0.8, "--low", 0.1), "out of reach"),
         (("--target", 0.8, "--variant", "best"), "unknown variant"),
         (("--target", 0.8, "--similarity", "values"), "expected one of mean, heads"),
+        (("--target", 0.8, "--size-power", 2), "size_power must be between 0 and 1"),
     ],
 )
 def test_bad_settings_are_one_sentence(ltmp, images, capsys, wrong, said) -> None:

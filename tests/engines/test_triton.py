@@ -98,7 +98,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "mutual pairs": {"matching": "mutual"},
     "mutual pairs after pruning": {"variant": "ltpm", "matching": "mutual"},
     "the class token's attention": {"importance": "class"},
-    "all that is opt-in": {"similarity": "heads", "matching": "mutual", "importance": "class"},
+    "sizes by half": {"size_power": 0.5},
+    "all that is opt-in": {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3},
 }
 
 

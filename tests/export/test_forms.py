@@ -29,7 +29,7 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "attention pooling": partial(tiny_vit, global_pool="map"),
     "query-key norm": partial(tiny_vit, qk_norm=True, init_values=0.5),
 }
-SCORES: list[dict[str, str]] = [{}, {"matching": "mutual"}, {"importance": "class"}]
+SCORES: list[dict[str, Any]] = [{}, {"matching": "mutual"}, {"importance": "class"}, {"size_power": 0.5}]
 SCORES.append({**SCORES[1], **SCORES[2], "similarity": "heads"})
 
 

@@ -36,6 +36,7 @@ def dial_verb(
     similarity: o.Similarity = "mean",
     matching: o.Matching = "bipartite",
     importance: o.Importance = None,
+    size_power: o.SizePower = 1.0,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel="Output")
     ] = None,
@@ -88,7 +89,7 @@ def dial_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity, matching, importance),
+        config_of(variant, similarity, matching, importance, size_power),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers

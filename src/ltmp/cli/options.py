@@ -83,6 +83,12 @@ Importance = Annotated[
     str | None,
     typer.Option(help="What pruning goes by: mean attention received, or class, the class token's attention."),
 ]
+SizePower = Annotated[
+    float,
+    typer.Option(
+        help="A token of s patches counts as s to this power in the first block's attention, rising to 1 in the last."
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(

@@ -40,7 +40,7 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     q, k, v = recipe.qkv(block, x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, tokens.origin)
-    y, received = attend(q, k, v, tokens.size, tokens.keep)
+    y, received = attend(q, k, v, thresholds.weight(i, tokens.size), tokens.keep)
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)
     if steps:

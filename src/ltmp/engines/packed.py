@@ -44,7 +44,8 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
     by_received = thresholds.config.goes_by == "received"
-    y, received = _attend(q, k, v, tokens, counts, by_received and "prune" in steps)
+    weight = thresholds.weight(i, tokens.size)
+    y, received = attend_to(q, k, v, weight, tokens.keep, counts, by_received and "prune" in steps)
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
@@ -62,14 +63,14 @@ def _counts(state: State) -> list[int]:
     return state.counts
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, counts: list[int], need_importance: bool
+def attend_to(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, keep: Tensor, counts: list[int], need_importance: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on rows: image by image on a CPU, where a map fits the cache, padded elsewhere, to fill the device."""
     if q.device.type == "cpu":
-        return attend_rows(q, k, v, rows(tokens.size, counts), counts, need_importance)
+        return attend_rows(q, k, v, rows(weight, counts), counts, need_importance)
     padded_q, padded_k, padded_v = (pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v))
-    out, importance = attend(padded_q, padded_k, padded_v, tokens.size, tokens.keep)
+    out, importance = attend(padded_q, padded_k, padded_v, weight, keep)
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
 
 

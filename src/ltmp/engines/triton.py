@@ -231,7 +231,8 @@ class Pass:
         q, k, v = block.qkv(rows)
         if self.positions is not None:
             q, k = self.positions.rotate(i, self.stack.blocks[i], q, k, rows.origin)
-        y, received = _attend(q, k, v, rows, "prune" in steps and self.received)
+        weight = self.policy.weight(i, rows.size)
+        y, received = _attend(q, k, v, rows, weight, "prune" in steps and self.received)
         y = block.out(y)
         if steps:
             rows = self._reduce(i, steps, rows, y, q, k, received)
@@ -306,12 +307,14 @@ def _fold(
     return fold(x, y, scale, norm, planned, rows.size, rows.origin, rows.cu, rows.longest, room, bipartite)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, want_received: bool) -> tuple[Tensor, Tensor | None]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, weight: Tensor, want_received: bool
+) -> tuple[Tensor, Tensor | None]:
     """Attention [T, H * D] and, if wanted, what each token received; the stock fused one where that says all."""
     # under autocast the head norms of q and k leave them in float32
     q, k = q.to(v.dtype), k.to(v.dtype)
     if not rows.whole or want_received:
-        return attend(q, k, v, rows.size, rows.cu, rows.longest, want_received)
+        return attend(q, k, v, weight, rows.cu, rows.longest, want_received)
     images = (t.unflatten(0, (-1, rows.longest)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*images).transpose(1, 2).flatten(2).flatten(0, 1), None
 

@@ -115,7 +115,8 @@ def _reference_slots(
     size, origin = (packed.pad(t[:live], counts) for t in (rows.size, rows.origin.long()))
     there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
     tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
-    _, received = packed._attend(q, k, v, tokens, counts, True)
+    weight = stack.thresholds.weight(block, tokens.size)
+    _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
     assert received is not None
     padded_q, padded_k = packed.pad(q, counts), packed.pad(k, counts)
     importance = importance_for(stack.thresholds, block, packed.pad(received, counts), padded_q, padded_k, tokens)

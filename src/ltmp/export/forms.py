@@ -182,7 +182,7 @@ class Form:
         q, k, v = recipe.qkv(block, state.x)
         if positions is not None:
             q, k = positions.rotate(i, block, q, k, layout.rows(state.origin))
-        bias = _bias(state)
+        bias = _bias(state, stack.thresholds.power(i))
         queries, keys, values = layout.pad(q), layout.pad(k), layout.pad(v)
         # no mean of attention weights is above 1: only the prefix is left, and only its queries matter
         if "prune" in steps and self.prune[i] >= 1 and stack.protected:
@@ -259,12 +259,12 @@ def _there(state: _State) -> Tensor:
     return torch.ones_like(state.size, dtype=torch.bool) if live is None else live
 
 
-def _bias(state: _State) -> Tensor | None:
-    """What is added to attention scores, [B, 1, 1, N]: log size, and no attention to places without a token."""
+def _bias(state: _State, power: float) -> Tensor | None:
+    """What is added to attention scores, [B, 1, 1, N]: log weight, and no attention to places without a token."""
     live = state.layout.live
     if live is None and not state.weighed:
         return None
-    bias = state.size.log()
+    bias = state.size.log() if power == 1 else state.size.log() * power
     return (bias if live is None else bias.masked_fill(~live, float("-inf")))[:, None, None, :]
 
 

@@ -65,7 +65,7 @@ class _Settings:
     calibrate: int
     seed: int
     variant: str
-    scores: dict[str, str]
+    scores: dict[str, str | float]
     depth: int
     tuning: dict[str, Any] | None
 

@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple
 
     Args:
         q, k, v: [B, N, H, D].
-        size: float32 [B, N] patches in each token.
+        size: float32 [B, N], what each token counts as: its patches, see `Policy.weight`.
         keep: float32 [B, N], 1 live and 0 gone; its gradient at a gone token is that of bringing it back.
 
     Returns:
@@ -76,7 +76,7 @@ def attend_rows(
 
     Args:
         q, k, v: [T, H, D], the live tokens of all images one after the other.
-        size: float32 [T].
+        size: float32 [T], as in `attend`.
         counts: live tokens of each image; they sum to T.
         need_importance: whether to return it.
 
@@ -103,7 +103,7 @@ def class_attention(q: Tensor, k: Tensor, size: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         q, k: [B, N, H, D]; of q only the first token's is read.
-        size: float32 [B, N] patches in each token. keep: float32 [B, N], 1 live and 0 gone.
+        size: float32 [B, N], as in `attend`. keep: float32 [B, N], 1 live and 0 gone.
 
     Returns:
         float32 [B, N], mean over heads.

@@ -201,7 +201,7 @@ def attend(
 
     Args:
         q, k, v: [T, H, D] views with unit stride in D, for example of one [T, 3, H, D] tensor. D up to 256.
-        size: float32 [T], patches in each token.
+        size: float32 [T], what each token counts as: its patches, see `Policy.weight`.
         cu: int32 [B + 1] on the device; image b owns rows cu[b]:cu[b + 1].
         longest: a bound on the tokens of an image.
         want_received: whether to return the attention received.
