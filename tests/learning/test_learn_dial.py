@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import dial as module
-from ltmp.learning.schedule import USUAL, Shape, between, usual
+from ltmp.learning.schedule import USUAL, Shape, between, corrected, usual
 from ltmp.learning.search import evolve
 
 SETTINGS = {"knots": 5, "views": 0, "calibration": 48, "checked": 0}
@@ -146,14 +147,23 @@ def test_evolution_finds_a_shape() -> None:
 
 
 def test_shapes_between_and_beyond_budgets() -> None:
-    low, high = USUAL.values()
+    (first, low), (second, high) = list(USUAL.items())[:2]
     assert between(USUAL, 0.1) == low
-    assert between(USUAL, 0.99) == high
-    middle = between(USUAL, sum(USUAL) / 2)
+    assert between(USUAL, 0.99) == USUAL[max(USUAL)]
+    middle = between(USUAL, (first + second) / 2)
     assert middle.prune_slope == pytest.approx((low.prune_slope + high.prune_slope) / 2)
     schedule = low.schedule(12, ("merge", "prune"), last_free=True)
     assert math.isinf(schedule.prune[-1])
     assert schedule.merge[-1] == 0
+
+
+def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> None:
+    move = Shape(0.1, -0.2, 0.3, -0.4, 0.5)
+    found = {0.45: usual(0.45).plus(move), 0.6: usual(0.6)}
+    for share, part in {0.3: 1.0, 0.45: 1.0, 0.525: 0.5, 0.6: 0.0, 0.9: 0.0}.items():
+        expected = usual(share).plus(move, part)
+        assert astuple(corrected(found, share)) == pytest.approx(astuple(expected)), share
+    assert corrected({}, 0.4) == usual(0.4)
 
 
 @pytest.mark.parametrize("wrong", [{"low": 0.9, "high": 0.5}, {"knots": 1}, {"calibration": 1}, {"views": -1}])

@@ -24,12 +24,12 @@ from .calibrate import follow, geometry_of
 from .heldout import Progress
 from .objective import task_loss, teacher
 from .resume import load_run, save_run
-from .schedule import Shape, between, usual
+from .schedule import Shape, corrected, usual
 from .search import POPULATION, evolve
 from .views import first
 
 ANCHORS = 3
-"""Budgets that shapes are searched at; between them they are mixed."""
+"""Budgets that shapes are searched at; between them they are mixed, and beyond them move as the usual one does."""
 
 SEARCHED = 128
 """Images that a shape is judged on."""
@@ -211,8 +211,7 @@ class _Maker:
         """A dial with a row near each of `shares`, and each row's divergence."""
         rows: list[_Row] = []
         for share in shares:
-            shape = between(shapes, share) if shapes else usual(share)
-            row = self.run(shape, share, slice(0, len(self.images)), "calibrating")
+            row = self.run(corrected(shapes, share), share, slice(0, len(self.images)), "calibrating")
             # few images leave neighbours in the wrong order
             if not rows or row.share > rows[-1].share:
                 rows.append(row)

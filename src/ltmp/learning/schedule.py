@@ -85,9 +85,13 @@ class Shape:
             merge[-1], prune[-1] = 0.0, math.inf
         return Schedule(merge, prune)
 
+    def plus(self, other: Shape, times: float = 1.0) -> Shape:
+        """Number by number."""
+        return Shape(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     def towards(self, other: Shape, part: float) -> Shape:
         """The shape `part` of the way to another one."""
-        return Shape(*(a + part * (b - a) for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return self.plus(other.plus(self, -1), part)
 
 
 def between(shapes: dict[float, Shape], share: float) -> Shape:
@@ -98,11 +102,23 @@ def between(shapes: dict[float, Shape], share: float) -> Shape:
     return shapes[below].towards(shapes[above], part)
 
 
-USUAL = {0.37: Shape(0.2, 0.45, -1.3, 0.9, 0.1), 0.5: Shape(0.3, -0.9, -1.7, 2.4, 0.0)}
+USUAL = {
+    0.37: Shape(0.2, 0.45, -1.3, 0.9, 0.1),
+    0.5: Shape(0.3, -0.9, -1.7, 2.4, 0.0),
+    0.84: Shape(0.55, -0.75, -2.6, 2.9, 0.2),
+}
 """What served best wherever we searched (docs/accuracy.md), by share: with a large budget merging works in the middle
-of the network and pruning grows towards its end; a small one is better spread evenly."""
+of the network and pruning grows towards its end, the less of it the larger; a small one is better spread evenly."""
 
 
 def usual(share: float) -> Shape:
     """The shape to start from."""
     return between(USUAL, share)
+
+
+def corrected(found: dict[float, Shape], share: float) -> Shape:
+    """The usual shape, moved as searches at the shares of `found` moved it: what is usual changes beyond them, too."""
+    if not found:
+        return usual(share)
+    moves = {at: shape.plus(usual(at), -1) for at, shape in found.items()}
+    return usual(share).plus(between(moves, share))
