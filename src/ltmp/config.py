@@ -156,8 +156,8 @@ class LTMPConfig:
     @property
     def scores(self) -> dict[str, str | float]:
         """What thresholds mean: those that were learned by other scores say nothing here."""
-        by: dict[str, str | float] = {"similarity": self.similarity, "matching": self.matching}
-        return {**by, "importance": self.goes_by, "size_power": self.size_power}
+        return {"similarity": self.similarity, "matching": self.matching, "importance": self.goes_by,
+                "size_power": self.size_power}  # fmt: skip
 
     @property
     def steps(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import dial as module
-from ltmp.learning.schedule import USUAL, Shape, between, corrected, usual
+from ltmp.learning.schedule import USUAL, Shape, between, searched, usual
 from ltmp.learning.search import evolve
 
 SETTINGS = {"knots": 5, "views": 0, "calibration": 48, "checked": 0}
@@ -162,8 +162,8 @@ def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> Non
     found = {0.45: usual(0.45).plus(move), 0.6: usual(0.6)}
     for share, part in {0.3: 1.0, 0.45: 1.0, 0.525: 0.5, 0.6: 0.0, 0.9: 0.0}.items():
         expected = usual(share).plus(move, part)
-        assert astuple(corrected(found, share)) == pytest.approx(astuple(expected)), share
-    assert corrected({}, 0.4) == usual(0.4)
+        assert astuple(searched(found, share)) == pytest.approx(astuple(expected)), share
+    assert searched({}, 0.4) == usual(0.4)
 
 
 @pytest.mark.parametrize("wrong", [{"low": 0.9, "high": 0.5}, {"knots": 1}, {"calibration": 1}, {"views": -1}])

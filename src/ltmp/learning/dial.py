@@ -24,7 +24,7 @@ from .calibrate import follow, geometry_of
 from .heldout import Progress
 from .objective import task_loss, teacher
 from .resume import load_run, save_run
-from .schedule import Shape, corrected, usual
+from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
 from .views import first
 
@@ -211,7 +211,7 @@ class _Maker:
         """A dial with a row near each of `shares`, and each row's divergence."""
         rows: list[_Row] = []
         for share in shares:
-            row = self.run(corrected(shapes, share), share, slice(0, len(self.images)), "calibrating")
+            row = self.run(searched(shapes, share), share, slice(0, len(self.images)), "calibrating")
             # few images leave neighbours in the wrong order
             if not rows or row.share > rows[-1].share:
                 rows.append(row)

@@ -154,9 +154,9 @@ def learn(
     journal = Journal(log if rank() == 0 else None, model, images)
     part = float(not distill) * (1.0 if tuning is None else tuning.labels)
     # frozen weights cannot be much better than the dense model, whose answers tell more than labels
-    judged = part if tuning is not None and labels is not None else 0.0
+    judged = part if tuning is not None else 0.0
     mine = slice(rank(), None, world())
-    known = labels[mine].to(place) if labels is not None and judged else None
+    known = None if labels is None else labels[mine].to(place)
     held_out = HeldOut(model, images[mine].contiguous(), batch, progress, original, known, judged)
 
     def save() -> None:

@@ -26,19 +26,18 @@ def teacher(model: nn.Module, images: Tensor) -> Tensor:
         return logits_of(model(images))
 
 
-def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float | None = None) -> Tensor:
+def task_loss(logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float = 0.0) -> Tensor:
     """Of each image the divergence from the dense model's probabilities, the cross-entropy to its label, or a mixture.
 
     Args:
         logits: [B, K].
         labels: int64 [B], or None.
         taught: [B, K] logits of the dense model, or None.
-        part: how much of the loss is from labels, in [0, 1]; None is 0 where the dense model's answers are given.
+        part: how much of the loss is from labels, in [0, 1].
 
     Returns:
         float32 [B].
     """
-    part = float(taught is None) if part is None else part
     loss = torch.zeros(len(logits), device=logits.device)
     if part < 1:
         if taught is None:

@@ -116,7 +116,7 @@ def usual(share: float) -> Shape:
     return between(USUAL, share)
 
 
-def corrected(found: dict[float, Shape], share: float) -> Shape:
+def searched(found: dict[float, Shape], share: float) -> Shape:
     """The usual shape, moved as searches at the shares of `found` moved it: what is usual changes beyond them, too."""
     if not found:
         return usual(share)

@@ -33,7 +33,8 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
         if not images.isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
         found.append(images)
-        known += [labels] if isinstance(labels, Tensor) and len(labels) == len(images) else []
+        if isinstance(labels, Tensor):
+            known.append(labels)
         have += len(images)
         if progress is not None:
             progress(min(have, expected), expected, "reading images to calibrate on")
