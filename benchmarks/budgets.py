@@ -63,7 +63,8 @@ def dials(model: nn.Module, opened: Open, options: argparse.Namespace) -> tuple[
     """For each seed the thresholds at each budget, and how each run went."""
     policies: dict[tuple[int, float], Policy] = {}
     runs = []
-    scores = {name: getattr(options, name) for name in ("similarity", "matching", "importance", "size_power")}
+    settings = ("similarity", "matching", "importance", "size_power", "class_power")
+    scores = {name: getattr(options, name) for name in settings}
     for seed in range(options.seeds):
         ltmp.attach(model, ltmp.LTMPConfig(**scores))
         with progress_bar(f"seed {seed}", None) as bar:
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--matching", default="bipartite")
     parser.add_argument("--importance", help="default: what the method says")
     parser.add_argument("--size-power", type=float, default=1.0)
+    parser.add_argument("--class-power", type=float, default=0.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16: the search, and all that is reported")
     parser.add_argument("--limit", type=int)

@@ -27,6 +27,7 @@ class Token:
     x: Tensor
     size: float = 1.0
     importance: float = 0.0
+    attended: float = 1.0
     metric: Tensor | None = None
 
 
@@ -61,8 +62,10 @@ class OneImage:
             metric = torch.cat(tuple(k / k.norm(dim=-1, keepdim=True)), -1) / attn.num_heads**0.5
         if self.config.goes_by == "class":
             importance = p[:, 0].mean(0)
+        attended = p[:, 0].mean(0) * size.sum()
         for j, token in enumerate(self.tokens):
             token.x, token.importance, token.metric = x[j], float(importance[j]), metric[j]
+            token.attended = float(attended[j])
 
     def mlp(self, i: int) -> None:
         block = self.model.blocks[i]
@@ -81,8 +84,17 @@ class OneImage:
             self.margin = min(self.margin, ranked[0][0] - ranked[1][0])
         return ranked[0][0], others[ranked[0][1]]
 
+    def score(self, cosine: float, token: Token, partner: Token) -> float:
+        """What a pair's cosine counts as: less, where the class token attends to them."""
+        return 1 - (1 - cosine) * (token.attended * partner.attended) ** (self.config.class_power / 2)
+
     def best(self) -> list[tuple[Token, float, Token | None]]:
-        """The tokens that may merge, each with its cosine to the one that it would merge into, and that one."""
+        """The tokens that may merge, each with its score with the one that it would merge into, and that one."""
+        found = self.pairs()
+        return [(t, self.score(cosine, t, other) if other else cosine, other) for t, cosine, other in found]
+
+    def pairs(self) -> list[tuple[Token, float, Token | None]]:
+        """The same with plain cosines."""
         if self.config.matching == "bipartite":
             return [(token, *self.nearest(token, self.tokens[1::2])) for token in self.tokens[::2]]
         found = {token.place: self.nearest(token, self.tokens) for token in self.tokens}
@@ -96,7 +108,7 @@ class OneImage:
     def scores(self, step: str) -> list[float]:
         """What is compared with the threshold in this step."""
         if step == "merge":
-            return [cosine for _, cosine, partner in self.best() if partner is not None]
+            return [score for _, score, partner in self.best() if partner is not None]
         return [t.importance for t in self.tokens if self.free(t)]
 
     def reduce(self, step: str, threshold: float) -> None:
@@ -110,8 +122,8 @@ class OneImage:
 
     def _merge(self, threshold: float) -> None:
         groups = {t.place: [t] for t in self.tokens}
-        for token, cosine, partner in self.best():
-            if partner is not None and cosine > threshold:
+        for token, score, partner in self.best():
+            if partner is not None and score > threshold:
                 groups[partner.place] += groups.pop(token.place)
         if self.config.matching == "bipartite":
             order = self.tokens[::2] + self.tokens[1::2]

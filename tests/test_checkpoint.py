@@ -454,6 +454,7 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
         ("matching", "mutual", "bipartite"),
         ("importance", "class", "received"),
         ("size_power", 0.3, 1.0),
+        ("class_power", 0.2, 0.0),
     ],
 )
 def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: Any, usual: Any) -> None:
@@ -480,5 +481,6 @@ def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
 def test_fixed_rates_have_scores_of_their_own() -> None:
     with pytest.raises(ValueError, match="matching and importance are for ltmp, ltpm, ltm, ltp; m has its own"):
         LTMPConfig(variant="m", r=4, matching="mutual")
-    with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
-        ltmp.attach(tiny_vit(class_token=False, global_pool="avg"), LTMPConfig(importance="class"))
+    for setting in ({"importance": "class"}, {"class_power": 0.2}):
+        with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
+            ltmp.attach(tiny_vit(class_token=False, global_pool="avg"), LTMPConfig(**setting))

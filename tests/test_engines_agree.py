@@ -35,7 +35,8 @@ SCORES: list[dict[str, Any]] = [
     {"matching": "mutual"},
     {"importance": "class"},
     {"size_power": 0.5},
-    {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3},
+    {"class_power": 0.2},
+    {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.2},
 ]
 
 
@@ -64,8 +65,9 @@ def test_any_tokens_any_thresholds(
     images: int, patches: int, protected: int, variant: str, scores: dict[str, str], merge: list[float],
     prune: list[float], seed: int,
 ) -> None:  # fmt: skip
-    if protected == 0 and "importance" in scores:
-        scores = {**scores, "importance": "received"}
+    if protected == 0:
+        # there is no class token to go by
+        scores = {k: v for k, v in scores.items() if k not in ("importance", "class_power")}
     config = ltmp.LTMPConfig(variant=variant, **scores)
     model = prefix_model(protected)
     tokens = patches + protected

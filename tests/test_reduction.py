@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from helpers import assert_close
 from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
-from ltmp.reduction import Plan, fold, make_plan, similarity_metric
+from ltmp.reduction import Plan, fold, make_plan, reluctance_for, similarity_metric
 from ltmp.thresholds import Thresholds
 from ltmp.tokens import Tokens, take
 
@@ -199,3 +200,26 @@ def test_gradients_reach_every_threshold_in_use(variant: str) -> None:
         grad = getattr(thresholds, name).grad
         # more tokens stay when merging asks for more, fewer when pruning does
         assert (grad > 0) if name == "merge" else (grad < 0)
+
+
+def test_what_the_class_token_attends_to_merges_less() -> None:
+    """Two pairs of one cosine: only the one that the class token leaves alone is above the threshold."""
+    angle = torch.tensor([0.0, 0.0, 0.6, math.pi, math.pi + 0.6])
+    metric = torch.stack([angle.cos(), angle.sin()], -1)[None]
+    tokens = Tokens.start(1, 5, torch.device("cpu"))
+    thresholds = Thresholds(1, LTMPConfig(matching="mutual", variant="ltm", class_power=1.0))
+    # the class token's key decides nothing; keys 1 and 2 point where its query does
+    q = torch.zeros(1, 5, 1, 2)
+    q[..., 0] = 2.0
+    k = torch.zeros(1, 5, 1, 2)
+    k[0, 1:3, 0, 0] = 1.0
+    reluctance = reluctance_for(thresholds, 0, q, k, tokens)
+    assert reluctance is not None
+    attended = (q[:, :1] * k).sum(-1)[..., 0].div(2**0.5).softmax(-1) * 5
+    torch.testing.assert_close(reluctance, attended.sqrt())
+    scores = 1 - (1 - math.cos(0.6)) * attended[0, [2, 4]]
+    for theta, merged in ((scores[0] - 1e-3, [2, 4]), (scores.mean(), [4]), (scores[1] + 1e-3, [])):
+        thresholds.set([float(theta)], [0.0])
+        plan = make_plan(tokens, metric, None, thresholds, 0, ("merge",), 1, reluctance)
+        assert plan.merged[0].nonzero().flatten().tolist() == merged
+    assert reluctance_for(Thresholds(1, LTMPConfig()), 0, q, k, tokens) is None

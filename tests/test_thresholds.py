@@ -133,6 +133,7 @@ def test_sizes_count_for_more_from_block_to_block() -> None:
         ({"tau": math.nan}, "tau must be a positive number"),
         ({"size_power": -0.1}, "size_power must be between 0 and 1"),
         ({"size_power": math.nan}, "size_power must be between 0 and 1"),
+        ({"class_power": 1.5}, "class_power must be between 0 and 1"),
         ({"prune_tau": -1.0}, "prune_tau must be a positive number"),
         ({"prune_tau": math.inf}, "prune_tau must be a positive number"),
     ],

@@ -82,6 +82,8 @@ class LTMPConfig:
             token's attention; None is what the variant says.
         size_power: a token of s patches counts as s ** power in attention, with this power in the first block, rising
             to 1 in the last; 1 is proportional attention throughout (paper, section 3.1).
+        class_power: what the class token attends to merges less: 1 - cosine counts times the pair's attention from it,
+            relative to a patch's even share, to this power; 0 is the cosine alone (paper, section 3.2).
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.
@@ -101,6 +103,7 @@ class LTMPConfig:
     matching: str = "bipartite"
     importance: str | None = None
     size_power: float = 1.0
+    class_power: float = 0.0
 
     def __post_init__(self) -> None:
         settings = {"variant": VARIANTS, "engine": ENGINES, "schedule": SCHEDULES, "similarity": SIMILARITIES,
@@ -121,8 +124,9 @@ class LTMPConfig:
                 # JSON and callers bring lists
                 object.__setattr__(self, name, tuple(value))
             self._check_rate(name, getattr(self, name))
-        if not 0 <= self.size_power <= 1:
-            raise ValueError(f"size_power must be between 0 and 1, got {self.size_power!r}")
+        for name in ("size_power", "class_power"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
         if self.floor < 0 or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
             raise ValueError(f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens")
 
@@ -154,10 +158,16 @@ class LTMPConfig:
         return self.importance or self.method.importance
 
     @property
+    def asks_class(self) -> bool:
+        """Whether a step goes by the class token's attention, so that there must be one."""
+        prunes = self.goes_by == "class" and self.steps != ("merge",)
+        return prunes or (self.class_power > 0 and "merge" in self.steps)
+
+    @property
     def scores(self) -> dict[str, str | float]:
         """What thresholds mean: those that were learned by other scores say nothing here."""
         return {"similarity": self.similarity, "matching": self.matching, "importance": self.goes_by,
-                "size_power": self.size_power}  # fmt: skip
+                "size_power": self.size_power, "class_power": self.class_power}  # fmt: skip
 
     @property
     def steps(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class _Scored:
     keep: Tensor
     origin: Tensor
     importance: Tensor
+    reluctance: Tensor
     metric: Tensor
 
 
@@ -91,6 +92,22 @@ def importance_for(
     return received
 
 
+def reluctance_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
+    """float32 [B, N], how little tokens want to merge, or None where only cosines count; see `LTMPConfig.class_power`.
+
+    Half the power each, so that a pair's product is that of their geometric mean.
+
+    Args:
+        q, k: [B, N, H, D]; the class token is first.
+    """
+    power = policy.config.class_power
+    if power == 0:
+        return None
+    attended = class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
+    patches = (tokens.size * tokens.live).sum(1, keepdim=True)
+    return (attended * patches).clamp_min(torch.finfo(torch.float32).tiny) ** (power / 2)
+
+
 def make_plan(
     tokens: Tokens,
     metric: Tensor | None,
@@ -99,6 +116,7 @@ def make_plan(
     block: int,
     steps: tuple[str, ...],
     protected: int,
+    reluctance: Tensor | None = None,
 ) -> Plan:
     """Decide what happens to every token of a block (paper, section 3.2).
 
@@ -109,6 +127,7 @@ def make_plan(
         policy: decides; `block` says for which block.
         steps: which of "merge", "prune" and "fuse", in order.
         protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
+        reluctance: float32 [B, N], see `reluctance_for`; None is 1.
 
     Returns:
         The plan; `plan.tokens.keep` carries the gradient of the two thresholds.
@@ -120,7 +139,9 @@ def make_plan(
         importance = tokens.keep.detach()
     if metric is None:
         metric = tokens.keep.detach()[..., None]
-    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance.detach(), metric)
+    if reluctance is None:
+        reluctance = torch.ones_like(tokens.size)
+    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance.detach(), reluctance, metric)
     weight, turn = tokens.size, place
     for step in steps:
         if step == "prune":
@@ -158,7 +179,8 @@ def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[
         The state, every token still in its place, and int64 [B, N]: the place that each is folded into, or its own.
     """
     free = (state.keep > 0) & (state.origin >= protected)
-    asked, best, receiver = candidates(state.metric, free, policy.config.matching)
+    reluctance = state.reluctance if policy.config.class_power else None
+    asked, best, receiver = candidates(state.metric, free, policy.config.matching, reluctance)
     gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
     moved = gone.detach()
     size = state.size.scatter_add(1, receiver, state.size[:, asked] * moved)

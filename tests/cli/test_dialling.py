@@ -32,7 +32,7 @@ def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
     assert not path.with_name("run.pt").exists()
 
 
-SCORES = {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3}
+SCORES = {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.2}
 
 
 @pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])
@@ -76,6 +76,7 @@ def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
         (("--target", 0.8, "--variant", "best"), "unknown variant"),
         (("--target", 0.8, "--similarity", "values"), "expected one of mean, heads"),
         (("--target", 0.8, "--size-power", 2), "size_power must be between 0 and 1"),
+        (("--target", 0.8, "--class-power", -1), "class_power must be between 0 and 1"),
     ],
 )
 def test_bad_settings_are_one_sentence(ltmp, images, capsys, wrong, said) -> None:

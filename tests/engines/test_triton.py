@@ -99,7 +99,15 @@ POLICIES: dict[str, dict[str, Any]] = {
     "mutual pairs after pruning": {"variant": "ltpm", "matching": "mutual"},
     "the class token's attention": {"importance": "class"},
     "sizes by half": {"size_power": 0.5},
-    "all that is opt-in": {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3},
+    "reluctant to merge": {"class_power": 0.5},
+    "reluctant to merge after pruning": {"variant": "ltpm", "class_power": 0.5},
+    "all that is opt-in": {
+        "similarity": "heads",
+        "matching": "mutual",
+        "importance": "class",
+        "size_power": 0.3,
+        "class_power": 0.2,
+    },
 }
 
 
@@ -107,7 +115,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_agrees_with_packed(policy: str, host: str) -> None:
     config = LTMPConfig(**POLICIES[policy])
-    if config.goes_by == "class" and host == "no prefix, mean pooled":
+    if config.asks_class and host == "no prefix, mean pooled":
         pytest.skip("this variant needs a class token, and this host has none")
     images = random_images(3)
     model = tiny_vit(**HOSTS[host])

@@ -79,7 +79,9 @@ def test_wrong_decisions_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "scores", [{}, {"importance": "class", "size_power": 0.5}, {"matching": "mutual", "similarity": "heads"}], ids=str
+    "scores",
+    [{}, {"importance": "class", "size_power": 0.5}, {"matching": "mutual", "similarity": "heads", "class_power": 0.5}],
+    ids=str,
 )
 @pytest.mark.parametrize("variant", ["ltmp", "ltm", "ltp"])
 def test_decisions_are_compared_one_by_one(variant: str, scores: dict[str, str]) -> None:

@@ -37,6 +37,7 @@ def dial_verb(
     matching: o.Matching = "bipartite",
     importance: o.Importance = None,
     size_power: o.SizePower = 1.0,
+    class_power: o.ClassPower = 0.0,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel="Output")
     ] = None,
@@ -89,7 +90,7 @@ def dial_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity, matching, importance, size_power),
+        config_of(variant, similarity, matching, importance, size_power, class_power),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers

@@ -46,6 +46,7 @@ def learn_verb(
     matching: o.Matching = "bipartite",
     importance: o.Importance = None,
     size_power: o.SizePower = 1.0,
+    class_power: o.ClassPower = 0.0,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
     ] = None,
@@ -135,7 +136,7 @@ def learn_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity, matching, importance, size_power),
+        config_of(variant, similarity, matching, importance, size_power, class_power),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
@@ -248,12 +249,15 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def config_of(variant: str, similarity: str, matching: str, importance: str | None, size_power: float) -> LTMPConfig:
+def config_of(
+    variant: str, similarity: str, matching: str, importance: str | None, size_power: float, class_power: float
+) -> LTMPConfig:
     """The settings that verbs ask for; what is wrong with them is a usage error."""
     try:
         return LTMPConfig(
-            variant=variant, similarity=similarity, matching=matching, importance=importance, size_power=size_power
-        )
+            variant=variant, similarity=similarity, matching=matching, importance=importance, size_power=size_power,
+            class_power=class_power,
+        )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
 

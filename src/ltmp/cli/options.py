@@ -89,6 +89,12 @@ SizePower = Annotated[
         help="A token of s patches counts as s to this power in the first block's attention, rising to 1 in the last."
     ),
 ]
+ClassPower = Annotated[
+    float,
+    typer.Option(
+        help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power (0.2)."
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
-from ..reduction import fold, importance_for, make_plan, similarity_metric
+from ..reduction import fold, importance_for, make_plan, reluctance_for, similarity_metric
 from ..tokens import take
 from .positions import Positions
 from .request import Active
@@ -47,7 +47,8 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
         state = state.attended(x)
         importance = importance_for(thresholds, i, received, q, k, tokens)
         metric = similarity_metric(k, thresholds.config.similarity)
-        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
+        reluctance = reluctance_for(thresholds, i, q, k, tokens) if "merge" in steps else None
+        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
-from ..reduction import Plan, importance_for, make_plan, similarity_metric
+from ..reduction import Plan, importance_for, make_plan, reluctance_for, similarity_metric
 from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves
@@ -51,9 +51,14 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
         state = state.attended(x)
         metric = pad(similarity_metric(k, thresholds.config.similarity), counts) if "merge" in steps else None
         importance = pad(received, counts) if received is not None else None
-        if not by_received and steps != ("merge",):
-            importance = importance_for(thresholds, i, None, pad(q, counts), pad(k, counts), tokens)
-        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected)
+        reluctance = None
+        if not by_received or thresholds.config.class_power:
+            queries, keys = pad(q, counts), pad(k, counts)
+            if not by_received and steps != ("merge",):
+                importance = importance_for(thresholds, i, None, queries, keys, tokens)
+            if "merge" in steps:
+                reluctance = reluctance_for(thresholds, i, queries, keys, tokens)
+        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)
 

@@ -65,15 +65,26 @@ def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
     return similarity_metric(k, cu).flatten(1) if kind == "mean" else reduction.similarity_metric(k, kind)
 
 
+def reluctance_rows(policy: Policy, block: int, rows: Rows, q: Tensor, k: Tensor) -> Tensor | None:
+    """float32 [T], `reduction.reluctance_for` of q, k [T, H, D]."""
+    if policy.config.class_power == 0:
+        return None
+    padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
+    found = reduction.reluctance_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens_of(rows, padding))
+    assert found is not None
+    return found[_where(rows)]
+
+
 def plan_rows(
     policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor | None, k: Tensor,
-    received: Tensor | None, protected: int, stats: Tensor, room: int | None,
+    received: Tensor | None, protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
 ) -> tuple[Plan, reduction.Plan]:  # fmt: skip
     """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
 
     Args:
         q, k: [T, H, D]; q only where the class token's attention counts.
         received: float32 [H, T] or None. The others are as in the kernel.
+        reluctance: float32 [T], from `reluctance_rows`, or None.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
@@ -82,7 +93,9 @@ def plan_rows(
         metric = padding.pad(metric_rows(policy, k, rows.cu))
     if steps != ("merge",):
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
-    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected)
+    if reluctance is not None:
+        reluctance = padding.pad(reluctance, 1.0)
+    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected, reluctance)
     counts = plan.tokens.counts().int()
     stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
     most = rows.x.shape[0] if room is None else room

@@ -21,7 +21,7 @@ from ..ops.fold.triton import fold
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
 from ..thresholds import Thresholds
-from .planned import fuse_rows, metric_rows, plan_rows
+from .planned import fuse_rows, metric_rows, plan_rows, reluctance_rows
 from .positions import Positions
 from .request import REQUEST, Active, Capacity
 from .state import Reduced
@@ -257,16 +257,19 @@ class Pass:
         """Add the branch `y` and reduce by `steps`."""
         block = self.branches[i]
         scale = block.scales[0]
+        reluctance = reluctance_rows(self.policy, i, rows, q, k) if "merge" in steps else None
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
             dropped, _ = self._plan(i, ("prune",), rows, q, k, received, spare)
             metric, *_ = _fold(rows, metric_rows(self.policy, k, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
+            if reluctance is not None:
+                reluctance = _fold(rows, reluctance[:, None], None, None, None, dropped)[0][:, 0]
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
             k, y, scale, steps = metric.unsqueeze(1), None, None, ("merge",)
         limit = None if self.capacity is None else self.capacity.rows[i]
-        planned, defined = self._plan(i, steps, rows, q, k, received, self.stats[i], limit)
+        planned, defined = self._plan(i, steps, rows, q, k, received, self.stats[i], limit, reluctance)
         self.plans[i] = planned
         if steps == ("fuse",):
             assert defined is not None
@@ -283,16 +286,16 @@ class Pass:
 
     def _plan(
         self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None, stats: Tensor,
-        room: int | None = None,
+        room: int | None = None, reluctance: Tensor | None = None,
     ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
         """By the kernel where plain thresholds decide, or else by the definition, whose own plan comes along."""
         policy, protected = self.policy, self.stack.protected
         # the kernel matches evens with odds by the mean of the keys
         own = "merge" in steps and (policy.config.similarity, policy.config.matching) != ("mean", "bipartite")
-        own |= "prune" in steps and not self.received
+        own |= ("prune" in steps and not self.received) or reluctance is not None
         if not isinstance(policy, Thresholds) or policy.bounded or own:
             first = None if self.received else q
-            return plan_rows(policy, i, steps, rows, first, k, received, protected, stats, room)
+            return plan_rows(policy, i, steps, rows, first, k, received, protected, stats, room, reluctance)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
         found = plan(k, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room)

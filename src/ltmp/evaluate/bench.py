@@ -22,7 +22,7 @@ from ..errors import LTMPError, UsageError, first_line
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
 from ..policy import Policy
-from ..reduction import importance_for, make_plan, similarity_metric
+from ..reduction import importance_for, make_plan, reluctance_for, similarity_metric
 from ..stack import ReducedStack, record
 from ..tokens import Tokens
 from .compare import rates_for
@@ -122,7 +122,10 @@ def _reference_slots(
     importance = importance_for(stack.thresholds, block, packed.pad(received, counts), padded_q, padded_k, tokens)
     steps = stack.thresholds.steps(active, block)
     metric = similarity_metric(k, stack.thresholds.config.similarity)
-    plan = make_plan(tokens, packed.pad(metric, counts), importance, stack.thresholds, block, steps, stack.protected)
+    plan = make_plan(
+        tokens, packed.pad(metric, counts), importance, stack.thresholds, block, steps, stack.protected,
+        reluctance_for(stack.thresholds, block, padded_q, padded_k, tokens),
+    )  # fmt: skip
     return packed.rows(slots(plan).clamp(max=0), counts)
 
 

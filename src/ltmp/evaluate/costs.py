@@ -25,9 +25,10 @@ from ..engines.request import Active, Capacity
 from ..engines.state import State
 from ..models import stack_of, thresholds_of
 from ..ops.match.reference import candidates
-from ..reduction import similarity_metric
+from ..reduction import reluctance_for, similarity_metric
 from ..stack import ReducedStack, dense, record
 from ..thresholds import Thresholds
+from ..tokens import Tokens
 from .accuracy import deployed
 from .bench import Call, timed
 from .latency import BlockCosts, Costs, Floats, dial_of
@@ -144,10 +145,11 @@ def _block_costs(
 
 def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> None:
     """Thresholds of block `i` at which a few tokens of x [B, n, C] merge, and none is pruned."""
-    _, k, _ = stack.recipe.qkv(stack.blocks[i], x)
+    q, k, _ = stack.recipe.qkv(stack.blocks[i], x)
     metric = similarity_metric(k, policy.config.similarity)
     free = torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device)
-    _, best, _ = candidates(metric, free, policy.config.matching)
+    reluctance = reluctance_for(policy, i, q, k, Tokens.start(x.shape[0], x.shape[1], x.device))
+    _, best, _ = candidates(metric, free, policy.config.matching, reluctance)
     found = best[:, 1:][best[:, 1:].isfinite()]
     policy.merge[i] = found.quantile(1 - MERGED) if len(found) else 0.999
     policy.prune[i] = torch.finfo(torch.float32).tiny

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
-from ..ops.match.reference import match_halves, match_mutual
+from ..ops.match.reference import match_halves, match_mutual, weighed
 from ..reduction import similarity_metric
 from ..tokens import Tokens
 
@@ -119,11 +119,13 @@ class _Scored:
     origin: Tensor
     keep: Tensor
     importance: Tensor | None
+    reluctance: Tensor | None
     metric: Tensor | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Scored:
         """Every tensor changed alike."""
-        some = (None if values is None else change(values) for values in (self.importance, self.metric))
+        maybe = (self.importance, self.reluctance, self.metric)
+        some = (None if values is None else change(values) for values in maybe)
         return _Scored(*(change(values) for values in (self.x, self.size, self.origin, self.keep)), *some)
 
     def at(self, index: Tensor) -> _Scored:
@@ -131,7 +133,7 @@ class _Scored:
         return self.each(lambda values: values.index_select(1, index))
 
     def then(self, other: _Scored) -> _Scored:
-        """These places and those of `other` behind them, without a metric."""
+        """These places and those of `other` behind them, without what merging goes by."""
         importance = None
         if self.importance is not None and other.importance is not None:
             importance = torch.cat([self.importance, other.importance], 1)
@@ -141,6 +143,7 @@ class _Scored:
             torch.cat([self.origin, other.origin], 1),
             torch.cat([self.keep, other.keep], 1),
             importance,
+            None,
             None,
         )
 
@@ -197,8 +200,11 @@ class Form:
                 config = stack.thresholds.config
                 votes = _importance if config.goes_by == "received" else _class_importance
                 importance = votes(p, layout.live) if "prune" in steps else None
-                metric = layout.pad(similarity_metric(k, config.similarity)) if "merge" in steps else None
-                state = self._reduce(stack.protected, i, steps, state, importance, metric, config.matching)
+                metric = reluctance = None
+                if "merge" in steps:
+                    metric = layout.pad(similarity_metric(k, config.similarity))
+                    reluctance = _reluctance(p, state, config.class_power) if config.class_power else None
+                state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, config.matching)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
 
@@ -209,12 +215,13 @@ class Form:
         steps: tuple[str, ...],
         state: _State,
         importance: Tensor | None,
+        reluctance: Tensor | None,
         metric: Tensor | None,
         matching: str,
     ) -> _State:
         """The steps of block `i` (paper, section 3.2), as `reduction.make_plan` and `fold` have them."""
         layout = state.layout
-        scored = _Scored(layout.pad(state.x), state.size, state.origin, _there(state), importance, metric)
+        scored = _Scored(layout.pad(state.x), state.size, state.origin, _there(state), importance, reluctance, metric)
         for step in steps:
             if step == "prune":
                 scored = _prune(scored, self.prune[i], protected)
@@ -296,6 +303,12 @@ def _class_importance(p: Tensor, _: Tensor | None) -> Tensor:
     return p[:, :, 0].mean(1)
 
 
+def _reluctance(p: Tensor, state: _State, power: float) -> Tensor:
+    """[B, N], how little tokens want to merge; see `reduction.reluctance_for`."""
+    patches = (state.size * _there(state)).sum(1, keepdim=True)
+    return (_class_importance(p, state.layout.live) * patches).clamp(min=torch.finfo(torch.float32).tiny) ** (power / 2)
+
+
 def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Drop what is not above the threshold; see `reduction`."""
     assert scored.importance is not None
@@ -321,6 +334,8 @@ def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
     assert odd.metric is not None
     free_even, free_odd = (side.keep & (side.origin >= protected) for side in (even, odd))
     best, partner = match_halves(even.metric, odd.metric, free_even, free_odd)
+    if even.reluctance is not None and odd.reluctance is not None:
+        best = weighed(best, even.reluctance, odd.reluctance.gather(1, partner))
     moved = best > threshold
     odd = _received(odd, even, (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :])
     even = replace(even, keep=even.keep & ~moved)
@@ -331,6 +346,8 @@ def _merge_pairs(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Fold the later of each mutual pair above the threshold into the earlier one; see `reduction`."""
     assert scored.metric is not None
     best, partner = match_mutual(scored.metric, scored.keep & (scored.origin >= protected))
+    if scored.reluctance is not None:
+        best = weighed(best, scored.reluctance, scored.reluctance.gather(1, partner))
     moved = best > threshold
     place = torch.arange(scored.keep.shape[1], device=scored.keep.device)
     after = _received(scored, scored, (partner[:, None, :] == place[:, None]) & moved[:, None, :])

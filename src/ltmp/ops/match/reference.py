@@ -6,21 +6,33 @@ import torch
 from torch import Tensor
 
 
-def candidates(metric: Tensor, free: Tensor, matching: str) -> tuple[slice, Tensor, Tensor]:
+def candidates(
+    metric: Tensor, free: Tensor, matching: str, reluctance: Tensor | None = None
+) -> tuple[slice, Tensor, Tensor]:
     """The tokens that may merge, by `bipartite` or `mutual` matching.
 
     Args:
         metric, free: as in `match`.
+        reluctance: float32 [B, N], positive, see `weighed`; None is 1.
 
     Returns:
         asked: the places that may have one.
-        best: float32 [B, M], of each of these places the cosine to what it would merge into, -inf where it may not.
+        best: float32 [B, M], of each of these places the score with what it would merge into, -inf where it may not.
         receiver: int64 [B, M], the place of that.
     """
     if matching == "mutual":
-        return slice(None), *match_mutual(metric, free)
-    best, odd = match(metric, free)
-    return slice(None, None, 2), best, 2 * odd + 1
+        asked, (best, receiver) = slice(None), match_mutual(metric, free)
+    else:
+        best, odd = match(metric, free)
+        asked, receiver = slice(None, None, 2), 2 * odd + 1
+    if reluctance is not None:
+        best = weighed(best, reluctance[:, asked], reluctance.gather(1, receiver))
+    return asked, best, receiver
+
+
+def weighed(cosine: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """A pair's score: its cosine where both tokens' reluctance to merge is 1, and further from 1 the higher it is."""
+    return 1 - (1 - cosine) * one * other
 
 
 @torch.no_grad()
