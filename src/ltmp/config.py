@@ -55,6 +55,9 @@ SIMILARITIES = ("mean", "heads")
 MATCHINGS = ("bipartite", "mutual")
 IMPORTANCES = ("received", "class")
 
+BEST: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.2}
+"""What tokens are scored by beyond the paper, where it was measured to help (docs/accuracy.md)."""
+
 
 @dataclass(frozen=True)
 class LTMPConfig:
@@ -158,10 +161,11 @@ class LTMPConfig:
         return self.importance or self.method.importance
 
     @property
-    def asks_class(self) -> bool:
-        """Whether a step goes by the class token's attention, so that there must be one."""
-        prunes = self.goes_by == "class" and self.steps != ("merge",)
-        return prunes or (self.class_power > 0 and "merge" in self.steps)
+    def asks_class(self) -> str | None:
+        """What goes by the class token's attention, so that there must be one; None where nothing does."""
+        if self.class_power > 0 and "merge" in self.steps:
+            return f"class_power {self.class_power:g}"
+        return f"variant {self.variant}" if self.goes_by == "class" and self.steps != ("merge",) else None
 
     @property
     def scores(self) -> dict[str, str | float]:
@@ -183,6 +187,14 @@ class LTMPConfig:
             for name, value in asdict(self).items()
             if name in first or value != getattr(defaults, name)
         }
+
+    @classmethod
+    def best(cls, **settings: Any) -> LTMPConfig:
+        """All that is beyond the paper and helps, for models with a class token; `settings` go before it.
+
+        >>> ltmp.attach(model, ltmp.LTMPConfig.best())
+        """
+        return cls(**{**BEST, **settings})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LTMPConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltmp.checkpoint import read
+from ltmp.config import BEST
 from ltmp.learning import dial as job
 
 FEW = ("--knots", 3, "--views", 0, "--calibration", 6, "--batch-size", 4, "--low", 0.7, "--high", 0.9)
@@ -42,6 +43,13 @@ def test_what_thresholds_go_by_is_asked_for_and_kept(ltmp, images, verb) -> None
     assert read("here/thresholds.safetensors").config.scores == SCORES
 
 
+@pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])
+def test_all_that_helps_is_one_word(ltmp, images, verb) -> None:
+    told = ("--scores", "best", "--size-power", 0.5, "--importance", "class")
+    assert ltmp(*verb, "--data", images, "--out", "here", "--target", 0.8, *told) == 0
+    assert read("here/thresholds.safetensors").config.scores == {**BEST, "size_power": 0.5, "importance": "class"}
+
+
 def test_without_labels_or_anything_to_check_on(ltmp, images, capsys) -> None:
     assert ltmp("dial", "--data", images / "train", "--out", "here", "--target", 0.8, *FEW) == 0
     assert "divergence" in capsys.readouterr().out
@@ -74,6 +82,7 @@ def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
         (("--target", 0.5), "--target 0.5 is not on the dial"),
         (("--target", 0.8, "--low", 0.1), "out of reach"),
         (("--target", 0.8, "--variant", "best"), "unknown variant"),
+        (("--target", 0.8, "--scores", "all"), "expected one of paper, best"),
         (("--target", 0.8, "--similarity", "values"), "expected one of mean, heads"),
         (("--target", 0.8, "--size-power", 2), "size_power must be between 0 and 1"),
         (("--target", 0.8, "--class-power", -1), "class_power must be between 0 and 1"),

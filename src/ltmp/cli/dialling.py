@@ -33,6 +33,7 @@ def dial_verb(
     high: Annotated[float, typer.Option(help="Largest share to be asked for, but for 1.")] = 0.95,
     target: Annotated[float, typer.Option(help="Share that the file is saved at.")] = 0.6,
     variant: o.Variant = "ltmp",
+    scores: o.Scores = "paper",
     similarity: o.Similarity = "mean",
     matching: o.Matching = "bipartite",
     importance: o.Importance = None,
@@ -90,7 +91,15 @@ def dial_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity, matching, importance, size_power, class_power),
+        config_of(
+            scores,
+            variant=variant,
+            similarity=similarity,
+            matching=matching,
+            importance=importance,
+            size_power=size_power,
+            class_power=class_power,
+        ),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers

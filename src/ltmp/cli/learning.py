@@ -42,6 +42,7 @@ def learn_verb(
     model: o.Model,
     target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
     variant: o.Variant = "ltmp",
+    scores: o.Scores = "paper",
     similarity: o.Similarity = "mean",
     matching: o.Matching = "bipartite",
     importance: o.Importance = None,
@@ -136,7 +137,15 @@ def learn_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(variant, similarity, matching, importance, size_power, class_power),
+        config_of(
+            scores,
+            variant=variant,
+            similarity=similarity,
+            matching=matching,
+            importance=importance,
+            size_power=size_power,
+            class_power=class_power,
+        ),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
@@ -249,15 +258,14 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def config_of(
-    variant: str, similarity: str, matching: str, importance: str | None, size_power: float, class_power: float
-) -> LTMPConfig:
-    """The settings that verbs ask for; what is wrong with them is a usage error."""
+def config_of(scores: str, **settings: Any) -> LTMPConfig:
+    """The settings that verbs ask for, where `scores` says what the usual ones are; what is wrong is a usage error."""
+    if scores not in ("paper", "best"):
+        raise UsageError(f"unknown scores {scores!r}: expected one of paper, best")
+    usual = LTMPConfig()
+    asked = {name: value for name, value in settings.items() if value != getattr(usual, name)}
     try:
-        return LTMPConfig(
-            variant=variant, similarity=similarity, matching=matching, importance=importance, size_power=size_power,
-            class_power=class_power,
-        )  # fmt: skip
+        return LTMPConfig.best(**asked) if scores == "best" else LTMPConfig(**asked)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -73,6 +73,13 @@ Engine = Annotated[
 Variant = Annotated[
     str, typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.")
 ]
+Scores = Annotated[
+    str,
+    typer.Option(
+        help="What tokens are scored by: as in the paper, or best: heads, mutual, size power 0.3 and class power 0.2; "
+        "what is given below goes before it."
+    ),
+]
 Similarity = Annotated[
     str, typer.Option(help="Tokens are alike by the mean of their keys over heads, or by the cosines of all heads.")
 ]
