@@ -50,14 +50,12 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if steps:
         state = state.attended(x)
         metric = pad(similarity_metric(k, thresholds.config.similarity), counts) if "merge" in steps else None
-        importance = pad(received, counts) if received is not None else None
-        reluctance = None
-        if not by_received or thresholds.config.class_power:
-            queries, keys = pad(q, counts), pad(k, counts)
-            if not by_received and steps != ("merge",):
-                importance = importance_for(thresholds, i, None, queries, keys, tokens)
-            if "merge" in steps:
-                reluctance = reluctance_for(thresholds, i, queries, keys, tokens)
+        received = pad(received, counts) if received is not None else None
+        if thresholds.config.asks_class:
+            # of the queries only the class token's is read
+            q, k = q[_first_rows(counts, x.device)][:, None], pad(k, counts)
+        importance = importance_for(thresholds, i, received, q, k, tokens) if steps != ("merge",) else None
+        reluctance = reluctance_for(thresholds, i, q, k, tokens) if "merge" in steps else None
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)
@@ -79,12 +77,17 @@ def attend_to(
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
 
 
+def _first_rows(counts: list[int], device: torch.device) -> Tensor:
+    """int64 [B], the row where each image begins."""
+    number = torch.tensor(counts, device=device)
+    return number.cumsum(0) - number
+
+
 def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each packed row its image and its place in that image, int64 [T] both."""
     number = torch.tensor(counts, device=device)
     image = torch.repeat_interleave(torch.arange(len(counts), device=device), number, output_size=sum(counts))
-    first = number.cumsum(0) - number
-    return image, torch.arange(sum(counts), device=device) - first[image]
+    return image, torch.arange(sum(counts), device=device) - _first_rows(counts, device)[image]
 
 
 def pad(values: Tensor, counts: list[int]) -> Tensor:
@@ -113,8 +116,7 @@ def _fold_rows(x: Tensor, counts: list[int], plan: Plan) -> tuple[Tensor, Tokens
         x [T', C], the state cut to the longest image, and the new counts.
     """
     left = [int(n) for n in plan.tokens.counts().tolist()]
-    number = torch.tensor(counts, device=x.device)
-    first = (number.cumsum(0) - number)[:, None]
+    first = _first_rows(counts, x.device)[:, None]
     live = plan.tokens.live
     old_row = (plan.order + first)[live]
     out = x.index_select(0, old_row)
