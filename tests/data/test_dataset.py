@@ -33,6 +33,21 @@ def test_labels_follow_class_folders(form, class_folders, class_tar):
 
 
 @pytest.mark.parametrize("form", ["folder", "tar"])
+def test_files_are_closed_once_read(form, class_folders, class_tar):
+    data = open_dataset(class_folders if form == "folder" else class_tar)
+    read, opened = data.source, []
+
+    class Watched:
+        def __getitem__(self, index):
+            opened.append(read[index])
+            return opened[-1]
+
+    data.source = Watched()
+    assert data[0][1] == 0
+    assert [file.closed for file, _ in opened] == [True]
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
 def test_flat_images_have_no_labels(form, tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,9 @@ class Images(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, Any]:
         file, label = self.source[index]
-        return decode(file, self.mode), label
+        # timm's readers leave it to the garbage collector
+        with file if isinstance(file, IOBase) else nullcontext():
+            return decode(file, self.mode), label
 
     def picture(self, index: int) -> Image.Image:
         """Image `index` as it is, before the transform; raises what decoding raises."""
