@@ -80,7 +80,7 @@ LAYERS = (
     ("reduction",),
     ("rates", "thresholds"),
     ("policy", "tokens"),
-    ("sources",),
+    ("calls", "sources"),
     ("ops",),
     ("config", "context", "dial", "files", "flops", "locate"),
     ("errors", "_version"),
@@ -116,4 +116,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "app.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "stack.py") == {"context", "engines", "errors", "flops", "policy", "sources"}
+    assert imports(package / "stack.py") == {"calls", "engines", "errors", "flops", "policy", "sources"}

@@ -7,6 +7,8 @@
 """
 
 from ._version import __version__ as __version__
+from .calls import dense as dense
+from .calls import record as record
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig
@@ -27,7 +29,5 @@ from .models.registry import install as _install
 from .sources import Trace as Trace
 from .sources import trace as trace
 from .sources import unmerge as unmerge
-from .stack import dense as dense
-from .stack import record as record
 
 _install()

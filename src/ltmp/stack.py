@@ -3,79 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .context import held
+from .calls import is_dense, recording
 from .engines import masked, select
 from .engines.blockwise import Blockwise
 from .engines.positions import Positions, positions_of
 from .engines.request import Active
 from .engines.state import Reduced
 from .errors import LTMPError
-from .flops import Geometry, flops_share
+from .flops import Geometry
 from .policy import Policy
 from .sources import tracing, unmerging
 
 if TYPE_CHECKING:
     from .models.recipe import Recipe
-
-
-@dataclass
-class Record:
-    """Statistics of the calls made inside `record()`.
-
-    Attributes:
-        kept: one [B, L] tensor a call, tokens after each block.
-        geometry: one a call; shares follow from both.
-    """
-
-    kept: list[Tensor] = field(default_factory=list)
-    geometry: list[Geometry] = field(default_factory=list)
-
-    def add(self, kept: Tensor, geometry: Geometry) -> None:
-        self.kept.append(kept)
-        self.geometry.append(geometry)
-
-    def share(self) -> Tensor:
-        """[images], FLOPs share of every image of every call."""
-        return torch.cat([flops_share(k, g) for k, g in zip(self.kept, self.geometry, strict=True)])
-
-
-_RECORD: ContextVar[Record | None] = ContextVar("ltmp_record", default=None)
-_DENSE: ContextVar[bool] = ContextVar("ltmp_dense", default=False)
-
-
-def record() -> AbstractContextManager[Record]:
-    """Collect token counts of the reduced models called inside, in this thread only.
-
-    >>> with ltmp.record() as calls:
-    ...     logits = model(images)
-    >>> calls.share().mean()
-    """
-    return held(_RECORD, Record())
-
-
-def dense() -> AbstractContextManager[bool]:
-    """Run attached models as if nothing were attached, inside and in this thread only: the baseline of a comparison."""
-    return held(_DENSE, True)
-
-
-def recording() -> Record | None:
-    """The record that calls of this thread go to, if any."""
-    return _RECORD.get()
-
-
-def is_dense() -> bool:
-    """Whether this thread is inside `dense()`."""
-    return _DENSE.get()
 
 
 class ReducedStack(nn.ModuleList):

@@ -280,7 +280,7 @@ def test_auto_runs_dense_where_that_is_faster(
     with caplog.at_level(logging.WARNING, "ltmp"):
         for _ in range(3):
             logits, kept = run_recorded(case.model, images)
-            with ltmp.stack.dense():
+            with ltmp.dense():
                 assert_close(logits, case.packed(images), 1e-5)
             assert kept.unique().tolist() == [10.0]
     assert len(caplog.records) == 1
@@ -336,7 +336,7 @@ def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
     case = Case()
     case.check(4)
     images = images_of(4)
-    with ltmp.stack.dense():
+    with ltmp.dense():
         assert_close(case.model(images), case.packed(images), 0)
     case.model.train()
     case.model(images)

@@ -106,5 +106,5 @@ def test_request_replaces_the_read_of_the_device() -> None:
     model = attach_reducing(tiny_vit(), random_images(2))
     with requested(Request(active=((False, False),) * 3)):
         plain = model(random_images(2))
-    with ltmp.stack.dense():
+    with ltmp.dense():
         assert_close(plain, model(random_images(2)), 0)

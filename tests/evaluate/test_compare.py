@@ -7,12 +7,12 @@ import torch
 
 import ltmp
 from helpers import random_images, tiny_vit
+from ltmp.calls import record
 from ltmp.config import FIXED
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate
 from ltmp.evaluate.compare import Entry, Wanted, compare, fixed_entry, rates_for, rows
 from ltmp.models import stack_of
-from ltmp.stack import record
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -72,7 +72,7 @@ def test_every_host_and_variant(form, host, variant):
 def test_any_thresholds(form, host, variant, scores, merge, prune, seed):
     images = random_images(1 if form == "single" else 3, seed=seed)
     model = host()
-    if "importance" in scores and not getattr(model, "has_class_token", model.num_prefix_tokens):
+    if ltmp.LTMPConfig(**scores).asks_class and not getattr(model, "has_class_token", model.num_prefix_tokens):
         scores = {"matching": "mutual"}
     ltmp.attach(model, ltmp.LTMPConfig(variant=variant, **scores))
     thresholds_of(model).set(merge, (torch.tensor(prune) / 17).tolist())

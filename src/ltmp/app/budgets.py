@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..calls import record
 from ..checkpoint import load, read
 from ..errors import LTMPError, UsageError
 from ..learning.calibrate import calibrate
 from ..models import attach, is_attached, thresholds_of
-from ..stack import record
 
 LOWEST = 0.4
 """The smallest share that thresholds are calibrated for."""

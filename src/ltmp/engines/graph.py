@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..calls import is_dense, record, recording
 from .capacity import SLACK, Level, plan_capacity
 from .patches import patches_as_product
 from .request import Active, Capacity, Request, requested
@@ -231,7 +232,6 @@ class GraphedForward:
             return self._run(images)
 
     def _applies(self, images: Any) -> bool:
-        from ..stack import is_dense
         from .select import on_device, unavailable
 
         return (
@@ -317,8 +317,6 @@ class GraphedForward:
 
     def _forward(self, images: Tensor, request: Request) -> tuple[Any, Tensor, Geometry]:
         """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
-        from ..stack import record
-
         with requested(request), record() as calls, patches_as_product(self.host):
             output = type(self.host).forward(self.host, images)
         return output, calls.kept[0], calls.geometry[0]
@@ -388,8 +386,6 @@ class GraphedForward:
 
 def _note(kept: Tensor, geometry: Geometry) -> None:
     """What the stack would have recorded."""
-    from ..stack import recording
-
     calls = recording()
     if calls is not None:
         calls.add(kept.clone(), geometry)

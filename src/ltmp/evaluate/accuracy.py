@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import Record, dense, record
 from ..distributed import exchange, merge, my_batches, rank
 from ..errors import LTMPError
 from ..flops import flops_share
 from ..models import is_attached, stack_of
 from ..models.outputs import logits_of
 from ..policy import Policy
-from ..stack import Record, dense, record
 from .throughput import Throughput, measure
 
 Batches = Iterable[tuple[Tensor, Tensor]]

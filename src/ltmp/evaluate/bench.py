@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import record
 from ..engines import packed, select
 from ..errors import LTMPError, UsageError, first_line
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
 from ..policy import Policy
 from ..reduction import importance_for, make_plan, reluctance_for, similarity_metric
-from ..stack import ReducedStack, record
+from ..stack import ReducedStack
 from ..tokens import Tokens
 from .compare import rates_for
 

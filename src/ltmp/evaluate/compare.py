@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import record
 from ..config import LEARNED, VARIANTS, LTMPConfig
 from ..errors import UsageError
 from ..models import stack_of
 from ..policy import Policy
 from ..rates import Rates
-from ..stack import record
 from .accuracy import Batches, Evaluation, evaluate_policies
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..calls import dense, record
 from ..dial import Dial
 from ..engines import packed, select
 from ..engines.onednn import halves
@@ -26,7 +27,7 @@ from ..engines.state import State
 from ..models import stack_of, thresholds_of
 from ..ops.match.reference import candidates
 from ..reduction import reluctance_for, similarity_metric
-from ..stack import ReducedStack, dense, record
+from ..stack import ReducedStack
 from ..thresholds import Thresholds
 from ..tokens import Tokens
 from .accuracy import deployed

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from ..stack import dense
+from ..calls import dense
 
 
 @dataclass(frozen=True)

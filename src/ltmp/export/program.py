@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ..calls import dense as run_dense
+from ..calls import record
 from ..engines.request import Request, requested
 from ..errors import LTMPError, UsageError
 from ..models import is_attached, stack_of
 from ..models.outputs import logits_of
-from ..stack import dense as run_dense
-from ..stack import record
 from ..thresholds import Thresholds
 from .forms import FORMS, Form
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..calls import dense as run_dense
+from ..calls import is_dense, record, recording
 from ..errors import LTMPError, MissingExtraError
 from ..evaluate import deployed
 from ..flops import Geometry
 from ..models import stack_of
 from ..models.outputs import logits_of
-from ..stack import dense as run_dense
-from ..stack import is_dense, record, recording
 from .program import INPUT, first_line
 
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import dense as run_dense
+from ..calls import record
 from ..errors import LTMPError
 from ..evaluate import deployed
 from ..models.outputs import logits_of
-from ..stack import dense as run_dense
-from ..stack import record
 from .program import image_shape
 from .runtimes import Session
 

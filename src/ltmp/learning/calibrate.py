@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..calls import dense, record
 from ..flops import Geometry
 from ..models import stack_of, thresholds_of
-from ..stack import dense, record
 from ..thresholds import Thresholds
 from .schedule import Schedule, Shape, usual
 

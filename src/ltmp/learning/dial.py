@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..calls import record
 from ..dial import Dial, keep_on
 from ..distributed import exchange, rank
 from ..errors import UsageError
 from ..models import stack_of, thresholds_of
 from ..models.outputs import logits_of
-from ..stack import record
 from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress

@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..calls import record
 from ..distributed import mean
 from ..models import thresholds_of
 from ..models.outputs import logits_of
-from ..stack import record
 from .objective import task_loss, teacher
 
 Progress = Callable[[int, int, str], None]

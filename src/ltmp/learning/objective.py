@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..calls import dense, record
 from ..distributed import gather, mean, total
 from ..errors import LTMPError
 from ..models import thresholds_of
 from ..models.outputs import logits_of
-from ..stack import dense, record
 from .budget import budget_loss
 
 

@@ -36,7 +36,8 @@ from transformers import (
     ViTModel,
 )
 
-from ..stack import ReducedStack, is_dense, sizes_of
+from ..calls import is_dense
+from ..stack import ReducedStack, sizes_of
 from .pooling import log_size, sized_mean, without_prefix
 from .recipe import Parts, Recipe, Rotary, activation_name, linear_ratio, set_nothing
 from .rotary import turn_table, turned

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..calls import record
 from ..data import eval_transform, input_channels
 from ..errors import LTMPError, UsageError
 from ..models.outputs import logits_of
-from ..stack import record
 from .reading import Batch, End, LostWorkerError, Unreadable, default_workers, naming_lost_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard

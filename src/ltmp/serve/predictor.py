@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..calls import record
 from ..data import eval_transform, input_channels
 from ..data.dataset import Transform
 from ..errors import LTMPError, UsageError
 from ..evaluate import deployed
 from ..models import is_attached
-from ..stack import record
 from .limits import read_image
 
 

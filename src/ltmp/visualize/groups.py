@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import record
 from ..errors import LTMPError
 from ..models import stack_of
 from ..sources import trace
-from ..stack import record
 
 
 @dataclass(frozen=True)
