@@ -91,15 +91,7 @@ def dial_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(
-            scores,
-            variant=variant,
-            similarity=similarity,
-            matching=matching,
-            importance=importance,
-            size_power=size_power,
-            class_power=class_power,
-        ),
+        config_of(scores, variant, similarity, matching, importance, size_power, class_power),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers

@@ -137,15 +137,7 @@ def learn_verb(
     run_file = prepare(folder, resume)
     network = attach(
         ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(
-            scores,
-            variant=variant,
-            similarity=similarity,
-            matching=matching,
-            importance=importance,
-            size_power=size_power,
-            class_power=class_power,
-        ),
+        config_of(scores, variant, similarity, matching, importance, size_power, class_power),
     )
     reading = DataOptions(
         data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
@@ -258,12 +250,17 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def config_of(scores: str, **settings: Any) -> LTMPConfig:
+def config_of(
+    scores: str, variant: str, similarity: str, matching: str, importance: str | None, size_power: float,
+    class_power: float,
+) -> LTMPConfig:  # fmt: skip
     """The settings that verbs ask for, where `scores` says what the usual ones are; what is wrong is a usage error."""
     if scores not in ("paper", "best"):
         raise UsageError(f"unknown scores {scores!r}: expected one of paper, best")
+    settings = {"variant": variant, "similarity": similarity, "matching": matching, "importance": importance,
+                "size_power": size_power, "class_power": class_power}  # fmt: skip
     usual = LTMPConfig()
-    asked = {name: value for name, value in settings.items() if value != getattr(usual, name)}
+    asked: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
     try:
         return LTMPConfig.best(**asked) if scores == "best" else LTMPConfig(**asked)
     except ValueError as error:
