@@ -64,9 +64,11 @@ def dials(model: nn.Module, opened: Open, options: argparse.Namespace) -> tuple[
     policies: dict[tuple[int, float], Policy] = {}
     runs = []
     settings = ("similarity", "matching", "importance", "size_power", "class_power")
-    scores = {name: getattr(options, name) for name in settings}
+    named = {name: getattr(options, name) for name in settings}
+    make = ltmp.LTMPConfig.best if options.scores == "best" else ltmp.LTMPConfig
+    config = make(**{name: value for name, value in named.items() if value is not None})
     for seed in range(options.seeds):
-        ltmp.attach(model, ltmp.LTMPConfig(**scores))
+        ltmp.attach(model, config)
         with progress_bar(f"seed {seed}", None) as bar:
             result = ltmp.learn_dial(
                 model, opened(seed), options.low, 0.95, views=options.views, checked=options.checked, seed=seed,
@@ -115,11 +117,12 @@ def main() -> None:
     parser.add_argument("--low", type=float, default=0.3)
     parser.add_argument("--views", type=int, default=9216)
     parser.add_argument("--checked", type=int, default=3072)
-    parser.add_argument("--similarity", default="mean")
-    parser.add_argument("--matching", default="bipartite")
-    parser.add_argument("--importance", help="default: what the method says")
-    parser.add_argument("--size-power", type=float, default=1.0)
-    parser.add_argument("--class-power", type=float, default=0.0)
+    parser.add_argument("--scores", choices=("paper", "best"), default="paper", help="what those below are if not said")
+    parser.add_argument("--similarity")
+    parser.add_argument("--matching")
+    parser.add_argument("--importance")
+    parser.add_argument("--size-power", type=float)
+    parser.add_argument("--class-power", type=float)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16: the search, and all that is reported")
     parser.add_argument("--limit", type=int)

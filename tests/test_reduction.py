@@ -13,7 +13,8 @@ from torch import Tensor
 
 from helpers import assert_close
 from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
-from ltmp.reduction import Plan, fold, make_plan, reluctance_for, similarity_metric
+from ltmp.ops.match.reference import similarity_metric
+from ltmp.reduction import Plan, fold, make_plan, reluctance_for
 from ltmp.thresholds import Thresholds
 from ltmp.tokens import Tokens, take
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .ops.attend.reference import class_attention
-from .ops.match.reference import candidates
+from .ops.match.reference import candidates, reluctance_by
 from .policy import Policy, rank
 from .rates import noise
 from .sources import follow
@@ -57,22 +56,8 @@ class _Scored:
     keep: Tensor
     origin: Tensor
     importance: Tensor
-    reluctance: Tensor
+    reluctance: Tensor | None
     metric: Tensor
-
-
-def similarity_metric(k: Tensor, kind: str = "mean") -> Tensor:
-    """What similarity is measured on: a vector of length one, in float32.
-
-    Args:
-        k: [..., H, D], keys.
-        kind: "mean" for their mean over heads, or "heads" for all of them, each of the same length.
-
-    Returns:
-        float32 [..., D], or [..., H D] for "heads", whose cosine is the mean of the heads' cosines.
-    """
-    k = k.detach().float()
-    return F.normalize(k.mean(-2) if kind == "mean" else F.normalize(k, dim=-1).flatten(-2), dim=-1)
 
 
 def importance_for(
@@ -95,8 +80,6 @@ def importance_for(
 def reluctance_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
     """float32 [B, N], how little tokens want to merge, or None where only cosines count; see `LTMPConfig.class_power`.
 
-    Half the power each, so that a pair's product is that of their geometric mean.
-
     Args:
         q, k: [B, N, H, D]; the class token is first.
     """
@@ -104,8 +87,7 @@ def reluctance_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tok
     if power == 0:
         return None
     attended = class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
-    patches = (tokens.size * tokens.live).sum(1, keepdim=True)
-    return (attended * patches).clamp_min(torch.finfo(torch.float32).tiny) ** (power / 2)
+    return reluctance_by(attended, tokens.size * tokens.live, power)
 
 
 def make_plan(
@@ -139,8 +121,6 @@ def make_plan(
         importance = tokens.keep.detach()
     if metric is None:
         metric = tokens.keep.detach()[..., None]
-    if reluctance is None:
-        reluctance = torch.ones_like(tokens.size)
     state = _Scored(tokens.size, tokens.keep, tokens.origin, importance.detach(), reluctance, metric)
     weight, turn = tokens.size, place
     for step in steps:
@@ -179,8 +159,7 @@ def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[
         The state, every token still in its place, and int64 [B, N]: the place that each is folded into, or its own.
     """
     free = (state.keep > 0) & (state.origin >= protected)
-    reluctance = state.reluctance if policy.config.class_power else None
-    asked, best, receiver = candidates(state.metric, free, policy.config.matching, reluctance)
+    asked, best, receiver = candidates(state.metric, free, policy.config.matching, state.reluctance)
     gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
     moved = gone.detach()
     size = state.size.scatter_add(1, receiver, state.size[:, asked] * moved)

@@ -50,5 +50,6 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def take_all(state, index: Tensor):  # type: ignore[no-untyped-def]
-    """The same frozen dataclass with every tensor reordered by `index` [B, M]."""
-    return replace(state, **{f.name: take(getattr(state, f.name), index) for f in fields(state)})
+    """The same frozen dataclass with every tensor that it has reordered by `index` [B, M]."""
+    values = {f.name: getattr(state, f.name) for f in fields(state)}
+    return replace(state, **{name: take(value, index) for name, value in values.items() if value is not None})

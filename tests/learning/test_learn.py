@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ltmp
 from helpers import random_images, tiny_vit
+from ltmp.config import MATCHINGS
 from ltmp.errors import LTMPError, UsageError
 from ltmp.flops import Geometry, flops_share
 from ltmp.learning import calibrate, heldout, loop
@@ -207,11 +208,10 @@ def test_calibration_alone_is_near_the_budget(pool: str, matching: str) -> None:
 
 def test_the_schedule_costs_the_target() -> None:
     geometry = Geometry(tokens=197, width=384, mlp_ratio=(4.0,) * 12)
-    for target in (0.9, 0.6, 0.4, 0.3):
+    for target, matching in product((0.9, 0.6, 0.4, 0.3), MATCHINGS):
         for last_free in (False, True):
-            kept = (
-                usual(target).schedule(12, ("merge", "prune"), last_free).to_cost(target, geometry, 1).kept(geometry, 1)
-            )
+            schedule = usual(target, matching).schedule(12, ("merge", "prune"), last_free)
+            kept = schedule.to_cost(target, geometry, 1).kept(geometry, 1)
             assert float(flops_share(kept, geometry)) == pytest.approx(target, abs=1e-3)
             assert all(b <= a for a, b in pairwise(kept.tolist()))
     # the first block's attention, and from there on the class token alone

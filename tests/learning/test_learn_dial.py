@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import astuple
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 import ltmp
 from helpers import random_images, tiny_vit
+from ltmp.config import MATCHINGS
 from ltmp.errors import LTMPError, UsageError
+from ltmp.learning import calibrate
 from ltmp.learning import dial as module
 from ltmp.learning.schedule import USUAL, Shape, between, searched, usual
 from ltmp.learning.search import evolve
@@ -147,14 +150,27 @@ def test_evolution_finds_a_shape() -> None:
 
 
 def test_shapes_between_and_beyond_budgets() -> None:
-    (first, low), (second, high) = list(USUAL.items())[:2]
-    assert between(USUAL, 0.1) == low
-    assert between(USUAL, 0.99) == USUAL[max(USUAL)]
-    middle = between(USUAL, (first + second) / 2)
+    shapes = USUAL["bipartite"]
+    (first, low), (second, high) = list(shapes.items())[:2]
+    assert between(shapes, 0.1) == low
+    assert between(shapes, 0.99) == shapes[max(shapes)]
+    middle = between(shapes, (first + second) / 2)
     assert middle.prune_slope == pytest.approx((low.prune_slope + high.prune_slope) / 2)
     schedule = low.schedule(12, ("merge", "prune"), last_free=True)
     assert math.isinf(schedule.prune[-1])
     assert schedule.merge[-1] == 0
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_what_is_usual_goes_by_the_matching(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(matching=matching))
+    images, followed = random_images(4, size=32), []
+    calibrating = import_module("ltmp.learning.calibrate")
+    monkeypatch.setattr(calibrating, "follow", lambda model, images, shape, *_: followed.append(shape))
+    calibrate(model, images, 0.37)
+    assert followed == [USUAL[matching][0.37]]
+    assert module._Maker(model, images, None, None).usual(0.37) == USUAL[matching][0.37]
+    assert USUAL["mutual"][0.37] != USUAL["bipartite"][0.37]
 
 
 def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> None:
@@ -162,8 +178,8 @@ def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> Non
     found = {0.45: usual(0.45).plus(move), 0.6: usual(0.6)}
     for share, part in {0.3: 1.0, 0.45: 1.0, 0.525: 0.5, 0.6: 0.0, 0.9: 0.0}.items():
         expected = usual(share).plus(move, part)
-        assert astuple(searched(found, share)) == pytest.approx(astuple(expected)), share
-    assert searched({}, 0.4) == usual(0.4)
+        assert astuple(searched(usual, found, share)) == pytest.approx(astuple(expected)), share
+    assert searched(usual, {}, 0.4) == usual(0.4)
 
 
 @pytest.mark.parametrize("wrong", [{"low": 0.9, "high": 0.5}, {"knots": 1}, {"calibration": 1}, {"views": -1}])

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ltmp.ops.match.reference import match as match_reference
+from ltmp.ops.match.reference import similarity_metric
 from ltmp.reduction import fold as fold_reference
-from ltmp.reduction import make_plan, similarity_metric
+from ltmp.reduction import make_plan
 
 from .helpers import DEVICE, Batch, thresholds
 

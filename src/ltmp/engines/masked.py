@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
-from ..reduction import fold, importance_for, make_plan, reluctance_for, similarity_metric
+from ..ops.match.reference import similarity_metric
+from ..reduction import fold, importance_for, make_plan, reluctance_for
 from ..tokens import take
 from .positions import Positions
 from .request import Active

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
-from ..reduction import Plan, importance_for, make_plan, reluctance_for, similarity_metric
+from ..ops.match.reference import similarity_metric
+from ..reduction import Plan, importance_for, make_plan, reluctance_for
 from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reduction
-from ..ops.match.triton import similarity_metric
+from ..ops.match import reference, triton
 from ..ops.plan.triton import Plan
 from ..policy import Policy
 from ..tokens import Tokens
@@ -62,40 +62,40 @@ def slots(plan: reduction.Plan) -> Tensor:
 def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
     """float32 [T, D], or [T, H D] where all heads count: what similarity is measured on, of keys [T, H, D]."""
     kind = policy.config.similarity
-    return similarity_metric(k, cu).flatten(1) if kind == "mean" else reduction.similarity_metric(k, kind)
+    return triton.similarity_metric(k, cu).flatten(1) if kind == "mean" else reference.similarity_metric(k, kind)
 
 
-def reluctance_rows(policy: Policy, block: int, rows: Rows, q: Tensor, k: Tensor) -> Tensor | None:
-    """float32 [T], `reduction.reluctance_for` of q, k [T, H, D]."""
-    if policy.config.class_power == 0:
-        return None
+def reluctance_rows(policy: Policy, block: int, rows: Rows, q: Tensor, k: Tensor) -> Tensor:
+    """float32 [T], `reduction.reluctance_for` of q, k [T, H, D], where there is one."""
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
-    found = reduction.reluctance_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens_of(rows, padding))
+    found = reduction.reluctance_for(policy, block, *_class_asks(padding, q, k), tokens_of(rows, padding))
     assert found is not None
     return found[_where(rows)]
 
 
 def plan_rows(
-    policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor | None, k: Tensor,
-    received: Tensor | None, protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
+    policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None,
+    protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
 ) -> tuple[Plan, reduction.Plan]:  # fmt: skip
     """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
 
     Args:
-        q, k: [T, H, D]; q only where the class token's attention counts.
+        q, k: [T, H, D]; of q the class token's alone counts, and only where its attention does.
         received: float32 [H, T] or None. The others are as in the kernel.
-        reluctance: float32 [T], from `reluctance_rows`, or None.
+        reluctance: float32 [T], from `reluctance_rows`, if q and k are no longer those of these rows.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
-    metric = importance = None
+    metric = importance = unwilling = None
     if "merge" in steps:
         metric = padding.pad(metric_rows(policy, k, rows.cu))
+        if reluctance is not None:
+            unwilling = padding.pad(reluctance, 1.0)
+        elif policy.config.class_power:
+            unwilling = reduction.reluctance_for(policy, block, *_class_asks(padding, q, k), tokens)
     if steps != ("merge",):
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
-    if reluctance is not None:
-        reluctance = padding.pad(reluctance, 1.0)
-    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected, reluctance)
+    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected, unwilling)
     counts = plan.tokens.counts().int()
     stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
     most = rows.x.shape[0] if room is None else room
@@ -119,15 +119,19 @@ def fuse_rows(x: Tensor, rows: Rows, plan: reduction.Plan) -> Tensor:
 
 
 def _importance(
-    policy: Policy, block: int, padding: Padding, tokens: Tokens, cu: Tensor, q: Tensor | None, k: Tensor,
+    policy: Policy, block: int, padding: Padding, tokens: Tokens, cu: Tensor, q: Tensor, k: Tensor,
     received: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     if received is not None:
         received = padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
-    elif q is not None:
-        # the definition reads the first token's query alone
-        q, k = q[padding.at[:, :1]], k[padding.at]
-    return reduction.importance_for(policy, block, received, k if q is None else q, k, tokens)
+    elif policy.config.goes_by == "class":
+        q, k = _class_asks(padding, q, k)
+    return reduction.importance_for(policy, block, received, q, k, tokens)
+
+
+def _class_asks(padding: Padding, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The class token's query [B, 1, H, D], as no other is read, and all keys [B, N, H, D]."""
+    return q[padding.at[:, :1]], k[padding.at]
 
 
 def _where(rows: Rows) -> tuple[Tensor, Tensor]:

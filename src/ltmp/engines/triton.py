@@ -257,14 +257,15 @@ class Pass:
         """Add the branch `y` and reduce by `steps`."""
         block = self.branches[i]
         scale = block.scales[0]
-        reluctance = reluctance_rows(self.policy, i, rows, q, k) if "merge" in steps else None
+        reluctance = None
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
             dropped, _ = self._plan(i, ("prune",), rows, q, k, received, spare)
             metric, *_ = _fold(rows, metric_rows(self.policy, k, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
-            if reluctance is not None:
+            if self.policy.config.class_power:
+                reluctance = reluctance_rows(self.policy, i, rows, q, k)
                 reluctance = _fold(rows, reluctance[:, None], None, None, None, dropped)[0][:, 0]
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
             k, y, scale, steps = metric.unsqueeze(1), None, None, ("merge",)
@@ -291,11 +292,11 @@ class Pass:
         """By the kernel where plain thresholds decide, or else by the definition, whose own plan comes along."""
         policy, protected = self.policy, self.stack.protected
         # the kernel matches evens with odds by the mean of the keys
-        own = "merge" in steps and (policy.config.similarity, policy.config.matching) != ("mean", "bipartite")
-        own |= ("prune" in steps and not self.received) or reluctance is not None
+        config = policy.config
+        plain = (config.similarity, config.matching, config.class_power) == ("mean", "bipartite", 0)
+        own = ("merge" in steps and not plain) or ("prune" in steps and not self.received)
         if not isinstance(policy, Thresholds) or policy.bounded or own:
-            first = None if self.received else q
-            return plan_rows(policy, i, steps, rows, first, k, received, protected, stats, room, reluctance)
+            return plan_rows(policy, i, steps, rows, q, k, received, protected, stats, room, reluctance)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
         found = plan(k, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room)

@@ -22,8 +22,9 @@ from ..engines import packed, select
 from ..errors import LTMPError, UsageError, first_line
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
+from ..ops.match.reference import similarity_metric
 from ..policy import Policy
-from ..reduction import importance_for, make_plan, reluctance_for, similarity_metric
+from ..reduction import importance_for, make_plan, reluctance_for
 from ..stack import ReducedStack
 from ..tokens import Tokens
 from .compare import rates_for

@@ -25,8 +25,8 @@ from ..engines.positions import Positions
 from ..engines.request import Active, Capacity
 from ..engines.state import State
 from ..models import stack_of, thresholds_of
-from ..ops.match.reference import candidates
-from ..reduction import reluctance_for, similarity_metric
+from ..ops.match.reference import candidates, similarity_metric
+from ..reduction import reluctance_for
 from ..stack import ReducedStack
 from ..thresholds import Thresholds
 from ..tokens import Tokens

@@ -18,8 +18,7 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
-from ..ops.match.reference import match_halves, match_mutual, weighed
-from ..reduction import similarity_metric
+from ..ops.match.reference import match_halves, match_mutual, reluctance_by, similarity_metric, weighed
 from ..tokens import Tokens
 
 if TYPE_CHECKING:
@@ -305,8 +304,7 @@ def _class_importance(p: Tensor, _: Tensor | None) -> Tensor:
 
 def _reluctance(p: Tensor, state: _State, power: float) -> Tensor:
     """[B, N], how little tokens want to merge; see `reduction.reluctance_for`."""
-    patches = (state.size * _there(state)).sum(1, keepdim=True)
-    return (_class_importance(p, state.layout.live) * patches).clamp(min=torch.finfo(torch.float32).tiny) ** (power / 2)
+    return reluctance_by(_class_importance(p, state.layout.live), state.size * _there(state), power)
 
 
 def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:

@@ -64,7 +64,7 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
         images: [B, 3, H, W] on the model's device; 128 or more give stable thresholds.
         target: FLOPs share.
     """
-    follow(model, images, usual(target), target, geometry_of(model, images))
+    follow(model, images, usual(target, thresholds_of(model).config.matching), target, geometry_of(model, images))
 
 
 @torch.inference_mode()

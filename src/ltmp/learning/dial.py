@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class _Maker:
     def __init__(self, model: nn.Module, images: Tensor, amp: torch.dtype | None, progress: Progress | None) -> None:
         self.model, self.images, self.amp, self.progress = model, images, amp, progress
         self.geometry = geometry_of(model, images)
+        self.usual = partial(usual, matching=thresholds_of(model).config.matching)
         self.views = self.expected = 0
         self.answers = torch.cat([teacher(model, part) for part in images.split(SEARCHED)])
         self._looked(len(images), "reading the dense model's answers")
@@ -202,16 +204,16 @@ class _Maker:
 
         device = self.images.device.type
         with torch.autocast(device, self.amp) if self.amp is not None else nullcontext():
-            found = evolve(judge, usual(share), generations, generator)
+            found = evolve(judge, self.usual(share), generations, generator)
             # ranks on unlike hardware may round unlike
             found = Shape(*exchange(astuple(found))[0])
-            return min((usual(share), found), key=lambda shape: self.score(shape, share, whole))
+            return min((self.usual(share), found), key=lambda shape: self.score(shape, share, whole))
 
     def table(self, shares: list[float], shapes: dict[float, Shape]) -> tuple[Dial, list[float]]:
         """A dial with a row near each of `shares`, and each row's divergence."""
         rows: list[_Row] = []
         for share in shares:
-            row = self.run(searched(shapes, share), share, slice(0, len(self.images)), "calibrating")
+            row = self.run(searched(self.usual, shapes, share), share, slice(0, len(self.images)), "calibrating")
             # few images leave neighbours in the wrong order
             if not rows or row.share > rows[-1].share:
                 rows.append(row)

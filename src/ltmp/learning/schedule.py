@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -102,21 +103,23 @@ def between(shapes: dict[float, Shape], share: float) -> Shape:
     return shapes[below].towards(shapes[above], part)
 
 
-USUAL = {
-    0.37: Shape(0.2, 0.45, -1.3, 0.9, 0.1),
-    0.5: Shape(0.3, -0.9, -1.7, 2.4, 0.0),
-    0.84: Shape(0.55, -0.75, -2.6, 2.9, 0.2),
+_LARGE = {0.625: Shape(0.7, -0.93, -2.9, 2.9, 0.05), 0.84: Shape(0.89, -0.82, -3.56, 3.35, 0.25)}
+_SMALL, _HALF = Shape(0.2, 0.45, -1.3, 0.9, 0.1), Shape(0.3, -0.9, -1.7, 2.4, 0.0)
+USUAL: dict[str, dict[float, Shape]] = {
+    "bipartite": {0.37: _SMALL, 0.5: _HALF, **_LARGE},
+    "mutual": {0.31: _SMALL, 0.37: Shape(0.0, -0.26, -2.0, 2.0, -0.33), 0.5: _HALF, **_LARGE},
 }
-"""What served best wherever we searched (docs/accuracy.md), by share: with a large budget merging works in the middle
-of the network and pruning grows towards its end, the less of it the larger; a small one is better spread evenly."""
+"""What served best wherever we searched (docs/accuracy.md), by matching and share: with a large budget merging works in
+the middle of the network and pruning grows towards its end, the less of it the larger; a small one is better spread
+evenly, and the sooner so where half of the tokens can merge at once."""
 
 
-def usual(share: float) -> Shape:
+def usual(share: float, matching: str = "bipartite") -> Shape:
     """The shape to start from."""
-    return between(USUAL, share)
+    return between(USUAL[matching], share)
 
 
-def searched(found: dict[float, Shape], share: float) -> Shape:
+def searched(usual: Callable[[float], Shape], found: dict[float, Shape], share: float) -> Shape:
     """The usual shape, moved as searches at the shares of `found` moved it: what is usual changes beyond them, too."""
     if not found:
         return usual(share)

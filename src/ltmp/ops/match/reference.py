@@ -1,9 +1,37 @@
-"""The best partners of tokens, in plain torch."""
+"""What tokens are compared by, and the best partners of them, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def similarity_metric(k: Tensor, kind: str = "mean") -> Tensor:
+    """What similarity is measured on: a vector of length one, in float32.
+
+    Args:
+        k: [..., H, D], keys.
+        kind: "mean" for their mean over heads, or "heads" for all of them, each of the same length.
+
+    Returns:
+        float32 [..., D], or [..., H D] for "heads", whose cosine is the mean of the heads' cosines.
+    """
+    k = k.detach().float()
+    return F.normalize(k.mean(-2) if kind == "mean" else F.normalize(k, dim=-1).flatten(-2), dim=-1)
+
+
+def reluctance_by(attended: Tensor, patches: Tensor, power: float) -> Tensor:
+    """float32 [B, N], how little tokens want to merge: the class token's attention relative to a patch's even share.
+
+    Half the power each, so that a pair's product is that of their geometric mean.
+
+    Args:
+        attended: float32 [B, N], see `ops.attend.reference.class_attention`.
+        patches: float32 [B, N], how many each token stands for, 0 where there is none.
+    """
+    share = attended * patches.sum(1, keepdim=True)
+    return share.clamp(min=torch.finfo(torch.float32).tiny) ** (power / 2)
 
 
 def candidates(
