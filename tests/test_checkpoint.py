@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -481,6 +482,7 @@ def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
 def test_fixed_rates_have_scores_of_their_own() -> None:
     with pytest.raises(ValueError, match="matching and importance are for ltmp, ltpm, ltm, ltp; m has its own"):
         LTMPConfig(variant="m", r=4, matching="mutual")
-    for setting in ({"importance": "class"}, {"class_power": 0.2}):
+    for setting, registers in product(({"importance": "class"}, {"class_power": 0.2}), (0, 2)):
+        model = tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg")
         with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
-            ltmp.attach(tiny_vit(class_token=False, global_pool="avg"), LTMPConfig(**setting))
+            ltmp.attach(model, LTMPConfig(**setting))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,17 @@ def test_off_thresholds_give_the_dense_output(case: Case) -> None:
     assert_close(case.call(model), dense, atol=1e-5, what="packed")
     model.ltmp.train()
     assert_close(case.call(model), dense, atol=1e-5, what="masked")
+
+
+def test_scores_by_the_class_token_need_one(case: Case) -> None:
+    model = case.build()
+    named = [name for name, _ in model.named_parameters() if re.search(r"(cls|class)_(token|embed)", name)]
+    config = ltmp.LTMPConfig(class_power=0.2)
+    if named:
+        assert stack_of(ltmp.attach(model, config)).protected > 0
+    else:
+        with pytest.raises(ltmp.LTMPError, match="goes by the class token's attention, and this model has none"):
+            ltmp.attach(model, config)
 
 
 @torch.no_grad()

@@ -111,7 +111,8 @@ def fixed_entry(model: nn.Module, wanted: Wanted, images: Tensor, target: float 
     Raises:
         UsageError: not for this model, or not down to `target`.
     """
-    if VARIANTS[wanted.variant].importance == "class" and stack_of(model).protected == 0:
+    stack = stack_of(model)
+    if VARIANTS[wanted.variant].importance == "class" and not stack.recipe.class_first(stack.host):
         raise UsageError(f"method {wanted.variant} goes by the class token's attention, and this model has none")
     if wanted.r is not None:
         return Entry(f"{wanted.variant}:{wanted.r}", wanted.variant, None, _rates(model, wanted.variant, wanted.r))

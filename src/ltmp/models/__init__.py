@@ -84,7 +84,7 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         )
     host, recipe = find_host(model)
     problems = _find_problems(host, recipe)
-    if config.asks_class and recipe.protected(host) == 0:
+    if config.asks_class and not recipe.class_first(host):
         problems.append(f"{config.asks_class} goes by the class token's attention, and this model has none")
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")

@@ -94,6 +94,7 @@ RECIPE = Recipe(
     mlp=_mlp,
     parts=_parts,
     protected=VIT.protected,
+    class_first=VIT.class_first,
     problems=_problems,
     mlp_ratio=VIT.mlp_ratio,
     overrides=_overrides,

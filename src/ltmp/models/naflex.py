@@ -35,6 +35,10 @@ def _parts(block: nn.Module) -> Parts | None:
     return _family(block).parts(block)
 
 
+def _class_first(host: Any) -> bool:
+    return host.embeds.cls_token is not None
+
+
 def _problems(host: Any) -> list[str]:
     block: type[nn.Module] = EvaBlock if isinstance(host.blocks[0], EvaBlock) else Block
     attentions = (EvaAttention, AttentionRope) if block is EvaBlock else (Attention,)
@@ -58,6 +62,7 @@ RECIPE = Recipe(
     problems=_problems,
     mlp_ratio=timm.RECIPE.mlp_ratio,
     protected=timm.RECIPE.protected,
+    class_first=_class_first,
     overrides=_overrides,
     final_norm=timm.RECIPE.final_norm,
     prefix_only=timm.RECIPE.prefix_only,

@@ -96,6 +96,11 @@ def one_class_token(host: nn.Module) -> int:
     return 1
 
 
+def class_comes_first(host: nn.Module) -> bool:
+    """So it does in most hosts."""
+    return True
+
+
 def set_nothing(host: nn.Module) -> dict[str, Any]:
     """Nothing of the host stands in the way."""
     return {}
@@ -153,6 +158,7 @@ class Recipe:
         problems: host -> what stands in the way, one phrase each; empty when it can be attached.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
         protected: host -> number of prefix tokens.
+        class_first: host -> whether its first token is a class token, and not a register or a patch.
         overrides: host -> attributes to set while attached (pooling that knows sizes, refusals), by dotted path.
         final_norm: host -> the module between the blocks and the pooling; None where nothing pools rows.
         prefix_only: host -> whether its head reads nothing but the prefix tokens.
@@ -174,6 +180,7 @@ class Recipe:
     problems: Callable[[nn.Module], list[str]]
     mlp_ratio: Callable[[nn.Module], float]
     protected: Callable[[nn.Module], int] = one_class_token
+    class_first: Callable[[nn.Module], bool] = class_comes_first
     overrides: Callable[[nn.Module], dict[str, Any]] = set_nothing
     final_norm: Callable[[nn.Module], nn.Module | None] = no_pooling
     prefix_only: Callable[[nn.Module], bool] = reads_prefix_only

@@ -71,6 +71,10 @@ def _protected(host: Any) -> int:
     return int(host.num_prefix_tokens)
 
 
+def _class_first(host: Any) -> bool:
+    return host.cls_token is not None
+
+
 def _problems(host: Any) -> list[str]:
     return find_problems(host, VisionTransformer, Block, (Attention,))
 
@@ -181,6 +185,7 @@ RECIPE = Recipe(
     mlp=_mlp,
     parts=_parts,
     protected=_protected,
+    class_first=_class_first,
     problems=_problems,
     mlp_ratio=_mlp_ratio,
     overrides=_overrides,

@@ -208,6 +208,9 @@ class Host:
     def protected(self, host: nn.Module) -> int:
         return self.prefix + int(getattr(self.inside(host).config, "num_register_tokens", 0))
 
+    def class_first(self, host: nn.Module) -> bool:
+        return self.prefix > 0
+
     def prefix_only(self, host: nn.Module) -> bool:
         return self.reads == "prefix"
 
@@ -391,6 +394,7 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         mlp=_mlp,
         parts=_parts,
         protected=host.protected,
+        class_first=host.class_first,
         problems=host.problems,
         mlp_ratio=_mlp_ratio,
         overrides=set_nothing,
