@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, tiny_vit
-from ltmp.config import FIXED, LTMPConfig
+from ltmp.config import BEST, FIXED, LTMPConfig
 from ltmp.engines import packed
 from ltmp.engines.state import Reduced
 from ltmp.models import stack_of
@@ -101,6 +101,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "sizes by half": {"size_power": 0.5},
     "reluctant to merge": {"class_power": 0.5},
     "reluctant to merge after pruning": {"variant": "ltpm", "class_power": 0.5},
+    "the best scores": BEST,
+    "the best scores after pruning": {"variant": "ltpm", **BEST},
+    "the best scores with a floor": {"floor": 8, **BEST},
     "all that is opt-in": {
         "similarity": "heads",
         "matching": "mutual",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -79,8 +80,8 @@ class Batch:
         return Tokens(self.pad(self.size, 1), keep, self.pad(self.origin.long(), 2**30))
 
 
-def thresholds(variant: str, merge: float, prune: float) -> Thresholds:
-    found = Thresholds(1, LTMPConfig(variant=variant)).to(DEVICE)
+def thresholds(variant: str, merge: float, prune: float, **scores: Any) -> Thresholds:
+    found = Thresholds(1, LTMPConfig(variant=variant, **scores)).to(DEVICE)
     found.set(merge=[merge], prune=[prune])
     return found.requires_grad_(False)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from ltmp.config import BEST, MATCHINGS, SIMILARITIES
+from ltmp.ops.match.reference import candidates as candidates_reference
 from ltmp.ops.match.reference import match as match_reference
 from ltmp.ops.match.reference import similarity_metric
 from ltmp.reduction import fold as fold_reference
-from ltmp.reduction import make_plan
+from ltmp.reduction import make_plan, reluctance_for
 
 from .helpers import DEVICE, Batch, thresholds
 
 triton = pytest.importorskip("triton")
 from ltmp.ops.fold.triton import fold  # noqa: E402
-from ltmp.ops.match.triton import match  # noqa: E402
+from ltmp.ops.match.triton import candidates, match, reluctance_rows  # noqa: E402
 from ltmp.ops.norm.triton import Norm, add_norm  # noqa: E402
 from ltmp.ops.plan.triton import plan  # noqa: E402
 
@@ -35,22 +39,36 @@ def importance_of(batch: Batch, received: Tensor) -> Tensor:
 
 def check(
     batch: Batch, variant: str, protected: int, merge: float, prune: float, longest: int | None = None,
-    received: Tensor | None = None,
+    received: Tensor | None = None, **scores: Any,
 ) -> list[int]:  # fmt: skip
     """Same survivors, order, sizes and features as the definition; returns the counts left."""
-    _, k, _ = batch.heads
-    learned = thresholds(variant, merge, prune)
-    steps = learned.config.steps
+    q, k, _ = batch.heads
+    learned = thresholds(variant, merge, prune, **scores)
+    config, steps = learned.config, learned.config.steps
     received = random_received(batch) if received is None else received
     tokens = batch.tokens()
     importance = batch.pad(importance_of(batch, received))
-    expected = make_plan(tokens, similarity_metric(batch.pad(k)), importance, learned, 0, steps, protected)
+    metric = similarity_metric(batch.pad(k), config.similarity)
+    expected = make_plan(
+        tokens, metric, importance, learned, 0, steps, protected,
+        reluctance_for(learned, 0, batch.pad(q), batch.pad(k), tokens),
+    )  # fmt: skip
     left = [int(n) for n in expected.tokens.counts().tolist()]
 
     stats = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    partners, bound = None, longest or batch.longest
+    if scores:
+        reluctance = None
+        if config.class_power:
+            weight = learned.weight(0, batch.size)
+            reluctance = reluctance_rows(q, k, weight, batch.size, batch.cu, bound, config.class_power)
+        partners = candidates(
+            k, batch.origin, batch.cu, bound, protected, config.similarity, config.matching, reluctance
+        )
     found = plan(
-        k, received, batch.size, batch.origin, batch.cu, longest or batch.longest,
+        k, received, batch.size, batch.origin, batch.cu, bound,
         learned.merge if "merge" in steps else None, learned.prune if "prune" in steps else None, protected, stats,
+        found=partners, pairs=config.matching == "mutual",
     )  # fmt: skip
     assert found.cu.diff().tolist() == left
     assert stats.tolist() == [sum(left), max(left), 0]
@@ -60,7 +78,7 @@ def check(
     norm = Norm(torch.rand(24, device=DEVICE), torch.rand(24, device=DEVICE), 1e-6)
     y, scale = torch.randn_like(x), torch.rand(24, device=DEVICE)
     new, normed, size, origin = fold(
-        x, y, scale, norm, found, batch.size, batch.origin, batch.cu, longest or batch.longest, room
+        x, y, scale, norm, found, batch.size, batch.origin, batch.cu, bound, room, config.matching == "bipartite"
     )
     total = sum(left)
     features = fold_reference(batch.pad(x + scale * y), expected)
@@ -83,6 +101,37 @@ def test_matches_definition(counts: list[int], protected: int, variant: str) -> 
     batch = Batch.random(counts)
     prune = importance_of(batch, random_received(batch)).median().item()
     check(batch, variant, protected, 0.4, prune)
+
+
+SCORES: dict[str, dict[str, Any]] = {
+    "heads": {"similarity": "heads"},
+    "mutual": {"matching": "mutual"},
+    "reluctance": {"class_power": 0.7, "size_power": 0.3},
+    "best": BEST,
+}
+
+
+@pytest.mark.parametrize("variant", ["ltmp", "ltm"])
+@pytest.mark.parametrize("protected", [0, 2])
+@pytest.mark.parametrize("counts", [*COUNTS[:2], COUNTS[3], *LONG], ids=str)
+@pytest.mark.parametrize("scores", SCORES)
+def test_other_scores_match_definition(scores: str, counts: list[int], protected: int, variant: str) -> None:
+    batch = Batch.random(counts)
+    prune = importance_of(batch, random_received(batch)).median().item()
+    left = check(batch, variant, protected, 0.2, prune, **SCORES[scores])
+    assert max(counts) < 9 or sum(left) < sum(counts)
+
+
+@pytest.mark.parametrize("scores", ["mutual", "best"])
+@pytest.mark.parametrize("protected", [0, 1])
+def test_pairs_that_are_all_prunable_leave_one_token(protected: int, scores: str) -> None:
+    batch = Batch.random([1, 2, 40, 33])
+    assert check(batch, "ltmp", protected, 0.3, 2.0, **SCORES[scores]) == [1, 1, 1, 1]
+    check(batch, "ltmp", 0, 0.3, 2.0, received=torch.ones_like(random_received(batch)), **SCORES[scores])
+
+
+def test_pairs_under_a_loose_bound() -> None:
+    check(Batch.random([20, 31]), "ltmp", 1, 0.2, 0.01, longest=200, **BEST)
 
 
 @pytest.mark.parametrize("variant", ["ltmp", "ltp"])
@@ -137,6 +186,39 @@ def test_match(counts: list[int]) -> None:
         torch.testing.assert_close(found, expected[image, :half], atol=1e-5, rtol=0)
         some = found > -2
         assert torch.equal(partner[first : first + half][some].long(), expected_partner[image, :half][some])
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("counts", [[9, 64, 1], [300, 40]], ids=str)
+def test_candidates(counts: list[int], similarity: str, matching: str) -> None:
+    batch = Batch.random(counts, heads=3)
+    _, k, _ = batch.heads
+    reluctance = torch.rand(batch.qkv.shape[0], generator=torch.Generator().manual_seed(3)).to(DEVICE) + 0.5
+    best, partner = candidates(k, batch.origin, batch.cu, batch.longest, 2, similarity, matching, reluctance)
+    tokens = batch.tokens()
+    free, metric = tokens.live & (tokens.origin >= 2), similarity_metric(batch.pad(k), similarity)
+    step = 1 if matching == "mutual" else 2
+    asked, expected, receiver = candidates_reference(metric, free, matching, batch.pad(reluctance, 1))
+    for image, n in enumerate(counts):
+        first, number = int(batch.cu[image]), len(range(n)[asked])
+        scored = expected[image, :number] > -2
+        found = best[first : first + number][scored]
+        torch.testing.assert_close(found, expected[image, :number][scored], atol=1e-5, rtol=0)
+        places = partner[first : first + number][scored] * step + step - 1
+        assert torch.equal(places.long(), receiver[image, :number][scored])
+
+
+def test_reluctance_rows() -> None:
+    for counts in ([9, 64, 1], [700, 40]):
+        batch = Batch.random(counts, heads=3)
+        q, k, _ = batch.heads
+        learned = thresholds("ltmp", 0.5, 0.0, class_power=0.4, size_power=0.5)
+        weight = learned.weight(0, batch.size)
+        found = reluctance_rows(q, k, weight, batch.size, batch.cu, batch.longest, 0.4)[: batch.live]
+        expected = reluctance_for(learned, 0, batch.pad(q), batch.pad(k), batch.tokens())
+        assert expected is not None
+        torch.testing.assert_close(found, batch.rows(expected), atol=0, rtol=1e-5)
 
 
 def test_room_too_small_is_reported_and_harmless() -> None:

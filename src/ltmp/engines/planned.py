@@ -1,4 +1,4 @@
-"""Plans on packed rows for what the plan kernel does not know (fixed rates, floors, other scores), by the definition.
+"""Plans on packed rows for what the kernels do not know (fixed rates, floors, other importance), by the definition.
 
 A few numbers a token are padded to images, planned by `reduction.make_plan` and brought back to rows: plain torch on
 the device, at sizes known beforehand, nothing read by the host, so that a CUDA graph can hold it.
@@ -65,14 +65,6 @@ def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
     return triton.similarity_metric(k, cu).flatten(1) if kind == "mean" else reference.similarity_metric(k, kind)
 
 
-def reluctance_rows(policy: Policy, block: int, rows: Rows, q: Tensor, k: Tensor) -> Tensor:
-    """float32 [T], `reduction.reluctance_for` of q, k [T, H, D], where there is one."""
-    padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
-    found = reduction.reluctance_for(policy, block, *_class_asks(padding, q, k), tokens_of(rows, padding))
-    assert found is not None
-    return found[_where(rows)]
-
-
 def plan_rows(
     policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None,
     protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
@@ -80,22 +72,20 @@ def plan_rows(
     """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
 
     Args:
-        q, k: [T, H, D]; of q the class token's alone counts, and only where its attention does.
+        q, k: [T, H, D]; q is read only where tokens are dropped by the class token's attention.
         received: float32 [H, T] or None. The others are as in the kernel.
-        reluctance: float32 [T], from `reluctance_rows`, if q and k are no longer those of these rows.
+        reluctance: float32 [T], from `ops.match.triton.reluctance_rows`, or None.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
-    metric = importance = unwilling = None
+    metric = importance = None
     if "merge" in steps:
         metric = padding.pad(metric_rows(policy, k, rows.cu))
-        if reluctance is not None:
-            unwilling = padding.pad(reluctance, 1.0)
-        elif policy.config.class_power:
-            unwilling = reduction.reluctance_for(policy, block, *_class_asks(padding, q, k), tokens)
     if steps != ("merge",):
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
-    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected, unwilling)
+    if reluctance is not None:
+        reluctance = padding.pad(reluctance, 1.0)
+    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected, reluctance)
     counts = plan.tokens.counts().int()
     stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
     most = rows.x.shape[0] if room is None else room
@@ -125,13 +115,9 @@ def _importance(
     if received is not None:
         received = padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
     elif policy.config.goes_by == "class":
-        q, k = _class_asks(padding, q, k)
+        # the definition reads the first token's query alone
+        q, k = q[padding.at[:, :1]], k[padding.at]
     return reduction.importance_for(policy, block, received, q, k, tokens)
-
-
-def _class_asks(padding: Padding, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The class token's query [B, 1, H, D], as no other is read, and all keys [B, N, H, D]."""
-    return q[padding.at[:, :1]], k[padding.at]
 
 
 def _where(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from .. import reduction
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
+from ..ops.match.triton import candidates, reluctance_rows
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
 from ..thresholds import Thresholds
-from .planned import fuse_rows, metric_rows, plan_rows, reluctance_rows
+from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
 from .request import REQUEST, Active, Capacity
 from .state import Reduced
@@ -257,18 +258,21 @@ class Pass:
         """Add the branch `y` and reduce by `steps`."""
         block = self.branches[i]
         scale = block.scales[0]
-        reluctance = None
+        config, reluctance = self.policy.config, None
+        if "merge" in steps and config.class_power:
+            weight = self.policy.weight(i, rows.size)
+            reluctance = reluctance_rows(q, k, weight, rows.size, rows.cu, rows.longest, config.class_power)
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
             dropped, _ = self._plan(i, ("prune",), rows, q, k, received, spare)
             metric, *_ = _fold(rows, metric_rows(self.policy, k, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
-            if self.policy.config.class_power:
-                reluctance = reluctance_rows(self.policy, i, rows, q, k)
+            if reluctance is not None:
                 reluctance = _fold(rows, reluctance[:, None], None, None, None, dropped)[0][:, 0]
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
-            k, y, scale, steps = metric.unsqueeze(1), None, None, ("merge",)
+            heads = (1, -1) if config.similarity == "mean" else k.shape[1:]
+            k, y, scale, steps = metric.unflatten(1, heads), None, None, ("merge",)
         limit = None if self.capacity is None else self.capacity.rows[i]
         planned, defined = self._plan(i, steps, rows, q, k, received, self.stats[i], limit, reluctance)
         self.plans[i] = planned
@@ -281,7 +285,7 @@ class Pass:
             room, longest, _ = self.stats[i].tolist()
         else:
             room, longest = self.capacity.rows[i], self.capacity.longest[i]
-        bipartite = self.policy.config.matching == "bipartite"
+        bipartite = config.matching == "bipartite"
         x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room, bipartite)
         return Rows(x, normed, size, origin, planned.cu, longest, False)
 
@@ -289,18 +293,21 @@ class Pass:
         self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None, stats: Tensor,
         room: int | None = None, reluctance: Tensor | None = None,
     ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
-        """By the kernel where plain thresholds decide, or else by the definition, whose own plan comes along."""
-        policy, protected = self.policy, self.stack.protected
-        # the kernel matches evens with odds by the mean of the keys
-        config = policy.config
-        plain = (config.similarity, config.matching, config.class_power) == ("mean", "bipartite", 0)
-        own = ("merge" in steps and not plain) or ("prune" in steps and not self.received)
-        if not isinstance(policy, Thresholds) or policy.bounded or own:
+        """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
+        policy, protected, config = self.policy, self.stack.protected, self.policy.config
+        unknown = "prune" in steps and not self.received
+        if not isinstance(policy, Thresholds) or policy.bounded or unknown:
             return plan_rows(policy, i, steps, rows, q, k, received, protected, stats, room, reluctance)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
-        found = plan(k, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room)
-        return found, None
+        found, scores = None, (config.similarity, config.matching)
+        if merge is not None and (scores != ("mean", "bipartite") or reluctance is not None):
+            found = candidates(k, rows.origin, rows.cu, rows.longest, protected, *scores, reluctance)
+        done = plan(
+            k, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room,
+            found, config.matching == "mutual",
+        )  # fmt: skip
+        return done, None
 
 
 def _fold(

@@ -1,4 +1,4 @@
-"""The best partner of every even token, on packed rows."""
+"""What tokens are compared by, and the best partners of them, on packed rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import image_rows, pow2, strides
+from .._triton import LOG2E, image_rows, pow2, strides
 
 
 def tile_of(width: int) -> tuple[int, int]:
@@ -77,6 +77,73 @@ def _match_kernel(
         tl.store(PARTNER + first + even, partner, mask=2 * even < n)
 
 
+@triton.jit(do_not_specialize=["protected"])
+def _candidates_kernel(
+    K, RELUCTANCE, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr, OTHER: tl.constexpr,
+    MUTUAL: tl.constexpr, WEIGHED: tl.constexpr,
+):  # fmt: skip
+    """One program = one tile of the tokens of one image that may have a partner: all if MUTUAL, or the even ones."""
+    first, n = image_rows(CU, tl.program_id(0))
+    STEP: tl.constexpr = 1 if MUTUAL else 2
+    K += first * k_row
+    asked = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    place = asked * STEP
+    if tl.program_id(1) * TILE * STEP < n:
+        is_asked = place < n
+        free = is_asked & (tl.load(ORIGIN + first + place, mask=is_asked, other=-1) >= protected)
+        best = tl.full(asked.shape, -float("inf"), tl.float32)
+        partner = tl.zeros(asked.shape, tl.int32)
+        for start in range(0, n // STEP, OTHER):
+            other = start + tl.arange(0, OTHER)
+            there = other * STEP + (STEP - 1)
+            is_other = there < n
+            free_other = is_other & (tl.load(ORIGIN + first + there, mask=is_other, other=-1) >= protected)
+            cosine = tl.zeros([TILE, OTHER], tl.float32)
+            for head in range(0, H):
+                a = metric_tile(K + head * k_head, place, is_asked, k_row, k_head, 1, D, DB)
+                b = metric_tile(K + head * k_head, there, is_other, k_row, k_head, 1, D, DB)
+                cosine += tl.dot(a, tl.trans(b), input_precision="tf32x3")
+            possible = free[:, None] & free_other[None, :] & (place[:, None] != there[None, :])
+            cosine = tl.where(possible, cosine / H, -float("inf"))
+            highest = tl.max(cosine, 1)
+            partner = tl.where(highest > best, start + tl.argmax(cosine, 1), partner)
+            best = tl.maximum(best, highest)
+        if WEIGHED:
+            one = tl.load(RELUCTANCE + first + place, mask=is_asked, other=1.0)
+            there = partner * STEP + (STEP - 1)
+            best = 1 - (1 - best) * one * tl.load(RELUCTANCE + first + there, mask=there < n, other=1.0)
+        tl.store(BEST + first + asked, best, mask=is_asked)
+        tl.store(PARTNER + first + asked, partner, mask=is_asked)
+
+
+@triton.jit
+def _reluctance_kernel(
+    Q, K, WEIGHT, SIZE, CU, OUT, q_row, q_head, k_row, k_head, scale, power,
+    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program = one image: its class token's attention, all at once but a few columns of the keys at a time."""
+    first, n = image_rows(CU, tl.program_id(0))
+    place = tl.arange(0, FULL)
+    live = place < n
+    bias = tl.log2(tl.load(WEIGHT + first + place, mask=live, other=1.0))
+    attended = tl.zeros([FULL], tl.float32)
+    for head in range(0, H):
+        score = tl.zeros([FULL], tl.float32)
+        for start in tl.static_range(0, DB, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            q = tl.load(Q + first * q_row + head * q_head + column, mask=column < D, other=0.0).to(tl.float32)
+            at = K + (first + place)[:, None] * k_row + head * k_head + column[None, :]
+            k = tl.load(at, mask=live[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+            score += tl.sum(k * q[None, :], 1)
+        score = tl.where(live, score * scale + bias, -float("inf"))
+        p = tl.exp2(score - tl.max(score, 0))
+        attended += p / tl.sum(p, 0)
+    patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
+    share = tl.maximum(attended / H * patches, 1.1754943508222875e-38)
+    tl.store(OUT + first + place, tl.exp2(tl.log2(share) * power), mask=live)
+
+
 @triton.jit(do_not_specialize=["images"])
 def _metric_kernel(
     K, CU, METRIC, k_row, k_head, images,
@@ -126,3 +193,59 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
         H=heads, D=width, DB=pow2(width), TILE=tile, ODD=odd, num_warps=8 if tile == 128 else 4, num_stages=1,
     )  # fmt: skip
     return best, partner
+
+
+def candidates(
+    k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int, similarity: str, matching: str,
+    reluctance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The partners that tokens may merge into, by any of the scores: `reference.candidates` on packed rows.
+
+    Args:
+        k, origin, cu, longest, protected: as in `match`.
+        similarity, matching: as in `LTMPConfig`.
+        reluctance: float32 [T], see `reluctance_rows`; None is 1.
+
+    Returns:
+        best: float32 [T] and partner: int32 [T]; for "bipartite" as `match` has them; for "mutual" row cu[b] + i speaks
+        of the token at place i of image b and names the place of the one most like it, whether or not it is mutual.
+    """
+    mutual = matching == "mutual"
+    if similarity == "mean":
+        k = similarity_metric(k, cu)
+    rows, heads, width = k.shape
+    asked = longest if mutual else (longest + 1) // 2
+    most, other = tile_of(width)
+    tile = min(pow2(asked), most)
+    best = torch.empty(rows, device=k.device)
+    partner = torch.empty(rows, dtype=torch.int32, device=k.device)
+    _candidates_kernel[(cu.shape[0] - 1, triton.cdiv(asked, tile))](
+        k, best if reluctance is None else reluctance, origin, cu, best, partner, *strides(k), protected,
+        H=heads, D=width, DB=pow2(width), TILE=tile, OTHER=other, MUTUAL=mutual, WEIGHED=reluctance is not None,
+        num_warps=8 if tile == 128 else 4, num_stages=1,
+    )  # fmt: skip
+    return best, partner
+
+
+def reluctance_rows(
+    q: Tensor, k: Tensor, weight: Tensor, size: Tensor, cu: Tensor, longest: int, power: float
+) -> Tensor:
+    """How little tokens want to merge: `reference.reluctance_by` of the class token's attention, on packed rows.
+
+    Args:
+        q, k: [T, H, D], unit stride in D; the class token is the first of each image.
+        weight: float32 [T], what each token counts as. size: float32 [T], its patches.
+        cu, longest: as in `match`.
+        power: as in `LTMPConfig.class_power`.
+
+    Returns:
+        float32 [T]; rows past the last image are not written.
+    """
+    rows, heads, width = k.shape
+    full, padded = pow2(longest), pow2(width)
+    found = torch.empty(rows, device=k.device)
+    _reluctance_kernel[(cu.shape[0] - 1,)](
+        q, k, weight, size, cu, found, *strides(q), *strides(k), width**-0.5 * LOG2E, power / 2,
+        H=heads, D=width, DB=padded, FULL=full, COLUMNS=min(padded, max(1, 32768 // full)), num_warps=8,
+    )  # fmt: skip
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,36 @@ def _merge_image(
 
 
 @triton.jit
+def _merge_pairs(
+    BEST, PARTNER, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,
+    H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Merge the later of each mutual pair into the earlier, then prune if PRUNES; returns how many stay, in order."""
+    place = tl.arange(0, FULL)
+    live = place < n
+    partner = tl.load(PARTNER + place, mask=live, other=0)
+    mutual = live & (tl.load(PARTNER + partner, mask=live, other=-1) == place)
+    # both ask the later one's score: the earlier one's could round otherwise
+    merged = mutual & (partner < place) & (tl.load(BEST + place, mask=live, other=0.0) > merge_theta)
+    receives = mutual & (partner > place) & (tl.load(BEST + partner, mask=live, other=0.0) > merge_theta)
+    size = tl.load(SIZE + place, mask=live, other=0.0) + tl.load(SIZE + partner, mask=receives, other=0.0)
+    tl.store(SIZE_OUT + place, size, mask=live)
+    stays = live & (merged == 0)
+    if PRUNES:
+        importance = _importance(RECEIVED, place, live, n, rows, H)
+        importance = tl.maximum(importance, _importance(RECEIVED, partner, receives, n, rows, H))
+        if SPARES:
+            # nothing is protected: the most important token stays, the first among equals
+            spared = place == tl.argmax(tl.where(stays, importance, -1.0), 0)
+        else:
+            spared = tl.load(ORIGIN + place, mask=live, other=0) < protected
+        stays = stays & ((importance > prune_theta) | spared)
+    slot = tl.where(stays, tl.cumsum(stays.to(tl.int32), 0) - 1, tl.where(merged, -2 - partner, -1))
+    tl.store(SLOT + place, slot, mask=live)
+    return tl.sum(stays.to(tl.int32), 0)
+
+
+@triton.jit
 def _prune_image(
     RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,
     H: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
@@ -156,14 +187,19 @@ def _match_plan_kernel(
 def _plan_kernel(
     BEST, PARTNER, RECEIVED, SIZE, ORIGIN, CU, MERGE, PRUNE, SIZE_OUT, IMPORTANCE, SLOT, KEPT, CU_OUT, STATS,
     protected, rows, images, room,
-    H: tl.constexpr, MERGES: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
+    H: tl.constexpr, MERGES: tl.constexpr, PAIRS: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
     HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program = one image, whose partners were found before."""
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     prune_theta = tl.load(PRUNE) if PRUNES else 0.0
-    if MERGES:
+    if PAIRS:
+        count = _merge_pairs(
+            BEST + first, PARTNER + first, RECEIVED + first, SIZE + first, ORIGIN + first, SIZE_OUT + first,
+            SLOT + first, n, rows, tl.load(MERGE), prune_theta, protected, H, PRUNES, SPARES, 2 * HALF,
+        )  # fmt: skip
+    elif MERGES:
         even = tl.arange(0, HALF)
         best = tl.load(BEST + first + even, mask=2 * even < n, other=-float("inf"))
         partner = tl.load(PARTNER + first + even, mask=2 * even < n, other=0)
@@ -190,11 +226,13 @@ def plan(
     protected: int,
     stats: Tensor,
     room: int | None = None,
+    found: tuple[Tensor, Tensor] | None = None,
+    pairs: bool = False,
 ) -> Plan:
     """Decide what happens to every token: merge, then prune; either alone where the other's threshold is None.
 
     Args:
-        k: [T, H, D] keys to match by; needed to merge.
+        k: [T, H, D] keys to match by; needed to merge, unless partners were found.
         received: float32 [H, T] from `attend`; needed to prune.
         size: float32 [T]. origin: int32 [T], a token's place in its image's input.
         cu: int32 [B + 1] row bounds of the images. longest: a bound on the tokens of an image.
@@ -202,6 +240,8 @@ def plan(
         protected: tokens whose origin is below it never merge, receive or go.
         stats: int32 [3], zero in its last place; receives the tokens kept in the batch and in its longest image.
         room: rows that the result may take; None for as many as there are now.
+        found: partners by other scores than the paper's, from `ops.match.triton.candidates`.
+        pairs: whether these merge only where they are mutual, and tokens keep their order.
 
     Returns:
         The plan.
@@ -224,8 +264,11 @@ def plan(
         "PRUNES": prunes, "SPARES": prunes and protected == 0, "HALF": half,
         "SCAN": min(pow2(images), 1024),
     }  # fmt: skip
+    matched = partial(_plan_kernel[(images,)], num_warps=8, num_stages=1, **shape)
     if merge_theta is None:
-        _plan_kernel[(images,)](size, origin, *pointers, *numbers, MERGES=False, num_warps=4, **shape)
+        _plan_kernel[(images,)](size, origin, *pointers, *numbers, MERGES=False, PAIRS=False, num_warps=4, **shape)
+    elif found is not None:
+        matched(*found, *pointers, *numbers, MERGES=True, PAIRS=pairs)
     elif k is None:
         raise ValueError("merging needs the keys")
     elif half <= tile_of(k.shape[2])[0]:
@@ -237,6 +280,5 @@ def plan(
             num_warps=8 if wide else 4, maxnreg=128 if wide else None, num_stages=1, **shape,
         )  # fmt: skip
     else:
-        best, partner = match(k, origin, cu, longest, protected)
-        _plan_kernel[(images,)](best, partner, *pointers, *numbers, MERGES=True, num_warps=8, num_stages=1, **shape)
+        matched(*match(k, origin, cu, longest, protected), *pointers, *numbers, MERGES=True, PAIRS=False)
     return Plan(slot, new_size, bounds)
