@@ -19,6 +19,7 @@ def test_every_way_at_each_batch_size(ltmp, images, tmp_path):
     learn = ("--views", 0, "--calibration", 6, "--batch-size", 3, "--target", 0.7)
     assert ltmp("learn", "--data", images, "--out", tmp_path / "run", *learn) == 0
     file, table = tmp_path / "run" / "thresholds.safetensors", tmp_path / "bench.csv"
+    assert ltmp("bench", "--thresholds", file, "--scores", "best", *QUICK) == 2
     sizes = ("--batch-size", 1, "--batch-size", 4)
     assert ltmp("bench", "--data", images, "--thresholds", file, *sizes, *QUICK, "--csv", table) == 0
     rows = list(csv.DictReader(table.open()))
@@ -28,14 +29,17 @@ def test_every_way_at_each_batch_size(ltmp, images, tmp_path):
     assert all(float(row["share"]) < 1 for row in rows if row["way"] in ("packed", "fixed-rate merge"))
 
 
-def test_needs_neither_weights_nor_images(tmp_path):
+@pytest.mark.parametrize("scores", ["paper", "best"])
+def test_needs_neither_weights_nor_images(tmp_path, scores):
     out = tmp_path / "bench.json"
-    assert main(["bench", *MODEL, "--share", "0.7", "--batch-size", "2", *QUICK, "--json", str(out)]) == 0
+    how = ["--share", "0.7", "--batch-size", "2", "--scores", scores]
+    assert main(["bench", *MODEL, *how, *QUICK, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     shares = {row["way"]: row["share"] for row in found["rows"]}
     assert shares["dense"] == 1
     assert abs(shares["packed"] - 0.7) < 0.1
     assert (found["image_size"], found["dtype"]) == ([32, 32], "float32")
+    assert found["scores"]["matching"] == {"paper": "bipartite", "best": "mutual"}[scores]
 
 
 def test_half_precision(tmp_path):
@@ -59,6 +63,7 @@ def test_a_red_way_fails_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch):
     [
         (["--dtype", "int8"], "no dtype 'int8': expected one of float32, bfloat16, float16"),
         (["--share", "1.5"], "expected a number between 0 and 1"),
+        (["--scores", "worst"], "unknown scores 'worst': expected one of paper, best"),
     ],
 )
 def test_says_what_is_wrong(arguments, sentence, capsys):

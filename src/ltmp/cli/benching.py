@@ -16,8 +16,10 @@ from ..evaluate import report
 from ..evaluate.bench import Bench, Row, table
 from ..evaluate.synthetic import lively, smooth
 from ..learning.calibrate import calibrate
+from ..models import thresholds_of
 from . import options as o
 from .evaluating import ModelName, name_in
+from .learning import scored
 from .progress import progress_bar
 from .setup import DataOptions, ModelOptions, pick_device
 from .timing import Target, say_measured
@@ -36,6 +38,9 @@ def bench_verb(
     share: Annotated[
         float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")
     ] = 0.55,
+    scores: Annotated[
+        str, typer.Option(help="paper or best, like --scores of learn, where no file is given.")
+    ] = "paper",
     data: Annotated[
         str | None,
         typer.Option(help="Images to time on, like --data of eval; default: smooth noise.", rich_help_panel="Data"),
@@ -79,6 +84,9 @@ def bench_verb(
     target = Target.of(milliseconds, images_per_second, budget)
     if thresholds is None and (target or budget is not None):
         raise UsageError("which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE")
+    if thresholds is not None and scores != "paper":
+        raise UsageError("--scores is for thresholds of --share: those of a file know their own")
+    config = scored(scores)()
     name = model or name_in(Path(thresholds or ""), budget)
     sizes, place = sorted(set(batch_size or (1, 8, 32))), pick_device(device)
     if target and len(sizes) != 1:
@@ -93,7 +101,7 @@ def bench_verb(
             budget = target.meet(network, images[: sizes[0]], quiet="-" in (json, csv))
     else:
         few = images if data else smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images)
-        calibrate(attach(network), few, share)
+        calibrate(attach(network, config), few, share)
     where = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rows = []
     with progress_bar("timing", len(sizes)) as advance:
@@ -110,7 +118,7 @@ def bench_verb(
     if json:
         file = str(thresholds) if thresholds else None
         about: dict[str, Any] = {"model": name, "thresholds": file, "budget": budget, "device": where, "dtype": dtype}
-        about |= {"torch": torch.__version__}
+        about |= {"torch": torch.__version__, "scores": thresholds_of(network).config.scores}
         report.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, json)
     if csv:
         report.write_csv(rows, csv)

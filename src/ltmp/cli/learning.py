@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -250,19 +250,25 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
+def scored(scores: str) -> Callable[..., LTMPConfig]:
+    """What makes settings of those that are given, where `scores` says what the others are."""
+    if scores not in ("paper", "best"):
+        raise UsageError(f"unknown scores {scores!r}: expected one of paper, best")
+    return LTMPConfig.best if scores == "best" else LTMPConfig
+
+
 def config_of(
     scores: str, variant: str, similarity: str, matching: str, importance: str | None, size_power: float,
     class_power: float,
 ) -> LTMPConfig:  # fmt: skip
     """The settings that verbs ask for, where `scores` says what the usual ones are; what is wrong is a usage error."""
-    if scores not in ("paper", "best"):
-        raise UsageError(f"unknown scores {scores!r}: expected one of paper, best")
+    make = scored(scores)
     settings = {"variant": variant, "similarity": similarity, "matching": matching, "importance": importance,
                 "size_power": size_power, "class_power": class_power}  # fmt: skip
     usual = LTMPConfig()
     asked: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
     try:
-        return LTMPConfig.best(**asked) if scores == "best" else LTMPConfig(**asked)
+        return make(**asked)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
