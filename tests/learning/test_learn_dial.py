@@ -161,6 +161,13 @@ def test_shapes_between_and_beyond_budgets() -> None:
     assert schedule.merge[-1] == 0
 
 
+def test_shapes_are_searched_closer_together_at_small_budgets() -> None:
+    first, second, third = module.anchors_of(0.3, 0.95)
+    assert 0.3 < first < 0.37, "what is found is moved to smaller budgets as it is, so that they have to be near"
+    assert second - first < third - second
+    assert third < 0.95
+
+
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_what_is_usual_goes_by_the_matching(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(matching=matching))

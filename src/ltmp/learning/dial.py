@@ -115,7 +115,7 @@ def learn_dial(
         check_target(end, maker.geometry, stack_of(model).protected)
 
     generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
-    anchors = [low + (high - low) * (i + 0.5) / ANCHORS for i in range(ANCHORS)]
+    anchors = anchors_of(low, high)
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
                 "variant": thresholds.config.variant, **thresholds.config.scores}  # fmt: skip
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
@@ -139,6 +139,11 @@ def learn_dial(
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
     return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
+
+
+def anchors_of(low: float, high: float) -> list[float]:
+    """The budgets that shapes are searched at: closer together where little is left, as there they change faster."""
+    return [low + (high - low) * ((i + 0.5) / ANCHORS) ** 1.5 for i in range(ANCHORS)]
 
 
 @dataclass(frozen=True)
