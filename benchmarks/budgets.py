@@ -23,6 +23,7 @@ from torch import nn
 
 import ltmp
 from ltmp.cli.progress import progress_bar
+from ltmp.config import SCORES
 from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.data.embedded import load_digits
 from ltmp.demo import Recipe, trained_model
@@ -63,10 +64,9 @@ def dials(model: nn.Module, opened: Open, options: argparse.Namespace) -> tuple[
     """For each seed the thresholds at each budget, and how each run went."""
     policies: dict[tuple[int, float], Policy] = {}
     runs = []
-    settings = ("similarity", "matching", "importance", "size_power", "class_power")
-    named = {name: getattr(options, name) for name in settings}
-    make = ltmp.LTMPConfig.best if options.scores == "best" else ltmp.LTMPConfig
-    config = make(**{name: value for name, value in named.items() if value is not None})
+    asked = {name: getattr(options, name) for name in ltmp.LTMPConfig().scores}
+    given = {name: value for name, value in asked.items() if value is not None}
+    config = ltmp.LTMPConfig(**{**SCORES[options.scores], **given})
     for seed in range(options.seeds):
         ltmp.attach(model, config)
         with progress_bar(f"seed {seed}", None) as bar:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--low", type=float, default=0.3)
     parser.add_argument("--views", type=int, default=9216)
     parser.add_argument("--checked", type=int, default=3072)
-    parser.add_argument("--scores", choices=("paper", "best"), default="paper", help="what those below are if not said")
+    parser.add_argument("--scores", choices=SCORES, default="paper", help="what those below are if not said")
     parser.add_argument("--similarity")
     parser.add_argument("--matching")
     parser.add_argument("--importance")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import ltmp
+from ltmp.config import SCORES
 from ltmp.evaluate.bench import Bench, Row, table
 from ltmp.evaluate.synthetic import lively, smooth
 from ltmp.learning.calibrate import calibrate
@@ -70,7 +71,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype, dry: bool, score
     with device:
         model = lively(timm.create_model(case.model, **kwargs)).eval().to(dtype).requires_grad_(False)
     images = smooth(case.batch, case.size).to(device, dtype)
-    ltmp.attach(model, ltmp.LTMPConfig.best() if scores == "best" else None)
+    ltmp.attach(model, ltmp.LTMPConfig(**SCORES[scores]))
     calibration = smooth(min(64, max(16, case.batch)), case.size, seed=1).to(device, dtype)
     calibrate(model, calibration, case.share)
     return model, images
@@ -165,7 +166,7 @@ def save(path: Path, case: Case, rows: list[Row], dtype: torch.dtype, device: to
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=[c.name for c in CASES], help="may be repeated")
-    parser.add_argument("--scores", choices=("paper", "best"), default="paper", help="what tokens are scored by")
+    parser.add_argument("--scores", choices=SCORES, default="paper", help="what tokens are scored by")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("results.csv"))
     parser.add_argument("--seconds", type=float, default=1.0, help="to time each way")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the dense ways")

@@ -58,6 +58,9 @@ IMPORTANCES = ("received", "class")
 BEST: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.2}
 """What tokens are scored by beyond the paper, where it was measured to help (docs/accuracy.md)."""
 
+SCORES: dict[str, dict[str, Any]] = {"paper": {}, "best": BEST}
+"""Settings that `--scores` names, by that name."""
+
 
 @dataclass(frozen=True)
 class LTMPConfig:

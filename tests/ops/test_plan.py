@@ -18,6 +18,7 @@ from ltmp.reduction import make_plan, reluctance_for
 from .helpers import DEVICE, Batch, thresholds
 
 triton = pytest.importorskip("triton")
+# only now, as these import Triton
 from ltmp.ops.fold.triton import fold  # noqa: E402
 from ltmp.ops.match.triton import candidates, match, reluctance_rows  # noqa: E402
 from ltmp.ops.norm.triton import Norm, add_norm  # noqa: E402

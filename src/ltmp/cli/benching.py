@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from .. import attach, load
+from .. import LTMPConfig, attach, load
 from ..data import input_channels
 from ..errors import UsageError
 from ..evaluate import report
@@ -19,7 +19,7 @@ from ..learning.calibrate import calibrate
 from ..models import thresholds_of
 from . import options as o
 from .evaluating import ModelName, name_in
-from .learning import scored
+from .learning import settings_of
 from .progress import progress_bar
 from .setup import DataOptions, ModelOptions, pick_device
 from .timing import Target, say_measured
@@ -86,7 +86,7 @@ def bench_verb(
         raise UsageError("which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE")
     if thresholds is not None and scores != "paper":
         raise UsageError("--scores is for thresholds of --share: those of a file know their own")
-    config = scored(scores)()
+    config = LTMPConfig(**settings_of(scores))
     name = model or name_in(Path(thresholds or ""), budget)
     sizes, place = sorted(set(batch_size or (1, 8, 32))), pick_device(device)
     if target and len(sizes) != 1:

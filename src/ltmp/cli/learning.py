@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from .. import LearnResult, attach, distributed, save
 from .. import learn as run_learning
 from ..checkpoint import save_weights
-from ..config import LTMPConfig
+from ..config import SCORES, LTMPConfig
 from ..data import Loader
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, report
@@ -250,11 +250,11 @@ def _how_to_go_on(run_file: Path) -> str:
     return "it had not taken its first step and nothing was saved: start again"
 
 
-def scored(scores: str) -> Callable[..., LTMPConfig]:
-    """What makes settings of those that are given, where `scores` says what the others are."""
-    if scores not in ("paper", "best"):
-        raise UsageError(f"unknown scores {scores!r}: expected one of paper, best")
-    return LTMPConfig.best if scores == "best" else LTMPConfig
+def settings_of(scores: str) -> dict[str, Any]:
+    """What `--scores` stands for."""
+    if scores not in SCORES:
+        raise UsageError(f"unknown scores {scores!r}: expected one of {', '.join(SCORES)}")
+    return SCORES[scores]
 
 
 def config_of(
@@ -262,13 +262,13 @@ def config_of(
     class_power: float,
 ) -> LTMPConfig:  # fmt: skip
     """The settings that verbs ask for, where `scores` says what the usual ones are; what is wrong is a usage error."""
-    make = scored(scores)
+    named = settings_of(scores)
     settings = {"variant": variant, "similarity": similarity, "matching": matching, "importance": importance,
                 "size_power": size_power, "class_power": class_power}  # fmt: skip
     usual = LTMPConfig()
     asked: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
     try:
-        return make(**asked)
+        return LTMPConfig(**{**named, **asked})
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -140,6 +140,7 @@ def _reluctance_kernel(
         p = tl.exp2(score - tl.max(score, 0))
         attended += p / tl.sum(p, 0)
     patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
+    # the least normal float32: nothing has no logarithm
     share = tl.maximum(attended / H * patches, 1.1754943508222875e-38)
     tl.store(OUT + first + place, tl.exp2(tl.log2(share) * power), mask=live)
 
