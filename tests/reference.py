@@ -62,7 +62,9 @@ class OneImage:
             metric = torch.cat(tuple(k / k.norm(dim=-1, keepdim=True)), -1) / attn.num_heads**0.5
         if self.config.goes_by == "class":
             importance = p[:, 0].mean(0)
-        attended = p[:, 0].mean(0) * size.sum()
+        # the power rises from block to block, to all of it in the last
+        power = self.config.class_power * (i + 1) / len(self.model.blocks)
+        attended = (p[:, 0].mean(0) * size.sum()) ** (power / 2)
         for j, token in enumerate(self.tokens):
             token.x, token.importance, token.metric = x[j], float(importance[j]), metric[j]
             token.attended = float(attended[j])
@@ -86,7 +88,7 @@ class OneImage:
 
     def score(self, cosine: float, token: Token, partner: Token) -> float:
         """What a pair's cosine counts as: less, where the class token attends to them."""
-        return 1 - (1 - cosine) * (token.attended * partner.attended) ** (self.config.class_power / 2)
+        return 1 - (1 - cosine) * token.attended * partner.attended
 
     def best(self) -> list[tuple[Token, float, Token | None]]:
         """The tokens that may merge, each with its score with the one that it would merge into, and that one."""

@@ -455,7 +455,7 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
         ("matching", "mutual", "bipartite"),
         ("importance", "class", "received"),
         ("size_power", 0.3, 1.0),
-        ("class_power", 0.2, 0.0),
+        ("class_power", 0.5, 0.0),
     ],
 )
 def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: Any, usual: Any) -> None:
@@ -482,7 +482,7 @@ def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
 def test_fixed_rates_have_scores_of_their_own() -> None:
     with pytest.raises(ValueError, match="matching and importance are for ltmp, ltpm, ltm, ltp; m has its own"):
         LTMPConfig(variant="m", r=4, matching="mutual")
-    for setting, registers in product(({"importance": "class"}, {"class_power": 0.2}), (0, 2)):
+    for setting, registers in product(({"importance": "class"}, {"class_power": 0.5}), (0, 2)):
         model = tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg")
         with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
             ltmp.attach(model, LTMPConfig(**setting))

@@ -35,8 +35,8 @@ SCORES: list[dict[str, Any]] = [
     {"matching": "mutual"},
     {"importance": "class"},
     {"size_power": 0.5},
-    {"class_power": 0.2},
-    {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.2},
+    {"class_power": 0.5},
+    {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.5},
 ]
 
 

@@ -118,7 +118,13 @@ def test_sizes_count_for_more_from_block_to_block() -> None:
     assert all(whole.weight(block, size) is size for block in range(3))
     weights = [rising.weight(block, size).tolist() for block in range(3)]
     assert weights == [pytest.approx(row) for row in ([1, 2], [1, 4**0.75], [1, 4])]
-    assert Thresholds(1, LTMPConfig(size_power=0.5)).power(0) == 0.5
+    assert Thresholds(1, LTMPConfig(size_power=0.5)).size_power(0) == 0.5
+
+
+def test_the_class_token_says_more_from_block_to_block() -> None:
+    rising = Thresholds(4, LTMPConfig(class_power=0.5))
+    assert [rising.class_power(block) for block in range(4)] == [0.125, 0.25, 0.375, 0.5]
+    assert Thresholds(1, LTMPConfig(class_power=0.5)).class_power(0) == 0.5
 
 
 # -- settings

@@ -55,7 +55,7 @@ SIMILARITIES = ("mean", "heads")
 MATCHINGS = ("bipartite", "mutual")
 IMPORTANCES = ("received", "class")
 
-BEST: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.2}
+BEST: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.5}
 """What tokens are scored by beyond the paper, where it was measured to help (docs/accuracy.md)."""
 
 SCORES: dict[str, dict[str, Any]] = {"paper": {}, "best": BEST}
@@ -89,7 +89,8 @@ class LTMPConfig:
         size_power: a token of s patches counts as s ** power in attention, with this power in the first block, rising
             to 1 in the last; 1 is proportional attention throughout (paper, section 3.1).
         class_power: what the class token attends to merges less: 1 - cosine counts times the pair's attention from it,
-            relative to a patch's even share, to this power; 0 is the cosine alone (paper, section 3.2).
+            relative to a patch's even share, to this power in the last block, to which it rises evenly; 0 is the cosine
+            alone (paper, section 3.2).
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.

@@ -47,14 +47,18 @@ class Policy(nn.Module, ABC):
         """Whether `block` drops all that it may, as no mean of attention weights is above the threshold."""
         return False
 
-    def power(self, block: int) -> float:
+    def size_power(self, block: int) -> float:
         """The power of a token's size that it counts as in `block`'s attention."""
         first = self.config.size_power
         return first + (1 - first) * block / max(1, self.depth - 1)
 
     def weight(self, block: int, size: Tensor) -> Tensor:
         """How much tokens of these sizes, of any shape, count in `block`'s attention."""
-        return size if self.config.size_power == 1 else size ** self.power(block)
+        return size if self.config.size_power == 1 else size ** self.size_power(block)
+
+    def class_power(self, block: int) -> float:
+        """The power of the class token's attention that `block`'s merging goes by: early ones look at nothing yet."""
+        return self.config.class_power * (block + 1) / self.depth
 
     @property
     def bounded(self) -> bool:

@@ -33,7 +33,7 @@ def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
     assert not path.with_name("run.pt").exists()
 
 
-SCORES = {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.2}
+SCORES = {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.5}
 
 
 @pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])

@@ -109,7 +109,7 @@ POLICIES: dict[str, dict[str, Any]] = {
         "matching": "mutual",
         "importance": "class",
         "size_power": 0.3,
-        "class_power": 0.2,
+        "class_power": 0.5,
     },
 }
 

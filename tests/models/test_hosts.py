@@ -60,7 +60,7 @@ def test_off_thresholds_give_the_dense_output(case: Case) -> None:
 def test_scores_by_the_class_token_need_one(case: Case) -> None:
     model = case.build()
     named = [name for name, _ in model.named_parameters() if re.search(r"(cls|class)_(token|embed)", name)]
-    config = ltmp.LTMPConfig(class_power=0.2)
+    config = ltmp.LTMPConfig(class_power=0.5)
     if named:
         assert stack_of(ltmp.attach(model, config)).protected > 0
     else:

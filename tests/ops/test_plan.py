@@ -62,7 +62,7 @@ def check(
         reluctance = None
         if config.class_power:
             weight = learned.weight(0, batch.size)
-            reluctance = reluctance_rows(q, k, weight, batch.size, batch.cu, bound, config.class_power)
+            reluctance = reluctance_rows(q, k, weight, batch.size, batch.cu, bound, learned.class_power(0))
         partners = candidates(
             k, batch.origin, batch.cu, bound, protected, config.similarity, config.matching, reluctance
         )
@@ -216,7 +216,7 @@ def test_reluctance_rows() -> None:
         q, k, _ = batch.heads
         learned = thresholds("ltmp", 0.5, 0.0, class_power=0.4, size_power=0.5)
         weight = learned.weight(0, batch.size)
-        found = reluctance_rows(q, k, weight, batch.size, batch.cu, batch.longest, 0.4)[: batch.live]
+        found = reluctance_rows(q, k, weight, batch.size, batch.cu, batch.longest, learned.class_power(0))[: batch.live]
         expected = reluctance_for(learned, 0, batch.pad(q), batch.pad(k), batch.tokens())
         assert expected is not None
         torch.testing.assert_close(found, batch.rows(expected), atol=0, rtol=1e-5)

@@ -76,7 +76,7 @@ Variant = Annotated[
 Scores = Annotated[
     str,
     typer.Option(
-        help="What tokens are scored by: as in the paper, or best: heads, mutual, size power 0.3 and class power 0.2; "
+        help="What tokens are scored by: as in the paper, or best: heads, mutual, size power 0.3 and class power 0.5; "
         "what is given below goes before it."
     ),
 ]
@@ -99,7 +99,8 @@ SizePower = Annotated[
 ClassPower = Annotated[
     float,
     typer.Option(
-        help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power (0.2)."
+        help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power (0.5) "
+        "in the last block, to which it rises evenly."
     ),
 ]
 Budget = Annotated[

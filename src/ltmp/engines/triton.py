@@ -261,7 +261,7 @@ class Pass:
         config, reluctance = self.policy.config, None
         if "merge" in steps and config.class_power:
             weight = self.policy.weight(i, rows.size)
-            reluctance = reluctance_rows(q, k, weight, rows.size, rows.cu, rows.longest, config.class_power)
+            reluctance = reluctance_rows(q, k, weight, rows.size, rows.cu, rows.longest, self.policy.class_power(i))
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])

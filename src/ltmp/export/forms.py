@@ -184,7 +184,7 @@ class Form:
         q, k, v = recipe.qkv(block, state.x)
         if positions is not None:
             q, k = positions.rotate(i, block, q, k, layout.rows(state.origin))
-        bias = _bias(state, stack.thresholds.power(i))
+        bias = _bias(state, stack.thresholds.size_power(i))
         queries, keys, values = layout.pad(q), layout.pad(k), layout.pad(v)
         # no mean of attention weights is above 1: only the prefix is left, and only its queries matter
         if "prune" in steps and self.prune[i] >= 1 and stack.protected:
@@ -202,7 +202,7 @@ class Form:
                 metric = reluctance = None
                 if "merge" in steps:
                     metric = layout.pad(similarity_metric(k, config.similarity))
-                    reluctance = _reluctance(p, state, config.class_power) if config.class_power else None
+                    reluctance = _reluctance(p, state, stack.thresholds.class_power(i)) if config.class_power else None
                 state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, config.matching)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))

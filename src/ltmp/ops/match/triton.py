@@ -237,7 +237,7 @@ def reluctance_rows(
         q, k: [T, H, D], unit stride in D; the class token is the first of each image.
         weight: float32 [T], what each token counts as. size: float32 [T], its patches.
         cu, longest: as in `match`.
-        power: as in `LTMPConfig.class_power`.
+        power: as in `Policy.class_power`.
 
     Returns:
         float32 [T]; rows past the last image are not written.
