@@ -45,9 +45,15 @@ def test_what_thresholds_go_by_is_asked_for_and_kept(ltmp, images, verb) -> None
 
 @pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])
 def test_all_that_helps_is_one_word(ltmp, images, verb) -> None:
-    told = ("--scores", "best", "--size-power", 0.5, "--importance", "class")
+    # what is told goes first, the paper's own value, too
+    told = ("--scores", "best", "--size-power", 0.5, "--importance", "class", "--matching", "bipartite")
     assert ltmp(*verb, "--data", images, "--out", "here", "--target", 0.8, *told) == 0
-    assert read("here/thresholds.safetensors").config.scores == {**BEST, "size_power": 0.5, "importance": "class"}
+    assert read("here/thresholds.safetensors").config.scores == {
+        **BEST,
+        "size_power": 0.5,
+        "importance": "class",
+        "matching": "bipartite",
+    }
 
 
 def test_without_labels_or_anything_to_check_on(ltmp, images, capsys) -> None:

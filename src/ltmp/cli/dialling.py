@@ -34,11 +34,11 @@ def dial_verb(
     target: Annotated[float, typer.Option(help="Share that the file is saved at.")] = 0.6,
     variant: o.Variant = "ltmp",
     scores: o.Scores = "paper",
-    similarity: o.Similarity = "mean",
-    matching: o.Matching = "bipartite",
+    similarity: o.Similarity = None,
+    matching: o.Matching = None,
     importance: o.Importance = None,
-    size_power: o.SizePower = 1.0,
-    class_power: o.ClassPower = 0.0,
+    size_power: o.SizePower = None,
+    class_power: o.ClassPower = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel="Output")
     ] = None,

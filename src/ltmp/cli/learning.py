@@ -43,11 +43,11 @@ def learn_verb(
     target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
     variant: o.Variant = "ltmp",
     scores: o.Scores = "paper",
-    similarity: o.Similarity = "mean",
-    matching: o.Matching = "bipartite",
+    similarity: o.Similarity = None,
+    matching: o.Matching = None,
     importance: o.Importance = None,
-    size_power: o.SizePower = 1.0,
-    class_power: o.ClassPower = 0.0,
+    size_power: o.SizePower = None,
+    class_power: o.ClassPower = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
     ] = None,
@@ -258,15 +258,14 @@ def settings_of(scores: str) -> dict[str, Any]:
 
 
 def config_of(
-    scores: str, variant: str, similarity: str, matching: str, importance: str | None, size_power: float,
-    class_power: float,
+    scores: str, variant: str, similarity: str | None, matching: str | None, importance: str | None,
+    size_power: float | None, class_power: float | None,
 ) -> LTMPConfig:  # fmt: skip
-    """The settings that verbs ask for, where `scores` says what the usual ones are; what is wrong is a usage error."""
+    """The settings that verbs ask for, as `scores` says where they are None; a wrong one is a usage error."""
     named = settings_of(scores)
     settings = {"variant": variant, "similarity": similarity, "matching": matching, "importance": importance,
                 "size_power": size_power, "class_power": class_power}  # fmt: skip
-    usual = LTMPConfig()
-    asked: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
+    asked: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     try:
         return LTMPConfig(**{**named, **asked})
     except ValueError as error:

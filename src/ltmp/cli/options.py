@@ -81,26 +81,31 @@ Scores = Annotated[
     ),
 ]
 Similarity = Annotated[
-    str, typer.Option(help="Tokens are alike by the mean of their keys over heads, or by the cosines of all heads.")
+    str | None,
+    typer.Option(help="Tokens are alike by the mean of their keys over heads (mean, the paper's), or by all heads."),
 ]
 Matching = Annotated[
-    str, typer.Option(help="Even tokens merge into odd ones (bipartite), or into each other's nearest (mutual).")
+    str | None,
+    typer.Option(
+        help="Even tokens merge into odd ones (bipartite, the paper's), or mutual nearest ones merge (mutual)."
+    ),
 ]
 Importance = Annotated[
     str | None,
     typer.Option(help="What pruning goes by: mean attention received, or class, the class token's attention."),
 ]
 SizePower = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="A token of s patches counts as s to this power in the first block's attention, rising to 1 in the last."
+        help="A token of s patches counts as s to this power in the first block's attention, rising to 1 in the last; "
+        "the paper's is 1."
     ),
 ]
 ClassPower = Annotated[
-    float,
+    float | None,
     typer.Option(
         help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power (0.5) "
-        "in the last block, to which it rises evenly."
+        "in the last block, to which it rises evenly; the paper's is 0."
     ),
 ]
 Budget = Annotated[
