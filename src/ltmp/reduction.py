@@ -83,10 +83,11 @@ def reluctance_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tok
     Args:
         q, k: [B, N, H, D]; the class token is first.
     """
-    if policy.config.class_power == 0:
+    power = policy.class_power(block)
+    if power == 0:
         return None
     attended = class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
-    return reluctance_by(attended, tokens.size * tokens.live, policy.class_power(block))
+    return reluctance_by(attended, tokens.size * tokens.live, power)
 
 
 def make_plan(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..config import BEST
+
 _MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
 
 Model = Annotated[
@@ -76,8 +78,8 @@ Variant = Annotated[
 Scores = Annotated[
     str,
     typer.Option(
-        help="What tokens are scored by: as in the paper, or best: heads, mutual, size power 0.3 and class power 0.5; "
-        "what is given below goes before it."
+        help="What tokens are scored by: as in the paper, or best: {similarity}, {matching}, size power {size_power} "
+        "and class power {class_power}; what is given below goes before it.".format(**BEST)
     ),
 ]
 Similarity = Annotated[
@@ -104,7 +106,7 @@ SizePower = Annotated[
 ClassPower = Annotated[
     float | None,
     typer.Option(
-        help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power (0.5) "
+        help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power "
         "in the last block, to which it rises evenly; the paper's is 0."
     ),
 ]

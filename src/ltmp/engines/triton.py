@@ -259,9 +259,10 @@ class Pass:
         block = self.branches[i]
         scale = block.scales[0]
         config, reluctance = self.policy.config, None
-        if "merge" in steps and config.class_power:
+        power = self.policy.class_power(i)
+        if "merge" in steps and power:
             weight = self.policy.weight(i, rows.size)
-            reluctance = reluctance_rows(q, k, weight, rows.size, rows.cu, rows.longest, self.policy.class_power(i))
+            reluctance = reluctance_rows(q, k, weight, rows.size, rows.cu, rows.longest, power)
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])

@@ -202,7 +202,8 @@ class Form:
                 metric = reluctance = None
                 if "merge" in steps:
                     metric = layout.pad(similarity_metric(k, config.similarity))
-                    reluctance = _reluctance(p, state, stack.thresholds.class_power(i)) if config.class_power else None
+                    power = stack.thresholds.class_power(i)
+                    reluctance = _reluctance(p, state, power) if power else None
                 state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, config.matching)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
