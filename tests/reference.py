@@ -60,10 +60,11 @@ class OneImage:
         if self.config.similarity == "heads":
             # so that a product of two is the mean of the heads' cosines
             metric = torch.cat(tuple(k / k.norm(dim=-1, keepdim=True)), -1) / attn.num_heads**0.5
-        if self.config.goes_by == "class":
-            importance = p[:, 0].mean(0)
         # the power rises from block to block, to all of it in the last
         power = self.config.class_power * (i + 1) / len(self.model.blocks)
+        importance = importance ** (1 - power) * p[:, 0].mean(0) ** power
+        if self.config.goes_by == "class":
+            importance = p[:, 0].mean(0)
         attended = (p[:, 0].mean(0) * size.sum()) ** (power / 2)
         for j, token in enumerate(self.tokens):
             token.x, token.importance, token.metric = x[j], float(importance[j]), metric[j]
@@ -99,12 +100,18 @@ class OneImage:
         """The same with plain cosines."""
         if self.config.matching == "bipartite":
             return [(token, *self.nearest(token, self.tokens[1::2])) for token in self.tokens[::2]]
-        found = {token.place: self.nearest(token, self.tokens) for token in self.tokens}
-        pairs = []
-        for j, token in enumerate(self.tokens):
-            cosine, partner = found[token.place]
-            if any(partner is t for t in self.tokens[:j]) and found[partner.place][1] is token:
-                pairs.append((token, cosine, partner))
+        pairs: list[tuple[Token, float, Token | None]] = []
+        left = list(self.tokens)
+        for _ in range(3):
+            found = {token.place: self.nearest(token, left) for token in left}
+            mutual = [
+                (token, *found[token.place])
+                for j, token in enumerate(left)
+                if any(found[token.place][1] is t and found[t.place][1] is token for t in left[:j])
+            ]
+            pairs += mutual
+            paired = {t.place for token, _, other in mutual for t in (token, other)}
+            left = [token for token in left if token.place not in paired]
         return pairs
 
     def scores(self, step: str) -> list[float]:

@@ -36,6 +36,7 @@ SCORES: list[dict[str, Any]] = [
     {"importance": "class"},
     {"size_power": 0.5},
     {"class_power": 0.5},
+    ltmp.config.BEST,
     {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.5},
 ]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import assert_close
 from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
 from ltmp.ops.match.reference import similarity_metric
-from ltmp.reduction import Plan, fold, make_plan, reluctance_for
+from ltmp.reduction import Plan, attended_for, fold, importance_for, make_plan, reluctance_for
 from ltmp.thresholds import Thresholds
 from ltmp.tokens import Tokens, take
 
@@ -160,6 +160,15 @@ def test_mutual_pairs_merge_wherever_they_stand_and_keep_the_order() -> None:
     assert plan.tokens.size[0, :4].tolist() == [1, 2, 2, 1]
 
 
+@torch.no_grad()
+def test_tokens_that_are_in_no_pair_look_for_one_in_two_more_rounds() -> None:
+    """Tokens on a line, each nearer to the one before it than that one to the next: two leave a round, at the end."""
+    angle = torch.tensor([0.0, 0.0, 0.5, 0.95, 1.35, 1.7, 2.0, 2.25, 2.45])
+    metric = torch.stack([angle.cos(), angle.sin()], -1)[None]
+    plan = plan_of(Tokens.start(1, 9, torch.device("cpu")), metric, torch.ones(1, 9), 0.5, 0.0, "ltmp", 1, "mutual")
+    assert plan.into.tolist() == [[0, 1, 2, 3, 3, 5, 5, 7, 7]]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(4, 24), st.integers(0, 10_000))
 @torch.no_grad()
@@ -214,7 +223,7 @@ def test_what_the_class_token_attends_to_merges_less() -> None:
     q[..., 0] = 2.0
     k = torch.zeros(1, 5, 1, 2)
     k[0, 1:3, 0, 0] = 1.0
-    reluctance = reluctance_for(thresholds, 0, q, k, tokens)
+    reluctance = reluctance_for(thresholds, 0, attended_for(thresholds, 0, q, k, tokens), tokens)
     assert reluctance is not None
     attended = (q[:, :1] * k).sum(-1)[..., 0].div(2**0.5).softmax(-1) * 5
     torch.testing.assert_close(reluctance, attended.sqrt())
@@ -223,4 +232,19 @@ def test_what_the_class_token_attends_to_merges_less() -> None:
         thresholds.set([float(theta)], [0.0])
         plan = make_plan(tokens, metric, None, thresholds, 0, ("merge",), 1, reluctance)
         assert plan.merged[0].nonzero().flatten().tolist() == merged
-    assert reluctance_for(Thresholds(1, LTMPConfig()), 0, q, k, tokens) is None
+    plain = Thresholds(1, LTMPConfig())
+    assert attended_for(plain, 0, q, k, tokens) is None
+    assert reluctance_for(plain, 0, None, tokens) is None
+
+
+def test_what_the_class_token_attends_to_is_pruned_less() -> None:
+    """Its attention to the power of the block, times what is received to the rest of it."""
+    thresholds = Thresholds(4, LTMPConfig(class_power=0.8))
+    tokens = Tokens.start(1, 3, torch.device("cpu"))
+    received, attended = torch.tensor([[0.5, 0.4, 0.1]]), torch.tensor([[0.2, 0.2, 0.6]])
+    for block, power in enumerate((0.2, 0.4, 0.6, 0.8)):
+        found = importance_for(thresholds, block, received, attended, tokens)
+        torch.testing.assert_close(found, received ** (1 - power) * attended**power)
+    by_class = Thresholds(4, LTMPConfig(class_power=0.8, importance="class"))
+    assert importance_for(by_class, 0, received, attended, tokens) is attended
+    assert importance_for(Thresholds(4, LTMPConfig()), 0, received, None, tokens) is received

@@ -83,14 +83,15 @@ class LTMPConfig:
         similarity: tokens are alike by the cosine of their keys' `mean` over heads (paper, section 3.2), or by the mean
             of the cosines of all `heads`, which tells more apart and costs a little more.
         matching: which tokens may merge: even ones into odd ones by `bipartite` matching (paper, section 3.2), or, of
-            learned variants, `mutual` pairs, each the other's most similar token.
+            learned variants, `mutual` pairs, each the other's most similar token, and then such pairs of the others.
         importance: what learned variants prune by: the mean attention `received` (paper, section 3.3) or the `class`
             token's attention; None is what the variant says.
         size_power: a token of s patches counts as s ** power in attention, with this power in the first block, rising
             to 1 in the last; 1 is proportional attention throughout (paper, section 3.1).
-        class_power: what the class token attends to merges less: 1 - cosine counts times the pair's attention from it,
-            relative to a patch's even share, to this power in the last block, to which it rises evenly; 0 is the cosine
-            alone (paper, section 3.2).
+        class_power: what the class token attends to stays longer, the more so the later the block: to this power in the
+            last one, to which it rises evenly, 1 - cosine counts times the pair's attention from it, relative to a
+            patch's even share, and pruning goes by the attention received to 1 minus the power, times the attention
+            from it to the power. 0 is the cosine and the attention received alone (paper, sections 3.2 and 3.3).
 
     Raises:
         ValueError: a setting is out of range or unknown; the message lists what is known.
@@ -167,7 +168,7 @@ class LTMPConfig:
     @property
     def asks_class(self) -> str | None:
         """What goes by the class token's attention, so that there must be one; None where nothing does."""
-        if self.class_power > 0 and "merge" in self.steps:
+        if self.class_power > 0 and ("merge" in self.steps or self.goes_by == "received"):
             return f"class_power {self.class_power:g}"
         return f"variant {self.variant}" if self.goes_by == "class" and self.steps != ("merge",) else None
 

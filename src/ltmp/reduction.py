@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .ops.attend.reference import class_attention
+from .ops.attend.reference import class_attention, importance_by
 from .ops.match.reference import candidates, reluctance_by
 from .policy import Policy, rank
 from .rates import noise
@@ -60,34 +60,44 @@ class _Scored:
     metric: Tensor
 
 
+def attended_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
+    """float32 [B, N], the class token's attention, or None where nothing goes by it.
+
+    Args:
+        q, k: [B, N, H, D]; the class token is first, and of q only its row is read.
+    """
+    if not policy.config.asks_class:
+        return None
+    return class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
+
+
 def importance_for(
-    policy: Policy, block: int, received: Tensor | None, q: Tensor, k: Tensor, tokens: Tokens
+    policy: Policy, block: int, received: Tensor | None, attended: Tensor | None, tokens: Tokens
 ) -> Tensor | None:
-    """float32 [B, N], what pruning goes by in `policy`'s variant.
+    """float32 [B, N], what pruning goes by in `policy`'s variant; see `LTMPConfig.class_power`, too.
 
     Args:
         received: float32 [B, N], mean attention received; needed where the variant goes by it.
-        q, k: [B, N, H, D]; the class token is first.
+        attended: float32 [B, N], see `attended_for`.
     """
     kind = policy.config.goes_by
-    if kind == "class":
-        return class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
     if kind == "random":
         return noise(tokens.origin, block, policy.config.seed)
-    return received
+    if kind == "class":
+        return attended
+    if received is None or attended is None:
+        return received
+    return importance_by(received, attended, policy.class_power(block))
 
 
-def reluctance_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
+def reluctance_for(policy: Policy, block: int, attended: Tensor | None, tokens: Tokens) -> Tensor | None:
     """float32 [B, N], how little tokens want to merge, or None where only cosines count; see `LTMPConfig.class_power`.
 
     Args:
-        q, k: [B, N, H, D]; the class token is first.
+        attended: float32 [B, N], see `attended_for`.
     """
     power = policy.class_power(block)
-    if power == 0:
-        return None
-    attended = class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
-    return reluctance_by(attended, tokens.size * tokens.live, power)
+    return reluctance_by(attended, tokens.size * tokens.live, power) if power and attended is not None else None
 
 
 def make_plan(

@@ -30,7 +30,11 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "query-key norm": partial(tiny_vit, qk_norm=True, init_values=0.5),
 }
 SCORES: list[dict[str, Any]] = [{}, {"matching": "mutual"}, {"importance": "class"}, {"size_power": 0.5}]
-SCORES += [{"class_power": 0.5}, {**SCORES[1], **SCORES[2], "similarity": "heads", "class_power": 0.2}]
+SCORES += [
+    {"class_power": 0.5},
+    ltmp.config.BEST,
+    {**SCORES[1], **SCORES[2], "similarity": "heads", "class_power": 0.2},
+]
 
 
 def rotary() -> Any:

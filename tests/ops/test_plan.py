@@ -12,15 +12,15 @@ from ltmp.config import BEST, MATCHINGS, SIMILARITIES
 from ltmp.ops.match.reference import candidates as candidates_reference
 from ltmp.ops.match.reference import match as match_reference
 from ltmp.ops.match.reference import similarity_metric
+from ltmp.reduction import attended_for, importance_for, make_plan, reluctance_for
 from ltmp.reduction import fold as fold_reference
-from ltmp.reduction import make_plan, reluctance_for
 
 from .helpers import DEVICE, Batch, thresholds
 
 triton = pytest.importorskip("triton")
 # only now, as these import Triton
 from ltmp.ops.fold.triton import fold  # noqa: E402
-from ltmp.ops.match.triton import candidates, match, reluctance_rows  # noqa: E402
+from ltmp.ops.match.triton import candidates, class_rows, match  # noqa: E402
 from ltmp.ops.norm.triton import Norm, add_norm  # noqa: E402
 from ltmp.ops.plan.triton import plan  # noqa: E402
 
@@ -48,24 +48,23 @@ def check(
     config, steps = learned.config, learned.config.steps
     received = random_received(batch) if received is None else received
     tokens = batch.tokens()
-    importance = batch.pad(importance_of(batch, received))
+    attended = attended_for(learned, 0, batch.pad(q), batch.pad(k), tokens)
+    importance = importance_for(learned, 0, batch.pad(importance_of(batch, received)), attended, tokens)
     metric = similarity_metric(batch.pad(k), config.similarity)
-    expected = make_plan(
-        tokens, metric, importance, learned, 0, steps, protected,
-        reluctance_for(learned, 0, batch.pad(q), batch.pad(k), tokens),
-    )  # fmt: skip
+    reluctance = reluctance_for(learned, 0, attended, tokens)
+    expected = make_plan(tokens, metric, importance, learned, 0, steps, protected, reluctance)
     left = [int(n) for n in expected.tokens.counts().tolist()]
 
     stats = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     partners, bound = None, longest or batch.longest
     if scores:
-        reluctance = None
+        rows = None
         if config.class_power:
             weight = learned.weight(0, batch.size)
-            reluctance = reluctance_rows(q, k, weight, batch.size, batch.cu, bound, learned.class_power(0))
-        partners = candidates(
-            k, batch.origin, batch.cu, bound, protected, config.similarity, config.matching, reluctance
-        )
+            rows, blended = class_rows(q, k, weight, batch.size, received, batch.cu, bound, learned.class_power(0))
+            assert blended is not None
+            received = blended
+        partners = candidates(k, batch.origin, batch.cu, bound, protected, config.similarity, config.matching, rows)
     found = plan(
         k, received, batch.size, batch.origin, batch.cu, bound,
         learned.merge if "merge" in steps else None, learned.prune if "prune" in steps else None, protected, stats,
@@ -210,16 +209,26 @@ def test_candidates(counts: list[int], similarity: str, matching: str) -> None:
         assert torch.equal(places.long(), receiver[image, :number][scored])
 
 
-def test_reluctance_rows() -> None:
+def test_class_rows() -> None:
     for counts in ([9, 64, 1], [700, 40]):
         batch = Batch.random(counts, heads=3)
         q, k, _ = batch.heads
         learned = thresholds("ltmp", 0.5, 0.0, class_power=0.4, size_power=0.5)
         weight = learned.weight(0, batch.size)
-        found = reluctance_rows(q, k, weight, batch.size, batch.cu, batch.longest, learned.class_power(0))[: batch.live]
-        expected = reluctance_for(learned, 0, batch.pad(q), batch.pad(k), batch.tokens())
+        received, tokens = random_received(batch), batch.tokens()
+        few = (batch.cu, batch.longest, learned.class_power(0))
+        reluctance, blended = class_rows(q, k, weight, batch.size, received, *few)
+        attended = attended_for(learned, 0, batch.pad(q), batch.pad(k), tokens)
+        expected = reluctance_for(learned, 0, attended, tokens)
         assert expected is not None
-        torch.testing.assert_close(found, batch.rows(expected), atol=0, rtol=1e-5)
+        torch.testing.assert_close(reluctance[: batch.live], batch.rows(expected), atol=0, rtol=1e-5)
+        expected = importance_for(learned, 0, batch.pad(importance_of(batch, received)), attended, tokens)
+        assert expected is not None
+        assert blended is not None
+        torch.testing.assert_close(importance_of(batch, blended), batch.rows(expected), atol=0, rtol=1e-5)
+        alone, nothing = class_rows(q, k, weight, batch.size, None, *few)
+        assert nothing is None
+        assert torch.equal(alone[: batch.live], reluctance[: batch.live])
 
 
 def test_room_too_small_is_reported_and_harmless() -> None:

@@ -88,9 +88,7 @@ Similarity = Annotated[
 ]
 Matching = Annotated[
     str | None,
-    typer.Option(
-        help="Even tokens merge into odd ones (bipartite, the paper's), or mutual nearest ones merge (mutual)."
-    ),
+    typer.Option(help="Even tokens merge into odd ones (bipartite, the paper's), or the mutually nearest (mutual)."),
 ]
 Importance = Annotated[
     str | None,
@@ -106,8 +104,8 @@ SizePower = Annotated[
 ClassPower = Annotated[
     float | None,
     typer.Option(
-        help="Merge less what the class token attends to: 1 - cosine counts times that attention to this power "
-        "in the last block, to which it rises evenly; the paper's is 0."
+        help="Merge and prune less what the class token attends to: in the last block 1 - cosine counts times that "
+        "attention to this power, and importance has this part of it; both rise evenly to that. The paper's is 0."
     ),
 ]
 Budget = Annotated[

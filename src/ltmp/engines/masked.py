@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..ops.match.reference import similarity_metric
-from ..reduction import fold, importance_for, make_plan, reluctance_for
+from ..reduction import attended_for, fold, importance_for, make_plan, reluctance_for
 from ..tokens import take
 from .positions import Positions
 from .request import Active
@@ -46,9 +46,10 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     steps = thresholds.steps(active, i)
     if steps:
         state = state.attended(x)
-        importance = importance_for(thresholds, i, received, q, k, tokens)
+        attended = attended_for(thresholds, i, q, k, tokens)
+        importance = importance_for(thresholds, i, received, attended, tokens)
         metric = similarity_metric(k, thresholds.config.similarity)
-        reluctance = reluctance_for(thresholds, i, q, k, tokens) if "merge" in steps else None
+        reluctance = reluctance_for(thresholds, i, attended, tokens)
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..ops.match.reference import similarity_metric
-from ..reduction import Plan, importance_for, make_plan, reluctance_for
+from ..reduction import Plan, attended_for, importance_for, make_plan, reluctance_for
 from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves
@@ -55,8 +55,9 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
         if thresholds.config.asks_class:
             # of the queries only the class token's is read
             q, k = q[_first_rows(counts, x.device)][:, None], pad(k, counts)
-        importance = importance_for(thresholds, i, received, q, k, tokens) if steps != ("merge",) else None
-        reluctance = reluctance_for(thresholds, i, q, k, tokens) if "merge" in steps else None
+        attended = attended_for(thresholds, i, q, k, tokens)
+        importance = importance_for(thresholds, i, received, attended, tokens) if steps != ("merge",) else None
+        reluctance = reluctance_for(thresholds, i, attended, tokens)
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)

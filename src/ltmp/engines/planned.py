@@ -73,8 +73,8 @@ def plan_rows(
 
     Args:
         q, k: [T, H, D]; q is read only where tokens are dropped by the class token's attention.
-        received: float32 [H, T] or None. The others are as in the kernel.
-        reluctance: float32 [T], from `ops.match.triton.reluctance_rows`, or None.
+        received: float32 [H, T], or [1, T] with the class token's say in it, or None. The others are as in the kernel.
+        reluctance: float32 [T], from `ops.match.triton.class_rows`, or None.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
@@ -113,11 +113,9 @@ def _importance(
     received: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     if received is not None:
-        received = padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
-    elif policy.config.goes_by == "class":
-        # the definition reads the first token's query alone
-        q, k = q[padding.at[:, :1]], k[padding.at]
-    return reduction.importance_for(policy, block, received, q, k, tokens)
+        return padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
+    attended = reduction.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
+    return reduction.importance_for(policy, block, None, attended, tokens)
 
 
 def _where(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import reduction
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
-from ..ops.match.triton import candidates, reluctance_rows
+from ..ops.match.triton import candidates, class_rows
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
 from ..thresholds import Thresholds
@@ -260,9 +260,9 @@ class Pass:
         scale = block.scales[0]
         config, reluctance = self.policy.config, None
         power = self.policy.class_power(i)
-        if "merge" in steps and power:
+        if power and ("merge" in steps or received is not None):
             weight = self.policy.weight(i, rows.size)
-            reluctance = reluctance_rows(q, k, weight, rows.size, rows.cu, rows.longest, power)
+            reluctance, received = class_rows(q, k, weight, rows.size, received, rows.cu, rows.longest, power)
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])

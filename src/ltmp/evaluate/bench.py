@@ -24,7 +24,7 @@ from ..models import detach, stack_of
 from ..models.outputs import logits_of
 from ..ops.match.reference import similarity_metric
 from ..policy import Policy
-from ..reduction import importance_for, make_plan, reluctance_for
+from ..reduction import attended_for, importance_for, make_plan, reluctance_for
 from ..stack import ReducedStack
 from ..tokens import Tokens
 from .compare import rates_for
@@ -120,13 +120,13 @@ def _reference_slots(
     weight = stack.thresholds.weight(block, tokens.size)
     _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
     assert received is not None
-    padded_q, padded_k = packed.pad(q, counts), packed.pad(k, counts)
-    importance = importance_for(stack.thresholds, block, packed.pad(received, counts), padded_q, padded_k, tokens)
+    attended = attended_for(stack.thresholds, block, packed.pad(q, counts), packed.pad(k, counts), tokens)
+    importance = importance_for(stack.thresholds, block, packed.pad(received, counts), attended, tokens)
     steps = stack.thresholds.steps(active, block)
     metric = similarity_metric(k, stack.thresholds.config.similarity)
     plan = make_plan(
         tokens, packed.pad(metric, counts), importance, stack.thresholds, block, steps, stack.protected,
-        reluctance_for(stack.thresholds, block, padded_q, padded_k, tokens),
+        reluctance_for(stack.thresholds, block, attended, tokens),
     )  # fmt: skip
     return packed.rows(slots(plan).clamp(max=0), counts)
 

@@ -26,7 +26,7 @@ from ..engines.request import Active, Capacity
 from ..engines.state import State
 from ..models import stack_of, thresholds_of
 from ..ops.match.reference import candidates, similarity_metric
-from ..reduction import reluctance_for
+from ..reduction import attended_for, reluctance_for
 from ..stack import ReducedStack
 from ..thresholds import Thresholds
 from ..tokens import Tokens
@@ -149,7 +149,8 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
     q, k, _ = stack.recipe.qkv(stack.blocks[i], x)
     metric = similarity_metric(k, policy.config.similarity)
     free = torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device)
-    reluctance = reluctance_for(policy, i, q, k, Tokens.start(x.shape[0], x.shape[1], x.device))
+    tokens = Tokens.start(x.shape[0], x.shape[1], x.device)
+    reluctance = reluctance_for(policy, i, attended_for(policy, i, q, k, tokens), tokens)
     _, best, _ = candidates(metric, free, policy.config.matching, reluctance)
     found = best[:, 1:][best[:, 1:].isfinite()]
     policy.merge[i] = found.quantile(1 - MERGED) if len(found) else 0.999

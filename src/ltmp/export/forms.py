@@ -18,6 +18,7 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
+from ..ops.attend.reference import importance_by
 from ..ops.match.reference import match_halves, match_mutual, reluctance_by, similarity_metric, weighed
 from ..tokens import Tokens
 
@@ -197,12 +198,11 @@ class Form:
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
                 config = stack.thresholds.config
-                votes = _importance if config.goes_by == "received" else _class_importance
-                importance = votes(p, layout.live) if "prune" in steps else None
+                power = stack.thresholds.class_power(i)
+                importance = _importance(p, layout.live, config.goes_by, power) if "prune" in steps else None
                 metric = reluctance = None
                 if "merge" in steps:
                     metric = layout.pad(similarity_metric(k, config.similarity))
-                    power = stack.thresholds.class_power(i)
                     reluctance = _reluctance(p, state, power) if power else None
                 state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, config.matching)
             x = state.x
@@ -290,7 +290,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (p @ v).transpose(1, 2).flatten(2), p
 
 
-def _importance(p: Tensor, live: Tensor | None) -> Tensor:
+def _importance(p: Tensor, live: Tensor | None, goes_by: str, power: float) -> Tensor:
+    """[B, N], what pruning goes by; see `reduction.importance_for`."""
+    if goes_by == "class":
+        return _attended(p)
+    received = _received_mean(p, live)
+    return importance_by(received, _attended(p), power) if power else received
+
+
+def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
     """[B, N], mean attention received over heads and live queries (paper, section 3.3)."""
     if live is None:
         return p.mean((1, 2))
@@ -298,14 +306,14 @@ def _importance(p: Tensor, live: Tensor | None) -> Tensor:
     return votes.sum((1, 2)) / (p.shape[1] * live.sum(1, keepdim=True))
 
 
-def _class_importance(p: Tensor, _: Tensor | None) -> Tensor:
+def _attended(p: Tensor) -> Tensor:
     """[B, N], the attention of the class token, which is first, over heads."""
     return p[:, :, 0].mean(1)
 
 
 def _reluctance(p: Tensor, state: _State, power: float) -> Tensor:
     """[B, N], how little tokens want to merge; see `reduction.reluctance_for`."""
-    return reluctance_by(_class_importance(p, state.layout.live), state.size * _there(state), power)
+    return reluctance_by(_attended(p), state.size * _there(state), power)
 
 
 def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:

@@ -112,3 +112,16 @@ def class_attention(q: Tensor, k: Tensor, size: Tensor, keep: Tensor) -> Tensor:
         scores = (k.float() * (q[:, :1].float() * q.shape[-1] ** -0.5)).sum(-1)  # [B, N, H]
         scores = scores + size.log()[..., None]
         return scores.masked_fill((keep <= 0)[..., None], float("-inf")).softmax(1).mean(-1)
+
+
+def importance_by(received: Tensor, attended: Tensor, power: float) -> Tensor:
+    """What pruning goes by where the class token has a say: the mean attention received and the attention from it.
+
+    Both sum to 1 over an image's tokens; this is their geometric mean.
+
+    Args:
+        received: float32, any shape, see `attend`. attended: the same, see `class_attention`.
+        power: the class token's say, from 0 to 1.
+    """
+    least = torch.finfo(torch.float32).tiny
+    return received.clamp(min=least) ** (1 - power) * attended.clamp(min=least) ** power

@@ -79,24 +79,32 @@ def match(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     return match_halves(metric[:, ::2], metric[:, 1::2], free[:, ::2], free[:, 1::2])
 
 
+ROUNDS = 3
+"""How often tokens look for their pair: those whose nearest is in another find one later (docs/accuracy.md)."""
+
+
 @torch.no_grad()
 def match_mutual(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of tokens that are each other's most similar one, whatever their places.
+    """Pairs of tokens that are each other's most similar one, then such pairs among the others, in `ROUNDS` rounds.
 
-    Nothing depends on a token's rank, so that one decision more or less elsewhere changes none here.
+    Nothing depends on a token's rank, so that one decision more or less elsewhere shifts none here.
 
     Args:
         metric, free: as in `match`.
 
     Returns:
         best: float32 [B, N], for the later token of each pair its cosine to the earlier one, -inf for all others.
-        partner: int64 [B, N], the place of the most similar token.
+        partner: int64 [B, N], the place of the most similar token that was left when it was last asked for.
     """
     with torch.autocast(metric.device.type, enabled=False):
         cosine = metric @ metric.transpose(1, 2)
     place = torch.arange(metric.shape[1], device=metric.device)
     possible = free[:, :, None] & free[:, None, :] & (place[:, None] != place)
     best, partner = cosine.masked_fill_(~possible, float("-inf")).max(-1)
+    for _ in range(ROUNDS - 1):
+        paired = partner.gather(1, partner) == place
+        again, other = cosine.masked_fill_(paired[:, :, None] | paired[:, None, :], float("-inf")).max(-1)
+        best, partner = torch.where(paired, best, again), torch.where(paired, partner, other)
     later_of_pair = (partner.gather(1, partner) == place) & (partner < place)
     return best.masked_fill(~later_of_pair, float("-inf")), partner
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, image_rows, pow2, strides
+from .reference import ROUNDS
 
 
 def tile_of(width: int) -> tuple[int, int]:
@@ -77,13 +78,23 @@ def _match_kernel(
         tl.store(PARTNER + first + even, partner, mask=2 * even < n)
 
 
+@triton.jit
+def _paired(PARTNER, place, live):
+    """Whether tokens found each other in an earlier round."""
+    partner = tl.load(PARTNER + place, mask=live, other=0)
+    return live & (tl.load(PARTNER + partner, mask=live, other=-1) == place)
+
+
 @triton.jit(do_not_specialize=["protected"])
 def _candidates_kernel(
-    K, RELUCTANCE, ORIGIN, CU, BEST, PARTNER, k_row, k_head, protected,
+    K, RELUCTANCE, ORIGIN, CU, EARLIER_BEST, EARLIER, BEST, PARTNER, k_row, k_head, protected,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr, OTHER: tl.constexpr,
-    MUTUAL: tl.constexpr, WEIGHED: tl.constexpr,
+    MUTUAL: tl.constexpr, WEIGHED: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """One program = one tile of the tokens of one image that may have a partner: all if MUTUAL, or the even ones."""
+    """One program = one tile of the tokens of one image that may have a partner: all if MUTUAL, or the even ones.
+
+    AGAIN asks those alone that were not paired by EARLIER; the others' answers are copied.
+    """
     first, n = image_rows(CU, tl.program_id(0))
     STEP: tl.constexpr = 1 if MUTUAL else 2
     K += first * k_row
@@ -92,6 +103,9 @@ def _candidates_kernel(
     if tl.program_id(1) * TILE * STEP < n:
         is_asked = place < n
         free = is_asked & (tl.load(ORIGIN + first + place, mask=is_asked, other=-1) >= protected)
+        if AGAIN:
+            paired = _paired(EARLIER + first, place, is_asked)
+            free = free & (paired == 0)
         best = tl.full(asked.shape, -float("inf"), tl.float32)
         partner = tl.zeros(asked.shape, tl.int32)
         for start in range(0, n // STEP, OTHER):
@@ -99,6 +113,8 @@ def _candidates_kernel(
             there = other * STEP + (STEP - 1)
             is_other = there < n
             free_other = is_other & (tl.load(ORIGIN + first + there, mask=is_other, other=-1) >= protected)
+            if AGAIN:
+                free_other = free_other & (_paired(EARLIER + first, there, is_other) == 0)
             cosine = tl.zeros([TILE, OTHER], tl.float32)
             for head in range(0, H):
                 a = metric_tile(K + head * k_head, place, is_asked, k_row, k_head, 1, D, DB)
@@ -113,14 +129,18 @@ def _candidates_kernel(
             one = tl.load(RELUCTANCE + first + place, mask=is_asked, other=1.0)
             there = partner * STEP + (STEP - 1)
             best = 1 - (1 - best) * one * tl.load(RELUCTANCE + first + there, mask=there < n, other=1.0)
+        if AGAIN:
+            best = tl.where(paired, tl.load(EARLIER_BEST + first + place, mask=paired, other=0.0), best)
+            partner = tl.where(paired, tl.load(EARLIER + first + place, mask=paired, other=0), partner)
         tl.store(BEST + first + asked, best, mask=is_asked)
         tl.store(PARTNER + first + asked, partner, mask=is_asked)
 
 
-@triton.jit
-def _reluctance_kernel(
-    Q, K, WEIGHT, SIZE, CU, OUT, q_row, q_head, k_row, k_head, scale, power,
+@triton.jit(do_not_specialize=["rows"])
+def _class_kernel(
+    Q, K, WEIGHT, SIZE, RECEIVED, CU, RELUCTANCE, IMPORTANCE, q_row, q_head, k_row, k_head, rows, scale, power,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, COLUMNS: tl.constexpr,
+    PRUNES: tl.constexpr,
 ):  # fmt: skip
     """One program = one image: its class token's attention, all at once but a few columns of the keys at a time."""
     first, n = image_rows(CU, tl.program_id(0))
@@ -140,9 +160,20 @@ def _reluctance_kernel(
         p = tl.exp2(score - tl.max(score, 0))
         attended += p / tl.sum(p, 0)
     patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
-    # the least normal float32: nothing has no logarithm
-    share = tl.maximum(attended / H * patches, 1.1754943508222875e-38)
-    tl.store(OUT + first + place, tl.exp2(tl.log2(share) * power), mask=live)
+    attended /= H
+    tl.store(RELUCTANCE + first + place, _to_power(attended * patches, power / 2), mask=live)
+    if PRUNES:
+        received = tl.load(RECEIVED + first + place, mask=live, other=0.0)
+        for head in tl.static_range(1, H):
+            received += tl.load(RECEIVED + head * rows + first + place, mask=live, other=0.0)
+        importance = _to_power(received / (n * H), 1 - power) * _to_power(attended, power)
+        tl.store(IMPORTANCE + first + place, importance * n, mask=live)
+
+
+@triton.jit
+def _to_power(x, power):
+    """x ** power; x is at least the least normal float32, as nothing has no logarithm."""
+    return tl.exp2(tl.log2(tl.maximum(x, 1.1754943508222875e-38)) * power)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -209,7 +240,8 @@ def candidates(
 
     Returns:
         best: float32 [T] and partner: int32 [T]; for "bipartite" as `match` has them; for "mutual" row cu[b] + i speaks
-        of the token at place i of image b and names the place of the one most like it, whether or not it is mutual.
+        of the token at place i of image b and names the place of the one most like it, of those that were left when it
+        was last asked for, whether or not it is mutual.
     """
     mutual = matching == "mutual"
     if similarity == "mean":
@@ -218,35 +250,43 @@ def candidates(
     asked = longest if mutual else (longest + 1) // 2
     most, other = tile_of(width)
     tile = min(pow2(asked), most)
-    best = torch.empty(rows, device=k.device)
-    partner = torch.empty(rows, dtype=torch.int32, device=k.device)
-    _candidates_kernel[(cu.shape[0] - 1, triton.cdiv(asked, tile))](
-        k, best if reluctance is None else reluctance, origin, cu, best, partner, *strides(k), protected,
-        H=heads, D=width, DB=pow2(width), TILE=tile, OTHER=other, MUTUAL=mutual, WEIGHED=reluctance is not None,
-        num_warps=8 if tile == 128 else 4, num_stages=1,
-    )  # fmt: skip
+    best, partner = k.new_empty(rows, dtype=torch.float32), origin
+    for number in range(ROUNDS if mutual else 1):
+        earlier_best, earlier = best, partner
+        best, partner = torch.empty_like(best), torch.empty_like(origin)
+        # a pointer that its constexpr flag leaves unread may be any tensor
+        _candidates_kernel[(cu.shape[0] - 1, triton.cdiv(asked, tile))](
+            k, best if reluctance is None else reluctance, origin, cu, earlier_best, earlier, best, partner,
+            *strides(k), protected,
+            H=heads, D=width, DB=pow2(width), TILE=tile, OTHER=other, MUTUAL=mutual, WEIGHED=reluctance is not None,
+            AGAIN=number > 0, num_warps=8 if tile == 128 else 4, num_stages=1,
+        )  # fmt: skip
     return best, partner
 
 
-def reluctance_rows(
-    q: Tensor, k: Tensor, weight: Tensor, size: Tensor, cu: Tensor, longest: int, power: float
-) -> Tensor:
-    """How little tokens want to merge: `reference.reluctance_by` of the class token's attention, on packed rows.
+def class_rows(
+    q: Tensor, k: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, cu: Tensor, longest: int, power: float
+) -> tuple[Tensor, Tensor | None]:
+    """The class token's say: `reference.reluctance_by` and `attend.reference.importance_by` on packed rows.
 
     Args:
         q, k: [T, H, D], unit stride in D; the class token is the first of each image.
         weight: float32 [T], what each token counts as. size: float32 [T], its patches.
+        received: float32 [H, T] from `attend`, or None where nothing is pruned by it.
         cu, longest: as in `match`.
         power: as in `Policy.class_power`.
 
     Returns:
-        float32 [T]; rows past the last image are not written.
+        reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
+        received: float32 [1, T], what takes its place where tokens are pruned; None where it is.
     """
     rows, heads, width = k.shape
     full, padded = pow2(longest), pow2(width)
-    found = torch.empty(rows, device=k.device)
-    _reluctance_kernel[(cu.shape[0] - 1,)](
-        q, k, weight, size, cu, found, *strides(q), *strides(k), width**-0.5 * LOG2E, power / 2,
-        H=heads, D=width, DB=padded, FULL=full, COLUMNS=min(padded, max(1, 32768 // full)), num_warps=8,
+    reluctance, importance = torch.empty(2, 1, rows, device=k.device)
+    _class_kernel[(cu.shape[0] - 1,)](
+        q, k, weight, size, reluctance if received is None else received, cu, reluctance, importance,
+        *strides(q), *strides(k), rows, width**-0.5 * LOG2E, power,
+        H=heads, D=width, DB=padded, FULL=full, COLUMNS=min(padded, max(1, 32768 // full)),
+        PRUNES=received is not None, num_warps=8,
     )  # fmt: skip
-    return found
+    return reluctance[0], None if received is None else importance
