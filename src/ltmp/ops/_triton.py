@@ -21,6 +21,15 @@ def image_rows(CU, image):
     return first.to(tl.int64), tl.load(CU + image + 1) - first
 
 
+@triton.jit
+def mean_received(RECEIVED, token, live, n, rows, H: tl.constexpr):
+    """Mean attention received over heads and queries."""
+    total = tl.load(RECEIVED + token, mask=live, other=0.0)
+    for head in tl.static_range(1, H):
+        total += tl.load(RECEIVED + head * rows + token, mask=live, other=0.0)
+    return total / (n * H)
+
+
 def pow2(n: int) -> int:
     """Smallest power of two >= n and >= 16, the least that a matrix unit takes."""
     return max(16, triton.next_power_of_2(n))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, image_rows, pow2, strides
+from .._triton import LOG2E, image_rows, mean_received, pow2, strides
 from .reference import ROUNDS
 
 
@@ -163,10 +163,8 @@ def _class_kernel(
     attended /= H
     tl.store(RELUCTANCE + first + place, _to_power(attended * patches, power / 2), mask=live)
     if PRUNES:
-        received = tl.load(RECEIVED + first + place, mask=live, other=0.0)
-        for head in tl.static_range(1, H):
-            received += tl.load(RECEIVED + head * rows + first + place, mask=live, other=0.0)
-        importance = _to_power(received / (n * H), 1 - power) * _to_power(attended, power)
+        received = mean_received(RECEIVED + first, place, live, n, rows, H)
+        importance = _to_power(received, 1 - power) * _to_power(attended, power)
         tl.store(IMPORTANCE + first + place, importance * n, mask=live)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import image_rows, pow2, strides
+from .._triton import image_rows, mean_received, pow2, strides
 from ..match.triton import best_partner, match, tile_of
 
 _ANY = ["MERGE", "PRUNE", "STATS", "protected", "rows", "images", "room"]
@@ -33,15 +33,6 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def _importance(RECEIVED, token, live, n, rows, H: tl.constexpr):
-    """Mean attention received over heads and queries."""
-    total = tl.load(RECEIVED + token, mask=live, other=0.0)
-    for head in tl.static_range(1, H):
-        total += tl.load(RECEIVED + head * rows + token, mask=live, other=0.0)
-    return total / (n * H)
-
-
-@triton.jit
 def _merge_image(
     best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, IMPORTANCE, SLOT, n, rows, merge_theta, prune_theta, protected,
     H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr,
@@ -55,8 +46,8 @@ def _merge_image(
     tl.store(SIZE_OUT + even, size, mask=is_even)
     tl.store(SIZE_OUT + odd, tl.load(SIZE + odd, mask=is_odd, other=0.0), mask=is_odd)
     if PRUNES:
-        importance = _importance(RECEIVED, even, is_even, n, rows, H)
-        received = _importance(RECEIVED, odd, is_odd, n, rows, H)
+        importance = mean_received(RECEIVED, even, is_even, n, rows, H)
+        received = mean_received(RECEIVED, odd, is_odd, n, rows, H)
         # of numbers that are not negative, the bits have their order
         tl.store(IMPORTANCE + odd, received.to(tl.int32, bitcast=True), mask=is_odd)
     tl.debug_barrier()
@@ -107,8 +98,8 @@ def _merge_pairs(
     tl.store(SIZE_OUT + place, size, mask=live)
     stays = live & (merged == 0)
     if PRUNES:
-        importance = _importance(RECEIVED, place, live, n, rows, H)
-        importance = tl.maximum(importance, _importance(RECEIVED, partner, receives, n, rows, H))
+        importance = mean_received(RECEIVED, place, live, n, rows, H)
+        importance = tl.maximum(importance, mean_received(RECEIVED, partner, receives, n, rows, H))
         if SPARES:
             # nothing is protected: the most important token stays, the first among equals
             spared = place == tl.argmax(tl.where(stays, importance, -1.0), 0)
@@ -128,7 +119,7 @@ def _prune_image(
     """Prune alone: survivors keep their order; returns how many stay."""
     token = tl.arange(0, FULL)
     live = token < n
-    importance = _importance(RECEIVED, token, live, n, rows, H)
+    importance = mean_received(RECEIVED, token, live, n, rows, H)
     if SPARES:
         spared = token == tl.argmax(tl.where(live, importance, -1.0), 0)
     else:
