@@ -114,7 +114,10 @@ def _importance(
 ) -> Tensor | None:  # fmt: skip
     if received is not None:
         return padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
-    attended = reduction.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
+    attended = None
+    if policy.config.asks_class:
+        # of the queries only the class token's is read
+        attended = reduction.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
     return reduction.importance_for(policy, block, None, attended, tokens)
 
 

@@ -117,7 +117,7 @@ def class_attention(q: Tensor, k: Tensor, size: Tensor, keep: Tensor) -> Tensor:
 def importance_by(received: Tensor, attended: Tensor, power: float) -> Tensor:
     """What pruning goes by where the class token has a say: the mean attention received and the attention from it.
 
-    Both sum to 1 over an image's tokens; this is their geometric mean.
+    Both sum to 1 over an image's tokens; this is their geometric mean, weighted by `power`.
 
     Args:
         received: float32, any shape, see `attend`. attended: the same, see `class_attention`.

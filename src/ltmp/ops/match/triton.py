@@ -165,6 +165,7 @@ def _class_kernel(
     if PRUNES:
         received = mean_received(RECEIVED + first, place, live, n, rows, H)
         importance = _to_power(received, 1 - power) * _to_power(attended, power)
+        # a sum over queries, as what it stands in for
         tl.store(IMPORTANCE + first + place, importance * n, mask=live)
 
 
@@ -276,7 +277,7 @@ def class_rows(
 
     Returns:
         reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
-        received: float32 [1, T], what takes its place where tokens are pruned; None where it is.
+        received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
     """
     rows, heads, width = k.shape
     full, padded = pow2(longest), pow2(width)
