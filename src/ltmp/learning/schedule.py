@@ -103,15 +103,22 @@ def between(shapes: dict[float, Shape], share: float) -> Shape:
     return shapes[below].towards(shapes[above], part)
 
 
-_LARGE = {0.625: Shape(0.7, -0.93, -2.9, 2.9, 0.05), 0.84: Shape(0.89, -0.82, -3.56, 3.35, 0.25)}
-_SMALL, _HALF = Shape(0.2, 0.45, -1.3, 0.9, 0.1), Shape(0.3, -0.9, -1.7, 2.4, 0.0)
 USUAL: dict[str, dict[float, Shape]] = {
-    "bipartite": {0.37: _SMALL, 0.5: _HALF, **_LARGE},
-    "mutual": {0.31: _SMALL, 0.37: Shape(0.0, -0.26, -2.0, 2.0, -0.33), 0.5: _HALF, **_LARGE},
+    "bipartite": {
+        0.37: Shape(0.2, 0.45, -1.3, 0.9, 0.1),
+        0.5: Shape(0.3, -0.9, -1.7, 2.4, 0.0),
+        0.625: Shape(0.7, -0.93, -2.9, 2.9, 0.05),
+        0.84: Shape(0.89, -0.82, -3.56, 3.35, 0.25),
+    },
+    "mutual": {
+        0.34: Shape(0.0, -0.1, -2.5, 1.3, -0.1),
+        0.53: Shape(0.55, -1.0, -2.8, 2.4, 0.0),
+        0.79: Shape(1.35, -1.2, -4.0, 3.6, 0.1),
+    },
 }
 """What served best wherever we searched (docs/accuracy.md), by matching and share: with a large budget merging works in
 the middle of the network and pruning grows towards its end, the less of it the larger; a small one is better spread
-evenly, and the sooner so where half of the tokens can merge at once."""
+evenly. Mutual pairs lose less by merging, so that less is left to pruning."""
 
 
 def usual(share: float, matching: str = "bipartite") -> Shape:
