@@ -174,11 +174,11 @@ def test_what_is_usual_goes_by_the_matching(matching: str, monkeypatch: pytest.M
     images, followed = random_images(4, size=32), []
     calibrating = import_module("ltmp.learning.calibrate")
     monkeypatch.setattr(calibrating, "follow", lambda model, images, shape, *_: followed.append(shape))
-    calibrate(model, images, 0.37)
-    expected = between(USUAL[matching], 0.37)
-    assert followed == [expected]
-    assert module._Maker(model, images, None, None).usual(0.37) == expected
-    assert usual(0.37, "mutual") != usual(0.37, "bipartite")
+    share = min(USUAL[matching])
+    calibrate(model, images, share)
+    assert followed == [USUAL[matching][share]]
+    assert module._Maker(model, images, None, None).usual(share) == USUAL[matching][share]
+    assert usual(share, "mutual") != usual(share, "bipartite")
 
 
 def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> None:

@@ -116,9 +116,9 @@ USUAL: dict[str, dict[float, Shape]] = {
         0.79: Shape(1.35, -1.2, -4.0, 3.6, 0.1),
     },
 }
-"""What served best wherever we searched (docs/accuracy.md), by matching and share: with a large budget merging works in
-the middle of the network and pruning grows towards its end, the less of it the larger; a small one is better spread
-evenly. Mutual pairs lose less by merging, so that less is left to pruning."""
+"""What served best wherever we searched (docs/accuracy.md), by matching and share: with a large budget merging works
+past the middle of the network and pruning grows towards its end, the less of it the larger; a small one is better
+spread evenly. Mutual pairs lose less by merging, so that less is left to pruning."""
 
 
 def usual(share: float, matching: str = "bipartite") -> Shape:
