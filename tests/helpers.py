@@ -12,6 +12,7 @@ import ltmp
 import reference
 from ltmp.dial import Dial
 from ltmp.models import thresholds_of
+from ltmp.ops.probe.reference import LIFT, WIDTH
 
 TINY: dict[str, Any] = {
     "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5,
@@ -79,6 +80,18 @@ def assert_close(actual: Tensor, expected: Tensor, atol: float, what: str = "val
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
     assert error <= atol, f"{what} differ by {error:.2e}, allowed {atol:.0e}"
+
+
+def make_probe(depth: int, width: int = TINY["embed_dim"], *, seed: int = 0) -> Tensor:
+    """A random probe that lifts tokens as learned ones do, and finds some of them to matter more than others."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(depth, width + 1, WIDTH + 2, generator=generator)
+    weight[:, :-1, :WIDTH] /= (LIFT * width * WIDTH) ** 0.5
+    weight[:, :-1, WIDTH:] /= width**0.5
+    weight[:, -1] = 0
+    weight[:, :, WIDTH - 1] = 0
+    weight[:, -1, WIDTH - 1] = 1
+    return weight.half().float()
 
 
 def make_dial(depth: int, *, knots: int = 5, seed: int = 0, lowest: float = 0.3, highest: float = 0.95) -> Dial:

@@ -34,9 +34,12 @@ class Token:
 class OneImage:
     """One image on its way through the blocks of a timm VisionTransformer."""
 
-    def __init__(self, model: Any, x: Tensor, protected: int, config: LTMPConfig = PAPER) -> None:
-        """`x`: [N, C] embedded tokens, of which the first `protected` are prefix tokens."""
+    def __init__(
+        self, model: Any, x: Tensor, protected: int, config: LTMPConfig = PAPER, probe: Tensor | None = None
+    ) -> None:
+        """`x`: [N, C] embedded tokens, of which the first `protected` are prefix tokens; `probe`: [L, C + 1, 66]."""
         self.config = config
+        self.probe = probe
         self.model = copy.deepcopy(model).double().eval()
         self.tokens = [Token(place, row) for place, row in enumerate(x.double())]
         self.protected = protected
@@ -66,9 +69,34 @@ class OneImage:
         if self.config.goes_by == "class":
             importance = p[:, 0].mean(0)
         attended = (p[:, 0].mean(0) * size.sum()) ** (power / 2)
+        if self.probe is not None:
+            received = p.mean((0, 1))
+            metric, importance, attended = self.read(i, x, size, received, metric, importance, attended)
         for j, token in enumerate(self.tokens):
             token.x, token.importance, token.metric = x[j], float(importance[j]), metric[j]
             token.attended = float(attended[j])
+
+    def read(
+        self, i: int, x: Tensor, size: Tensor, received: Tensor, metric: Tensor, importance: Tensor, attended: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a probe puts in the place of metric, importance and what the class token attended to."""
+        assert self.probe is not None
+        matrix, added = self.probe[i, :-1].double(), self.probe[i, -1].double()
+        centred = x - x.mean(1, keepdim=True)
+        seen = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() @ matrix + added
+        power = torch.linspace(self.config.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
+        free = torch.tensor([self.free(t) for t in self.tokens])
+        # how much each patch matters, as a share of all that are there
+        shares = []
+        for column in (64, 65):
+            matters = torch.where(free, seen[:, column].exp() * size**power, 0.0)
+            shares.append(matters / matters.sum() if free.any() else matters)
+        if self.config.similarity == "probe":
+            metric = seen[:, :64] / seen[:, :64].norm(dim=1, keepdim=True)
+            attended = attended * 65**0.5 * (shares[0] * size.sum()) ** 0.25
+        if self.config.goes_by == "probe":
+            importance = received**0.3 * shares[1] ** 0.7
+        return metric, importance, attended
 
     def mlp(self, i: int) -> None:
         block = self.model.blocks[i]

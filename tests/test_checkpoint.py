@@ -472,7 +472,7 @@ def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("similarity", "mean, heads"), ("matching", "bipartite, mutual"), ("importance", "received, class")],
+    [("similarity", "mean, heads, probe"), ("matching", "bipartite, mutual"), ("importance", "received, class, probe")],
 )
 def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"unknown {name} 'values': expected one of {known}"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ltmp
 import reference
-from helpers import assert_close, tiny_vit
+from helpers import assert_close, make_probe, tiny_vit
 from ltmp.config import LEARNED
 from ltmp.models import stack_of
 from ltmp.stack import sizes_of
@@ -36,6 +36,10 @@ SCORES: list[dict[str, Any]] = [
     {"importance": "class"},
     {"size_power": 0.5},
     {"class_power": 0.5},
+    {"similarity": "probe"},
+    {"importance": "probe", "size_power": 0.5},
+    {"similarity": "probe", "matching": "mutual", "class_power": 0.5},
+    ltmp.config.ATTENTION,
     ltmp.config.BEST,
     {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.5},
 ]
@@ -68,19 +72,21 @@ def test_any_tokens_any_thresholds(
 ) -> None:  # fmt: skip
     if protected == 0:
         # there is no class token to go by
-        scores = {k: v for k, v in scores.items() if k not in ("importance", "class_power")}
+        scores = {k: v for k, v in scores.items() if k != "class_power" and v != "class"}
     config = ltmp.LTMPConfig(variant=variant, **scores)
     model = prefix_model(protected)
     tokens = patches + protected
     x = torch.randn(images, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
     merge, prune = torch.tensor(merge).tolist(), (torch.tensor(prune) / tokens).tolist()
-    alone = [reference.OneImage(model, row, protected, config) for row in x]
+    probe = make_probe(DEPTH, WIDTH, seed=seed) if config.asks_probe else None
+    alone = [reference.OneImage(model, row, protected, config, probe) for row in x]
     expected = [reference.run(image, merge, prune, variant) for image in alone]
     # rounding may decide what lies this close to its threshold, or a tie between two partners
     assume(min(image.margin for image, _ in expected) > 1e-4 / tokens)
 
     ltmp.attach(model, config)
     model.ltmp.set(merge, prune)
+    model.ltmp.set_probe(probe)
     counts = [counts for _, counts in expected]
     for masked, parts in ((False, x[None]), (False, x[:, None]), (True, x[None]), (True, x[:, None])):
         found = [run_stack(model, part, masked) for part in parts]

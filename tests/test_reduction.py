@@ -14,7 +14,8 @@ from torch import Tensor
 from helpers import assert_close
 from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
 from ltmp.ops.match.reference import similarity_metric
-from ltmp.reduction import Plan, attended_for, fold, importance_for, make_plan, reluctance_for
+from ltmp.reduction import Plan, fold, make_plan
+from ltmp.scores import attended_for, importance_for, reluctance_for
 from ltmp.thresholds import Thresholds
 from ltmp.tokens import Tokens, take
 

@@ -41,6 +41,7 @@ class ThresholdFile:
         metadata: architecture, input size, target, measured share, accuracies, package version; as far as known.
         dial: thresholds for a range of budgets, of which `merge` and `prune` are those at `metadata["budget"]`; None
             where there are these alone.
+        probe: what tokens are read through where the config's scores ask for it, or None; see `ops.probe.reference`.
 
     Raises:
         ValueError: the dial is for another number of blocks, or does not reach the budget.
@@ -51,6 +52,7 @@ class ThresholdFile:
     config: LTMPConfig = field(default_factory=LTMPConfig)
     metadata: dict[str, Any] = field(default_factory=dict)
     dial: Dial | None = None
+    probe: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.dial is not None and self.dial.depth != self.merge.numel():
@@ -108,6 +110,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         tensors |= policy.dial.tensors()
         about |= {"dial": [policy.dial.lowest, policy.dial.highest]}
         about |= {} if policy.budget is None else {"budget": policy.budget}
+    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.asks_probe:
+        # learned in half precision, so that nothing is lost
+        tensors |= {"probe": policy.probe.half().cpu()}
     about |= {
         **metadata,
         "config": policy.config.to_dict(),
@@ -201,7 +206,10 @@ def _read(path: Path) -> ThresholdFile:
                         depth = int(values["depth"])
                         return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, values)
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                    return ThresholdFile(tensors["merge"], tensors["prune"], config, values, Dial.find(tensors))
+                    dial, probe = Dial.find(tensors), tensors.get("probe")
+                    if config.asks_probe and probe is None:
+                        raise ValueError("its probe is missing")
+                    return ThresholdFile(tensors["merge"], tensors["prune"], config, values, dial, probe)
         except FileNotFoundError:
             raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -282,7 +290,7 @@ def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
         LTMPError: its dial is broken.
     """
     found, weights = split_seed_state(state)
-    merge, prune = weights.pop("ltmp.merge", None), weights.pop("ltmp.prune", None)
+    merge, prune, probe = (weights.pop(f"ltmp.{name}", None) for name in ("merge", "prune", "probe"))
     parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"ltmp.{DIAL}")}
     if merge is None or prune is None:
         return found, weights
@@ -290,7 +298,7 @@ def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
     variant = "ltmp" if merges == prunes else "ltm" if merges else "ltp"
     try:
         dial = Dial.find(parts, "ltmp.")
-        return ThresholdFile(merge.float(), prune.float(), LTMPConfig(variant=variant), dial=dial), weights
+        return ThresholdFile(merge.float(), prune.float(), LTMPConfig(variant=variant), {}, dial, probe), weights
     except ValueError as error:
         raise LTMPError(f"the thresholds in this checkpoint are broken ({error}): copy or learn them again") from error
 
@@ -376,6 +384,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
             )
     own = thresholds_of(model)
     try:
+        own.set_probe(file.probe if config.asks_probe else None)
         own.set(file.merge, file.prune)
         own.set_dial(file.dial)
     except ValueError as error:

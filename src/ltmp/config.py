@@ -51,14 +51,17 @@ FIXED = tuple(name for name, method in VARIANTS.items() if method.fixed)
 
 ENGINES = ("auto", "packed", "triton", "graph")
 SCHEDULES = ("constant", "decreasing")
-SIMILARITIES = ("mean", "heads")
+SIMILARITIES = ("mean", "heads", "probe")
 MATCHINGS = ("bipartite", "mutual")
-IMPORTANCES = ("received", "class")
+IMPORTANCES = ("received", "class", "probe")
 
-BEST: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.5}
+BEST: dict[str, Any] = {"similarity": "probe", "matching": "mutual", "importance": "probe", "size_power": 0.3}
 """What tokens are scored by beyond the paper, where it was measured to help (docs/accuracy.md)."""
 
-SCORES: dict[str, dict[str, Any]] = {"paper": {}, "best": BEST}
+ATTENTION: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.5}
+"""The same of what needs no probe: nothing but thresholds is learned, by forward passes alone."""
+
+SCORES: dict[str, dict[str, Any]] = {"paper": {}, "attention": ATTENTION, "best": BEST}
 """Settings that `--scores` names, by that name."""
 
 
@@ -81,11 +84,12 @@ class LTMPConfig:
             (merging removes half of them at most); None for any number.
         seed: of `random`.
         similarity: tokens are alike by the cosine of their keys' `mean` over heads (paper, section 3.2), or by the mean
-            of the cosines of all `heads`, which tells more apart and costs a little more.
+            of the cosines of all `heads`, which tells more apart and costs a little more, or by what a learned `probe`
+            reads of them (`ltmp.learning.probe`), which also says which of them had better not merge.
         matching: which tokens may merge: even ones into odd ones by `bipartite` matching (paper, section 3.2), or, of
             learned variants, `mutual` pairs, each the other's most similar token, and then such pairs of the others.
-        importance: what learned variants prune by: the mean attention `received` (paper, section 3.3) or the `class`
-            token's attention; None is what the variant says.
+        importance: what learned variants prune by: the mean attention `received` (paper, section 3.3), the `class`
+            token's attention, or attention received and what a learned `probe` says; None is what the variant says.
         size_power: a token of s patches counts as s ** power in attention, with this power in the first block, rising
             to 1 in the last; 1 is proportional attention throughout (paper, section 3.1).
         class_power: what the class token attends to stays longer, the more so the later the block: to this power in the
@@ -122,6 +126,8 @@ class LTMPConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {names}")
         if self.method.fixed and (self.matching != "bipartite" or self.importance is not None):
             raise ValueError(f"matching and importance are for {', '.join(LEARNED)}; {self.variant} has its own")
+        if self.method.fixed and self.similarity == "probe":
+            raise ValueError(f"similarity by a probe is for {', '.join(LEARNED)}; {self.variant} has nothing learned")
         for name in ("tau", "prune_tau"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -166,6 +172,16 @@ class LTMPConfig:
         return self.importance or self.method.importance
 
     @property
+    def by_received(self) -> bool:
+        """Whether pruning goes by the mean attention received, alone or among others."""
+        return self.goes_by in ("received", "probe")
+
+    @property
+    def asks_probe(self) -> bool:
+        """Whether anything goes by a learned probe, so that there must be one."""
+        return (self.similarity == "probe" and "merge" in self.steps) or self.goes_by == "probe"
+
+    @property
     def asks_class(self) -> str | None:
         """What goes by the class token's attention, so that there must be one; None where nothing does."""
         if self.class_power > 0 and ("merge" in self.steps or self.goes_by == "received"):
@@ -195,7 +211,7 @@ class LTMPConfig:
 
     @classmethod
     def best(cls, **settings: Any) -> LTMPConfig:
-        """All that is beyond the paper and helps, for models with a class token; `settings` go before it.
+        """All that is beyond the paper and helps; `settings` go before it.
 
         >>> ltmp.attach(model, ltmp.LTMPConfig.best())
         """

@@ -60,6 +60,13 @@ class Policy(nn.Module, ABC):
         """The power of the class token's attention that `block`'s merging goes by: early ones look at nothing yet."""
         return self.config.class_power * (block + 1) / self.depth
 
+    def probed(self, block: int, x: Tensor) -> Tensor | None:
+        """What a learned probe reads of the tokens x [..., C] that `block`'s attention left; None where none is asked.
+
+        See `ops.probe.reference.probe`.
+        """
+        return None
+
     @property
     def bounded(self) -> bool:
         """Whether a floor or a ceiling may overrule a decision."""

@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .ops.attend.reference import class_attention, importance_by
-from .ops.match.reference import candidates, reluctance_by
+from .ops.match.reference import candidates
 from .policy import Policy, rank
-from .rates import noise
 from .sources import follow
 from .tokens import Tokens, take, take_all
 
@@ -60,46 +58,6 @@ class _Scored:
     metric: Tensor
 
 
-def attended_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
-    """float32 [B, N], the class token's attention, or None where nothing goes by it.
-
-    Args:
-        q, k: [B, N, H, D]; the class token is first, and of q only its row is read.
-    """
-    if not policy.config.asks_class:
-        return None
-    return class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
-
-
-def importance_for(
-    policy: Policy, block: int, received: Tensor | None, attended: Tensor | None, tokens: Tokens
-) -> Tensor | None:
-    """float32 [B, N], what pruning goes by in `policy`'s variant; see `LTMPConfig.class_power`, too.
-
-    Args:
-        received: float32 [B, N], mean attention received; needed where the variant goes by it.
-        attended: float32 [B, N], see `attended_for`.
-    """
-    kind = policy.config.goes_by
-    if kind == "random":
-        return noise(tokens.origin, block, policy.config.seed)
-    if kind == "class":
-        return attended
-    if received is None or attended is None:
-        return received
-    return importance_by(received, attended, policy.class_power(block))
-
-
-def reluctance_for(policy: Policy, block: int, attended: Tensor | None, tokens: Tokens) -> Tensor | None:
-    """float32 [B, N], how little tokens want to merge, or None where only cosines count; see `LTMPConfig.class_power`.
-
-    Args:
-        attended: float32 [B, N], see `attended_for`.
-    """
-    power = policy.class_power(block)
-    return reluctance_by(attended, tokens.size * tokens.live, power) if power and attended is not None else None
-
-
 def make_plan(
     tokens: Tokens,
     metric: Tensor | None,
@@ -115,11 +73,11 @@ def make_plan(
     Args:
         tokens: state at this block, [B, N].
         metric: float32 [B, N, D] unit vectors; needed to merge.
-        importance: float32 [B, N], see `importance_for`; needed to prune.
+        importance: float32 [B, N], see `scores.importance_for`; needed to prune.
         policy: decides; `block` says for which block.
         steps: which of "merge", "prune" and "fuse", in order.
         protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
-        reluctance: float32 [B, N], see `reluctance_for`; None is 1.
+        reluctance: float32 [B, N], see `scores.reluctance_for`; None is 1.
 
     Returns:
         The plan; `plan.tokens.keep` carries the gradient of the two thresholds.

@@ -11,6 +11,7 @@ from .config import LTMPConfig
 from .dial import Dialled
 from .errors import LTMPError
 from .policy import Policy
+from .probe import Probing
 
 
 def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     return over(score, threshold, tau, lambda values: values.clamp_min(torch.finfo(values.dtype).tiny).log())
 
 
-class Thresholds(Dialled, Policy):
+class Thresholds(Dialled, Probing, Policy):
     """The learned thresholds of a model, under its name `ltmp`; everything here trains and is saved, nothing else.
 
     A block whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped:
@@ -59,13 +60,16 @@ class Thresholds(Dialled, Policy):
         super().__init__(depth, config)
         self.merge = nn.Parameter(torch.ones(depth))
         self.prune = nn.Parameter(torch.zeros(depth))
+        self.register_buffer("probe", None)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, but keep every float32 bit: `model.half()` must not move a decision."""
-        exact = {name: parameter.data for name, parameter in self.named_parameters()}
+        exact, probe = {name: parameter.data for name, parameter in self.named_parameters()}, self.probe
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
             parameter.data = exact[name].to(parameter.device)
+        if probe is not None:
+            self.probe = probe.to(self.merge.device)
         return self
 
     @torch.no_grad()

@@ -53,6 +53,7 @@ def test_all_that_helps_is_one_word(ltmp, images, verb) -> None:
         "size_power": 0.5,
         "importance": "class",
         "matching": "bipartite",
+        "class_power": 0.0,
     }
 
 
@@ -88,7 +89,7 @@ def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
         (("--target", 0.5), "--target 0.5 is not on the dial"),
         (("--target", 0.8, "--low", 0.1), "out of reach"),
         (("--target", 0.8, "--variant", "best"), "unknown variant"),
-        (("--target", 0.8, "--scores", "all"), "expected one of paper, best"),
+        (("--target", 0.8, "--scores", "all"), "expected one of paper, attention, best"),
         (("--target", 0.8, "--similarity", "values"), "expected one of mean, heads"),
         (("--target", 0.8, "--size-power", 2), "size_power must be between 0 and 1"),
         (("--target", 0.8, "--class-power", -1), "class_power must be between 0 and 1"),

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_
 
 import ltmp
-from helpers import assert_close, attach_reducing, liven, random_images, run_recorded, tiny_vit
-from ltmp.config import FIXED
+from helpers import assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
+from ltmp.config import BEST, FIXED
 from ltmp.dial import Dial, keep_on
 from ltmp.engines.request import Capacity
 from ltmp.evaluate.compare import rates_for
@@ -192,6 +192,15 @@ def test_new_thresholds_are_never_stale() -> None:
     case.follow(lambda model: model.ltmp.set(lower, None))
     case.check(4)
     case.check(4)
+
+
+def test_a_new_probe_is_recorded_anew() -> None:
+    case = Case(settings=BEST)
+    for seed in range(3):
+        case.follow(lambda model, seed=seed: model.ltmp.set_probe(make_probe(2, seed=seed)))
+        for _ in range(3):
+            case.check(4, seed)
+    assert case.recorder.recorded == 3
 
 
 def test_a_step_switched_on_or_off_is_recorded_anew() -> None:

@@ -10,8 +10,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
 import ltmp
-from helpers import assert_close, attach_reducing, embed, random_images, tiny_vit
-from ltmp.config import BEST, FIXED, LTMPConfig
+from helpers import assert_close, attach_reducing, embed, make_probe, random_images, tiny_vit
+from ltmp.config import ATTENTION, BEST, FIXED, LTMPConfig
 from ltmp.engines import packed
 from ltmp.engines.state import Reduced
 from ltmp.models import stack_of
@@ -103,6 +103,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "the class token's say after pruning": {"variant": "ltpm", "class_power": 0.5},
     "the class token's say in pruning alone": {"variant": "ltp", "class_power": 0.5},
     "the class token's say at fixed rates": {"variant": "mp", "r": 2, "class_power": 0.5},
+    "all that needs no probe": ATTENTION,
+    "all that needs no probe after pruning": {"variant": "ltpm", **ATTENTION},
+    "alike by a probe": {"similarity": "probe"},
+    "pruned by a probe": {"importance": "probe", "class_power": 0.5},
+    "alike by a probe, pruned by the class token": {"similarity": "probe", "importance": "class"},
+    "a probe and the class token": {"class_power": 0.5, **BEST},
     "the best scores": BEST,
     "the best scores after pruning": {"variant": "ltpm", **BEST},
     "the best scores with a floor": {"floor": 8, **BEST},
@@ -129,6 +135,8 @@ def test_every_policy_agrees_with_packed(policy: str, host: str) -> None:
     else:
         attach_reducing(model, images, config.variant)
         model.ltmp.config = config
+    if config.asks_probe:
+        model.ltmp.set_probe(make_probe(model.ltmp.depth))
     expected, found = both(model, images)
     assert expected.kept[:, -1].max() < expected.kept[:, 0].max(), "nothing goes: the test tests little"
     assert_same(expected, found)

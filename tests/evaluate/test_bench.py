@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import attach_reducing, random_images, tiny_vit
+from helpers import attach_reducing, make_probe, random_images, tiny_vit
+from ltmp.config import ATTENTION, BEST
 from ltmp.errors import LTMPError
 from ltmp.evaluate import bench
 from ltmp.evaluate.bench import Bench, Row, decisions_agree, table
@@ -80,7 +81,7 @@ def test_wrong_decisions_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "scores",
-    [{}, {"importance": "class", "size_power": 0.5}, {"matching": "mutual", "similarity": "heads", "class_power": 0.5}],
+    [{}, {"importance": "class", "size_power": 0.5}, ATTENTION, BEST],
     ids=str,
 )
 @pytest.mark.parametrize("variant", ["ltmp", "ltm", "ltp"])
@@ -89,6 +90,7 @@ def test_decisions_are_compared_one_by_one(variant: str, scores: dict[str, str])
     images = random_images(3)
     model = attach_reducing(tiny_vit(reg_tokens=2), images, variant)
     model.ltmp.config = replace(model.ltmp.config, **scores)
+    model.ltmp.set_probe(make_probe(model.ltmp.depth))
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     assert decisions_agree(stack_of(model), x) == 1
 

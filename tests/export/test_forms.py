@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm.models.eva import Eva
 
 import ltmp
-from helpers import TINY, assert_close, attach_reducing, liven, random_images, run_recorded, tiny_vit
+from helpers import TINY, assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.engines.request import Request, requested
 from ltmp.export.forms import FORMS, Form
 from ltmp.models import thresholds_of
@@ -32,7 +32,9 @@ HOSTS: dict[str, Callable[[], Any]] = {
 SCORES: list[dict[str, Any]] = [{}, {"matching": "mutual"}, {"importance": "class"}, {"size_power": 0.5}]
 SCORES += [
     {"class_power": 0.5},
+    ltmp.config.ATTENTION,
     ltmp.config.BEST,
+    {"similarity": "probe", "class_power": 0.5},
     {**SCORES[1], **SCORES[2], "similarity": "heads", "class_power": 0.2},
 ]
 
@@ -80,6 +82,8 @@ def test_any_thresholds(form, host, variant, scores, merge, prune, seed):
         scores = {"matching": "mutual"}
     ltmp.attach(model, ltmp.LTMPConfig(variant=variant, **scores))
     thresholds_of(model).set(merge, (torch.tensor(prune) / 17).tolist())
+    if thresholds_of(model).config.asks_probe:
+        thresholds_of(model).set_probe(make_probe(DEPTH, model.embed_dim, seed=seed))
     with torch.no_grad():
         logits, kept = run_recorded(model, images)
     if not any(a or b for a, b in thresholds_of(model).active()):

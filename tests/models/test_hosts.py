@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 import ltmp
 from helpers import assert_close
 from ltmp.engines.request import Capacity, Request, requested
+from ltmp.learning import learn_probe
 from ltmp.models import stack_of
 from ltmp.visualize import see
 
@@ -66,6 +68,45 @@ def test_scores_by_the_class_token_need_one(case: Case) -> None:
     else:
         with pytest.raises(ltmp.LTMPError, match="goes by the class token's attention, and this model has none"):
             ltmp.attach(model, config)
+
+
+class Answers(torch.nn.Module):
+    """The case's output to images alone, as logits."""
+
+    def __init__(self, case: Case, model: Any) -> None:
+        super().__init__()
+        self.case, self.model = case, model
+
+    def forward(self, images: Tensor) -> Tensor:
+        inputs = self.case.inputs(self.model)
+        if isinstance(inputs, dict):
+            first = next(iter(inputs))
+            return self.case.output(self.model(**{**inputs, first: images})).flatten(1)
+        return self.case.output(self.model(images, *inputs[1:])).flatten(1)
+
+
+def test_probes_are_learned_of_every_host(case: Case) -> None:
+    """Gradients come through each host's own blocks; what they say decides the same in training and deployed."""
+    model = attached(case, model=ltmp.attach(case.build(), ltmp.LTMPConfig()))
+    inputs = case.inputs(model)
+    images = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs[0]
+    asked = ("similarity", "importance")
+    model.ltmp.config = replace(model.ltmp.config, **dict.fromkeys(asked, "probe"), matching="mutual")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert learn_probe(Answers(case, model), images) == len(images)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.ltmp.probe.isfinite().all()
+    assert model.ltmp.probe.square().mean((1, 2)).min() > 0
+    # distances between lifted tokens are small against those of random thresholds
+    model.ltmp.set(model.ltmp.merge - 0.5)
+    with torch.no_grad():
+        packed, kept = recorded(case, model)
+        assert kept[:, -1].lt(case.tokens).all()
+        model.ltmp.train()
+        masked, same = recorded(case, model)
+    assert same.tolist() == kept.tolist()
+    assert_close(masked, packed, atol=1e-5)
 
 
 @torch.no_grad()

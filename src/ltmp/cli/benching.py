@@ -39,7 +39,7 @@ def bench_verb(
         float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")
     ] = 0.55,
     scores: Annotated[
-        str, typer.Option(help="paper or best, like --scores of learn, where no file is given.")
+        str, typer.Option(help="paper, attention or best, like --scores of learn, where no file is given.")
     ] = "paper",
     data: Annotated[
         str | None,

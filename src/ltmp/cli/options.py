@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import BEST
+from ..config import ATTENTION
 
 _MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
 
@@ -78,13 +78,16 @@ Variant = Annotated[
 Scores = Annotated[
     str,
     typer.Option(
-        help="What tokens are scored by: as in the paper, or best: {similarity}, {matching}, size power {size_power} "
-        "and class power {class_power}; what is given below goes before it.".format(**BEST)
+        help="What tokens are scored by: as in the paper; attention: {similarity}, {matching}, size power {size_power} "
+        "and class power {class_power}, by forward passes alone; or best: a probe learned from gradients, which adds "
+        "half a megabyte or so to the file. What is given below goes before it.".format(**ATTENTION)
     ),
 ]
 Similarity = Annotated[
     str | None,
-    typer.Option(help="Tokens are alike by the mean of their keys over heads (mean, the paper's), or by all heads."),
+    typer.Option(
+        help="Tokens are alike by the mean of their keys (mean, the paper's), by all heads, or by a learned probe."
+    ),
 ]
 Matching = Annotated[
     str | None,
@@ -92,7 +95,9 @@ Matching = Annotated[
 ]
 Importance = Annotated[
     str | None,
-    typer.Option(help="What pruning goes by: mean attention received, or class, the class token's attention."),
+    typer.Option(
+        help="What pruning goes by: attention received, class (the class token's attention), or a learned probe."
+    ),
 ]
 SizePower = Annotated[
     float | None,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
-from ..ops.match.reference import similarity_metric
-from ..reduction import attended_for, fold, importance_for, make_plan, reluctance_for
+from ..reduction import fold, make_plan
+from ..scores import attended_for, importance_for, metric_for, reluctance_for
 from ..tokens import take
 from .positions import Positions
 from .request import Active
@@ -47,9 +47,10 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if steps:
         state = state.attended(x)
         attended = attended_for(thresholds, i, q, k, tokens)
-        importance = importance_for(thresholds, i, received, attended, tokens)
-        metric = similarity_metric(k, thresholds.config.similarity)
-        reluctance = reluctance_for(thresholds, i, attended, tokens)
+        probed = thresholds.probed(i, x)
+        importance = importance_for(thresholds, i, received, attended, tokens, probed, stack.protected)
+        metric = metric_for(thresholds, k, probed) if "merge" in steps else None
+        reluctance = reluctance_for(thresholds, i, attended, tokens, probed, stack.protected)
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)

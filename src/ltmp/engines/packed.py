@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
-from ..ops.match.reference import similarity_metric
-from ..reduction import Plan, attended_for, importance_for, make_plan, reluctance_for
+from ..reduction import Plan, make_plan
+from ..scores import attended_for, importance_for, metric_for, reluctance_for
 from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves
@@ -44,20 +44,22 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
-    by_received = thresholds.config.goes_by == "received"
     weight = thresholds.weight(i, tokens.size)
-    y, received = attend_to(q, k, v, weight, tokens.keep, counts, by_received and "prune" in steps)
+    y, received = attend_to(q, k, v, weight, tokens.keep, counts, thresholds.config.by_received and "prune" in steps)
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
-        metric = pad(similarity_metric(k, thresholds.config.similarity), counts) if "merge" in steps else None
+        probed = thresholds.probed(i, x)
+        metric = pad(metric_for(thresholds, k, probed), counts) if "merge" in steps else None
+        probed = pad(probed, counts) if probed is not None else None
         received = pad(received, counts) if received is not None else None
         if thresholds.config.asks_class:
             # of the queries only the class token's is read
             q, k = q[_first_rows(counts, x.device)][:, None], pad(k, counts)
-        attended = attended_for(thresholds, i, q, k, tokens)
-        importance = importance_for(thresholds, i, received, attended, tokens) if steps != ("merge",) else None
-        reluctance = reluctance_for(thresholds, i, attended, tokens)
+        attended, importance = attended_for(thresholds, i, q, k, tokens), None
+        if steps != ("merge",):
+            importance = importance_for(thresholds, i, received, attended, tokens, probed, stack.protected)
+        reluctance = reluctance_for(thresholds, i, attended, tokens, probed, stack.protected)
         plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)

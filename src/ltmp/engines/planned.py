@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import reduction
+from .. import reduction, scores
 from ..ops.match import reference, triton
 from ..ops.plan.triton import Plan
 from ..policy import Policy
@@ -60,27 +60,28 @@ def slots(plan: reduction.Plan) -> Tensor:
 
 
 def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
-    """float32 [T, D], or [T, H D] where all heads count: what similarity is measured on, of keys [T, H, D]."""
+    """float32 [T, D], or [T, H D] where all heads count, of length one: what is compared of keys [T, H, D]."""
     kind = policy.config.similarity
     return triton.similarity_metric(k, cu).flatten(1) if kind == "mean" else reference.similarity_metric(k, kind)
 
 
 def plan_rows(
-    policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None,
-    protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
+    policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor,
+    received: Tensor | None, protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
 ) -> tuple[Plan, reduction.Plan]:  # fmt: skip
     """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
 
     Args:
-        q, k: [T, H, D]; q is read only where tokens are dropped by the class token's attention.
+        q, k: [T, H, D]; read only where tokens are dropped by the class token's attention.
+        keys: [T, H, D], what similarity is measured on.
         received: float32 [H, T], or [1, T] with the class token's say in it, or None. The others are as in the kernel.
-        reluctance: float32 [T], from `ops.match.triton.class_rows`, or None.
+        reluctance: float32 [T], from `ops.match.triton.class_rows` or `ops.probe.triton.matter_rows`, or None.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
     metric = importance = None
     if "merge" in steps:
-        metric = padding.pad(metric_rows(policy, k, rows.cu))
+        metric = padding.pad(metric_rows(policy, keys, rows.cu))
     if steps != ("merge",):
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
     if reluctance is not None:
@@ -117,8 +118,8 @@ def _importance(
     attended = None
     if policy.config.asks_class:
         # of the queries only the class token's is read
-        attended = reduction.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
-    return reduction.importance_for(policy, block, None, attended, tokens)
+        attended = scores.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
+    return scores.importance_for(policy, block, None, attended, tokens)
 
 
 def _where(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from ..ops.fold.triton import fold
 from ..ops.match.triton import candidates, class_rows
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
+from ..ops.probe.triton import matter_rows, probe_rows
 from ..thresholds import Thresholds
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
@@ -210,7 +211,7 @@ class Pass:
         self.stack, self.x, self.active, self.capacity, self.positions = stack, x, active, capacity, positions
         self.branches = branches(stack)
         self.policy = stack.thresholds
-        self.received = self.policy.config.goes_by == "received"
+        self.received = self.policy.config.by_received
         self.plans: list[Plan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
 
@@ -258,24 +259,21 @@ class Pass:
         """Add the branch `y` and reduce by `steps`."""
         block = self.branches[i]
         scale = block.scales[0]
-        config, reluctance = self.policy.config, None
-        power = self.policy.class_power(i)
-        if power and ("merge" in steps or received is not None):
-            weight = self.policy.weight(i, rows.size)
-            reluctance, received = class_rows(q, k, weight, rows.size, received, rows.cu, rows.longest, power)
+        config = self.policy.config
+        keys, reluctance, received = self._score(i, steps, rows, y, q, k, received)
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
-            dropped, _ = self._plan(i, ("prune",), rows, q, k, received, spare)
-            metric, *_ = _fold(rows, metric_rows(self.policy, k, rows.cu), None, None, None, dropped)
+            dropped, _ = self._plan(i, ("prune",), rows, q, k, keys, received, spare)
+            metric, *_ = _fold(rows, metric_rows(self.policy, keys, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
             if reluctance is not None:
                 reluctance = _fold(rows, reluctance[:, None], None, None, None, dropped)[0][:, 0]
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
-            heads = (1, -1) if config.similarity == "mean" else k.shape[1:]
-            k, y, scale, steps = metric.unflatten(1, heads), None, None, ("merge",)
+            heads = (1, -1) if config.similarity == "mean" else keys.shape[1:]
+            keys, y, scale, steps = metric.unflatten(1, heads), None, None, ("merge",)
         limit = None if self.capacity is None else self.capacity.rows[i]
-        planned, defined = self._plan(i, steps, rows, q, k, received, self.stats[i], limit, reluctance)
+        planned, defined = self._plan(i, steps, rows, q, k, keys, received, self.stats[i], limit, reluctance)
         self.plans[i] = planned
         if steps == ("fuse",):
             assert defined is not None
@@ -290,22 +288,52 @@ class Pass:
         x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room, bipartite)
         return Rows(x, normed, size, origin, planned.cu, longest, False)
 
+    def _score(
+        self, i: int, steps: tuple[str, ...], rows: Rows, y: Tensor | None, q: Tensor, k: Tensor,
+        received: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """What decides beside attention received: the class token's say, and a probe's.
+
+        Returns:
+            What similarity is measured on [T, H, D], how little tokens want to merge [T] or None, and `received` or
+            what stands in for it.
+        """
+        policy, config, reluctance = self.policy, self.policy.config, None
+        weight, power = policy.weight(i, rows.size), policy.class_power(i)
+        blends = received if config.goes_by == "received" else None
+        if power and ("merge" in steps or blends is not None):
+            reluctance, blended = class_rows(q, k, weight, rows.size, blends, rows.cu, rows.longest, power)
+            received = received if blended is None else blended
+        if not config.asks_probe:
+            return k, reluctance, received
+        assert isinstance(policy, Thresholds)
+        scale, protected = self.branches[i].scales[0], self.stack.protected
+        metric, logarithm = probe_rows(rows.x, y, scale, policy.probe_of(i), rows.cu)
+        blends = received if config.goes_by == "probe" else None
+        own, blended = matter_rows(
+            logarithm, weight, rows.size, blends, rows.origin, rows.cu, rows.longest, protected
+        )  # fmt: skip
+        received = received if blended is None else blended
+        if config.similarity == "probe":
+            k, reluctance = metric[:, None], own if reluctance is None else own * reluctance
+        return k, reluctance, received
+
     def _plan(
-        self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, received: Tensor | None, stats: Tensor,
-        room: int | None = None, reluctance: Tensor | None = None,
+        self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor, received: Tensor | None,
+        stats: Tensor, room: int | None = None, reluctance: Tensor | None = None,
     ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
         """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
         policy, protected, config = self.policy, self.stack.protected, self.policy.config
         unknown = "prune" in steps and not self.received
         if not isinstance(policy, Thresholds) or policy.bounded or unknown:
-            return plan_rows(policy, i, steps, rows, q, k, received, protected, stats, room, reluctance)
+            return plan_rows(policy, i, steps, rows, q, k, keys, received, protected, stats, room, reluctance)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
         found, scores = None, (config.similarity, config.matching)
         if merge is not None and (scores != ("mean", "bipartite") or reluctance is not None):
-            found = candidates(k, rows.origin, rows.cu, rows.longest, protected, *scores, reluctance)
+            found = candidates(keys, rows.origin, rows.cu, rows.longest, protected, *scores, reluctance)
         done = plan(
-            k, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room,
+            keys, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room,
             found, config.matching == "mutual",
         )  # fmt: skip
         return done, None

@@ -22,9 +22,9 @@ from ..engines import packed, select
 from ..errors import LTMPError, UsageError, first_line
 from ..models import detach, stack_of
 from ..models.outputs import logits_of
-from ..ops.match.reference import similarity_metric
 from ..policy import Policy
-from ..reduction import attended_for, importance_for, make_plan, reluctance_for
+from ..reduction import make_plan
+from ..scores import attended_for, importance_for, metric_for, reluctance_for
 from ..stack import ReducedStack
 from ..tokens import Tokens
 from .compare import rates_for
@@ -87,6 +87,7 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
         Of all live tokens of all blocks that reduce, how many are kept, dropped or merged into the same partner alike.
     """
     from ..engines import triton
+    from ..ops.norm.triton import add_norm
 
     active = select.active(stack.thresholds)
     equal: list[Tensor] = []
@@ -98,18 +99,26 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
             planned = self.plans[i]
             if planned is not None:
                 live = int(rows.cu[-1])
-                wanted = _reference_slots(stack, i, active, rows, q[:live], k[:live], v[:live])
+                wanted = _reference_slots(stack, i, active, rows, self.attended[:live], q[:live], k[:live], v[:live])
                 equal.append(planned.slot[:live].clamp(max=0) == wanted)
             return after
+
+        def _reduce(self, i: int, steps: Any, rows: triton.Rows, y: Any, *rest: Any) -> triton.Rows:
+            self.attended = add_norm(rows.x, y, self.branches[i].scales[0], None)[0]
+            return super()._reduce(i, steps, rows, y, *rest)
 
     Compared(stack, x, active).run()
     return torch.cat(equal).double().mean().item() if equal else 1.0
 
 
 def _reference_slots(
-    stack: ReducedStack, block: int, active: Any, rows: Any, q: Tensor, k: Tensor, v: Tensor
+    stack: ReducedStack, block: int, active: Any, rows: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the token at place i."""
+    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the token at place i.
+
+    Args:
+        x: [T, C], what the block's attention left; q, k, v: [T, H, D].
+    """
     from ..engines.planned import slots
 
     counts = rows.cu.diff().tolist()
@@ -121,12 +130,15 @@ def _reference_slots(
     _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
     assert received is not None
     attended = attended_for(stack.thresholds, block, packed.pad(q, counts), packed.pad(k, counts), tokens)
-    importance = importance_for(stack.thresholds, block, packed.pad(received, counts), attended, tokens)
+    read = stack.thresholds.probed(block, x)
+    metric = metric_for(stack.thresholds, k, read)
+    probed = None if read is None else packed.pad(read, counts)
+    by_probe = (probed, stack.protected)
+    importance = importance_for(stack.thresholds, block, packed.pad(received, counts), attended, tokens, *by_probe)
     steps = stack.thresholds.steps(active, block)
-    metric = similarity_metric(k, stack.thresholds.config.similarity)
     plan = make_plan(
         tokens, packed.pad(metric, counts), importance, stack.thresholds, block, steps, stack.protected,
-        reluctance_for(stack.thresholds, block, attended, tokens),
+        reluctance_for(stack.thresholds, block, attended, tokens, *by_probe),
     )  # fmt: skip
     return packed.rows(slots(plan).clamp(max=0), counts)
 

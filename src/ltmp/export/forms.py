@@ -18,8 +18,8 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
-from ..ops.attend.reference import importance_by
-from ..ops.match.reference import match_halves, match_mutual, reluctance_by, similarity_metric, weighed
+from ..ops.match.reference import match_halves, match_mutual, weighed
+from ..scores import importance_for, metric_for, reluctance_for
 from ..tokens import Tokens
 
 if TYPE_CHECKING:
@@ -197,14 +197,9 @@ class Form:
             y, p = _attend(queries, keys, values, bias)
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
-                config = stack.thresholds.config
-                power = stack.thresholds.class_power(i)
-                importance = _importance(p, layout.live, config.goes_by, power) if "prune" in steps else None
-                metric = reluctance = None
-                if "merge" in steps:
-                    metric = layout.pad(similarity_metric(k, config.similarity))
-                    reluctance = _reluctance(p, state, power) if power else None
-                state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, config.matching)
+                importance, metric, reluctance = _scores(stack, i, steps, state, k, p)
+                matching = stack.thresholds.config.matching
+                state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, matching)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
 
@@ -290,12 +285,31 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (p @ v).transpose(1, 2).flatten(2), p
 
 
-def _importance(p: Tensor, live: Tensor | None, goes_by: str, power: float) -> Tensor:
-    """[B, N], what pruning goes by; see `reduction.importance_for`."""
-    if goes_by == "class":
-        return _attended(p)
-    received = _received_mean(p, live)
-    return importance_by(received, _attended(p), power) if power else received
+def _scores(
+    stack: ReducedStack, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What a block decides by, as `scores` has it, with the map at hand.
+
+    Args:
+        k: [T, H, D], keys. p: [B, H, N, N], the map.
+
+    Returns:
+        Importance [B, N], the metric [B, N, E] and reluctance [B, N]; None where nothing goes by it.
+    """
+    policy, layout = stack.thresholds, state.layout
+    tokens = Tokens(state.size, _there(state).float(), state.origin)
+    attended = p[:, :, 0].mean(1) if policy.config.asks_class else None
+    read = policy.probed(block, state.x)
+    importance = metric = reluctance = None
+    if "merge" in steps:
+        metric = layout.pad(metric_for(policy, k, read))
+    probed = None if read is None else layout.pad(read)
+    if "prune" in steps:
+        received = _received_mean(p, layout.live)
+        importance = importance_for(policy, block, received, attended, tokens, probed, stack.protected)
+    if "merge" in steps:
+        reluctance = reluctance_for(policy, block, attended, tokens, probed, stack.protected)
+    return importance, metric, reluctance
 
 
 def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
@@ -304,16 +318,6 @@ def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
         return p.mean((1, 2))
     votes = live[:, None, None, :].to(p.dtype) @ p
     return votes.sum((1, 2)) / (p.shape[1] * live.sum(1, keepdim=True))
-
-
-def _attended(p: Tensor) -> Tensor:
-    """[B, N], the attention of the class token, which is first, over heads."""
-    return p[:, :, 0].mean(1)
-
-
-def _reluctance(p: Tensor, state: _State, power: float) -> Tensor:
-    """[B, N], how little tokens want to merge; see `reduction.reluctance_for`."""
-    return reluctance_by(_attended(p), state.size * _there(state), power)
 
 
 def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:

@@ -11,6 +11,7 @@ from ..calls import dense, record
 from ..flops import Geometry
 from ..models import stack_of, thresholds_of
 from ..thresholds import Thresholds
+from .probe import ensure_probe
 from .schedule import Schedule, Shape, usual
 
 
@@ -20,6 +21,7 @@ class Calibrating(Thresholds):
     def __init__(self, like: Thresholds, schedule: Schedule) -> None:
         super().__init__(like.depth, like.config)
         self.there = 0
+        self.probe = like.probe
         self.rates = {"merge": schedule.merge.tolist(), "prune": schedule.prune.tolist()}
         self.eval()
 
@@ -60,10 +62,13 @@ def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
 def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
     """Set an attached model's thresholds so that `images` cost about `target`, block after block in one pass.
 
+    Where the model's scores ask for a probe and there is none, one is learned of these images first.
+
     Args:
         images: [B, 3, H, W] on the model's device; 128 or more give stable thresholds.
         target: FLOPs share.
     """
+    ensure_probe(model, images)
     follow(model, images, usual(target, thresholds_of(model).config.matching), target, geometry_of(model, images))
 
 

@@ -24,6 +24,7 @@ from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress
 from .objective import task_loss, teacher
+from .probe import PROBED, learn_probe
 from .resume import load_run, save_run
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
@@ -87,7 +88,7 @@ def learn_dial(
         low, high: ends of the dial, shares of the dense model's multiply-adds.
         knots: rows of the dial.
         views: images to search on, in passes over `SEARCHED` at a time; 0 takes the usual shapes. The table adds
-            `(knots + 2 * ANCHORS + 1) * calibration + ANCHORS * checked` at most.
+            `(knots + 2 * ANCHORS + 1) * calibration + ANCHORS * checked` at most, and a probe `PROBED`.
         calibration: images to make the table from.
         checked: images, beginning with these, that say what the dial costs; no more than there are.
         seed: of the search.
@@ -125,7 +126,8 @@ def learn_dial(
     # a streaming source does not say how many it has
     more = min(checked, getattr(loader, "images", 0) or checked)
     more = more if more > len(images) else 0
-    maker.expected = views + (knots + 2 * ANCHORS + 1) * len(images) + ANCHORS * more
+    probed = min(PROBED, len(images)) if thresholds.config.asks_probe else 0
+    maker.expected = probed + views + (knots + 2 * ANCHORS + 1) * len(images) + ANCHORS * more
     for i, share in enumerate(anchors):
         if generations and share not in shapes:
             shapes[share] = maker.search(share, generations, torch.Generator().manual_seed(seed * ANCHORS + i))
@@ -170,6 +172,9 @@ class _Maker:
         self.geometry = geometry_of(model, images)
         self.usual = partial(usual, matching=thresholds_of(model).config.matching)
         self.views = self.expected = 0
+        # again where there is one: a run is of its own images alone, resumed or not
+        if thresholds_of(model).config.asks_probe:
+            self.views = learn_probe(model, images, amp=amp, progress=progress)
         self.answers = torch.cat([teacher(model, part) for part in images.split(SEARCHED)])
         self._looked(len(images), "reading the dense model's answers")
 

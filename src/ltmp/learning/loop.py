@@ -22,6 +22,7 @@ from .calibrate import calibrate, geometry_of
 from .heldout import HeldOut, Progress
 from .log import Journal, Logger
 from .objective import Objective
+from .probe import learn_probe
 from .resume import load_run, save_run
 from .run import Run, Step
 from .views import Batch, apart, first, stream
@@ -108,7 +109,7 @@ def learn(
             be iterated again and again. A run resumes exactly where the loader gives the same batches again.
         target: share of the dense model's multiply-adds, in (0, 1).
         views: images to optimise on, 0 for the calibrated start alone; calibration and the final adjustment add at most
-            `23 * calibration`.
+            `23 * calibration`, and a probe, where the scores ask for one, at most 512.
         accumulate: batches an optimisation step.
         lr: factor on the default learning rates.
         distill: learn from the dense model's output instead of labels.
@@ -142,6 +143,8 @@ def learn(
     images = images.to(place)
     check_target(target, geometry_of(model, images), stack_of(model).protected)
 
+    # again where there is one: a run is of its own images alone, resumed or not
+    probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.asks_probe else 0
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
@@ -223,7 +226,7 @@ def learn(
     thresholds.set(best.merge, best.prune)
     with cast:
         journal.deployed(run.steps + 1, best)
-    looked = len(images) * (1 + looks)
+    looked = len(images) * (1 + looks) + probed
     seen = len(run.history) * views_a_step + looked
     stayed = tuning is not None and best is not run.start
     return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history, stayed)

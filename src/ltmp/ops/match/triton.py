@@ -161,16 +161,16 @@ def _class_kernel(
         attended += p / tl.sum(p, 0)
     patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
     attended /= H
-    tl.store(RELUCTANCE + first + place, _to_power(attended * patches, power / 2), mask=live)
+    tl.store(RELUCTANCE + first + place, to_power(attended * patches, power / 2), mask=live)
     if PRUNES:
         received = mean_received(RECEIVED + first, place, live, n, rows, H)
-        importance = _to_power(received, 1 - power) * _to_power(attended, power)
+        importance = to_power(received, 1 - power) * to_power(attended, power)
         # a sum over queries, as what it stands in for
         tl.store(IMPORTANCE + first + place, importance * n, mask=live)
 
 
 @triton.jit
-def _to_power(x, power):
+def to_power(x, power):
     """x ** power; x is at least the least normal float32, as nothing has no logarithm."""
     return tl.exp2(tl.log2(tl.maximum(x, 1.1754943508222875e-38)) * power)
 

@@ -1,0 +1,151 @@
+"""A probe on packed rows, and what its answers come to in each image."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import image_rows, mean_received, pow2
+from ..match.triton import to_power
+from .reference import EPS, LIFT, MERGES, PRUNES, WIDTH
+
+
+@triton.jit
+def _attended_tile(
+    X, Y, LAYER_SCALE, row, live, column, C: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr
+):  # fmt: skip
+    """float32 [rows, columns] of `x + layer_scale * y`, rounded as the features are kept."""
+    at = row[:, None] * C + column[None, :]
+    mask = live[:, None] & (column < C)[None, :]
+    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    if ADDS:
+        y = tl.load(Y + at, mask=mask, other=0.0).to(tl.float32)
+        if SCALES:
+            y *= tl.load(LAYER_SCALE + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
+        x = (x + y).to(X.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["images", "rows"])
+def _probe_kernel(
+    X, Y, LAYER_SCALE, W, CU, METRIC, LOGARITHM, images, rows, eps,
+    C: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    ADDS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """One program = some rows, a few columns at a time: twice, as a norm needs the mean first."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < tl.load(CU + images)
+    wide = tl.arange(0, E)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, C, STEP):
+        column = start + tl.arange(0, STEP)
+        total += tl.sum(_attended_tile(X, Y, LAYER_SCALE, row, live, column, C, ADDS, SCALES), 1)
+    mean = total / C
+    square = tl.zeros([ROWS], tl.float32)
+    metric = tl.zeros([ROWS, E], tl.float32)
+    moved = tl.zeros([ROWS], tl.float32)
+    dropped = tl.zeros([ROWS], tl.float32)
+    for start in range(0, C, STEP):
+        column = start + tl.arange(0, STEP)
+        there = column < C
+        x = _attended_tile(X, Y, LAYER_SCALE, row, live, column, C, ADDS, SCALES) - mean[:, None]
+        x = tl.where(there[None, :], x, 0.0)
+        square += tl.sum(x * x, 1)
+        w = W + column * (E + 2)
+        weight = tl.load(w[:, None] + wide[None, :], mask=there[:, None], other=0.0)
+        # three tf32 products: decisions are taken in float32, and a shortened product flips them
+        metric += tl.dot(x, weight, input_precision="tf32x3")
+        moved += tl.sum(x * tl.load(w + E, mask=there, other=0.0)[None, :], 1)
+        dropped += tl.sum(x * tl.load(w + E + 1, mask=there, other=0.0)[None, :], 1)
+    scale = tl.rsqrt(square / C + eps)
+    added = W + C * (E + 2)
+    metric = metric * scale[:, None] + tl.load(added + wide)[None, :]
+    tl.store(METRIC + row[:, None] * E + wide[None, :], metric, mask=live[:, None])
+    tl.store(LOGARITHM + row, moved * scale + tl.load(added + E), mask=live)
+    tl.store(LOGARITHM + rows + row, dropped * scale + tl.load(added + E + 1), mask=live)
+
+
+@triton.jit
+def _share(LOGARITHM, place, bias, counts):
+    """Each token's share of what matters in its image, 0 for those that do not count."""
+    score = tl.load(LOGARITHM + place, mask=counts, other=0.0) + bias
+    score = tl.where(counts, score, -float("inf"))
+    p = tl.exp(score - tl.maximum(tl.max(score, 0), -1e30))
+    return p / tl.maximum(tl.sum(p, 0), 1e-30)
+
+
+@triton.jit(do_not_specialize=["rows", "protected"])
+def _matter_kernel(
+    LOGARITHM, WEIGHT, SIZE, RECEIVED, ORIGIN, CU, RELUCTANCE, IMPORTANCE, rows, protected, spread, merges, prunes,
+    H: tl.constexpr, FULL: tl.constexpr, PRUNES: tl.constexpr,
+):  # fmt: skip
+    """One program = one image."""
+    first, n = image_rows(CU, tl.program_id(0))
+    place = tl.arange(0, FULL)
+    live = place < n
+    counts = live & (tl.load(ORIGIN + first + place, mask=live, other=-1) >= protected)
+    bias = tl.log(tl.load(WEIGHT + first + place, mask=counts, other=1.0))
+    patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
+    moved = _share(LOGARITHM + first, place, bias, counts)
+    tl.store(RELUCTANCE + first + place, to_power(moved * patches, merges / 2) * spread, mask=live)
+    if PRUNES:
+        received = mean_received(RECEIVED + first, place, live, n, rows, H)
+        dropped = _share(LOGARITHM + rows + first, place, bias, counts)
+        importance = to_power(received, 1 - prunes) * to_power(dropped, prunes)
+        # a sum over queries, as what it stands in for
+        tl.store(IMPORTANCE + first + place, importance * n, mask=live)
+
+
+def probe_rows(
+    x: Tensor, y: Tensor | None, layer_scale: Tensor | None, weight: Tensor, cu: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reference.probe` on packed rows of `x + layer_scale * y`.
+
+    Args:
+        x: [T, C]; y: [T, C] or None; layer_scale: [C] or None.
+        weight: float32 [C + 1, WIDTH + 2].
+        cu: int32 [B + 1] row bounds of the images.
+
+    Returns:
+        What similarity is measured on, float32 [T, WIDTH], and the two logarithms, float32 [2, T]; rows past the last
+        image are not written.
+    """
+    rows, width = x.shape
+    metric = torch.empty(rows, WIDTH, device=x.device)
+    logarithm = torch.empty(2, rows, device=x.device)
+    tile = 64
+    _probe_kernel[(triton.cdiv(rows, tile),)](
+        x, x if y is None else y, x if layer_scale is None else layer_scale, weight, cu, metric, logarithm,
+        cu.shape[0] - 1, rows, EPS,
+        C=width, E=WIDTH, ROWS=tile, STEP=min(64, pow2(width)), ADDS=y is not None, SCALES=layer_scale is not None,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return metric, logarithm
+
+
+def matter_rows(
+    logarithm: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, origin: Tensor, cu: Tensor, longest: int,
+    protected: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A probe's say: `scores.reluctance_for` and `scores.importance_for` of it on packed rows.
+
+    Args:
+        logarithm: float32 [2, T], see `probe_rows`.
+        weight: float32 [T], what each token counts as. size: float32 [T], its patches.
+        received: float32 [H, T] from `attend`, or None where nothing is pruned by it.
+        origin, cu, longest, protected: as in `ops.match.triton.match`.
+
+    Returns:
+        reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
+        received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
+    """
+    rows = size.shape[0]
+    reluctance, importance = torch.empty(2, 1, rows, device=size.device)
+    _matter_kernel[(cu.shape[0] - 1,)](
+        logarithm, weight, size, reluctance if received is None else received, origin, cu, reluctance, importance,
+        rows, protected, (1 + LIFT) ** 0.5, MERGES, PRUNES,
+        H=1 if received is None else received.shape[0], FULL=pow2(longest), PRUNES=received is not None, num_warps=8,
+    )  # fmt: skip
+    return reluctance[0], None if received is None else importance
