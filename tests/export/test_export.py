@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ltmp
-from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
+from helpers import assert_close, attach_reducing, make_probe, random_images, run_recorded, tiny_vit
+from ltmp.config import LTMPConfig
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.evaluate import evaluate
 from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
@@ -63,6 +64,26 @@ def test_onnx_is_the_model_in_every_runtime(form, runtime, model, files):
     assert torch.equal(counts.float(), kept)
     assert_close(logits, expected, 1e-5, "logits")
     assert session.batch == (None if form == "batch" else 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_beyond_the_paper_are_exported_too(form, tmp_path):
+    """A probe goes along as weights of the graph."""
+    pytest.importorskip("openvino", reason="needs the extra 'export'")
+    model = reduced_model()
+    thresholds = thresholds_of(model)
+    thresholds.config = LTMPConfig.best(class_power=0.4)
+    thresholds.set_probe(make_probe(2))
+    thresholds.set([0.2, 0.3], [0.02, 0.03])
+    export(model, tmp_path / "best.onnx", Plan(form=form), images=IMAGES)
+    images = random_images(5, seed=8)
+    with torch.no_grad():
+        expected, kept = run_recorded(model, images)
+    assert kept[:, -1].max() < 17
+    for opened in OPENERS.values():
+        logits, counts = opened(tmp_path / "best.onnx", threads=1)(images)
+        assert torch.equal(counts.float(), kept)
+        assert_close(logits, expected, 1e-5, "logits")
 
 
 def test_graphs_scatter_nothing_and_static_ones_depend_on_no_data(files):
