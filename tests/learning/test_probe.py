@@ -119,6 +119,10 @@ def test_no_label_no_trace_and_the_same_again() -> None:
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.grad is None for p in model.parameters())
+    model.set_grad_checkpointing()
+    learn_probe(model, images)
+    assert_close(model.ltmp.probe, first, 1e-3)
+    model.set_grad_checkpointing(False)
     with torch.inference_mode():
         learn_probe(model, images[:16])
     assert not torch.equal(model.ltmp.probe, first)

@@ -38,16 +38,17 @@ class _Watching(Thresholds):
 
     def __init__(self, depth: int) -> None:
         super().__init__(depth, LTMPConfig("ltp"))
-        self.features: list[Tensor] = []
-        self.stays: list[Tensor] = []
+        self.features: dict[int, Tensor] = {}
+        self.stays: dict[int, Tensor] = {}
         self.train()
 
+    # a host that checkpoints its gradients runs blocks twice, and must find the same again
+
     def probed(self, block: int, x: Tensor) -> None:
-        self.features.append(x)
+        self.features.setdefault(block, x)
 
     def select(self, step: str, block: int, score: Tensor, free: Tensor, tokens: Tensor) -> Tensor:
-        self.stays.append(torch.ones_like(score).requires_grad_())
-        return self.stays[-1]
+        return self.stays.setdefault(block, torch.ones_like(score).requires_grad_())
 
 
 def learn_probe(
@@ -80,13 +81,14 @@ def learn_probe(
         for part in images[:count].split(_BATCH):
             watching = _Watching(thresholds.depth).to(images.device)
             cast = torch.autocast(images.device.type, amp) if amp is not None else nullcontext()
-            with stack.using(watching), cast:
-                # what is recorded outside is not for these passes
-                logits = logits_of(model(part.clone().requires_grad_()))
-            sure = _sureness(logits.float())
-            if not sure.isfinite().all():
-                raise LTMPError("an answer is not finite: look for NaN or infinity in the images and the weights")
-            looks = _gradients(sure.sum(), watching)
+            with stack.using(watching):
+                with cast:
+                    # gradients of the images, so that they reach the first block of a frozen model
+                    logits = logits_of(model(part.clone().requires_grad_()))
+                sure = _sureness(logits.float())
+                if not sure.isfinite().all():
+                    raise LTMPError("an answer is not finite: look for NaN or infinity in the images and the weights")
+                looks = _gradients(sure.sum(), watching)
             moments = moments or [_Moments.start(x) for x, _, _ in looks]
             for own, (x, grad, staying) in zip(moments, looks, strict=True):
                 own.add(x[:, stack.protected :], grad[:, stack.protected :], staying[:, stack.protected :])
@@ -121,14 +123,15 @@ def _gradients(of: Tensor, watching: _Watching) -> list[tuple[Tensor, Tensor, Te
     A token that stays is read by all later blocks. What they make of it may cancel, so that their parts, which are the
     differences between blocks, are added up by size.
     """
-    asked = [*watching.features, *watching.stays]
+    features = list(watching.features.values())
+    asked = [*features, *watching.stays.values()]
     grads = torch.autograd.grad(of, asked, allow_unused=True)
     grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(asked, grads, strict=True))
-    depth = len(watching.features)
+    depth = len(features)
     stays = torch.stack(grads[depth:])
     parts = (stays - F.pad(stays[1:], (0, 0, 0, 0, 0, 1))).abs()
     staying = parts.flip(0).cumsum(0).flip(0)
-    return list(zip((x.detach() for x in watching.features), grads[:depth], staying, strict=True))
+    return list(zip((x.detach() for x in features), grads[:depth], staying, strict=True))
 
 
 class _Moments:
