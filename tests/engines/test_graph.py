@@ -21,6 +21,7 @@ from ltmp.config import BEST, FIXED
 from ltmp.dial import Dial, keep_on
 from ltmp.engines.request import Capacity
 from ltmp.evaluate.compare import rates_for
+from ltmp.learning import learn_probe
 from ltmp.models import stack_of
 
 pytest.importorskip("triton")
@@ -350,6 +351,16 @@ def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
     case.model.train()
     case.model(images)
     assert case.recorder.recorded == 0
+
+
+def test_gradients_come_through_a_model_whose_engine_is_graphs() -> None:
+    """What watches a model is no policy that graphs know, also where no weight of the model trains."""
+    case = Case(settings=BEST)
+    for _ in range(3):
+        learn_probe(case.model, images_of(4))
+    learn_probe(case.packed, images_of(4))
+    assert case.recorder.recorded == 0
+    assert torch.equal(case.model.ltmp.probe, case.packed.ltmp.probe)
 
 
 def test_graphs_step_aside_where_patches_are_followed() -> None:
