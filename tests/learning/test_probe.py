@@ -127,6 +127,10 @@ def test_no_label_no_trace_and_the_same_again() -> None:
         learn_probe(model, images[:16])
     assert not torch.equal(model.ltmp.probe, first)
     learn_probe(model, images, amp=torch.bfloat16)
+    inside = model.ltmp.probe
+    with torch.autocast("cpu", torch.bfloat16):
+        learn_probe(model, images)
+    assert torch.equal(model.ltmp.probe, inside), "only the model's passes are cast"
     likeness = nn.functional.cosine_similarity(model.ltmp.probe[..., WIDTH], first[..., WIDTH], dim=1)
     assert likeness.min() > 0.9
 

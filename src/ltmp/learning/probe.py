@@ -158,8 +158,11 @@ class _Moments:
         return cls(x.shape[-1], x.device)
 
     def add(self, x: Tensor, grad: Tensor, staying: Tensor) -> None:
-        """Features and their gradients [B, N, C], and [B, N]."""
-        x = x.float()
+        """Features and their gradients [B, N, C], and [B, N]; in float32, also where the caller casts."""
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(x.float(), grad, staying)
+
+    def _add(self, x: Tensor, grad: Tensor, staying: Tensor) -> None:
         spread = (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
         normed, grad = F.layer_norm(x, x.shape[-1:], eps=EPS), grad.float() * spread
         length = grad.norm(dim=-1)
