@@ -63,7 +63,7 @@ def test_a_red_way_fails_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch):
     [
         (["--dtype", "int8"], "no dtype 'int8': expected one of float32, bfloat16, float16"),
         (["--share", "1.5"], "expected a number between 0 and 1"),
-        (["--scores", "worst"], "unknown scores 'worst': expected one of paper, best"),
+        (["--scores", "worst"], "unknown scores 'worst': expected one of paper, attention, best"),
     ],
 )
 def test_says_what_is_wrong(arguments, sentence, capsys):
