@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -212,8 +213,6 @@ def test_thresholds_without_their_probe_are_refused(tmp_path: Path) -> None:
     ltmp.save(model, path)
     tensors = load_file(path)
     assert tensors.pop("probe").dtype == torch.float16
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
     save_file(tensors, path, metadata=about)

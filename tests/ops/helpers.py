@@ -80,6 +80,16 @@ class Batch:
         return Tokens(self.pad(self.size, 1), keep, self.pad(self.origin.long(), 2**30))
 
 
+def random_received(batch: Batch) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch.qkv.shape[2], batch.qkv.shape[0], generator=generator).to(DEVICE)
+
+
+def importance_of(batch: Batch, received: Tensor) -> Tensor:
+    counts = torch.tensor([n for n in batch.counts for _ in range(n)], device=DEVICE)
+    return received[:, : batch.live].sum(0) / (counts * received.shape[0])
+
+
 def thresholds(variant: str, merge: float, prune: float, **scores: Any) -> Thresholds:
     found = Thresholds(1, LTMPConfig(variant=variant, **scores)).to(DEVICE)
     found.set(merge=[merge], prune=[prune])

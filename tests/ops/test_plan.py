@@ -16,7 +16,7 @@ from ltmp.reduction import fold as fold_reference
 from ltmp.reduction import make_plan
 from ltmp.scores import attended_for, importance_for, reluctance_for
 
-from .helpers import DEVICE, Batch, thresholds
+from .helpers import DEVICE, Batch, importance_of, random_received, thresholds
 
 triton = pytest.importorskip("triton")
 # only now, as these import Triton
@@ -27,16 +27,6 @@ from ltmp.ops.plan.triton import plan  # noqa: E402
 
 COUNTS = [[1], [2], [7], [9, 1, 64, 65, 2, 3], [33, 30, 31, 32], [150, 3, 197]]
 LONG = [[300, 1, 270]]
-
-
-def random_received(batch: Batch) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(batch.qkv.shape[2], batch.qkv.shape[0], generator=generator).to(DEVICE)
-
-
-def importance_of(batch: Batch, received: Tensor) -> Tensor:
-    counts = torch.tensor([n for n in batch.counts for _ in range(n)], device=DEVICE)
-    return received[:, : batch.live].sum(0) / (counts * received.shape[0])
 
 
 def check(

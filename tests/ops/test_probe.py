@@ -9,10 +9,10 @@ from helpers import make_probe
 from ltmp.ops.probe.reference import LIFT, WIDTH, matter, probe
 from ltmp.scores import importance_for, metric_for, reluctance_for
 
-from .helpers import DEVICE, Batch, thresholds
-from .test_plan import importance_of, random_received
+from .helpers import DEVICE, Batch, importance_of, random_received, thresholds
 
 pytest.importorskip("triton")
+# only now, as these import Triton
 from ltmp.ops.probe.triton import matter_rows, probe_rows
 
 

@@ -11,7 +11,7 @@ from ..calls import dense, record
 from ..flops import Geometry
 from ..models import stack_of, thresholds_of
 from ..thresholds import Thresholds
-from .probe import ensure_probe
+from .probe import learn_probe
 from .schedule import Schedule, Shape, usual
 
 
@@ -68,8 +68,10 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
         images: [B, 3, H, W] on the model's device; 128 or more give stable thresholds.
         target: FLOPs share.
     """
-    ensure_probe(model, images)
-    follow(model, images, usual(target, thresholds_of(model).config.matching), target, geometry_of(model, images))
+    thresholds = thresholds_of(model)
+    if thresholds.config.asks_probe and thresholds.probe is None:
+        learn_probe(model, images)
+    follow(model, images, usual(target, thresholds.config.matching), target, geometry_of(model, images))
 
 
 @torch.inference_mode()

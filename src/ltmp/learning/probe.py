@@ -10,7 +10,6 @@ own features, which costs a deployed block 66 columns of a matrix product (docs/
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ def learn_probe(
                 if not sure.isfinite().all():
                     raise LTMPError("an answer is not finite: look for NaN or infinity in the images and the weights")
                 looks = _gradients(sure.sum(), watching)
-            moments = moments or [_Moments.start(x) for x, _, _ in looks]
+            moments = moments or [_Moments(x.shape[-1], x.device) for x, _, _ in looks]
             for own, (x, grad, staying) in zip(moments, looks, strict=True):
                 own.add(x[:, stack.protected :], grad[:, stack.protected :], staying[:, stack.protected :])
             if progress is not None:
@@ -153,10 +152,6 @@ class _Moments:
         self.inside, self.whole = zeros(width + 2, width + 2), zeros(width, width)
         self.pull, self.mean = zeros(width, width), zeros(width)
 
-    @classmethod
-    def start(cls, x: Tensor) -> _Moments:
-        return cls(x.shape[-1], x.device)
-
     def add(self, x: Tensor, grad: Tensor, staying: Tensor) -> None:
         """Features and their gradients [B, N, C], and [B, N]; in float32, also where the caller casts."""
         with torch.autocast(x.device.type, enabled=False):
@@ -173,7 +168,7 @@ class _Moments:
                 continue
             u, g, n, s = u[there], g[there], n[there], s[there]
             self.tokens += len(u)
-            columns = torch.cat([u, (n / n.mean()).clamp_min(_TINY).log()[:, None], self._log(s)[:, None]], 1)
+            columns = torch.cat([u, self._log(n)[:, None], self._log(s)[:, None]], 1)
             columns = columns - columns.mean(0)
             self.inside += (columns.T @ columns).double()
             self.whole += (u.T @ u).double()
@@ -183,6 +178,7 @@ class _Moments:
 
     @staticmethod
     def _log(values: Tensor) -> Tensor:
+        """Of values that are not negative, against their mean."""
         return (values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(_TINY).log()
 
     def probe(self) -> Tensor:
@@ -201,9 +197,3 @@ class _Moments:
         # a mean of nothing: what a token matters is against others
         added[WIDTH:] = -(self.mean / self.tokens) @ matters
         return torch.cat([torch.cat([apart, matters], 1), added[None]]).float()
-
-
-def ensure_probe(model: nn.Module, images: Tensor, **settings: Any) -> int:
-    """`learn_probe` where the model asks for a probe and has none; how many images were looked at."""
-    thresholds = thresholds_of(model)
-    return learn_probe(model, images, **settings) if thresholds.config.asks_probe and thresholds.probe is None else 0

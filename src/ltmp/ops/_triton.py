@@ -30,6 +30,12 @@ def mean_received(RECEIVED, token, live, n, rows, H: tl.constexpr):
     return total / (n * H)
 
 
+@triton.jit
+def to_power(x, power):
+    """x ** power; x is at least the least normal float32, as nothing has no logarithm."""
+    return tl.exp2(tl.log2(tl.maximum(x, 1.1754943508222875e-38)) * power)
+
+
 def pow2(n: int) -> int:
     """Smallest power of two >= n and >= 16, the least that a matrix unit takes."""
     return max(16, triton.next_power_of_2(n))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, image_rows, mean_received, pow2, strides
+from .._triton import LOG2E, image_rows, mean_received, pow2, strides, to_power
 from .reference import ROUNDS
 
 
@@ -167,12 +167,6 @@ def _class_kernel(
         importance = to_power(received, 1 - power) * to_power(attended, power)
         # a sum over queries, as what it stands in for
         tl.store(IMPORTANCE + first + place, importance * n, mask=live)
-
-
-@triton.jit
-def to_power(x, power):
-    """x ** power; x is at least the least normal float32, as nothing has no logarithm."""
-    return tl.exp2(tl.log2(tl.maximum(x, 1.1754943508222875e-38)) * power)
 
 
 @triton.jit(do_not_specialize=["images"])

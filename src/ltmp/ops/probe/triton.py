@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import image_rows, mean_received, pow2
-from ..match.triton import to_power
+from .._triton import image_rows, mean_received, pow2, to_power
 from .reference import EPS, LIFT, MERGES, PRUNES, WIDTH
 
 
