@@ -22,7 +22,7 @@ from helpers import tiny_vit
 from ltmp.data import eval_transform
 from ltmp.errors import LTMPError, UsageError
 from ltmp.predict import Predictor, find_shards, predictor
-from ltmp.predict.reading import read_batches
+from ltmp.predict.reading import naming_lost_workers, read_batches
 
 from .conftest import build, encoded, scoring, write_tar
 
@@ -195,6 +195,21 @@ def test_killed_decoding_process_is_said_and_an_actor_tries_again(folder, tmp_pa
     monkeypatch.setattr(predictor, "read_batches", partial(lose_a_worker, count()))
     predict({"shard": np.array([pickle.dumps(shard) for shard in shards])})
     assert [row["key"] for row in rows(tmp_path / "out")] == [item.key for shard in shards for item in shard.items()]
+
+
+def test_signal_of_a_killed_process_that_comes_late_is_the_same_loss():
+    def late(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        with pytest.raises(LTMPError, match="a process that decodes images was killed"), naming_lost_workers():
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            raise EOFError
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "the signal is still to come"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def headless():

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from time import sleep
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from ..data.dataset import Transform
 from ..data.images import decode, reason
 from ..errors import LTMPError
 from .shards import Item, Shard, Slice
+
+SIGNAL_WITHIN = 1.0
+"""Seconds in which the signal of a killed process comes after whatever else shows that it is gone."""
 
 
 class LostWorkerError(LTMPError):
@@ -151,7 +155,12 @@ def naming_lost_workers() -> Iterator[None]:
         LostWorkerError: one was killed.
     """
     try:
-        yield
+        try:
+            yield
+        except (EOFError, ConnectionError, FileNotFoundError):
+            # What a death breaks may show before its signal: left to come later, that would raise in code elsewhere.
+            sleep(SIGNAL_WITHIN)
+            raise
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
