@@ -15,7 +15,7 @@ from helpers import assert_close
 from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
 from ltmp.ops.match.reference import similarity_metric
 from ltmp.reduction import Plan, fold, make_plan
-from ltmp.scores import attended_for, importance_for, reluctance_for
+from ltmp.scores import Scores, attended_for, importance_for, reluctance_for
 from ltmp.thresholds import Thresholds
 from ltmp.tokens import Tokens, take
 
@@ -26,7 +26,7 @@ def plan_of(
 ) -> Plan:  # fmt: skip
     thresholds = Thresholds(1, LTMPConfig(variant=variant, matching=matching))
     thresholds.set([merge], [prune])
-    return make_plan(tokens, metric, importance, thresholds, 0, thresholds.config.steps, protected)
+    return make_plan(tokens, Scores(metric, importance), thresholds, 0, thresholds.config.steps, protected)
 
 
 @st.composite
@@ -205,7 +205,7 @@ def test_gradients_reach_every_threshold_in_use(variant: str) -> None:
     metric = torch.nn.functional.normalize(torch.randn(2, 12, 3, generator=generator), dim=-1)
     importance = torch.rand(2, 12, generator=generator)
     start = Tokens.start(2, 12, torch.device("cpu"))
-    plan = make_plan(start, metric, importance, thresholds, 0, thresholds.config.steps, 1)
+    plan = make_plan(start, Scores(metric, importance), thresholds, 0, thresholds.config.steps, 1)
     plan.tokens.counts().sum().backward()
     for name in thresholds.config.steps:
         grad = getattr(thresholds, name).grad
@@ -231,7 +231,7 @@ def test_what_the_class_token_attends_to_merges_less() -> None:
     scores = 1 - (1 - math.cos(0.6)) * attended[0, [2, 4]]
     for theta, merged in ((scores[0] - 1e-3, [2, 4]), (scores.mean(), [4]), (scores[1] + 1e-3, [])):
         thresholds.set([float(theta)], [0.0])
-        plan = make_plan(tokens, metric, None, thresholds, 0, ("merge",), 1, reluctance)
+        plan = make_plan(tokens, Scores(metric, reluctance=reluctance), thresholds, 0, ("merge",), 1)
         assert plan.merged[0].nonzero().flatten().tolist() == merged
     plain = Thresholds(1, LTMPConfig())
     assert attended_for(plain, 0, q, k, tokens) is None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .ops.match.reference import candidates
 from .policy import Policy, rank
+from .scores import Scores
 from .sources import follow
 from .tokens import Tokens, take, take_all
 
@@ -59,25 +60,16 @@ class _Scored:
 
 
 def make_plan(
-    tokens: Tokens,
-    metric: Tensor | None,
-    importance: Tensor | None,
-    policy: Policy,
-    block: int,
-    steps: tuple[str, ...],
-    protected: int,
-    reluctance: Tensor | None = None,
+    tokens: Tokens, scores: Scores, policy: Policy, block: int, steps: tuple[str, ...], protected: int
 ) -> Plan:
     """Decide what happens to every token of a block (paper, section 3.2).
 
     Args:
         tokens: state at this block, [B, N].
-        metric: float32 [B, N, D] unit vectors; needed to merge.
-        importance: float32 [B, N], see `scores.importance_for`; needed to prune.
+        scores: what decides: to merge needs a metric, to prune importance; reluctance None is 1.
         policy: decides; `block` says for which block.
         steps: which of "merge", "prune" and "fuse", in order.
         protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
-        reluctance: float32 [B, N], see `scores.reluctance_for`; None is 1.
 
     Returns:
         The plan; `plan.tokens.keep` carries the gradient of the two thresholds.
@@ -85,11 +77,10 @@ def make_plan(
     images, length = tokens.keep.shape
     place = torch.arange(length, device=tokens.keep.device)
     into = order = place.expand(images, length)
-    if importance is None:
-        importance = tokens.keep.detach()
-    if metric is None:
-        metric = tokens.keep.detach()[..., None]
-    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance.detach(), reluctance, metric)
+    there = tokens.keep.detach()
+    importance = there if scores.importance is None else scores.importance.detach()
+    metric = there[..., None] if scores.metric is None else scores.metric
+    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance, scores.reluctance, metric)
     weight, turn = tokens.size, place
     for step in steps:
         if step == "prune":

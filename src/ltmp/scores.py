@@ -5,6 +5,9 @@ The paper's are the cosine of mean keys and the mean attention received; the oth
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +17,50 @@ from .ops.probe.reference import LIFT, MERGES, PRUNES, WIDTH, matter
 from .policy import Policy
 from .rates import noise
 from .tokens import Tokens
+
+
+class Scores(NamedTuple):
+    """What a block's plan goes by; None where nothing does.
+
+    Attributes:
+        metric: float32 [B, N, E], vectors of length one.
+        importance, reluctance: float32 [B, N].
+    """
+
+    metric: Tensor | None = None
+    importance: Tensor | None = None
+    reluctance: Tensor | None = None
+
+
+def score(
+    policy: Policy,
+    block: int,
+    steps: tuple[str, ...],
+    tokens: Tokens,
+    protected: int,
+    x: Tensor,
+    k: Tensor,
+    received: Tensor | None,
+    attended: Tensor | None,
+    pad: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Scores:
+    """Score the tokens of a block for what `steps` decide, after its attention.
+
+    Args:
+        steps: as in `make_plan`; `protected`, too.
+        tokens: state at this block, [B, N].
+        x: [..., C], the features that attention left; k: [..., H, D], keys.
+        received: float32 [B, N], mean attention received; needed to prune where the variant goes by it.
+        attended: float32 [B, N], see `attended_for`.
+        pad: to [B, N, ...] from how `x` and `k` are laid out.
+    """
+    merges, prunes = "merge" in steps, steps != ("merge",)
+    probed = policy.probed(block, x)
+    metric = pad(metric_for(policy, k, probed)) if merges else None
+    probed = None if probed is None else pad(probed)
+    importance = importance_for(policy, block, received, attended, tokens, probed, protected) if prunes else None
+    reluctance = reluctance_for(policy, block, attended, tokens, probed, protected) if merges else None
+    return Scores(metric, importance, reluctance)
 
 
 def attended_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
@@ -51,10 +98,8 @@ def importance_for(
     """float32 [B, N], what pruning goes by in `policy`'s variant; see `LTMPConfig.class_power`, too.
 
     Args:
-        received: float32 [B, N], mean attention received; needed where the variant goes by it.
-        attended: float32 [B, N], see `attended_for`.
+        received, attended: float32 [B, N]; with `protected`, see `score`.
         probed: float32 [B, N, WIDTH + 2], see `Policy.probed`.
-        protected: as in `make_plan`; read where there is a probe.
     """
     kind = policy.config.goes_by
     if kind == "random":
@@ -79,9 +124,8 @@ def reluctance_for(
     """float32 [B, N], how little tokens want to merge, or None where only cosines count; see `LTMPConfig.class_power`.
 
     Args:
-        attended: float32 [B, N], see `attended_for`.
+        attended: float32 [B, N]; with `protected`, see `score`.
         probed: float32 [B, N, WIDTH + 2], see `Policy.probed`.
-        protected: as in `make_plan`; read where there is a probe.
     """
     power, found, patches = policy.class_power(block), None, tokens.size * tokens.live
     if power and attended is not None:

@@ -14,7 +14,7 @@ from ltmp.ops.match.reference import match as match_reference
 from ltmp.ops.match.reference import similarity_metric
 from ltmp.reduction import fold as fold_reference
 from ltmp.reduction import make_plan
-from ltmp.scores import attended_for, importance_for, reluctance_for
+from ltmp.scores import Scores, attended_for, importance_for, reluctance_for
 
 from .helpers import DEVICE, Batch, importance_of, random_received, thresholds
 
@@ -43,7 +43,7 @@ def check(
     importance = importance_for(learned, 0, batch.pad(importance_of(batch, received)), attended, tokens)
     metric = similarity_metric(batch.pad(k), config.similarity)
     reluctance = reluctance_for(learned, 0, attended, tokens)
-    expected = make_plan(tokens, metric, importance, learned, 0, steps, protected, reluctance)
+    expected = make_plan(tokens, Scores(metric, importance, reluctance), learned, 0, steps, protected)
     left = [int(n) for n in expected.tokens.counts().tolist()]
 
     stats = torch.zeros(3, dtype=torch.int32, device=DEVICE)

@@ -203,8 +203,8 @@ def test_signal_of_a_killed_process_that_comes_late_is_the_same_loss():
 
     before = signal.signal(signal.SIGALRM, late)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(LTMPError, match="a process that decodes images was killed"), naming_lost_workers():
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
             raise EOFError
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "the signal is still to come"
     finally:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.attend.reference import attend
 from ..reduction import fold, make_plan
-from ..scores import attended_for, importance_for, metric_for, reluctance_for
+from ..scores import attended_for, score
 from ..tokens import take
 from .positions import Positions
 from .request import Active
@@ -47,11 +47,8 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if steps:
         state = state.attended(x)
         attended = attended_for(thresholds, i, q, k, tokens)
-        probed = thresholds.probed(i, x)
-        importance = importance_for(thresholds, i, received, attended, tokens, probed, stack.protected)
-        metric = metric_for(thresholds, k, probed) if "merge" in steps else None
-        reluctance = reluctance_for(thresholds, i, attended, tokens, probed, stack.protected)
-        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
+        scores = score(thresholds, i, steps, tokens, stack.protected, x, k, received, attended)
+        plan = make_plan(tokens, scores, thresholds, i, steps, stack.protected)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 

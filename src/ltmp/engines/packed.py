@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..ops.attend.reference import attend, attend_rows
 from ..reduction import Plan, make_plan
-from ..scores import attended_for, importance_for, metric_for, reluctance_for
+from ..scores import attended_for, score
 from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves
@@ -49,18 +50,15 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
-        probed = thresholds.probed(i, x)
-        metric = pad(metric_for(thresholds, k, probed), counts) if "merge" in steps else None
-        probed = pad(probed, counts) if probed is not None else None
-        received = pad(received, counts) if received is not None else None
+        attended = None
         if thresholds.config.asks_class:
             # of the queries only the class token's is read
-            q, k = q[_first_rows(counts, x.device)][:, None], pad(k, counts)
-        attended, importance = attended_for(thresholds, i, q, k, tokens), None
-        if steps != ("merge",):
-            importance = importance_for(thresholds, i, received, attended, tokens, probed, stack.protected)
-        reluctance = reluctance_for(thresholds, i, attended, tokens, probed, stack.protected)
-        plan = make_plan(tokens, metric, importance, thresholds, i, steps, stack.protected, reluctance)
+            first = q[_first_rows(counts, x.device)][:, None]
+            attended = attended_for(thresholds, i, first, pad(k, counts), tokens)
+        received = None if received is None else pad(received, counts)
+        to_images = partial(pad, counts=counts)
+        scores = score(thresholds, i, steps, tokens, stack.protected, x, k, received, attended, to_images)
+        plan = make_plan(tokens, scores, thresholds, i, steps, stack.protected)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)
 

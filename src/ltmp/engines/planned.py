@@ -86,7 +86,8 @@ def plan_rows(
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
     if reluctance is not None:
         reluctance = padding.pad(reluctance, 1.0)
-    plan = reduction.make_plan(tokens, metric, importance, policy, block, steps, protected, reluctance)
+    given = scores.Scores(metric, importance, reluctance)
+    plan = reduction.make_plan(tokens, given, policy, block, steps, protected)
     counts = plan.tokens.counts().int()
     stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
     most = rows.x.shape[0] if room is None else room

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,7 +25,7 @@ from ..models import detach, stack_of
 from ..models.outputs import logits_of
 from ..policy import Policy
 from ..reduction import make_plan
-from ..scores import attended_for, importance_for, metric_for, reluctance_for
+from ..scores import attended_for, score
 from ..stack import ReducedStack
 from ..tokens import Tokens
 from .compare import rates_for
@@ -122,24 +123,17 @@ def _reference_slots(
     from ..engines.planned import slots
 
     counts = rows.cu.diff().tolist()
-    live = sum(counts)
-    size, origin = (packed.pad(t[:live], counts) for t in (rows.size, rows.origin.long()))
+    pad, live = partial(packed.pad, counts=counts), sum(counts)
+    size, origin = (pad(t[:live]) for t in (rows.size, rows.origin.long()))
     there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
     tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
     weight = stack.thresholds.weight(block, tokens.size)
     _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
     assert received is not None
-    attended = attended_for(stack.thresholds, block, packed.pad(q, counts), packed.pad(k, counts), tokens)
-    read = stack.thresholds.probed(block, x)
-    metric = metric_for(stack.thresholds, k, read)
-    probed = None if read is None else packed.pad(read, counts)
-    by_probe = (probed, stack.protected)
-    importance = importance_for(stack.thresholds, block, packed.pad(received, counts), attended, tokens, *by_probe)
+    attended = attended_for(stack.thresholds, block, pad(q), pad(k), tokens)
     steps = stack.thresholds.steps(active, block)
-    plan = make_plan(
-        tokens, packed.pad(metric, counts), importance, stack.thresholds, block, steps, stack.protected,
-        reluctance_for(stack.thresholds, block, attended, tokens, *by_probe),
-    )  # fmt: skip
+    scores = score(stack.thresholds, block, steps, tokens, stack.protected, x, k, pad(received), attended, pad)
+    plan = make_plan(tokens, scores, stack.thresholds, block, steps, stack.protected)
     return packed.rows(slots(plan).clamp(max=0), counts)
 
 

@@ -26,7 +26,7 @@ from ..engines.request import Active, Capacity
 from ..engines.state import State
 from ..models import stack_of, thresholds_of
 from ..ops.match.reference import candidates
-from ..scores import attended_for, metric_for, reluctance_for
+from ..scores import attended_for, score
 from ..stack import ReducedStack
 from ..thresholds import Thresholds
 from ..tokens import Tokens
@@ -148,12 +148,11 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
     """Thresholds of block `i` at which a few tokens of x [B, n, C] merge, and none is pruned."""
     q, k, _ = stack.recipe.qkv(stack.blocks[i], x)
     # thresholds, not answers, are wanted: what comes in is as good as what attention makes of it
-    probed = policy.probed(i, x)
-    metric = metric_for(policy, k, probed)
-    free = torch.ones(metric.shape[:2], dtype=torch.bool, device=x.device)
     tokens = Tokens.start(x.shape[0], x.shape[1], x.device)
-    reluctance = reluctance_for(policy, i, attended_for(policy, i, q, k, tokens), tokens, probed, stack.protected)
-    _, best, _ = candidates(metric, free, policy.config.matching, reluctance)
+    attended = attended_for(policy, i, q, k, tokens)
+    scores = score(policy, i, ("merge",), tokens, stack.protected, x, k, None, attended)
+    assert scores.metric is not None
+    _, best, _ = candidates(scores.metric, tokens.live, policy.config.matching, scores.reluctance)
     found = best[:, 1:][best[:, 1:].isfinite()]
     policy.merge[i] = found.quantile(1 - MERGED) if len(found) else 0.999
     policy.prune[i] = torch.finfo(torch.float32).tiny

@@ -19,7 +19,7 @@ from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
 from ..ops.match.reference import match_halves, match_mutual, weighed
-from ..scores import importance_for, metric_for, reluctance_for
+from ..scores import Scores, score
 from ..tokens import Tokens
 
 if TYPE_CHECKING:
@@ -197,26 +197,20 @@ class Form:
             y, p = _attend(queries, keys, values, bias)
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
-                importance, metric, reluctance = _scores(stack, i, steps, state, k, p)
-                matching = stack.thresholds.config.matching
-                state = self._reduce(stack.protected, i, steps, state, importance, reluctance, metric, matching)
+                scores = _scores(stack, i, steps, state, k, p)
+                state = self._reduce(stack.protected, i, steps, state, scores, stack.thresholds.config.matching)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
 
     def _reduce(
-        self,
-        protected: int,
-        i: int,
-        steps: tuple[str, ...],
-        state: _State,
-        importance: Tensor | None,
-        reluctance: Tensor | None,
-        metric: Tensor | None,
-        matching: str,
+        self, protected: int, i: int, steps: tuple[str, ...], state: _State, scores: Scores, matching: str
     ) -> _State:
         """The steps of block `i` (paper, section 3.2), as `reduction.make_plan` and `fold` have them."""
         layout = state.layout
-        scored = _Scored(layout.pad(state.x), state.size, state.origin, _there(state), importance, reluctance, metric)
+        scored = _Scored(
+            layout.pad(state.x), state.size, state.origin, _there(state),
+            scores.importance, scores.reluctance, scores.metric,
+        )  # fmt: skip
         for step in steps:
             if step == "prune":
                 scored = _prune(scored, self.prune[i], protected)
@@ -285,31 +279,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (p @ v).transpose(1, 2).flatten(2), p
 
 
-def _scores(
-    stack: ReducedStack, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What a block decides by, as `scores` has it, with the map at hand.
-
-    Args:
-        k: [T, H, D], keys. p: [B, H, N, N], the map.
-
-    Returns:
-        Importance [B, N], the metric [B, N, E] and reluctance [B, N]; None where nothing goes by it.
-    """
+def _scores(stack: ReducedStack, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor) -> Scores:
+    """What a block decides by, from keys [T, H, D] and the attention map [B, H, N, N]."""
     policy, layout = stack.thresholds, state.layout
     tokens = Tokens(state.size, _there(state).float(), state.origin)
+    received = _received_mean(p, layout.live) if "prune" in steps else None
     attended = p[:, :, 0].mean(1) if policy.config.asks_class else None
-    read = policy.probed(block, state.x)
-    importance = metric = reluctance = None
-    if "merge" in steps:
-        metric = layout.pad(metric_for(policy, k, read))
-    probed = None if read is None else layout.pad(read)
-    if "prune" in steps:
-        received = _received_mean(p, layout.live)
-        importance = importance_for(policy, block, received, attended, tokens, probed, stack.protected)
-    if "merge" in steps:
-        reluctance = reluctance_for(policy, block, attended, tokens, probed, stack.protected)
-    return importance, metric, reluctance
+    return score(policy, block, steps, tokens, stack.protected, state.x, k, received, attended, layout.pad)
 
 
 def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
