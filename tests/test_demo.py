@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,16 @@ def test_everything_promised_is_there(finished):
     assert [values[f"{t:g}"]["share"] for t in TARGETS] == [evaluations[t].share for t in TARGETS]
     assert len((out / "table.md").read_text().splitlines()) == 2 + 1 + len(TARGETS)
     assert all(Image.open(out / name).size > (100, 100) for name in ("accuracy.png", "patches.png"))
+
+
+@pytest.mark.parametrize(("speedup", "said"), [(0.9, True), (1.1, False)])
+def test_where_the_small_model_is_slower_it_says_so(finished, tmp_path, capsys, speedup, said):
+    evaluations = {
+        target: replace(done, throughput=replace(done.throughput, speedup=speedup))
+        for target, done in finished[2].items()
+    }
+    demo._write_results(tmp_path, evaluations)
+    assert ("Slower than dense: " in capsys.readouterr().out) is said
 
 
 def test_smaller_budgets_cost_less(finished):
