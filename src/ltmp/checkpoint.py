@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._moved import names_moved_from
 from ._version import __version__
 from .config import LTMPConfig
 from .errors import LTMPError, UsageError
@@ -27,6 +28,8 @@ from .method.dial import Dial
 from .method.thresholds import Thresholds
 
 FORMAT = "ltmp-thresholds"
+__getattr__ = names_moved_from("checkpoint")
+
 SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
 
 
