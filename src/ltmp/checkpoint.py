@@ -1,4 +1,4 @@
-"""Thresholds on disk: a few hundred bytes of safetensors with what they were made for, or a checkpoint of the seed."""
+"""Thresholds on disk: a few KB of safetensors with what they were made for, or a checkpoint of the seed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from ._version import __version__
 from .config import LTMPConfig
 from .errors import LTMPError, UsageError
 from .files import atomic_path
-from .hosts.attach import attach, is_attached, stack_of, thresholds_of
+from .hosts.attach import attach, detach, is_attached, stack_of, thresholds_of
 from .locate import file_name, locate
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
 from .method.thresholds import Thresholds
 
 FORMAT = "ltmp-thresholds"
+SUFFIX = ".safetensors"
 __getattr__ = names_moved_from("checkpoint")
 
 SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
@@ -103,8 +104,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         metadata: more to keep, JSON types: `target`, `share`, `top1_dense`, `top1`.
 
     Raises:
+        UsageError: a path with another ending.
         LTMPError: nothing is attached, or the file cannot be written.
     """
+    if Path(path).suffix != SUFFIX:
+        raise UsageError(f"{path}: thresholds are saved as safetensors, give a name that ends in {SUFFIX}")
     policy = stack_of(model).thresholds
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     about = describe(model)
@@ -285,7 +289,7 @@ def load(
     Args:
         model: the model that the thresholds were learned for.
         path: a file, a folder with one, or a repository of the Hugging Face Hub (USER/REPO); see `locate`.
-        engine: overrides the file's engine.
+        engine: what runs the model; None takes the file's, or, of a model that is attached, the one it was attached with.
         budget: FLOPs share to set the file's dial to; None leaves it where it was saved. `model.ltmp.set_budget` turns
             it later. Of several files in a folder or repository without a dial it says which.
 
@@ -297,16 +301,14 @@ def load(
         LTMPError: unreadable, or learned for another depth or architecture; the model is unchanged.
     """
     file = read(path, budget=budget)
-    settings = {**file.config.to_dict(), **({"engine": engine} if engine else {})}
     attached = is_attached(model)
-    if not attached:
-        attach(model, LTMPConfig.from_dict(settings))
     try:
-        apply(model, file, source=str(path))
-    except LTMPError:
         if not attached:
-            from .hosts.attach import detach
-
+            attach(model, file.config)
+        apply(model, file, source=str(path), engine=engine)
+    # also a Ctrl-C: a model that is half attached could not be loaded again
+    except BaseException:
+        if not attached:
             detach(model)
         raise
     return file
@@ -322,11 +324,47 @@ def _fits(file: ThresholdFile, config: LTMPConfig) -> bool:
     return theirs < ours or (theirs == ours and not file.metadata)
 
 
-def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds") -> None:
-    """Set an attached model's thresholds, dial and variant, after checking that they belong to it.
+def _limited(file: LTMPConfig, own: LTMPConfig, source: str) -> LTMPConfig:
+    """`own` with the file's floor and ceiling, where it has none itself.
 
     Raises:
-        LTMPError: another depth, width or architecture, another variant than the attached one, or NaN.
+        LTMPError: both have one, and not the same.
+    """
+    limits = {}
+    for name, none in (("floor", LTMPConfig.floor), ("ceiling", LTMPConfig.ceiling)):
+        theirs, ours = getattr(file, name), getattr(own, name)
+        if theirs not in (none, ours) and ours != none:
+            raise LTMPError(
+                f"{source} has {name} {theirs}, but the model was attached with {name} {ours}: attach with "
+                f"LTMPConfig({name}={theirs}), or without one, which takes the file's"
+            )
+        limits[name] = theirs if ours == none else ours
+    try:
+        return replace(own, **limits)
+    except ValueError as error:
+        raise LTMPError(f"{source} does not go with how the model was attached ({error}): attach anew") from error
+
+
+def _with_engine(config: LTMPConfig, engine: str) -> LTMPConfig:
+    try:
+        return replace(config, engine=engine)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def apply(
+    model: nn.Module, file: ThresholdFile, source: str = "these thresholds", engine: str | None = None
+) -> None:
+    """Set an attached model's thresholds, dial and variant, after checking that they belong to it.
+
+    The model keeps the engine, floor and ceiling that it was attached with; a floor or ceiling that it has not is the
+    file's.
+
+    Args:
+        engine: replaces the engine that the model was attached with.
+
+    Raises:
+        LTMPError: another depth, width or architecture, another variant, floor or ceiling than those attached, or NaN.
     """
     here = describe(model)
     for name, what in (("architecture", "architecture"), ("depth", "number of blocks"), ("width", "width")):
@@ -336,7 +374,10 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
                 "use the model it was learned on, or learn thresholds for this one"
             )
-    config = stack_of(model).thresholds.config
+    policy = stack_of(model).thresholds
+    config = _limited(file.config, policy.config, source)
+    if engine is not None:
+        config = _with_engine(config, engine)
     if not _fits(file, config):
         raise LTMPError(
             f"{source} is for variant {file.config.variant}, but the model was attached as "
@@ -349,6 +390,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} has r={file.config.r} ({file.config.schedule}), but the model was attached with "
                 f"r={config.r} ({config.schedule}): call ltmp.detach(model) before loading it"
             )
+        policy.config = config
         return
     for name, theirs in file.config.scores.items():
         if theirs != config.scores[name]:
@@ -363,4 +405,5 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
         own.set_dial(file.dial)
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error
+    own.config = config
     own.asked = None if file.dial is None else file.metadata.get("budget")
