@@ -352,9 +352,7 @@ def _with_engine(config: LTMPConfig, engine: str) -> LTMPConfig:
         raise UsageError(str(error)) from error
 
 
-def apply(
-    model: nn.Module, file: ThresholdFile, source: str = "these thresholds", engine: str | None = None
-) -> None:
+def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds", engine: str | None = None) -> None:
     """Set an attached model's thresholds, dial and variant, after checking that they belong to it.
 
     The model keeps the engine, floor and ceiling that it was attached with; a floor or ceiling that it has not is the
