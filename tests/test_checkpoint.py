@@ -200,7 +200,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     write_tensors(path, merge=torch.tensor([0.5, float("nan"), 0.5]), prune=torch.zeros(3))
     model = tiny_vit()
-    with pytest.raises(LTMPError, match=r"t\.safetensors: merge thresholds hold NaN or infinity"):
+    with pytest.raises(LTMPError, match=r"t\.safetensors is not a whole .* \(merge thresholds hold NaN or infinity\)"):
         ltmp.load(model, path)
     assert not is_attached(model)
 
@@ -497,9 +497,15 @@ def test_broken_dials_are_refused_in_a_sentence(dialled: Path, tmp_path: Path, n
 def test_a_file_whose_budget_is_off_its_dial_is_refused(dialled: Path, tmp_path: Path) -> None:
     model = tiny_vit()
     ltmp.load(model, dialled)
-    for wrong in (0.1, "half"):
-        ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
-        with pytest.raises(LTMPError, match="which its dial does not reach"):
+    wrongs = {0.1: "its budget is 0.1, which its dial does not reach", "half": "budget is 'half', expected"}
+    for wrong, why in wrongs.items():
+        with pytest.raises(UsageError, match=f"cannot save .*: {why}"):
+            ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
+        with safe_open(dialled, framework="pt") as raw:
+            tensors = {key: raw.get_tensor(key) for key in raw.keys()}  # noqa: SIM118 (not a dict)
+            about = {**json.loads(raw.metadata()["ltmp"]), "budget": wrong}
+        save_file(tensors, tmp_path / "off.safetensors", metadata={"format": FORMAT, "ltmp": json.dumps(about)})
+        with pytest.raises(LTMPError, match=rf"is not a whole thresholds file \({why}"):
             read(tmp_path / "off.safetensors")
 
 

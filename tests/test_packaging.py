@@ -75,13 +75,13 @@ LAYERS = (
     ("deploy", "visualize", "distributed"),
     ("data",),
     ("zoo",),
-    ("checkpoint",),
+    ("checkpoint", "schema"),
     ("hosts",),
     ("engines",),
     ("calls",),
     ("method",),
     ("ops", "config"),
-    ("files", "locate", "errors", "_version", "_moved"),
+    ("about", "files", "locate", "errors", "tensorfiles", "_version", "_moved"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -81,8 +81,8 @@ def _is_special(path: Path) -> bool:
 def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """A temporary file or folder beside `path`, removed at the end.
 
-    It is made like any other file, so that the umask has its say, and locked for as long as this process lives: one that
-    nobody has locked is left over.
+    It is made like any other file, so that the umask has its say, and locked for as long as this process lives: one
+    that nobody has locked is left over.
     """
     _sweep(path.parent)
     while True:
