@@ -265,8 +265,16 @@ def cpu() -> Table:
     return table
 
 
+def scores() -> Table:
+    """Speed over dense by the scores, on one processor."""
+    table = [["scores", "share", "ratio"]]
+    for row in Runs(read("cpu")).where(model="vit_small_patch14_dinov2, 224 px"):
+        table.append([f"`--scores {row['scores']}`", row["share"], row["ratio"]])
+    return table
+
+
 TABLES: dict[str, Callable[[], Table]] = {
-    table.__name__: table for table in (results, accuracy, ablation, tuning, compare, int8, gpu, cpu)
+    table.__name__: table for table in (results, accuracy, ablation, tuning, compare, int8, gpu, cpu, scores)
 }
 
 
