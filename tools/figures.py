@@ -103,18 +103,18 @@ def results() -> Table:
     """Accuracy and speed in one table, for the first screen."""
     table = [["measured", "share of FLOPs", "dense", "ltmp", "fixed-rate merging"]]
     for budget in BUDGETS:
-        top1 = (f"{value} %" for value in (dense(), dial(budget).shown("top1"), fixed(budget).shown("top1")))
-        table.append(["top-1, ViT-S/14", dial(budget).shown("share"), *top1])
+        top1 = (dense(), dial(budget).shown("top1"), fixed(budget).shown("top1"))
+        table.append(["top-1, %", dial(budget).shown("share"), *top1])
     for case in ("deit_s", "deit_b", "deit_s_16"):
         best, _, graph = gpu_runs(case)
-        name = f"images/s on an H100, {NAMES[case]}, batch {graph['batch']}"
+        name = f"images/s, H100, {NAMES[case]}, batch {graph['batch']}"
         table.append([name, share(graph), thousands(best), f"{thousands(graph)} ({ratio(graph, best)}x)", ""])
     for processor in dict.fromkeys(row["processor"] for row in cpu_runs()):
         rows = cpu_runs().where(processor=processor)
         shares = sorted(rounded(Decimal(row["share"]), 2) for row in rows)
         alone = [row["ratio_host_linear"] for row in rows if row["ratio_host_linear"]]
         ratios = times(row["ratio"] for row in rows) + (f" (reduction alone: {times(alone)})" if alone else "")
-        name = f"2 cores, {processor}, DeiT-S, batch {' / '.join(row['batch'] for row in rows)}"
+        name = f"speed, {processor}, batch {' / '.join(row['batch'] for row in rows)}"
         table.append([name, f"{shares[0]} to {shares[-1]}", "1x", ratios, ""])
     return table
 
