@@ -81,7 +81,7 @@ LAYERS = (
     ("calls",),
     ("method",),
     ("ops", "config"),
-    ("about", "files", "locate", "errors", "tensorfiles", "_version", "_moved"),
+    ("about", "files", "fingerprint", "locate", "errors", "tensorfiles", "_version", "_moved"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
