@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from .about import About
 from .checkpoint import annotate, load, read, save
-from .errors import LTMPError
+from .errors import LTMPError, UsageError
 from .evaluate import Evaluation, tables
 from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
-from .zoo.build import build_model
+from .zoo.build import build_model, name_in_file
 
 PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
 START, END = "<!-- ltmp: this part is written anew by each push -->", "<!-- /ltmp -->"
@@ -46,27 +47,34 @@ def from_pretrained(
         `model`, or the model built, in evaluation mode.
 
     Raises:
+        UsageError: the file names a repository of somebody else's weights.
         LTMPError: nothing there by that name, not for this model, or no base model is stated and none given.
     """
     path = locate(source, budget=budget, **hub)
     if model is None:
-        model = _build(read(path).metadata, weights, source=os.fspath(source))
+        model = _build(read(path).about, weights, source=os.fspath(source))
     load(model, path, engine=engine, budget=budget)
     return model
 
 
-def _build(about: Mapping[str, Any], weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
+def _build(about: About, weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
     """The model that thresholds with this metadata were learned on, at the image size they were learned at."""
-    # timm knows its own repositories by their models' names
-    base = str(about.get("base_model") or "")
-    base = base.removeprefix("timm/") if base.startswith("timm/") else base and f"{PREFIX}{base}"
-    name = base if weights is None else str(about.get("model_name") or base)
-    if not name:
+    name = name_in_file(about, source) if weights is not None else None
+    if name is None and about.base_model:
+        # timm knows its own repositories by their models' names
+        if not about.base_model.startswith("timm/"):
+            raise UsageError(
+                f"{source} is for the weights in {about.base_model}: a file of somebody else may not choose where weights "
+                f"are loaded from; if you trust that repository, build its model and give it, "
+                "ltmp.from_pretrained(source, model)"
+            )
+        name = name_in_file(About(model_name=about.base_model.removeprefix("timm/")), source)
+    if name is None:
         raise LTMPError(
             f"{source} does not say whose weights its thresholds were learned on: give the model, "
             "ltmp.from_pretrained(source, model)"
         )
-    size = about.get("input_size") or (None,)
+    size = about.input_size or (None,)
     return build_model(
         name,
         weights=None if weights is None else Path(weights),

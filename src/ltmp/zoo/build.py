@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..about import About
 from ..checkpoint import read_state_dict, split_thresholds
 from ..errors import LTMPError, UsageError, first_line
 from ..files import atomic_path
 from .hugging_face import PREFIX, build_classifier, is_of_transformers, save_classifier
 from .libraries import BUILDERS
 from .timm_names import no_weights, parse_name
+
+_LOADS = {
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_image_path",
+    "pretrained_text_path", "weights", "weights_only",
+}  # fmt: skip
+"""Arguments of timm, torchvision and open_clip that say where weights come from, and how they are read."""
+
+_SAFE_NAME = re.compile(r"(torchvision:)?[\w.-]+|open_clip:[\w.-]+(/[\w.-]+)?|hf:[^:]+")
+"""Names of models whose weights are read from safetensors, or come from where the library itself says."""
 
 
 def build_model(
@@ -42,9 +53,16 @@ def build_model(
         model_kwargs: more arguments of the timm model, or of `from_pretrained`.
 
     Raises:
-        UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument.
+        UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument; or an
+            argument that would load weights past `weights`.
         LTMPError: the weights cannot be had, do not fit, or hold NaN.
     """
+    loads = sorted(_LOADS & (model_kwargs or {}).keys())
+    if loads:
+        raise UsageError(
+            f"{', '.join(loads)} cannot be an argument of the model: give a checkpoint as --weights FILE (weights= in "
+            "Python), which is read without running code"
+        )
     if name.startswith(PREFIX):
         given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
         return build_classifier(name, given, model_kwargs or {})
@@ -70,6 +88,22 @@ def _build_timm(
     model = _create(name, pretrained, kwargs)
     _check_patches(model)
     return model
+
+
+def name_in_file(about: About, source: str | os.PathLike[str]) -> str | None:
+    """The name of the model that a file says it is for; None where it does not say.
+
+    Raises:
+        UsageError: a name with a source of weights, which is for the one who types it to trust.
+    """
+    # the full name also says which weights; a file that Python saved knows the architecture only
+    name = about.model_name or about.architecture
+    if name is not None and not _SAFE_NAME.fullmatch(name):
+        raise UsageError(
+            f"{source} names the model {name}: a file of somebody else may not choose where weights are loaded from; if "
+            f"you trust that place, give it yourself, as --model {name}"
+        )
+    return name
 
 
 def brings_weights(name: str) -> bool:
