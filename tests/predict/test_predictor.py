@@ -245,8 +245,8 @@ def imagenet():
 
 
 def test_names_come_with_pretrained_weights_only(tmp_path):
-    assert Predictor(scoring(build=imagenet), tmp_path).class_names is None
-    names = Predictor(scoring(build=imagenet, pretrained=True), tmp_path).class_names
+    assert not Predictor(scoring(build=imagenet), tmp_path).deployment.names
+    names = Predictor(scoring(build=imagenet, pretrained=True), tmp_path).deployment.names
     assert len(names) == 1000
     assert names[0].startswith("tench")
-    assert Predictor(scoring(pretrained=True), tmp_path).class_names is None
+    assert not Predictor(scoring(pretrained=True), tmp_path).deployment.names

@@ -150,12 +150,16 @@ def read_names(path: str | Path) -> list[str]:
     """The class names in a text file, one a line.
 
     Raises:
-        UsageError: no such file, or not text.
+        UsageError: no such file, not text, or a line without a name.
     """
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"class map {path}: expected a .txt file with one class name a line") from error
+    names = [line.strip() for line in lines]
+    if not all(names):
+        raise UsageError(f"class map {path}: line {1 + names.index('')} is empty; expected one class name a line")
+    return names
 
 
 def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:

@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 
 from ..data import Broken
 from ..data.images import is_image_name
-from ..errors import LTMPError, MissingExtraError
+from ..errors import LTMPError, MissingExtraError, first_line
 
 
 class Slice(NamedTuple):
@@ -140,7 +140,7 @@ class ParquetShard(Shard):
             file = parquet().ParquetFile(self.path)
         # damaged files make pyarrow fail in many ways; each means that nothing, or no further row, can be read
         except Exception as error:
-            yield _unread(self, 0, f"not a whole Parquet file: {_first_line(error)}")
+            yield _unread(self, 0, f"not a whole Parquet file: {first_line(error)}")
             return
         with file:
             for group in range(file.num_row_groups):
@@ -150,7 +150,7 @@ class ParquetShard(Shard):
                         yield self._item(row, value, key)
                         row += 1
                 except Exception as error:
-                    yield _unread(self, row, f"rows {row} to {end - 1} cannot be read: {_first_line(error)}")
+                    yield _unread(self, row, f"rows {row} to {end - 1} cannot be read: {first_line(error)}")
                 start = end
 
     def _rows(self, file: Any, group: int) -> Iterator[tuple[Any, Any]]:
@@ -205,7 +205,3 @@ def _hash(*parts: str) -> str:
     for part in parts:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
