@@ -132,7 +132,7 @@ def imported_files(path: Path) -> set[Path]:
                     base.with_suffix(".py"),
                     base / "__init__.py",
                 )
-                found |= {next(place for place in places if place.is_file() and package in place.parents)}
+                found.add(next(place for place in places if place.is_file() and package in place.parents))
     return found - {path}
 
 

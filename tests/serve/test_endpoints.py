@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
+from torchvision.transforms import Compose, Resize, ToTensor
 
 import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
+from ltmp.data import class_names
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.serve import Deployment, Limits, batching, read_names
@@ -246,3 +248,24 @@ def test_a_model_that_gives_nan_is_not_served():
     with pytest.raises(LTMPError, match="NaN"), TestClient(create_app(deployment)):
         pass
     assert thresholds_of(model).depth == 3
+
+
+def test_a_classifier_of_hugging_face_is_served_with_its_own_names():
+    transformers = pytest.importorskip("transformers", reason="the extra transformers is not installed")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    labels = {0: "cat", 1: "dog", 2: "elk"}
+    config = transformers.ViTConfig(
+        intermediate_size=32, id2label=labels, label2id={v: k for k, v in labels.items()}, **shape
+    )
+    model = ltmp.attach(transformers.ViTForImageClassification(config).eval())
+    transform = Compose([Resize((16, 16)), ToTensor()])
+    with TestClient(create_app(Deployment(model, transform=transform, names=class_names(model)))) as client:
+        found = post(client).json()["predictions"]
+    assert {one["label"] for one in found} == {"cat", "dog", "elk"}
+
+
+def test_fixed_rates_are_served():
+    model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant="m", r=2))
+    with TestClient(create_app(Deployment(model))) as client:
+        assert client.get("/v1/info").json()["variant"] == "m"
+        assert post(client).json()["share"] < 1
