@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_scored(tmp_path, workers):
         '3,text.png,"not an image',
         "4,bomb.png,over",
         "6,last.png,the .tar ends inside",
-        '7,a.tar,"the .tar is truncated',
+        "7,a.tar,the .tar is truncated",
     ]
     assert [line[: len(start)] for line, start in zip(lines[1:], told, strict=True)] == told
 
