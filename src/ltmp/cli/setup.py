@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import distributed, load
-from ..data import Loader, check_classes, eval_transform, input_channels, make_loader, open_dataset
+from ..data import Loader, check_classes, eval_transform, image_mode, make_loader, open_dataset
 from ..errors import UsageError
 from ..zoo.build import brings_weights, build_model
 
@@ -78,7 +78,7 @@ class DataOptions:
             source,
             split=split,
             transform=transform,
-            mode="L" if input_channels(model) == 1 else "RGB",
+            mode=image_mode(model),
             labelled=labelled,
             class_map=self.class_map,
             root=self.root,

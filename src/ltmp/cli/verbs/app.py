@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ...app import Budgets, Explorer, build_page, serving_options
-from ...data import class_names, eval_transform, input_channels, read_image
+from ...data import class_names, eval_transform, image_mode, read_image
 from ...errors import LTMPError, UsageError, first_line
 from .. import options as o
 from ..progress import console, progress_bar
@@ -99,7 +99,7 @@ def _explorer(
     settings: dict[str, Any],
 ) -> Explorer:
     """A model of one's own, with the pictures of a folder."""
-    mode = "L" if input_channels(network) == 1 else "RGB"
+    mode = image_mode(network)
     samples = _pictures(folder, mode) if folder else []
     transform = eval_transform(network, **settings)
     tensors = torch.stack([transform(image) for image in samples[:16]]) if samples else None

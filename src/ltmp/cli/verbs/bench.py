@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ... import LTMPConfig, attach, load
 from ...data import input_channels
+from ...deploy import policy_of
 from ...errors import UsageError
 from ...evaluate import tables
 from ...evaluate.bench import Bench, Row, table
 from ...evaluate.synthetic import lively, smooth
-from ...hosts.attach import thresholds_of
 from ...learning.calibrate import calibrate
 from .. import options as o
 from ..options import ModelName, settings_of
@@ -118,7 +118,7 @@ def bench_verb(
     if json:
         file = str(thresholds) if thresholds else None
         about: dict[str, Any] = {"model": name, "thresholds": file, "budget": budget, "device": where, "dtype": dtype}
-        about |= {"torch": torch.__version__, "scores": thresholds_of(network).config.scores}
+        about |= {"torch": torch.__version__, "scores": policy_of(network).config.scores}
         tables.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, json)
     if csv:
         tables.write_csv(rows, csv)

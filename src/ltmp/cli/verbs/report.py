@@ -97,7 +97,7 @@ def report_verb(
             page,
             title=title or f"{name}: dense against reduced",
             budgets=budgets,
-            classes=class_names(network, loader.dataset, class_names_file),
+            classes=class_names(network, loader.dataset, class_names_file, pretrained=weights is None),
             settings=run | _settings_of(budgets) | page.settings,
             **_lookups(loader),
         )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ... import load
-from ...data import eval_transform
+from ...data import class_names, read_names
 from .. import options as o
 from ..options import ModelName, Thresholds
 from ..runs import name_in
@@ -77,8 +77,7 @@ def serve_verb(
 
     SIGTERM and Ctrl-C stop it when everything is answered.
     """
-    from ...data.names import known_names
-    from ...serve import Limits, Predictor, bind, create_app, log_to_stderr, read_names, run
+    from ...serve import Deployment, Limits, bind, create_app, log_to_stderr, run
 
     limits = Limits(
         max_body=int(max_body * 1e6),
@@ -91,23 +90,27 @@ def serve_verb(
         timeout=timeout,
         decoders=decoders,
     )
-    names = tuple(read_names(class_map)) if class_map else None
+    names = read_names(class_map) if class_map else None
     log_to_stderr(as_json=json_logs)
     # before the model is built: a taken port is the most likely mistake
     bound = bind(host, port)
     name = model or name_in(thresholds, budget)
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
     file = load(network, thresholds, engine=engine, budget=budget)
-    predictor = Predictor(
+    deployment = Deployment(
         network,
-        transform=eval_transform(
-            network, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode
-        ),
+        options={
+            "interpolation": interpolation,
+            "mean": mean,
+            "std": std,
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+        },
         device=pick_device(device),
         amp=autocast_type(amp),
-        names=names or known_names(network, pretrained),
+        names=names or class_names(network, pretrained=pretrained),
     )
-    app = create_app(predictor, limits, about={"model_name": name, **file.metadata})
+    app = create_app(deployment, limits, about={"model_name": name, **file.metadata})
     address = f"[{host}]" if ":" in host else host
     typer.echo(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
     sys.stdout.flush()
