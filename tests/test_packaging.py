@@ -113,7 +113,7 @@ def test_imports_point_one_way(path):
 def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
-    assert imports(package / "cli" / "commands.py") >= {"cli", "evaluate", "checkpoint"}
+    assert imports(package / "cli" / "verbs" / "info.py") >= {"cli", "evaluate", "checkpoint"}
     assert imports(package / "hosts" / "stack.py") >= {"calls", "engines", "method"}
 
 
