@@ -61,14 +61,7 @@ def _build(about: About, weights: str | os.PathLike[str] | None, source: str) ->
     """The model that thresholds with this metadata were learned on, at the image size they were learned at."""
     name = name_in_file(about, source) if weights is not None else None
     if name is None and about.base_model:
-        # timm knows its own repositories by their models' names
-        if not about.base_model.startswith("timm/"):
-            raise UsageError(
-                f"{source} is for the weights in {about.base_model}: a file of somebody else may not choose where weights "
-                f"are loaded from; if you trust that repository, build its model and give it, "
-                "ltmp.from_pretrained(source, model)"
-            )
-        name = name_in_file(About(model_name=about.base_model.removeprefix("timm/")), source)
+        name = name_in_file(About(model_name=_built_as(about.base_model, about.library, source)), source)
     if name is None:
         raise LTMPError(
             f"{source} does not say whose weights its thresholds were learned on: give the model, "
@@ -80,6 +73,20 @@ def _build(about: About, weights: str | os.PathLike[str] | None, source: str) ->
         weights=None if weights is None else Path(weights),
         pretrained=weights is None,
         image_size=size[0] if len(set(size)) == 1 else None,
+    )
+
+
+def _built_as(base_model: str, library: str | None, source: str) -> str:
+    """The name that a model in a repository is built by."""
+    # timm knows its own repositories by their models' names
+    if base_model.startswith("timm/"):
+        return base_model.removeprefix("timm/")
+    # of safetensors alone
+    if library == "transformers":
+        return f"hf:{base_model}"
+    raise UsageError(
+        f"{source} is for the weights in {base_model}: a file of somebody else may not choose where weights are loaded "
+        "from; if you trust that repository, build its model and give it, ltmp.from_pretrained(source, model)"
     )
 
 

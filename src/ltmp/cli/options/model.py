@@ -99,13 +99,12 @@ class ReducedModel(SavedModel):
 def name_in(thresholds: Path, budget: float | None = None) -> str:
     """The model that a thresholds file says it is for; refuses a budget that it cannot be set to."""
     from ...checkpoint import read
+    from ...zoo.build import name_in_file
 
-    about = read(thresholds, budget=budget).metadata
-    # the full name also says which weights; a file that Python saved knows the architecture only
-    name = about.get("model_name") or about.get("architecture")
+    name = name_in_file(read(thresholds, budget=budget).about, thresholds)
     if name is None:
         raise UsageError(f"{thresholds} does not say which model it is for: give --model NAME")
-    return str(name)
+    return name
 
 
 def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
