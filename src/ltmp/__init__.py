@@ -8,6 +8,7 @@
 
 from . import _moved
 from ._version import __version__ as __version__
+from .bundle import pack as pack
 from .calls import Trace as Trace
 from .calls import dense as dense
 from .calls import record as record

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from .about import About
+from .bundle import Bundle
 from .checkpoint import annotate, load, read, save
 from .errors import LTMPError, UsageError
 from .evaluate import Evaluation, tables
 from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
-from .zoo.build import build_model, name_in_file
+from .zoo.build import is_safe_name
+from .zoo.hugging_face import PREFIX as HF
 
 PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
 START, END = "<!-- ltmp: this part is written anew by each push -->", "<!-- /ltmp -->"
@@ -37,7 +38,8 @@ def from_pretrained(
 
     Args:
         source: USER/REPO, a folder or a file; see `locate`.
-        model: the model they were learned on; None builds the base model that the file states, with its weights.
+        model: the model they were learned on; None builds the one in a folder that `pack` wrote, or the base model that
+            the file states, with its weights.
         budget: what the dial is set to, or without a dial which file, where there are several.
         engine: overrides the file's engine.
         weights: a checkpoint for the model that is built, instead of the base model's own.
@@ -52,38 +54,35 @@ def from_pretrained(
     """
     path = locate(source, budget=budget, **hub)
     if model is None:
-        model = _build(read(path).about, weights, source=os.fspath(source))
+        model = _build(Bundle.open(path, budget=budget), weights, source=os.fspath(source))
     load(model, path, engine=engine, budget=budget)
     return model
 
 
-def _build(about: About, weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
-    """The model that thresholds with this metadata were learned on, at the image size they were learned at."""
-    name = name_in_file(about, source) if weights is not None else None
-    if name is None and about.base_model:
-        name = name_in_file(About(model_name=_built_as(about.base_model, about.library, source)), source)
-    if name is None:
+def _build(bundle: Bundle, weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
+    """The model that thresholds were learned on, with the weights given, those beside it, or those that it names."""
+    about = bundle.about
+    if weights is not None or bundle.weights is not None:
+        return bundle.build(weights=weights)
+    if bundle.name is not None and bundle.name.startswith(HF):
+        return bundle.build()
+    if not about.base_model:
         raise LTMPError(
             f"{source} does not say whose weights its thresholds were learned on: give the model, "
             "ltmp.from_pretrained(source, model)"
         )
-    size = about.input_size or (None,)
-    return build_model(
-        name,
-        weights=None if weights is None else Path(weights),
-        pretrained=weights is None,
-        image_size=size[0] if len(set(size)) == 1 else None,
-    )
+    return bundle.build(_built_as(about.base_model, about.library, source), pretrained=True)
 
 
 def _built_as(base_model: str, library: str | None, source: str) -> str:
     """The name that a model in a repository is built by."""
     # timm knows its own repositories by their models' names
-    if base_model.startswith("timm/"):
-        return base_model.removeprefix("timm/")
+    name = base_model.removeprefix("timm/")
+    if name != base_model and is_safe_name(name):
+        return name
     # of safetensors alone
     if library == "transformers":
-        return f"hf:{base_model}"
+        return f"{HF}{base_model}"
     raise UsageError(
         f"{source} is for the weights in {base_model}: a file of somebody else may not choose where weights are loaded "
         "from; if you trust that repository, build its model and give it, ltmp.from_pretrained(source, model)"

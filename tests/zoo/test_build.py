@@ -185,7 +185,8 @@ def test_a_file_may_not_name_a_place_to_load_weights_from(way, hostile, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["deit_small_patch16_224.fb_in1k", "torchvision:vit_b_16", "open_clip:ViT-B-32/openai", "hf:google/vit", "hf:/a"]
+    "name",
+    ["deit_small_patch16_224.fb_in1k", "torchvision:vit_b_16", "open_clip:ViT-B-32/openai", "hf:google/vit", "hf:/a"],
 )
 def test_names_of_models_that_run_no_code_are_taken(name):
     assert name_in_file(About(model_name=name), "t.safetensors") == name

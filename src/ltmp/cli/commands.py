@@ -16,6 +16,7 @@ from .verbs.eval import eval_verb
 from .verbs.export import export_verb
 from .verbs.info import info_verb
 from .verbs.learn import learn_verb
+from .verbs.pack import pack_verb
 from .verbs.predict import predict_verb
 from .verbs.push import push_verb
 from .verbs.report import report_verb
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 
 for verb in (
-    learn_verb, dial_verb, eval_verb, bench_verb, compare_verb, export_verb, serve_verb, push_verb, predict_verb,
+    learn_verb, dial_verb, eval_verb, bench_verb, compare_verb, export_verb, pack_verb, serve_verb, push_verb, predict_verb,
     show_verb, report_verb, app_verb, demo_verb, info_verb,
 ):  # fmt: skip
     app.command(verb.__name__.removesuffix("_verb"))(verb)

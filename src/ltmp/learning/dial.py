@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import record
+from ..describe import note
 from ..distributed import exchange, rank
 from ..errors import UsageError
 from ..hosts.attach import stack_of, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
-from .batches import first
+from .batches import described, first
 from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress
@@ -140,6 +141,7 @@ def learn_dial(
         dial = maker.corrected(dial, anchors, loader, more)
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
+    note(model, {**described(model, loader), "views": maker.views})
     return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..describe import note
 from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..hosts.attach import stack_of, thresholds_of
 from ..method.thresholds import Thresholds
-from .batches import Batch, apart, first, stream
+from .batches import Batch, apart, described, first, stream
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
 from .heldout import HeldOut, Progress
@@ -229,6 +230,7 @@ def learn(
     looked = len(images) * (1 + looks) + probed
     seen = len(run.history) * views_a_step + looked
     stayed = tuning is not None and best is not run.start
+    note(model, {**described(model, loader), "target": target, "share": best.share, "views": seen})
     return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history, stayed)
 
 

@@ -98,12 +98,17 @@ def name_in_file(about: About, source: str | os.PathLike[str]) -> str | None:
     """
     # the full name also says which weights; a file that Python saved knows the architecture only
     name = about.model_name or about.architecture
-    if name is not None and not _SAFE_NAME.fullmatch(name):
+    if name is not None and not is_safe_name(name):
         raise UsageError(
             f"{source} names the model {name}: a file of somebody else may not choose where weights are loaded from; if "
             f"you trust that place, give it yourself, as --model {name}"
         )
     return name
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a model of this name can be built whoever says so."""
+    return _SAFE_NAME.fullmatch(name) is not None
 
 
 def brings_weights(name: str) -> bool:

@@ -78,7 +78,7 @@ def eval_verb(
     target = Target.of(budget)
     engine.check(run, timed=target is not None)
     name, share = model.name(budget.budget), budget.budget
-    network = model.build(name)
+    network = model.build(name, budget=share)
     load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=share)
     loader = data.open(data.data, network, split=data.split or "validation")
     place = run.place

@@ -86,7 +86,7 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
 
     plan, name = options.plan(), model.name(options.budget)
     path = options.out or Path(f"{name}_{plan.form}{'_int8' if plan.int8 else ''}{FORMATS[plan.format]}")
-    network = model.build(name)
+    network = model.build(name, budget=options.budget)
     load(network, model.thresholds, budget=options.budget)
     with progress_bar("exporting", 4 if plan.int8 else 3) as bar:
         found = export(

@@ -220,7 +220,7 @@ def build_reduced(model: PredictModel, name: str, engine: str | None) -> nn.Modu
     """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
     from ... import load
 
-    network = model.build(name)
+    network = model.build(name, budget=model.budget)
     if model.thresholds is not None:
         load(network, model.thresholds, engine=engine, budget=model.budget)
     return network

@@ -104,7 +104,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     # before the model is built: a taken port is the most likely mistake
     bound = serve.bind(service.host, service.port)
     name = model.name(model.budget)
-    network = model.build(name)
+    network = model.build(name, budget=model.budget)
     file = load(network, model.thresholds, engine=model.engine, budget=model.budget)
     deployment = serve.Deployment(
         network,
