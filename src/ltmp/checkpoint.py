@@ -109,7 +109,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         tensors |= policy.dial.tensors()
         about |= {"dial": [policy.dial.lowest, policy.dial.highest]}
         about |= {} if policy.budget is None else {"budget": policy.budget}
-    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.asks_probe:
+    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.needs_probe:
         # learned in half precision, so that nothing is lost
         tensors |= {"probe": policy.probe.half().cpu()}
     about |= {
@@ -178,7 +178,7 @@ def _read(path: Path) -> ThresholdFile:
                         return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, values)
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                     dial, probe = Dial.find(tensors), tensors.get("probe")
-                    if config.asks_probe and probe is None:
+                    if config.needs_probe and probe is None:
                         raise ValueError("its probe is missing")
                     return ThresholdFile(tensors["merge"], tensors["prune"], config, values, dial, probe)
         except FileNotFoundError:
@@ -347,15 +347,14 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"r={config.r} ({config.schedule}): call ltmp.detach(model) before loading it"
             )
         return
-    for name, theirs in file.config.scores.items():
-        if theirs != config.scores[name]:
-            raise LTMPError(
-                f"{source} is for {name} by {theirs}, but the model was attached with {config.scores[name]}: attach "
-                f"with LTMPConfig({name}={theirs!r})"
-            )
+    if file.config.scores != config.scores:
+        raise LTMPError(
+            f"{source} was learned with scores {file.config.scores}, but the model was attached with {config.scores}: "
+            f"attach with LTMPConfig(scores={file.config.scores.name or file.config.scores!r})"
+        )
     own = thresholds_of(model)
     try:
-        own.set_probe(file.probe if config.asks_probe else None)
+        own.set_probe(file.probe if config.needs_probe else None)
         own.set(file.merge, file.prune)
         own.set_dial(file.dial)
     except ValueError as error:

@@ -16,17 +16,18 @@ from torch import nn
 import ltmp
 from helpers import assert_close, make_probe, random_images, tiny_vit
 from ltmp.checkpoint import read
+from ltmp.config import Scores
 from ltmp.errors import LTMPError
 from ltmp.hosts.attach import stack_of
 from ltmp.learning import calibrate, learn_probe
 from ltmp.learning.probe import _gradients, _Moments, _sureness, _Watching
 from ltmp.ops.probe.reference import LIFT, WIDTH, probe
 
-BEST = ltmp.LTMPConfig.best
+BEST = ltmp.LTMPConfig(scores="best")
 
 
 def attached(**kwargs: Any) -> Any:
-    return ltmp.attach(tiny_vit(**kwargs), BEST())
+    return ltmp.attach(tiny_vit(**kwargs), BEST)
 
 
 def test_sureness_is_the_log_odds_of_the_answer() -> None:
@@ -153,9 +154,9 @@ def test_runs_learn_a_probe_of_their_own(job: str, tmp_path: Path) -> None:
     images = random_images(48, size=32)
     batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.split(16)]
     views = []
-    for config in (ltmp.LTMPConfig(), BEST()):
+    for config in (ltmp.LTMPConfig(), BEST):
         model = ltmp.attach(tiny_vit(depth=4, img_size=32), config)
-        if config.asks_probe:
+        if config.needs_probe:
             model.ltmp.set_probe(make_probe(4))
         if job == "dial":
             result: Any = ltmp.learn_dial(model, batches, 0.55, 0.9, knots=5, views=0, calibration=48, checked=0)
@@ -253,11 +254,11 @@ def test_models_that_answer_nothing_and_images_that_are_broken() -> None:
             return {"features": self.vit(x)}
 
     with pytest.raises(LTMPError, match="without logits"):
-        learn_probe(ltmp.attach(Features(), BEST()), random_images(2))
+        learn_probe(ltmp.attach(Features(), BEST), random_images(2))
     with pytest.raises(LTMPError, match="not finite"):
         learn_probe(attached(), random_images(2) * torch.nan)
     with pytest.raises(ValueError, match="similarity by a probe is for ltmp, ltpm, ltm, ltp; m has nothing learned"):
-        ltmp.LTMPConfig(variant="m", r=4, similarity="probe")
+        ltmp.LTMPConfig(variant="m", r=4, scores=Scores("probe"))
 
 
 def test_copies_checkpoints_and_casts_keep_it(tmp_path: Path) -> None:

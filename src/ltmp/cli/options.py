@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import ATTENTION, SCORES, LTMPConfig
+from ..config import SCORES, LTMPConfig
+from ..config import Scores as ScoresConfig
 from ..errors import UsageError
 
 _MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
@@ -81,7 +83,7 @@ Scores = Annotated[
     typer.Option(
         help="What tokens are scored by: as in the paper; attention: {similarity}, {matching}, size power {size_power} "
         "and class power {class_power}, by forward passes alone; or best: a probe learned from gradients, which adds "
-        "half a megabyte or so to the file. What is given below goes before it.".format(**ATTENTION)
+        "half a megabyte or so to the file. What is given below goes before it.".format(**asdict(SCORES["attention"]))
     ),
 ]
 Similarity = Annotated[
@@ -96,9 +98,7 @@ Matching = Annotated[
 ]
 Importance = Annotated[
     str | None,
-    typer.Option(
-        help="What pruning goes by: attention received, class (the class token's attention), or a learned probe."
-    ),
+    typer.Option(help="Importance that tokens are pruned by: received (attention, the paper's), or a learned probe."),
 ]
 SizePower = Annotated[
     float | None,
@@ -169,23 +169,30 @@ ModelName = Annotated[
 ]
 
 
-def settings_of(scores: str) -> dict[str, Any]:
-    """What `--scores` stands for."""
-    if scores not in SCORES:
-        raise UsageError(f"unknown scores {scores!r}: expected one of {', '.join(SCORES)}")
-    return SCORES[scores]
+def scores_of(name: str) -> ScoresConfig:
+    """The scores that `--scores` names.
+
+    Raises:
+        UsageError: there are none of that name.
+    """
+    if name not in SCORES:
+        raise UsageError(f"unknown scores {name!r}: expected one of {', '.join(SCORES)}")
+    return SCORES[name]
 
 
 def config_of(
     scores: str, variant: str, similarity: str | None, matching: str | None, importance: str | None,
     size_power: float | None, class_power: float | None,
 ) -> LTMPConfig:  # fmt: skip
-    """The settings that verbs ask for, as `scores` says where they are None; a wrong one is a usage error."""
-    named = settings_of(scores)
-    settings = {"variant": variant, "similarity": similarity, "matching": matching, "importance": importance,
-                "size_power": size_power, "class_power": class_power}  # fmt: skip
-    asked: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    """The config of these options: named scores, changed by each setting that is given.
+
+    Raises:
+        UsageError: an unknown name, or a value out of range.
+    """
+    settings = {"similarity": similarity, "matching": matching, "importance": importance, "size_power": size_power,
+                "class_power": class_power}  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     try:
-        return LTMPConfig(**{**named, **asked})
+        return LTMPConfig(variant, replace(scores_of(scores), **given))
     except ValueError as error:
         raise UsageError(str(error)) from error

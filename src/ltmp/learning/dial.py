@@ -118,7 +118,7 @@ def learn_dial(
     generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
     anchors = anchors_of(low, high)
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
-                "variant": thresholds.config.variant, **thresholds.config.scores}  # fmt: skip
+                "variant": thresholds.config.variant, **asdict(thresholds.config.scores)}  # fmt: skip
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
@@ -126,7 +126,7 @@ def learn_dial(
     # a streaming source does not say how many it has
     more = min(checked, getattr(loader, "images", 0) or checked)
     more = more if more > len(images) else 0
-    probed = min(PROBED, len(images)) if thresholds.config.asks_probe else 0
+    probed = min(PROBED, len(images)) if thresholds.config.needs_probe else 0
     maker.expected = probed + views + (knots + 2 * ANCHORS + 1) * len(images) + ANCHORS * more
     for i, share in enumerate(anchors):
         if generations and share not in shapes:
@@ -170,10 +170,10 @@ class _Maker:
     def __init__(self, model: nn.Module, images: Tensor, amp: torch.dtype | None, progress: Progress | None) -> None:
         self.model, self.images, self.amp, self.progress = model, images, amp, progress
         self.geometry = geometry_of(model, images)
-        self.usual = partial(usual, matching=thresholds_of(model).config.matching)
+        self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
         self.views = self.expected = 0
         # again where there is one: a run is of its own images alone, resumed or not
-        if thresholds_of(model).config.asks_probe:
+        if thresholds_of(model).config.needs_probe:
             self.views = learn_probe(model, images, amp=amp, progress=progress)
         self.answers = torch.cat([teacher(model, part) for part in images.split(SEARCHED)])
         self._looked(len(images), "reading the dense model's answers")

@@ -144,11 +144,11 @@ def learn(
     check_target(target, geometry_of(model, images), stack_of(model).protected)
 
     # again where there is one: a run is of its own images alone, resumed or not
-    probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.asks_probe else 0
+    probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.needs_probe else 0
     batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
-                         thresholds.config.variant, thresholds.config.scores, thresholds.depth,
+                         thresholds.config.variant, asdict(thresholds.config.scores), thresholds.depth,
                          asdict(tuning) if tuning else None)  # fmt: skip
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
     # the teacher: weights that train are no longer those of the model as it was

@@ -122,7 +122,7 @@ spread evenly. Mutual pairs lose less by merging, so that less is left to prunin
 
 
 def usual(share: float, matching: str = "bipartite") -> Shape:
-    """The shape to start from."""
+    """The shape to start from; `matching` as in `config.Scores`."""
     return between(USUAL[matching], share)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from ...evaluate.synthetic import lively, smooth
 from ...hosts.attach import thresholds_of
 from ...learning.calibrate import calibrate
 from .. import options as o
-from ..options import ModelName, settings_of
+from ..options import ModelName, scores_of
 from ..progress import progress_bar
 from ..runs import name_in
 from ..setup import DataOptions, ModelOptions, pick_device
@@ -86,7 +87,7 @@ def bench_verb(
         raise UsageError("which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE")
     if thresholds is not None and scores != "paper":
         raise UsageError("--scores is for thresholds of --share: those of a file know their own")
-    config = LTMPConfig(**settings_of(scores))
+    config = LTMPConfig(scores=scores_of(scores))
     name = model or name_in(Path(thresholds or ""), budget)
     sizes, place = sorted(set(batch_size or (1, 8, 32))), pick_device(device)
     if target and len(sizes) != 1:
@@ -118,7 +119,7 @@ def bench_verb(
     if json:
         file = str(thresholds) if thresholds else None
         about: dict[str, Any] = {"model": name, "thresholds": file, "budget": budget, "device": where, "dtype": dtype}
-        about |= {"torch": torch.__version__, "scores": thresholds_of(network).config.scores}
+        about |= {"torch": torch.__version__, "scores": asdict(thresholds_of(network).config.scores)}
         tables.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, json)
     if csv:
         tables.write_csv(rows, csv)
