@@ -12,6 +12,7 @@ from ..hosts.attach import stack_of, thresholds_of
 from ..method.flops import Geometry
 from ..method.thresholds import Thresholds
 from .probe import learn_probe
+from .randomness import preserved_random_state
 from .schedule import Schedule, Shape, usual
 
 
@@ -59,6 +60,7 @@ def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
     return calls.geometry[0]
 
 
+@preserved_random_state()
 def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
     """Set an attached model's thresholds so that `images` cost about `target`, block after block in one pass.
 
