@@ -242,7 +242,7 @@ def _file(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFile:
     missing = [name for name in ("merge", "prune") if name not in tensors]
     if missing:
         raise ValueError(f"its {missing[0]} thresholds are missing")
-    if config.asks_probe and "probe" not in tensors:
+    if config.needs_probe and "probe" not in tensors:
         raise ValueError("its probe is missing")
     return ThresholdFile(tensors["merge"], tensors["prune"], config, said, Dial.find(tensors), tensors.get("probe"))
 
