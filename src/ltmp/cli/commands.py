@@ -34,8 +34,8 @@ app = typer.Typer(
 )
 
 for verb in (
-    learn_verb, dial_verb, eval_verb, bench_verb, compare_verb, export_verb, pack_verb, serve_verb, push_verb, predict_verb,
-    show_verb, report_verb, app_verb, demo_verb, info_verb,
+    learn_verb, dial_verb, eval_verb, bench_verb, compare_verb, export_verb, pack_verb, serve_verb, push_verb,
+    predict_verb, show_verb, report_verb, app_verb, demo_verb, info_verb,
 ):  # fmt: skip
     app.command(verb.__name__.removesuffix("_verb"))(verb)
 
