@@ -1,4 +1,4 @@
-"""What is known of a model: what a thresholds file says of the one that it is for, and tells the next one to open it."""
+"""What is known of a model: what a thresholds file says of it to the next one who opens the file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    """All that is known of an attached model and its thresholds, JSON types: what was noted goes before what is found."""
+    """All that is known of an attached model and its thresholds, JSON types; what was noted goes first."""
     return {**describe(model), **_found(model).to_dict(), **about_of(model).to_dict()}
 
 

@@ -100,8 +100,8 @@ def name_in_file(about: About, source: str | os.PathLike[str]) -> str | None:
     name = about.model_name or about.architecture
     if name is not None and not is_safe_name(name):
         raise UsageError(
-            f"{source} names the model {name}: a file of somebody else may not choose where weights are loaded from; if "
-            f"you trust that place, give it yourself, as --model {name}"
+            f"{source} names the model {name}: a file of somebody else may not choose where weights are loaded from; "
+            f"if you trust that place, give it yourself, as --model {name}"
         )
     return name
 
