@@ -17,7 +17,7 @@ from helpers import random_images, tiny_vit
 from ltmp.config import MATCHINGS
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
-from ltmp.learning import calibrate, heldout, loop
+from ltmp.learning import calibrate, heldout
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import teacher

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .. import distributed
 from ..errors import LTMPError, MissingExtraError, UsageError
 
 ON_SEVERAL_RANKS = ("learn", "eval")
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if distributed.started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
+    if _started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
         raise UsageError(f"`{arguments[0]}` runs in one process: start it without torchrun")
     try:
         import typer
@@ -62,4 +61,13 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
 
 def _whose() -> str:
     """Which of the processes that torchrun started this is: any of them may fail, and torchrun ends the others."""
-    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if distributed.started() else ""
+    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if _started() else ""
+
+
+def _started() -> bool:
+    """Whether torchrun started this process; asks torch only where that is possible, as importing it takes seconds."""
+    if "RANK" not in os.environ:
+        return False
+    from ..distributed import started
+
+    return started()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..distributed import exchange
-from ..errors import UsageError
 from ..hosts.attach import stack_of, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
@@ -97,8 +96,7 @@ def learn_dial(
     """
     start = time.perf_counter()
     options, thresholds = DialOptions(**settings), thresholds_of(model)
-    if not low < high:
-        raise UsageError(f"a dial from {low:g} to {high:g}: expected low < high")
+    options.check(low, high)
     place = options.place(thresholds)
     model.to(place).eval()
     images = first(loader, options.calibration, options.progress)[0].to(place)

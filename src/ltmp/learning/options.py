@@ -117,10 +117,12 @@ class DialOptions(RunOptions):
     knots: int = 14
     checked: int = 3072
 
-    def __post_init__(self) -> None:
-        if self.knots < 2 or self.calibration < 2 or min(self.views, self.checked) < 0:
+    def check(self, low: float, high: float) -> None:
+        """Refuse what makes no dial from `low` to `high`."""
+        if self.knots < 2 or self.calibration < 2 or min(self.views, self.checked) < 0 or not low < high:
             raise UsageError(
-                "a dial needs at least 2 knots, at least 2 images to calibrate on, and views and checked of at least 0"
+                "a dial needs low < high, at least 2 knots, at least 2 images to calibrate on, and views and checked "
+                "of at least 0"
             )
 
 
