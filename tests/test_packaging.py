@@ -95,7 +95,7 @@ LAYERS = (
     ("calls",),
     ("method",),
     ("ops", "config"),
-    ("files", "locate", "errors", "_version", "_moved"),
+    ("files", "locate", "errors", "text", "_version", "_moved"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

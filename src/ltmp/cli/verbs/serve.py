@@ -98,6 +98,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     from ... import load, serve
     from ...data import eval_transform
     from ...data.names import known_names
+    from ..screen import say
 
     limits = service.limits()
     names = tuple(serve.read_names(reading.class_map)) if reading.class_map else None
@@ -116,6 +117,6 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     )
     app = serve.create_app(predictor, limits, about={"model_name": name, **file.metadata})
     address = f"[{service.host}]" if ":" in service.host else service.host
-    typer.echo(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
+    say(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
     sys.stdout.flush()
     serve.run(app, bound=bound)
