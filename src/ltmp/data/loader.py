@@ -160,14 +160,5 @@ def _collate(samples: list[Any]) -> _Batch:
     return _Batch(images, labels, broken, len(samples))
 
 
-def make_loader(
-    dataset: Dataset,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    seed: int = 0,
-    workers: int = 0,
-    strict: bool = False,
-) -> Loader:
-    """A `Loader`; broken images are skipped and counted, or with `strict` refused by name (LTMPError)."""
-    return Loader(dataset, batch_size, shuffle=shuffle, seed=seed, workers=workers, strict=strict)
+make_loader = Loader
+"""Broken images are skipped and counted, or with `strict` refused by name (LTMPError)."""

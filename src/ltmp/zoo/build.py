@@ -33,7 +33,7 @@ _SAFE_NAME = re.compile(r"(torchvision:)?[\w.-]+|open_clip:[\w.-]+(/[\w.-]+)?|hf
 def build_model(
     name: str,
     *,
-    weights: str | Path | None = None,
+    weights: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
     image_size: int | None = None,
@@ -116,7 +116,7 @@ def brings_weights(name: str) -> bool:
     return name.startswith(PREFIX) or (name.startswith("open_clip:") and "/" in name)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a checkpoint of `model`, all of it or nothing.
 
     Raises:

@@ -97,6 +97,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     """
     from ... import load, serve
     from ...data import class_names, read_names
+    from ..screen import say
 
     limits = service.limits()
     names = read_names(reading.class_map) if reading.class_map else None
@@ -115,6 +116,6 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     )
     app = serve.create_app(deployment, limits, about={"model_name": name, **file.metadata})
     address = f"[{service.host}]" if ":" in service.host else service.host
-    typer.echo(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
+    say(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
     sys.stdout.flush()
     serve.run(app, bound=bound)
