@@ -26,3 +26,14 @@ class MissingExtraError(LTMPError):
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """Text from files and their names as it may go to a terminal: what is no letter, mark or space is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(text: str, most: int = 1000) -> str:
+    """`printable` text as it may stand in a CSV file, where a spreadsheet must not take it for a formula."""
+    text = printable(text if len(text) <= most else text[: most - 3] + "...")
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -74,3 +74,19 @@ def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LTMPError, match="cannot write"):
         tables.write_json({}, tmp_path / "file" / "result.json")
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_names_are_neither_markup_nor_orders_to_the_terminal(rich, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    screen = io.StringIO()
+    tables.show([{"o[/red]": "x[/b]\x1b[31m", "n": 1.0}], "t[/red]\x07", screen)
+    text = screen.getvalue()
+    assert all(part in text for part in ("o[/red]", "x[/b]\\x1b[31m", "t[/red]\\x07"))
+    assert not {"\x1b", "\x07"} & set(text)
+
+
+def test_csv_holds_no_formulas(tmp_path):
+    tables.write_csv([{"name": '=HYPERLINK("x")', "share": -0.5}], tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == 'name,share\n"\'=HYPERLINK(""x"")",-0.5\n'

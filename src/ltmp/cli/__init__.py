@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import distributed
-from ..errors import LTMPError, MissingExtraError, UsageError
+from ..errors import LTMPError, MissingExtraError, UsageError, printable
 
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""
@@ -56,7 +56,7 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"error{_whose()}: {message}", file=sys.stderr)
+    print(f"error{_whose()}: {printable(message)}", file=sys.stderr)
     return code
 
 

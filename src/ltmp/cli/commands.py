@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from ..checkpoint import ThresholdFile, read
+from ..errors import printable
 from ..evaluate import describe_machine, tables
 from . import options as o
 from .progress import progress_bar
@@ -81,7 +82,7 @@ def info(
     values = _describe_file(read(thresholds)) if thresholds else describe_machine()
     if json != "-":
         for name, value in values.items():
-            typer.echo(f"{name}: {value}")
+            typer.echo(printable(f"{name}: {value}"))
     if json:
         tables.write_json(values, json)
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..distributed import rank
+from ..errors import printable
 
 console = Console(stderr=True)
 
@@ -19,7 +20,7 @@ class Bar:
 
     def __init__(self, progress: Progress, text: str, total: int | None) -> None:
         self._progress = progress
-        self._task = progress.add_task(text, total=total or None)
+        self._task = progress.add_task(printable(text), total=total or None)
         self._tenth = 0.0
 
     def __call__(self, done: int = 1, text: str | None = None) -> None:
@@ -30,6 +31,8 @@ class Bar:
         self._update(completed=completed, total=total, description=text)
 
     def _update(self, **values: Any) -> None:
+        if values.get("description"):
+            values["description"] = printable(values["description"])
         self._progress.update(self._task, **values)
         task = self._progress.tasks[0]
         if console.is_terminal or not task.total or self._progress.disable:
@@ -52,7 +55,7 @@ def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
     ...     advance(1, "training, loss 0.3")
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

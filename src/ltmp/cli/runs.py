@@ -12,7 +12,7 @@ from torch import nn
 from .. import distributed
 from ..checkpoint import read
 from ..data import Loader
-from ..errors import LTMPError, UsageError
+from ..errors import LTMPError, UsageError, printable
 from ..evaluate import Evaluation, evaluate
 from ..files import atomic_path
 from .progress import console, progress_bar
@@ -41,7 +41,8 @@ def report_skipped(skipped: dict[str, str]) -> None:
     """Say how many images could not be read, and one of them."""
     if skipped:
         name, reason = next(iter(skipped.items()))
-        console.print(f"skipped {len(skipped)} images that cannot be read, the first: {name} ({reason})", markup=False)
+        said = f"skipped {len(skipped)} images that cannot be read, the first: {name} ({reason})"
+        console.print(printable(said), markup=False)
 
 
 class InterruptedRunError(LTMPError):

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..errors import cell, printable
 from ..files import atomic_path
 from .accuracy import Evaluation
 
@@ -52,17 +53,20 @@ def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> No
     """Print rows as a table, with rich where it is installed."""
     file = file or sys.stdout
     columns, cells = _cells(rows)
+    title, columns = printable(title), [printable(column) for column in columns]
+    cells = [[printable(value) for value in row] for row in cells]
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     except ImportError:
         print(_plain(columns, cells, title), file=file)
         return
-    table = Table(title=title or None)
+    table = Table(title=escape(title) or None)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(escape(column), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(file=file).print(table)
 
 
@@ -79,11 +83,11 @@ def write_json(values: Any, path: str | Path) -> None:
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """Write rows to a CSV file with a header, or to the screen where `path` is "-"."""
+    """Write rows to a CSV file with a header, or to the screen where `path` is "-"; text is as `errors.cell` has it."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: cell(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows)
     _write(buffer.getvalue(), path)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from ...checkpoint import read
 from ...data.images import is_image_name
-from ...errors import UsageError
+from ...errors import UsageError, printable
 from ...evaluate import tables
 from ...visualize.showing import FORMATS, Shown, show_images
 from .. import options as o
@@ -92,7 +92,7 @@ def show_verb(
     if json != "-":
         tables.show(_rows(shown), f"{name}: tokens that enter and those that are left")
         for file in (file for one in shown for file in one.files):
-            typer.echo(file)
+            typer.echo(printable(str(file)))
 
 
 def _files(path: Path) -> list[Path]:
