@@ -143,10 +143,12 @@ def directly(model: Any, bodies: list[bytes], args: argparse.Namespace) -> dict[
     torch.set_num_threads(args.threads)
     deployment, pixels = Deployment(model, device=args.device), Limits().max_pixels
     bodies = (bodies * (Limits().max_batch // len(bodies) + 1))[: Limits().max_batch]
-    images = [prepare(deployment, body, pixels) for body in bodies]
+    images = [prepare(deployment.transform, deployment.mode, pixels, body) for body in bodies]
     calls = {
         "model images/s": lambda: answer(deployment, images),
-        "decode and model images/s": lambda: answer(deployment, [prepare(deployment, body, pixels) for body in bodies]),
+        "decode and model images/s": lambda: answer(
+            deployment, [prepare(deployment.transform, deployment.mode, pixels, body) for body in bodies]
+        ),
     }
     result = {}
     with deployment.running():

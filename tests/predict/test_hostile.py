@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from ltmp.data import workers
-from ltmp.errors import LTMPError, UsageError, cell
+from ltmp.errors import LTMPError, UsageError, cell, printable
 from ltmp.predict import find_shards, predict, reading
 
 from .conftest import encoded, scoring, write_tar
