@@ -77,12 +77,12 @@ def build(args: argparse.Namespace, folder: Path, bodies: list[bytes]) -> Any:
 
 
 @contextmanager
-def server(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, int]]:
+def server(args: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[str, int, int]]:
     """Host, port and process of `ltmp serve`, which must end with 0 when asked to."""
     files = ["--weights", folder / "model.safetensors", "--thresholds", folder / "thresholds.safetensors"]
     # what is left unfinished by its client is waited for, which need not take long here
     options = ["--port", "0", "--device", args.device, "--read-timeout", "1" if args.what == "malformed" else "10"]
-    command = [sys.executable, "-m", "ltmp.cli", "serve", *options, *map(str, files)]
+    command = [sys.executable, "-m", "ltmp.cli", "serve", *options, *more, *map(str, files)]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)

@@ -13,10 +13,10 @@ from .limits import Limits
 HEAD = 16_384
 """Bytes of a request's headers."""
 
-_PIECE = 4096
+_PIECE = 1024
 """Bytes that are parsed before the next look at what they were: each chunk of a body costs the parser its time."""
 
-_CRUMBS, _CHUNK = 1000, 64
+_CRUMBS, _CHUNK = 100, 64
 """Lines that a chunked body may have, and bytes of it that pay for another: each chunk has two."""
 
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"

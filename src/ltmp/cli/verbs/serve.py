@@ -48,7 +48,10 @@ def serve_verb(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds from a whole request to its answer.", rich_help_panel=_LIMITS)
     ] = 30.0,
-    decoders: Annotated[int, typer.Option(min=1, help="Threads that decode.", rich_help_panel=_LIMITS)] = 2,
+    decode_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that decoding one image may take.", rich_help_panel=_LIMITS)
+    ] = 5.0,
+    decoders: Annotated[int, typer.Option(min=1, help="Processes that decode.", rich_help_panel=_LIMITS)] = 2,
     budget: o.Budget = None,
     engine: o.Engine = None,
     weights: o.Weights = None,
@@ -73,7 +76,7 @@ def serve_verb(
 
     Example: ltmp serve --thresholds runs/deit/thresholds.safetensors --pretrained
 
-    Then: curl -H 'content-type: image/jpeg' --data-binary @cat.jpg http://127.0.0.1:8000/v1/predict
+    Then: curl -F file=@cat.jpg http://127.0.0.1:8000/v1/predict
 
     SIGTERM and Ctrl-C stop it when everything is answered.
     """
@@ -88,6 +91,7 @@ def serve_verb(
         max_wait=max_wait / 1e3,
         read_timeout=read_timeout,
         timeout=timeout,
+        decode_timeout=decode_timeout,
         decoders=decoders,
     )
     names = read_names(class_map) if class_map else None
