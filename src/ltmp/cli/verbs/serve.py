@@ -48,7 +48,10 @@ class ServiceOptions:
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds from a whole request to its answer.", rich_help_panel=_LIMITS)
     ] = 30.0
-    decoders: Annotated[int, typer.Option(min=1, help="Threads that decode.", rich_help_panel=_LIMITS)] = 2
+    decode_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that decoding one image may take.", rich_help_panel=_LIMITS)
+    ] = 5.0
+    decoders: Annotated[int, typer.Option(min=1, help="Processes that decode.", rich_help_panel=_LIMITS)] = 2
 
     def limits(self) -> Limits:
         """In bytes, pixels and seconds."""
@@ -63,6 +66,7 @@ class ServiceOptions:
             max_wait=self.max_wait / 1e3,
             read_timeout=self.read_timeout,
             timeout=self.timeout,
+            decode_timeout=self.decode_timeout,
             decoders=self.decoders,
         )
 
