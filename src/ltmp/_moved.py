@@ -13,7 +13,6 @@ from types import ModuleType
 MOVED = {
     "context": "calls",
     "sources": "calls",
-    "stack": "hosts.stack",
     "probe": "method.thresholds",
     **{
         name: f"method.{name}"
@@ -28,7 +27,7 @@ MOVED = {
     **{
         f"models.{name}": f"hosts.{name}"
         for name in (
-            "eva", "intermediates", "mha", "naflex", "open_clip", "outputs", "pooling", "rotary", "timm", "torchvision",
+            "eva", "mha", "naflex", "open_clip", "outputs", "pooling", "rotary", "timm", "torchvision",
             "transformers",
         )
     },

@@ -20,7 +20,7 @@ from ._version import __version__
 from .config import LTMPConfig
 from .errors import LTMPError, UsageError
 from .files import atomic_path
-from .hosts.attach import attach, is_attached, stack_of, thresholds_of
+from .hosts.attach import attach, attachment, is_attached, thresholds_of
 from .locate import file_name, locate
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
@@ -87,9 +87,7 @@ class ThresholdFile:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What thresholds of this model are bound to: its architecture's name and its shape."""
-    stack = stack_of(model)
-    known = {"depth": stack.thresholds.depth, **stack.recipe.describe(stack.host)}
-    return {name: value for name, value in known.items() if value is not None}
+    return attachment(model).describe()
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
@@ -102,7 +100,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     Raises:
         LTMPError: nothing is attached, or the file cannot be written.
     """
-    policy = stack_of(model).thresholds
+    policy = attachment(model).policy
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     about = describe(model)
     if isinstance(policy, Thresholds) and policy.dial is not None:
@@ -333,7 +331,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
                 "use the model it was learned on, or learn thresholds for this one"
             )
-    config = stack_of(model).thresholds.config
+    config = attachment(model).policy.config
     if not _fits(file, config):
         raise LTMPError(
             f"{source} is for variant {file.config.variant}, but the model was attached as "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..distributed import exchange, rank
 from ..errors import UsageError
-from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.attach import attachment, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
 from .batches import first
@@ -113,7 +113,7 @@ def learn_dial(
     images = first(loader, calibration, progress)[0].to(place)
     maker = _Maker(model, images, amp, progress)
     for end in (low, high):
-        check_target(end, maker.geometry, stack_of(model).protected)
+        check_target(end, maker.geometry, attachment(model).body.protected)
 
     generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
     anchors = anchors_of(low, high)

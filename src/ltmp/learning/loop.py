@@ -15,7 +15,7 @@ from torch import nn
 
 from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
-from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from .batches import Batch, apart, first, stream
 from .budget import check_target
@@ -134,14 +134,15 @@ def learn(
         LostRankError: another rank is gone; like KeyboardInterrupt, passed on after the checkpoint was saved.
     """
     start = time.perf_counter()
-    thresholds = thresholds_of(model)
+    made = attachment(model)
+    thresholds = made.thresholds
     if views < 0 or accumulate < 1 or calibration < 2:
         raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
     images, labels = first(loader, calibration, progress)
     images = images.to(place)
-    check_target(target, geometry_of(model, images), stack_of(model).protected)
+    check_target(target, geometry_of(model, images), made.body.protected)
 
     # again where there is one: a run is of its own images alone, resumed or not
     probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.asks_probe else 0
@@ -248,11 +249,13 @@ def _only(model: nn.Module, thresholds: Thresholds) -> Iterator[None]:
 
 @contextmanager
 def _learning(thresholds: Thresholds) -> Iterator[None]:
-    """Masked form inside; the host stays in eval mode, without dropout."""
-    thresholds.train()
+    """Masked form inside, with gradients to the thresholds; the host stays in eval mode, without dropout."""
+    trained = {parameter: parameter.requires_grad for parameter in thresholds.parameters()}
+    thresholds.train().requires_grad_(True)
     try:
         yield
     finally:
         thresholds.eval()
-        for parameter in thresholds.parameters():
+        for parameter, before in trained.items():
             parameter.grad = None
+            parameter.requires_grad_(before)

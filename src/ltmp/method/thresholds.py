@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
 from ..ops.probe.reference import WIDTH, probe
 from .dial import PREFIX, Dial
-from .policy import Policy
+from .policy import Active, Policy
 
 
 def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -183,10 +185,11 @@ class Probing(nn.Module, ABC):
 
 
 class Thresholds(Dialled, Probing, Policy):
-    """The learned thresholds of a model, under its name `ltmp`; everything here trains and is saved, nothing else.
+    """The learned thresholds of a model, under its name `ltmp`: what is learned and saved.
 
-    A block whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped:
-    that is where both start.
+    They are frozen until someone asks for gradients (`requires_grad_(True)`; `ltmp.learn` does while it runs). A block
+    whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped: that is
+    where both start.
 
     Args:
         depth: number of blocks, L.
@@ -197,13 +200,12 @@ class Thresholds(Dialled, Probing, Policy):
         prune: float32 [L]; tokens are kept above this mean attention received.
     """
 
-    learns = True
-
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__(depth, config)
-        self.merge = nn.Parameter(torch.ones(depth))
-        self.prune = nn.Parameter(torch.zeros(depth))
+        self.merge = nn.Parameter(torch.ones(depth, dtype=torch.float32), requires_grad=False)
+        self.prune = nn.Parameter(torch.zeros(depth, dtype=torch.float32), requires_grad=False)
         self.register_buffer("probe", None)
+        self._known: tuple[Any, Active] | None = None
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, but keep every float32 bit: `model.half()` must not move a decision."""
@@ -258,12 +260,33 @@ class Thresholds(Dialled, Probing, Policy):
             return torch.stack(here, 1) > 0
         return torch.stack([self.merge.detach() < 1, self.prune.detach() > 0], 1)
 
-    def active(self) -> tuple[tuple[bool, bool], ...]:
-        """For each block whether its merge and its prune threshold can select anything. Reads the device once.
+    def active(self) -> Active:
+        """For each block whether its merge and its prune threshold can select anything.
+
+        Reads a device once. On a CPU only what changed since the last call is looked at, by no operator of torch, so
+        that whoever traces the model (`torch.export`, `torch.fx`) sees nothing.
 
         Raises:
             LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._uncompiled()
+        plain = type(self.merge) is type(self.prune) is nn.Parameter
+        if not plain and self._known is not None:
+            # a tracer's stand-ins, which have no values
+            return self._known[1]
+        if not plain or self.merge.device.type != "cpu":
+            return self._read()
+        now = (self.config, *(ctypes.string_at(p.data_ptr(), p.nbytes) for p in (self.merge, self.prune)))
+        if self._known is None or self._known[0] != now:
+            self._known = (now, self._read())
+        return self._known[1]
+
+    @torch.compiler.disable
+    def _uncompiled(self) -> Active:
+        return self.active()
+
+    def _read(self) -> Active:
         broken = torch.stack([self.merge.detach().isnan(), self.prune.detach().isnan()], 1)
         flags = torch.cat([self.on(), broken]).tolist()
         if any(merge or prune for merge, prune in flags[self.depth :]):

@@ -18,7 +18,7 @@ from ...data import Loader
 from ...errors import UsageError
 from ...evaluate import Evaluation, tables
 from ...evaluate import compare as job
-from ...hosts.attach import stack_of, thresholds_of
+from ...hosts.attach import attachment, thresholds_of
 from .. import options as o
 from ..progress import progress_bar
 from ..setup import DataOptions, ModelOptions, autocast_type, pick_device
@@ -124,7 +124,7 @@ def _from_file(
         apply(network, file, source=str(path))
         target = file.metadata.get("target") if budget is None else budget
         yield job.Entry(
-            name if budget is None else f"{name} {budget:g}", file.config.variant, target, stack_of(network).thresholds
+            name if budget is None else f"{name} {budget:g}", file.config.variant, target, attachment(network).policy
         )
 
 
