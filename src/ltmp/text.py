@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    r"""`text` on one line, with characters that a terminal obeys or cannot show spelt out: escapes, bidirectional marks.
+    r"""`text` on one line, with characters that a terminal obeys or cannot show spelt out: escapes, text direction.
 
     >>> printable("\x1b[31mred\x1b[0m")
     '\\x1b[31mred\\x1b[0m'
