@@ -7,9 +7,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Loader
+from ..data.names import folder_names
+from ..describe import classes_of
 from ..distributed import rank, world
 from ..errors import LTMPError
 from .heldout import Progress
@@ -85,6 +87,15 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
     if have < world():
         raise LTMPError(f"{have} images are too few to share among {world()} ranks: start fewer")
     return torch.cat(found)[:count], torch.cat(known)[:count] if len(known) == len(found) else None
+
+
+def described(model: nn.Module, loader: Any) -> dict[str, Any]:
+    """What a loader says of a model's classes and of how images are prepared for it, as `ltmp.save` keeps it."""
+    dataset = getattr(loader, "dataset", None)
+    # also where their labels are not looked at
+    names = folder_names(dataset)
+    settings = getattr(getattr(dataset, "transform", None), "settings", None)
+    return {"class_names": names if len(names) == classes_of(model) else None, "preprocessing": settings}
 
 
 def count(loader: Iterable[Batch]) -> int:
