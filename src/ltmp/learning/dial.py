@@ -27,7 +27,7 @@ from .heldout import Progress
 from .objective import Distribution, answers_in, distribution_of, task_loss, teacher
 from .probe import PROBED, learn_probe
 from .randomness import preserved_random_state
-from .resume import load_run, save_run
+from .resume import load_run, restoring, save_run, subject
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
 
@@ -123,10 +123,15 @@ def learn_dial(
     anchors = anchors_of(low, high)
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
                 "variant": thresholds.config.variant, **asdict(thresholds.config.scores)}  # fmt: skip
+    settings |= {
+        "amp": None if amp is None else str(amp),
+        **(subject(model, loader, images) if checkpoint is not None else {}),
+    }
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
-    shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
-    maker.views += state["views"]
+    with restoring(checkpoint):
+        shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
+        maker.views += int(state["views"])
     # a streaming source does not say how many it has
     more = min(checked, getattr(loader, "images", 0) or checked)
     more = more if more > len(images) else 0

@@ -27,7 +27,7 @@ from .objective import Distribution, Objective, distribution_of, teacher
 from .optimiser import Run, Step
 from .probe import learn_probe
 from .randomness import preserved_random_state
-from .resume import load_run, save_run
+from .resume import load_run, restoring, save_run, subject
 from .weights import Tuning, cut, tuned
 
 CALIBRATED = 128
@@ -159,6 +159,11 @@ def learn(
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
                          thresholds.config.variant, asdict(thresholds.config.scores), thresholds.depth,
                          asdict(tuning) if tuning else None)  # fmt: skip
+    of = {
+        **asdict(settings),
+        "amp": None if amp is None else str(amp),
+        **(subject(model, loader, images) if checkpoint is not None else {}),
+    }
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
     # the teacher: weights that train are no longer those of the model as it was
     original = model if tuning is None else copy.deepcopy(model).requires_grad_(False)
@@ -173,11 +178,11 @@ def learn(
 
     def save() -> None:
         if checkpoint is not None and rank() == 0:
-            along = {"tuned": weights.state()} if weights is not None else {}
-            save_run(checkpoint, asdict(settings), {**run.state(), **along})
+            save_run(checkpoint, of, run.completed)
 
     def tell(step: Step) -> None:
         run.history.append(step)
+        run.complete(weights)
         journal.step(step)
         if on_step is not None:
             on_step(step)
@@ -185,11 +190,12 @@ def learn(
             save()
 
     def saved() -> dict[str, Any] | None:
-        return load_run(checkpoint, asdict(settings)) if checkpoint is not None and rank() == 0 else None
+        return load_run(checkpoint, of) if checkpoint is not None and rank() == 0 else None
 
     state = exchange(saved())[0]
     if state is not None:
-        run.restore(state)
+        with restoring(checkpoint):
+            run.restore(state)
     else:
         with cast:
             # all of them are in memory at once, and 128 images have some 10,000 scores a block
@@ -204,7 +210,9 @@ def learn(
     batches = stream(loader, skipped + run.step * accumulate * world(), batch)
     with _only(model, thresholds), tuned(model, original, tuning, run.steps) as weights:
         if weights is not None and state is not None:
-            weights.restore(state["tuned"])
+            with restoring(checkpoint):
+                weights.restore(state["tuned"])
+        run.complete(weights)
         try:
             with _learning(thresholds):
                 while run.step < run.steps:
