@@ -123,10 +123,7 @@ def learn_dial(
     anchors = anchors_of(low, high)
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
                 "variant": thresholds.config.variant, **asdict(thresholds.config.scores)}  # fmt: skip
-    settings |= {
-        "amp": None if amp is None else str(amp),
-        **(subject(model, loader, images) if checkpoint is not None else {}),
-    }
+    settings |= subject(model, loader, images, amp) if checkpoint is not None else {}
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     with restoring(checkpoint):

@@ -159,11 +159,7 @@ def learn(
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
                          thresholds.config.variant, asdict(thresholds.config.scores), thresholds.depth,
                          asdict(tuning) if tuning else None)  # fmt: skip
-    of = {
-        **asdict(settings),
-        "amp": None if amp is None else str(amp),
-        **(subject(model, loader, images) if checkpoint is not None else {}),
-    }
+    of = asdict(settings) | (subject(model, loader, images, amp) if checkpoint is not None else {})
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
     # the teacher: weights that train are no longer those of the model as it was
     original = model if tuning is None else copy.deepcopy(model).requires_grad_(False)
