@@ -17,7 +17,7 @@ from ..errors import LTMPError
 from .heldout import Progress
 
 Batch = Sequence[Any] | Mapping[str, Any] | Tensor
-"""What loaders give: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""
+"""A batch of a loader: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""
 
 _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
@@ -99,7 +99,7 @@ def described(model: nn.Module, loader: Any) -> dict[str, Any]:
 
 
 def count(loader: Iterable[Batch]) -> int:
-    """Images in one pass; 0 where a streaming source does not say."""
+    """Images in one pass; 0 for a streaming source of unknown length."""
     if isinstance(loader, Loader):
         return loader.images
     dataset = getattr(loader, "dataset", None)
@@ -107,10 +107,7 @@ def count(loader: Iterable[Batch]) -> int:
 
 
 def apart(loader: Iterable[Batch], kept: int) -> int:
-    """How many images at the loader's beginning nothing else learns from, where `kept` are judged on.
-
-    None of them where less than half would be left: of so few, all are needed.
-    """
+    """Images at the beginning that are only judged on: `kept`, or 0 if less than half of all would be left."""
     return kept if count(loader) >= 2 * kept else 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -33,7 +32,7 @@ _SAFE_NAME = re.compile(r"(torchvision:)?[\w.-]+|open_clip:[\w.-]+(/[\w.-]+)?|hf
 def build_model(
     name: str,
     *,
-    weights: str | Path | None = None,
+    weights: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
     image_size: int | None = None,
@@ -116,7 +115,7 @@ def brings_weights(name: str) -> bool:
     return name.startswith(PREFIX) or (name.startswith("open_clip:") and "/" in name)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a checkpoint of `model`, all of it or nothing.
 
     Raises:
@@ -164,7 +163,7 @@ def _check_patches(model: nn.Module) -> None:
         )
 
 
-def _check_finite(state: dict[str, Tensor], path: str | Path) -> None:
+def _check_finite(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise LTMPError(
@@ -172,7 +171,7 @@ def _check_finite(state: dict[str, Tensor], path: str | Path) -> None:
             )
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unknown:

@@ -178,6 +178,7 @@ def _timed(
     """A row each way and batch size, shown under a title as they are found."""
     from ...evaluate.bench import Bench, table
     from ..progress import progress_bar
+    from ..screen import say
     from ..timing import say_measured
 
     rows = []
@@ -189,9 +190,8 @@ def _timed(
             rows += [_plain(row, size) for row in found]
             if title is not None:
                 pixels = "x".join(map(str, images.shape[-2:]))
-                typer.echo(
-                    f"{title['model']}, batch {size}, {pixels}, {title['dtype']}, {title['device']}\n{table(found)}\n"
-                )
+                say(f"{title['model']}, batch {size}, {pixels}, {title['dtype']}, {title['device']}")
+                typer.echo(f"{table(found)}\n")
                 speeds = {row.way: row.images_per_second for row in found}
                 if timed and (own := speeds.get("auto", speeds.get("packed"))):
                     say_measured(size, own)
