@@ -24,6 +24,7 @@ from .describe import describe as describe
 from .errors import LTMPError, UsageError, first_line
 from .files import atomic_path
 from .hosts.attach import attach, detach, is_attached, stack_of, thresholds_of
+from .interrupts import uninterrupted
 from .locate import BUNDLE, file_name, locate
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
@@ -345,16 +346,17 @@ def load(
     """
     file = read(path, budget=budget)
     attached = is_attached(model)
-    try:
-        if not attached:
-            attach(model, file.config)
-        apply(model, file, source=str(path), engine=engine)
-        note(model, file.metadata)
-    # also a Ctrl-C: a model that is half attached could not be loaded again
-    except BaseException:
-        if not attached:
-            detach(model)
-        raise
+    # a model that is half attached could not be loaded again
+    with uninterrupted():
+        try:
+            if not attached:
+                attach(model, file.config)
+            apply(model, file, source=str(path), engine=engine)
+            note(model, file.metadata)
+        except BaseException:
+            if not attached:
+                detach(model)
+            raise
     return file
 
 
