@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import ltmp
 from ltmp.engines import onednn
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.learning import calibrate
 
 
@@ -33,7 +33,7 @@ def smooth_images(count: int, size: int) -> Tensor:
 
 
 def set_fused(model: nn.Module, fused: bool) -> None:
-    for block in stack_of(model).blocks:
+    for block in attachment(model).body.blocks:
         block.attn.fused_attn = fused
 
 
@@ -47,7 +47,7 @@ def check(model: nn.Module, images: Tensor) -> float:
     """Mean share of `images`, after packed and masked agreed."""
     with ltmp.record() as calls:
         packed = model(images)
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_(True)
         masked = model(images)
         model.ltmp.eval()
     if not torch.equal(*calls.kept) or (packed - masked).abs().max() > 1e-4:

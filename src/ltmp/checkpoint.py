@@ -20,10 +20,9 @@ from ._version import __version__
 from .about import MOST_BLOCKS, About
 from .config import LTMPConfig
 from .describe import MODEL_FACTS, facts_of, note
-from .describe import describe as describe
 from .errors import LTMPError, UsageError, first_line
 from .files import atomic_path
-from .hosts.attach import attach, detach, is_attached, stack_of, thresholds_of
+from .hosts.attach import attach, attachment, detach, is_attached, thresholds_of
 from .interrupts import uninterrupted
 from .locate import BUNDLE, file_name, locate
 from .method.dial import PREFIX as DIAL
@@ -138,7 +137,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     """
     if Path(path).suffix != SUFFIX:
         raise UsageError(f"{path}: thresholds are saved as safetensors, give a name that ends in {SUFFIX}")
-    policy = stack_of(model).thresholds
+    policy = attachment(model).policy
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     about = facts_of(model)
     if isinstance(policy, Thresholds) and policy.dial is not None:
@@ -410,7 +409,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
     Raises:
         LTMPError: another depth, width or architecture, another variant, floor or ceiling than those attached, or NaN.
     """
-    here = describe(model)
+    here = attachment(model).describe()
     for name, what in (("architecture", "architecture"), ("depth", "number of blocks"), ("width", "width")):
         theirs = file.merge.numel() if name == "depth" else file.metadata.get(name)
         if theirs is not None and name in here and here[name] != theirs:
@@ -418,7 +417,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
                 "use the model it was learned on, or learn thresholds for this one"
             )
-    policy = stack_of(model).thresholds
+    policy = attachment(model).policy
     config = _limited(file.config, policy.config, source)
     if engine is not None:
         config = _with_engine(config, engine)

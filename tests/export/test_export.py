@@ -14,6 +14,7 @@ import torch
 import ltmp
 from helpers import assert_close, attach_reducing, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.config import SCORES, LTMPConfig
+from ltmp.engines.body import running
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.evaluate import evaluate
 from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
@@ -21,7 +22,7 @@ from ltmp.export.forms import FORMS
 from ltmp.export.onnx import read_metadata
 from ltmp.export.runtimes import OPENERS, Session
 from ltmp.export.verify import expect, smooth_images, verify
-from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.method.thresholds import Thresholds
 
 pytest.importorskip("onnx", reason="needs the extra 'export'")
@@ -170,7 +171,7 @@ def test_undecided_images_are_left_out():
     model = reduced_model()
     watching = Watching(2, thresholds_of(model).config).eval()
     watching.set(thresholds_of(model).merge, thresholds_of(model).prune)
-    with stack_of(model).using(watching), torch.no_grad():
+    with running(body=replace(attachment(model).body, policy=watching)), torch.no_grad():
         model(IMAGES[:1])
     # a threshold that is one image's own score, to the last bit
     thresholds_of(model).set(merge=[watching.scores[0][0, 1:].median().item(), 1.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from threading import Lock
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..calls import dense
 from ..deploy import Deployment
-from ..hosts.attach import stack_of, thresholds_of
+from ..engines.body import Body, running
+from ..hosts.attach import attachment
 from ..hosts.outputs import logits_of
-from ..hosts.stack import ReducedStack
 from ..method.thresholds import Thresholds
 from ..visualize import Seen, panel, see, strip
 from .budgets import Budgets
@@ -123,15 +123,15 @@ class Explorer:
 
     @torch.inference_mode()
     def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
-        stack, own, times = stack_of(self.model), thresholds_of(self.model), []
+        made, times = attachment(self.model), []
         with dense() if plain else nullcontext():
             for _ in range(ROUNDS):
                 start = perf_counter()
                 logits_of(self.model(pixels)).cpu()
                 times.append(perf_counter() - start)
             blocks = []
-            for count in range(1, len(stack.blocks) + 1):
-                with first_blocks(stack, own, count):
+            for count in range(1, made.body.depth + 1):
+                with first_blocks(made.body, made.thresholds, count):
                     blocks.append(self._top(logits_of(self.model(pixels))[0]))
         return Answers(blocks, median(times))
 
@@ -142,19 +142,13 @@ class Explorer:
 
 
 @contextmanager
-def first_blocks(stack: ReducedStack, own: Thresholds, count: int) -> Iterator[None]:
+def first_blocks(body: Body, own: Thresholds, count: int) -> Iterator[None]:
     """Leave out all but the first `count` blocks inside: the host's own norm and head then read what is there by then.
 
-    Works with any host, for one call of the model a block; not for models that other threads call meanwhile.
+    Works with any host, for one call of the model a block, and in this thread only.
     """
-    blocks = dict(stack._modules)
     fewer = Thresholds(count, own.config).to(own.merge.device).eval()
     fewer.set(own.merge[:count], own.prune[:count])
-    for name in list(blocks)[count:]:
-        del stack._modules[name]
-    try:
-        with stack.using(fewer):
-            yield
-    finally:
-        stack._modules.clear()
-        stack._modules.update(blocks)
+    fewer.probe = None if own.probe is None else own.probe[:count]
+    with running(body=replace(body, blocks=body.blocks[:count], policy=fewer)):
+        yield

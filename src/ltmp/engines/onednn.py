@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from ..method.recipe import Parts, Recipe
+from ..method.recipe import Parts, Recipe
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..checkpoint import describe
 from ..data.transforms import eval_settings
 from ..errors import LTMPError, UsageError
 from ..files import staged
+from ..hosts.attach import attachment
 from .onnx import OPSET, check_opset, read_metadata, write_onnx
 from .program import check, check_form, trace, write_package, write_program
 from .quantize import quantize
@@ -125,7 +125,7 @@ def describe_export(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """What a file says of itself."""
     about = {
         "version": __version__,
-        "model": describe(model).get("architecture", type(model).__name__),
+        "model": attachment(model).describe().get("architecture", type(model).__name__),
         "form": plan.form,
         "batch_size": plan.batch_size,
         "precision": "int8" if plan.int8 else "float32",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..describe import note
 from ..distributed import exchange
-from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
 from .batches import described, first, pair
 from .budget import check_target
@@ -107,7 +107,7 @@ def learn_dial(
     images = first(loader, options.calibration, options.progress)[0].to(place)
     maker = _Maker(model, images, options.amp, options.progress)
     for end in (low, high):
-        check_target(end, maker.geometry, stack_of(model).protected)
+        check_target(end, maker.geometry, attachment(model).body.protected)
     # a streaming source does not say how many it has
     more = min(options.checked, getattr(loader, "images", 0) or options.checked)
     more = more if more > len(images) else 0

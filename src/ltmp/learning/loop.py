@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..describe import note
 from ..distributed import LostRankError, exchange, rank, world
-from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from .batches import Batch, apart, batch_size, described, first, stream
 from .budget import check_target
@@ -125,12 +125,13 @@ class _Job:
     def __init__(self, model: nn.Module, loader: Iterable[Batch], target: float, options: LearnOptions) -> None:
         self.started = time.perf_counter()
         self.model, self.loader, self.target, self.options = model, loader, target, options
-        self.thresholds = thresholds_of(model)
+        made = attachment(model)
+        self.thresholds = made.thresholds
         place = options.place(self.thresholds)
         model.to(place).eval()
         images, labels = first(loader, options.calibration, options.progress)
         self.images = images.to(place)
-        check_target(target, geometry_of(model, self.images), stack_of(model).protected)
+        check_target(target, geometry_of(model, self.images), made.body.protected)
         # once: weights may train
         self.subject = options.subject(model, loader, self.images)
         # again where there is one: a run is of its own images alone, resumed or not

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..deploy import policy_of
 from ..evaluate import Evaluation, ImageRows, evaluate, tables
+from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 
 LEARNED = "learned thresholds"
@@ -103,7 +103,7 @@ def evaluate_budget(
     rows = ImageRows(
         *(torch.cat([getattr(part, what) for part in parts]) for what in ("label", "dense", "reduced", "share", "kept"))
     )
-    policy = policy_of(model)
+    policy = attachment(model).policy
     # fixed rates have none to draw
     merge, prune = (policy.merge.tolist(), policy.prune.tolist()) if isinstance(policy, Thresholds) else (None, None)
     return Budget(name, evaluation, rows, merge, prune, about or {})

@@ -208,9 +208,9 @@ def _about(name: str, model: BenchModel, place: torch.device, dtype: str) -> dic
 
 
 def _scores(network: nn.Module) -> Any:
-    from ...deploy import policy_of
+    from ...hosts.attach import attachment
 
-    return asdict(policy_of(network).config.scores)
+    return asdict(attachment(network).policy.config.scores)
 
 
 def _plain(row: Row, size: int) -> dict[str, Any]:

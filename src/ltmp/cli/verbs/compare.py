@@ -104,7 +104,7 @@ def _from_file(network: nn.Module, path: Path, engine: str | None, budgets: Sequ
     from ... import LTMPConfig, attach
     from ...checkpoint import apply, read
     from ...evaluate.compare import Entry
-    from ...hosts.attach import stack_of
+    from ...hosts.attach import attachment
 
     saved = read(path)
     name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
@@ -116,7 +116,7 @@ def _from_file(network: nn.Module, path: Path, engine: str | None, budgets: Sequ
         apply(network, file, source=str(path))
         target = file.metadata.get("target") if budget is None else budget
         yield Entry(
-            name if budget is None else f"{name} {budget:g}", file.config.variant, target, stack_of(network).thresholds
+            name if budget is None else f"{name} {budget:g}", file.config.variant, target, attachment(network).policy
         )
 
 
