@@ -23,6 +23,7 @@ from .describe import MODEL_FACTS, facts_of, note
 from .errors import LTMPError, UsageError, first_line
 from .files import atomic_path
 from .hosts.attach import attach, attachment, detach, is_attached, thresholds_of
+from .interrupts import uninterrupted
 from .locate import BUNDLE, file_name, locate
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
@@ -344,16 +345,17 @@ def load(
     """
     file = read(path, budget=budget)
     attached = is_attached(model)
-    try:
-        if not attached:
-            attach(model, file.config)
-        apply(model, file, source=str(path), engine=engine)
-        note(model, file.metadata)
-    # also a Ctrl-C: a model that is half attached could not be loaded again
-    except BaseException:
-        if not attached:
-            detach(model)
-        raise
+    # a model that is half attached could not be loaded again
+    with uninterrupted():
+        try:
+            if not attached:
+                attach(model, file.config)
+            apply(model, file, source=str(path), engine=engine)
+            note(model, file.metadata)
+        except BaseException:
+            if not attached:
+                detach(model)
+            raise
     return file
 
 

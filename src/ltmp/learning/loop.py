@@ -26,6 +26,7 @@ from .optimiser import Run, Step
 from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
 from .randomness import preserved_random_state
+from .resume import restoring
 from .weights import Weights, cut, tuned
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ class _Job:
         images, labels = first(loader, options.calibration, options.progress)
         self.images = images.to(place)
         check_target(target, geometry_of(model, self.images), made.body.protected)
+        # once: weights may train
+        self.subject = options.subject(model, loader, self.images)
         # again where there is one: a run is of its own images alone, resumed or not
         asked = self.thresholds.config.needs_probe
         self.probed = learn_probe(model, self.images, amp=options.amp, progress=options.progress) if asked else 0
@@ -169,6 +172,7 @@ class _Job:
             "scores": asdict(config.scores),
             "depth": self.thresholds.depth,
             "tuning": asdict(options.tuning) if options.tuning else None,
+            **self.subject,
         }
 
     def begin(self) -> dict[str, Any] | None:
@@ -176,7 +180,8 @@ class _Job:
         options, run = self.options, self.run
         state = exchange(options.saved(self.settings))[0]
         if state is not None:
-            run.restore(state)
+            with restoring(options.checkpoint):
+                run.restore(state)
         else:
             with self.cast:
                 # all of them are in memory at once, and 128 images have some 10,000 scores a block
@@ -196,13 +201,15 @@ class _Job:
     def optimise(self, weights: Weights | None, state: dict[str, Any] | None) -> None:
         """Take the steps that are left, and save where asked, at the latest when it is stopped."""
         if weights is not None and state is not None:
-            weights.restore(state["tuned"])
+            with restoring(self.options.checkpoint):
+                weights.restore(state["tuned"])
+        self.run.complete(weights)
         try:
             with _learning(self.thresholds):
                 while self.run.step < self.run.steps:
                     self._step(weights)
         except (KeyboardInterrupt, LostRankError):
-            self._save(weights)
+            self._save()
             raise
 
     def _step(self, weights: Weights | None) -> None:
@@ -215,15 +222,15 @@ class _Job:
         run.update()
         step = Step(run.step, run.steps, loss, share, time.perf_counter() - self.started, kept)
         run.history.append(step)
+        run.complete(weights)
         self.journal.step(step)
         if self.options.on_step is not None:
             self.options.on_step(step)
         if step.step % self.options.save_every == 0 or step.step == run.steps:
-            self._save(weights)
+            self._save()
 
-    def _save(self, weights: Weights | None) -> None:
-        along = {"tuned": weights.state()} if weights is not None else {}
-        self.options.save(self.settings, {**self.run.state(), **along})
+    def _save(self) -> None:
+        self.options.save(self.settings, self.run.completed)
 
     def choose(self, weights: Weights | None) -> tuple[Candidate, int]:
         """The better of the calibrated and the learned thresholds, and how often the images kept apart were seen."""

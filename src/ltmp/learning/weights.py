@@ -126,7 +126,14 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where a saved run was.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is damaged.
+        """
         for name, parameter in self.trained.items():
+            if saved["weights"][name].shape != parameter.shape:
+                raise ValueError(f"weights {name}")
             parameter.copy_(saved["weights"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
