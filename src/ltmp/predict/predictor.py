@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..data import eval_transform, input_channels
 from ..errors import LTMPError, UsageError
-from ..models.outputs import logits_of
+from ..models.outputs import embeddings_of, logits_of
 from .reading import Batch, End, LostWorkerError, Unreadable, default_workers, naming_lost_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard
@@ -157,7 +157,7 @@ class Predictor:
         images = images.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scoring.amp):
             if self.scoring.embeddings:
-                return model.forward_head(model.forward_features(images), pre_logits=True).float().flatten(1)
+                return embeddings_of(model, images).float()
             return logits_of(model(images)).float()
 
     def score(self, shards: Iterable[Shard], on_batch: OnBatch | None = None) -> Iterator[Written]:
