@@ -27,13 +27,13 @@ from ltmp.config import SCORES
 from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.data.embedded import load_digits
 from ltmp.demo import Recipe, trained_model
-from ltmp.evaluate import describe_machine, report
+from ltmp.evaluate import describe_machine, tables
 from ltmp.evaluate.accuracy import evaluate_policies
 from ltmp.evaluate.compare import rates_for
-from ltmp.models import thresholds_of
-from ltmp.models.build import build_model
-from ltmp.policy import Policy
+from ltmp.hosts.attach import thresholds_of
+from ltmp.method.policy import Policy
 from ltmp.visualize.curves import new_figure, save_figure
+from ltmp.zoo.build import build_model
 
 ASKED = (0.37, 0.42, 0.47, 0.54, 0.6, 0.7, 0.8, 0.9)
 REPORTED = (0.37, 0.47, 0.6, 0.8)
@@ -144,8 +144,8 @@ def main() -> None:
         )  # fmt: skip
     rows = rows_of(dict(zip(policies | fixed, found.values(), strict=True)), options.seeds)
     dense = next(iter(found.values())).dense_top1
-    report.show(rows, f"dense {dense:.2f}; {options.seeds} seeds; accuracies in %")
-    report.write_csv(rows, str(options.out / "budgets.csv"))
+    tables.show(rows, f"dense {dense:.2f}; {options.seeds} seeds; accuracies in %")
+    tables.write_csv(rows, str(options.out / "budgets.csv"))
     about = {"dense_top1": dense, "runs": runs, "machine": describe_machine(), "rows": rows}
     (options.out / "budgets.json").write_text(json.dumps(about, indent=2))
     figure, axes = new_figure(1, 1, (5, 4))

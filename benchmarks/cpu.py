@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import ltmp
 from ltmp.engines import onednn
+from ltmp.hosts.attach import stack_of
 from ltmp.learning import calibrate
-from ltmp.models import stack_of
 
 
 def smooth_images(count: int, size: int) -> Tensor:

@@ -13,9 +13,9 @@ from time import perf_counter
 import torch
 
 import ltmp
-from ltmp.dial import Dial
-from ltmp.evaluate import report
-from ltmp.thresholds import Thresholds
+from ltmp.evaluate import tables
+from ltmp.method.dial import Dial
+from ltmp.method.thresholds import Thresholds
 
 KNOTS = 16
 
@@ -41,11 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    rows: list[report.Row] = []
+    rows: list[tables.Row] = []
     for depth in (12, 24, 40):
         took = turns(depth, args.device)
         rows.append({"blocks": depth, "median us": median(took), "99 of 100 us": took[990], "longest us": took[-1]})
-    report.show(rows, f"set_budget on {args.device}")
+    tables.show(rows, f"set_budget on {args.device}")
 
 
 if __name__ == "__main__":

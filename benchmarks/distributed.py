@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from ltmp.checkpoint import read
-from ltmp.evaluate import report
+from ltmp.evaluate import tables
 
 
 def parse() -> argparse.Namespace:
@@ -59,7 +59,7 @@ def main() -> None:
         }
         for ranks, found in ((1, one), (args.ranks, many))
     ]
-    report.show(rows, "1 process and several ranks")
+    tables.show(rows, "1 process and several ranks")
     for name in ("merge", "prune"):
         print(f"largest difference of a {name} threshold: {(one[name] - many[name]).abs().max().item():.1e}")
     steps = list(zip(one["history"], many["history"], strict=True))

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 import ltmp
 from ltmp.data import eval_transform, make_loader, open_dataset
-from ltmp.evaluate import report
+from ltmp.evaluate import tables
 from ltmp.export import Plan, Verification, export
 from ltmp.export.runtimes import OPENERS, Session, open_package
 from ltmp.export.verify import smooth_images
 from ltmp.learning import calibrate
-from ltmp.models.build import build_model
+from ltmp.zoo.build import build_model
 
 WAYS = (
     # form, batch, quantised
@@ -161,7 +161,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(table, indent=2))
     else:
-        print(report.markdown(table))
+        print(tables.markdown(table))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 import ltmp
 from ltmp.data import eval_transform, make_loader, open_dataset
-from ltmp.dial import Dial, keep_on
-from ltmp.evaluate import report
-from ltmp.evaluate.bench import timed
+from ltmp.evaluate import tables
+from ltmp.evaluate.timing import timed
 from ltmp.learning.calibrate import calibrate
 from ltmp.learning.heldout import HeldOut
-from ltmp.models.build import build_model
+from ltmp.method.dial import Dial, keep_on
+from ltmp.zoo.build import build_model
 
 
 @torch.no_grad()
@@ -87,8 +87,8 @@ def main() -> None:
     begin = perf_counter()
     costs = ltmp.measure_costs(model, first, seconds=args.seconds)
     print(f"{args.model}, batch {args.batch}, {args.device}, {args.dtype}; costs took {perf_counter() - begin:.1f} s")
-    report.show(_promised(model, costs, other, args.seconds), "predicted against measured")
-    report.show(_asked(model, costs, other, args.seconds), "asked against measured")
+    tables.show(_promised(model, costs, other, args.seconds), "predicted against measured")
+    tables.show(_asked(model, costs, other, args.seconds), "asked against measured")
 
 
 def _milliseconds(model: nn.Module, batches: list[Tensor], seconds: float) -> float:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import ltmp
 import reference
-from ltmp.dial import Dial
-from ltmp.models import thresholds_of
+from ltmp.hosts.attach import thresholds_of
+from ltmp.method.dial import Dial
 from ltmp.ops.probe.reference import LIFT, WIDTH
 
 TINY: dict[str, Any] = {

@@ -20,10 +20,10 @@ import ltmp
 from helpers import make_dial, random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
 from ltmp.checkpoint import FORMAT, annotate, apply, read, read_state_dict, split_seed_state, split_thresholds
-from ltmp.dial import Dial
 from ltmp.errors import UsageError
-from ltmp.models import is_attached
-from ltmp.models.build import load_weights
+from ltmp.hosts.attach import is_attached
+from ltmp.method.dial import Dial
+from ltmp.zoo.build import load_weights
 
 MERGE, PRUNE = [0.5, 0.6, 0.7], [0.01, 0.02, 0.03]
 

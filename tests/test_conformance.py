@@ -17,7 +17,7 @@ import ltmp
 import reference
 from helpers import assert_close, attach_reducing, random_images, references, run_recorded, tiny_vit
 from ltmp.config import LEARNED
-from ltmp.models import thresholds_of
+from ltmp.hosts.attach import thresholds_of
 
 CASES = Path(__file__).parents[2] / "shared" / "conformance"
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the conformance files are not beside this checkout")

@@ -134,21 +134,21 @@ def test_one_process_is_a_group_of_its_own() -> None:
 
 
 def test_too_few_images_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltmp.learning import views
+    from ltmp.learning import batches
 
-    monkeypatch.setattr(views, "world", lambda: 4)
+    monkeypatch.setattr(batches, "world", lambda: 4)
     with pytest.raises(LTMPError, match="3 images are too few to share among 4 ranks"):
-        views.first([(torch.zeros(3, 3, 16, 16), torch.zeros(3))], 8)
+        batches.first([(torch.zeros(3, 3, 16, 16), torch.zeros(3))], 8)
 
 
 def test_a_loader_for_one_pass_is_refused_instead_of_waited_for() -> None:
-    from ltmp.learning import views
+    from ltmp.learning import batches
 
     batch = (torch.zeros(2, 3, 16, 16), torch.zeros(2))
-    batches = views.stream(iter([batch]), 0, 2)
-    next(batches)
+    stream = batches.stream(iter([batch]), 0, 2)
+    next(stream)
     with pytest.raises(LTMPError, match="used up after one pass"):
-        next(batches)
+        next(stream)
 
 
 @pytest.mark.parametrize(("restarts", "code"), [(0, 2), (1, 0)])
@@ -162,7 +162,7 @@ def test_after_a_restart_a_run_goes_on_by_itself(
     # as if it had been lost just before its end
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: None)
-        patch.setattr("ltmp.cli.learning.prepare", lambda folder, resume: folder / "run.pt")
+        patch.setattr("ltmp.cli.verbs.learn.prepare", lambda folder, resume: folder / "run.pt")
         assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == 0
     assert (out / "run.pt").exists()
     assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == code

@@ -14,8 +14,8 @@ import ltmp
 import reference
 from helpers import assert_close, make_probe, tiny_vit
 from ltmp.config import LEARNED
-from ltmp.models import stack_of
-from ltmp.stack import sizes_of
+from ltmp.hosts.attach import stack_of
+from ltmp.hosts.sizes import sizes_of
 
 DEPTH, WIDTH = 3, 16
 

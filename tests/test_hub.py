@@ -18,9 +18,9 @@ from ltmp.checkpoint import annotate, read
 from ltmp.cli import main
 from ltmp.errors import LTMPError, UsageError
 from ltmp.evaluate import evaluate
+from ltmp.hosts.attach import thresholds_of
 from ltmp.hub import END, START, card, measured
 from ltmp.locate import locate
-from ltmp.models import thresholds_of
 
 REPO = "me/tiny-ltmp"
 

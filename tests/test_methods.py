@@ -18,8 +18,8 @@ import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
 from ltmp.config import FIXED, LTMPConfig
 from ltmp.errors import LTMPError
-from ltmp.models import stack_of, thresholds_of
-from ltmp.rates import noise, spread
+from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.method.rates import noise, spread
 
 DEPTH = 3
 HOSTS: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 import ltmp
 from helpers import assert_close, liven, random_images, run_recorded
 from ltmp.config import LEARNED, VARIANTS
-from ltmp.models import is_attached
-from ltmp.models.build import build_model
-from ltmp.models.registry import parse_name
+from ltmp.hosts.attach import is_attached
+from ltmp.zoo.build import build_model
+from ltmp.zoo.timm_names import parse_name
 
 DEPTH = 6
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
 from ltmp.config import FIXED, LEARNED
-from ltmp.models import stack_of
-from ltmp.stack import sizes_of
+from ltmp.hosts.attach import stack_of
+from ltmp.hosts.sizes import sizes_of
 
 DEPTH, WIDTH = 3, 16
 

@@ -12,7 +12,7 @@ from torch import nn
 from ltmp.cli.setup import DataOptions, ModelOptions
 from ltmp.data import Loader
 from ltmp.errors import LTMPError
-from ltmp.models.registry import parse_name
+from ltmp.zoo.timm_names import parse_name
 
 
 def add_options(parser: argparse.ArgumentParser, batch_size: int) -> None:

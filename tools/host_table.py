@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of hosts in docs/hosts.md from the cases of the tests (tests/models/cases.py); --check only looks."""
+"""Write the table of hosts in docs/hosts.md from the cases of the tests (tests/hosts/cases.py); --check only looks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- begin: python tools/host_table.py -->\n", "<!-- end -->\n"
 
 def table() -> str:
     """One row a case, in the registry's order."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "hosts")]
     from cases import CASES
 
     rows = ["| library | class | what | status |", "| --- | --- | --- | --- |"]

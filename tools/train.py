@@ -19,10 +19,10 @@ from torch import nn
 import ltmp
 from ltmp.cli.setup import autocast_type, pick_device
 from ltmp.errors import UsageError
-from ltmp.evaluate import Evaluation, evaluate, report
+from ltmp.evaluate import Evaluation, evaluate, tables
 from ltmp.files import atomic_path
+from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import LearnResult, Step
-from ltmp.models import thresholds_of
 
 SEED_RATES = (5e-6, 5e-3)
 
@@ -84,7 +84,7 @@ def train(args: argparse.Namespace) -> None:
     write(model, args.model, folder, result, evaluation)
     run_file.unlink(missing_ok=True)
     if evaluation:
-        report.show(report.comparison(evaluation), f"{args.model}, {evaluation.images} validation images")
+        tables.show(tables.comparison(evaluation), f"{args.model}, {evaluation.images} validation images")
     print(f"share {result.share:.4f} of the dense FLOPs (target {result.target:g}); thresholds in {folder}")
 
 

@@ -15,7 +15,7 @@ import ltmp
 from ltmp.checkpoint import apply, read, read_state_dict, split_thresholds
 from ltmp.cli.setup import autocast_type, pick_device
 from ltmp.errors import UsageError
-from ltmp.evaluate import evaluate, report
+from ltmp.evaluate import evaluate, tables
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,9 +42,9 @@ def validate(args: argparse.Namespace) -> None:
     apply(model, file, source=str(args.checkpoint))
     images = open_images(args, model, "validation")
     result = evaluate(model, images, device=pick_device(args.device), amp=autocast_type(args.amp))
-    report.show(report.comparison(result), f"{args.model}, {result.images} images")
+    tables.show(tables.comparison(result), f"{args.model}, {result.images} images")
     if args.json:
-        report.write_json(report.as_json(result, model=args.model, checkpoint=str(args.checkpoint)), args.json)
+        tables.write_json(tables.as_json(result, model=args.model, checkpoint=str(args.checkpoint)), args.json)
 
 
 def holds_weights(path: Path) -> bool:

@@ -23,7 +23,7 @@ import timm
 import torch
 
 import ltmp
-from ltmp.models.registry import parse_name
+from ltmp.zoo.timm_names import parse_name
 
 TOLERANCE = 1e-5
 """Largest difference allowed between attached and dense, relative to the largest output."""

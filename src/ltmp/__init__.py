@@ -6,9 +6,13 @@
 >>> ltmp.save(model, "deit_small_0.60.safetensors")
 """
 
+from . import _moved
 from ._version import __version__ as __version__
+from .calls import Trace as Trace
 from .calls import dense as dense
 from .calls import record as record
+from .calls import trace as trace
+from .calls import unmerge as unmerge
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig
@@ -16,6 +20,8 @@ from .errors import LTMPError as LTMPError
 from .evaluate.costs import measure_costs as measure_costs
 from .evaluate.latency import Costs as Costs
 from .evaluate.latency import set_latency as set_latency
+from .hosts.attach import attach as attach
+from .hosts.attach import detach as detach
 from .hub import from_pretrained as from_pretrained
 from .hub import push_to_hub as push_to_hub
 from .learning import DialResult as DialResult
@@ -23,11 +29,7 @@ from .learning import LearnResult as LearnResult
 from .learning import learn as learn
 from .learning import learn_dial as learn_dial
 from .learning import tune as tune
-from .models import attach as attach
-from .models import detach as detach
-from .models.registry import install as _install
-from .sources import Trace as Trace
-from .sources import trace as trace
-from .sources import unmerge as unmerge
+from .zoo.timm_names import install as _install
 
 _install()
+_moved.install()

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .config import LTMPConfig
-from .dial import PREFIX as DIAL
-from .dial import Dial
 from .errors import LTMPError, UsageError
 from .files import atomic_path
+from .hosts.attach import attach, is_attached, stack_of, thresholds_of
 from .locate import file_name, locate
-from .models import attach, is_attached, stack_of, thresholds_of
-from .models.hugging_face import is_of_transformers, save_classifier
-from .thresholds import Thresholds
+from .method.dial import PREFIX as DIAL
+from .method.dial import Dial
+from .method.thresholds import Thresholds
 
 FORMAT = "ltmp-thresholds"
 SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
@@ -119,34 +118,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         "version": __version__,
     }
     _write(tensors, about, path)
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model without thresholds: what it has when nothing is attached."""
-    return {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in model.state_dict().items()
-        if not name.startswith("ltmp.")
-    }
-
-
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model's own weights as a plain checkpoint of its library, e.g. after `ltmp.tune`.
-
-    Args:
-        path: a `.safetensors` file, replaced whole or left alone; of a classifier of transformers, a folder.
-
-    Raises:
-        LTMPError: it cannot be written.
-    """
-    if is_of_transformers(model):
-        save_classifier(model, plain_state(model), path)
-        return
-    with atomic_path(path) as temporary:
-        try:
-            save_file(plain_state(model), temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise LTMPError(f"cannot write {path}: {error}") from error
 
 
 def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **metadata: Any) -> None:
@@ -331,7 +302,7 @@ def load(
         apply(model, file, source=str(path))
     except LTMPError:
         if not attached:
-            from .models import detach
+            from .hosts.attach import detach
 
             detach(model)
         raise

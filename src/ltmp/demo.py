@@ -20,12 +20,12 @@ from torchvision.transforms.functional import to_pil_image
 from . import attach, learn, save
 from .data import load_digits, make_loader
 from .data.embedded import CLASSES, MEAN, STD
-from .evaluate import Evaluation, describe_machine, report
+from .evaluate import Evaluation, describe_machine, tables
 from .files import atomic_path
-from .models.build import load_weights
 from .report import Budget, Report, evaluate_budget, write_report
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
+from .zoo.build import load_weights
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 
@@ -233,13 +233,13 @@ def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
 
 
 def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
-    rows: list[report.Row] = []
+    rows: list[tables.Row] = []
     for target, evaluation in evaluations.items():
-        dense, reduced = report.comparison(evaluation, name=f"target {target:g}")
+        dense, reduced = tables.comparison(evaluation, name=f"target {target:g}")
         rows += [reduced] if rows else [dense, reduced]
     with atomic_path(out / "table.md") as temporary:
-        temporary.write_text(report.markdown(rows), encoding="utf-8")
-    report.write_json({f"{target:g}": report.as_json(done) for target, done in evaluations.items()}, out / "table.json")
+        temporary.write_text(tables.markdown(rows), encoding="utf-8")
+    tables.write_json({f"{target:g}": tables.as_json(done) for target, done in evaluations.items()}, out / "table.json")
     dense_top1 = next(iter(evaluations.values())).dense_top1 or 0.0
     plot_tradeoff(
         [1.0, *(done.share for done in evaluations.values())],
@@ -247,7 +247,7 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         out / "accuracy.png",
         title="Digits: accuracy against compute",
     )
-    report.show(rows, "dense against reduced (top-1, top-5, agree in %)")
+    tables.show(rows, "dense against reduced (top-1, top-5, agree in %)")
     if any(done.throughput and done.throughput.speedup < 1 for done in evaluations.values()):
         print("Slower than dense: for so small a ViT, deciding costs what is saved. Larger ones win: `ltmp bench`.")
     for name, what in {

@@ -13,9 +13,9 @@ from torch import nn
 
 from .checkpoint import annotate, load, read, save
 from .errors import LTMPError
-from .evaluate import Evaluation, report
+from .evaluate import Evaluation, tables
 from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
-from .models.build import build_model
+from .zoo.build import build_model
 
 PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
 START, END = "<!-- ltmp: this part is written anew by each push -->", "<!-- /ltmp -->"
@@ -182,7 +182,7 @@ def _body(repo_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:
 two numbers a block with which a frozen vision transformer drops and merges tokens image by image. The model's own
 weights are not in here and do not change.
 
-{report.markdown([{name: row[name] for name in filled} for row in rows])}
+{tables.markdown([{name: row[name] for name in filled} for row in rows])}
 Budget and share are parts of the dense model's FLOPs: the one aimed at, and the one measured, as a mean over images.
 Accuracies are in percent. Where a field is empty nothing was measured.
 

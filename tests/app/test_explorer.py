@@ -8,7 +8,7 @@ import torch
 import ltmp
 from ltmp.app.explorer import first_blocks
 from ltmp.errors import LTMPError
-from ltmp.models import stack_of, thresholds_of
+from ltmp.hosts.attach import stack_of, thresholds_of
 
 
 def test_after_the_last_block_the_model_itself_answers(explorer, pictures):

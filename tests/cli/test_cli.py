@@ -118,7 +118,7 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ltmp("learn", "--data", images, "--out", whole, *LEARN) == 0
 
-    from ltmp.cli import learning
+    from ltmp.cli.verbs import learn
 
     def stop_at_second_step(model, loader, *args, on_step, **kwargs):
         def watch(step):
@@ -129,7 +129,7 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
         return package.learn(model, loader, *args, on_step=watch, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning, "run_learning", stop_at_second_step)
+        patch.setattr(learn, "run_learning", stop_at_second_step)
         assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 130
     assert "--resume" in error(capsys)
     assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 2
@@ -219,12 +219,12 @@ def test_traceback_only_with_debug(ltmp, tmp_path, capsys):
 
 
 def test_unexpected_error_is_one_line_too(monkeypatch, capsys):
-    from ltmp.cli import app
+    from ltmp.cli import commands
 
     def fail():
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(app, "describe_machine", fail)
+    monkeypatch.setattr(commands, "describe_machine", fail)
     assert main(["info"]) == 1
     assert error(capsys) == "error: ZeroDivisionError: by zero (add --debug for the traceback)"
 

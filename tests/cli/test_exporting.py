@@ -10,7 +10,7 @@ from timm import create_model
 
 import ltmp as package
 from ltmp.cli import main
-from ltmp.models import thresholds_of
+from ltmp.hosts.attach import thresholds_of
 
 from .conftest import MODEL, NAME, SHAPE
 from .test_cli import error

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ltmp as package
-from ltmp.cli.showing import parse_blocks
+from ltmp.cli.verbs.show import parse_blocks
 from ltmp.errors import UsageError
 
 from .conftest import NAME, SHAPE

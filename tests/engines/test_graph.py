@@ -18,16 +18,17 @@ from torch.utils._pytree import tree_map_
 import ltmp
 from helpers import assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.config import BEST, FIXED
-from ltmp.dial import Dial, keep_on
-from ltmp.engines.request import Capacity
+from ltmp.engines.capacity import Capacity
 from ltmp.evaluate.compare import rates_for
+from ltmp.hosts.attach import stack_of
 from ltmp.learning import learn_probe
-from ltmp.models import stack_of
+from ltmp.method.dial import Dial, keep_on
 
 pytest.importorskip("triton")
 from ltmp.engines import capacity, graph
 from ltmp.engines.capacity import SLACK, plan_capacity
-from ltmp.engines.graph import CudaRecorder, GraphedForward
+from ltmp.engines.graph import GraphedForward
+from ltmp.engines.recorder import CudaRecorder
 
 # batches that outgrow their room leave nonsense behind in it, and NumPy says so
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ltmp
 from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
 from ltmp.engines import onednn
-from ltmp.models.timm import RECIPE
+from ltmp.hosts.timm import RECIPE
 
 needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),

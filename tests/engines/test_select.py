@@ -13,7 +13,8 @@ from helpers import assert_close, attach_reducing, random_images, run_recorded, 
 from ltmp.config import ENGINES
 from ltmp.engines import graph, packed, select
 from ltmp.errors import LTMPError
-from ltmp.models import stack_of
+from ltmp.hosts.attach import stack_of
+from ltmp.method.thresholds import Thresholds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -72,7 +73,7 @@ def test_auto_on_a_gpu_keeps_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_policies_run_on_the_packed_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other(ltmp.thresholds.Thresholds):
+    class Other(Thresholds):
         def decide(self, step: str, block: int, score: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
             return torch.ones_like(score)
 

@@ -14,7 +14,7 @@ from helpers import assert_close, attach_reducing, embed, make_probe, random_ima
 from ltmp.config import ATTENTION, BEST, FIXED, LTMPConfig
 from ltmp.engines import packed
 from ltmp.engines.state import Reduced
-from ltmp.models import stack_of
+from ltmp.hosts.attach import stack_of
 
 pytest.importorskip("triton")
 from ltmp.engines import triton as engine

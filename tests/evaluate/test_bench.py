@@ -12,8 +12,9 @@ from helpers import attach_reducing, make_probe, random_images, tiny_vit
 from ltmp.config import ATTENTION, BEST
 from ltmp.errors import LTMPError
 from ltmp.evaluate import bench
-from ltmp.evaluate.bench import Bench, Row, decisions_agree, table
-from ltmp.models import stack_of
+from ltmp.evaluate.agreement import decisions_agree
+from ltmp.evaluate.bench import Bench, Row, table
+from ltmp.hosts.attach import stack_of
 
 
 def reduced_model(**kwargs: Any) -> Any:

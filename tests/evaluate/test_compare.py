@@ -12,7 +12,7 @@ from ltmp.config import FIXED
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate
 from ltmp.evaluate.compare import Entry, Wanted, compare, fixed_entry, rates_for, rows
-from ltmp.models import stack_of
+from ltmp.hosts.attach import stack_of
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

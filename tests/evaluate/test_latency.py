@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ltmp
 from helpers import attach_reducing, make_dial, random_images, run_recorded, tiny_vit
-from ltmp.dial import Dial, keep_on
 from ltmp.errors import LTMPError, UsageError
 from ltmp.evaluate import costs as costing
 from ltmp.evaluate.costs import measure_costs
 from ltmp.evaluate.latency import BlockCosts, Costs, set_latency
-from ltmp.models import stack_of
+from ltmp.hosts.attach import stack_of
+from ltmp.method.dial import Dial, keep_on
 
 IMAGES = 4
 

@@ -21,8 +21,8 @@ from ltmp.export.forms import FORMS
 from ltmp.export.onnx import read_metadata
 from ltmp.export.runtimes import OPENERS, Session
 from ltmp.export.verify import expect, smooth_images, verify
-from ltmp.models import stack_of, thresholds_of
-from ltmp.thresholds import Thresholds
+from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.method.thresholds import Thresholds
 
 pytest.importorskip("onnx", reason="needs the extra 'export'")
 pytest.importorskip("onnxruntime", reason="needs the extra 'export'")

@@ -16,7 +16,7 @@ import ltmp
 from helpers import TINY, assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.engines.request import Request, requested
 from ltmp.export.forms import FORMS, Form
-from ltmp.models import thresholds_of
+from ltmp.hosts.attach import thresholds_of
 
 DEPTH = 3
 RTOL = 1e-5  # of the largest logit: float32, summed in another order

@@ -13,13 +13,13 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.config import MATCHINGS
 from ltmp.errors import LTMPError, UsageError
-from ltmp.flops import Geometry, flops_share
+from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import calibrate, heldout, loop
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import teacher
 from ltmp.learning.schedule import usual
-from ltmp.models import thresholds_of
+from ltmp.method.flops import Geometry, flops_share
 
 TARGET = 0.65
 SETTINGS = {"views": 96, "calibration": 48}

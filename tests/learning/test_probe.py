@@ -17,9 +17,9 @@ import ltmp
 from helpers import assert_close, make_probe, random_images, tiny_vit
 from ltmp.checkpoint import read
 from ltmp.errors import LTMPError
+from ltmp.hosts.attach import stack_of
 from ltmp.learning import calibrate, learn_probe
 from ltmp.learning.probe import _gradients, _Moments, _sureness, _Watching
-from ltmp.models import stack_of
 from ltmp.ops.probe.reference import LIFT, WIDTH, probe
 
 BEST = ltmp.LTMPConfig.best
@@ -283,5 +283,5 @@ def test_copies_checkpoints_and_casts_keep_it(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     save_file(model.state_dict(), whole)
     assert torch.equal(read(whole).probe, learned)
-    assert "ltmp.probe" in model.state_dict()
+    assert "ltmp.method.probe_gone" in model.state_dict()
     assert not [name for name in ltmp.detach(model).state_dict() if "ltmp" in name]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import ltmp
 from helpers import assert_close, random_images, run_recorded, tiny_vit
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
+from ltmp.hosts.attach import stack_of, thresholds_of
 from ltmp.learning import Tuning, loop, tune, weights
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import Objective, teacher
-from ltmp.models import stack_of, thresholds_of
 
 TARGET = 0.6
 SETTINGS = {"calibration": 32}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ltmp.config import LTMPConfig
-from ltmp.thresholds import Thresholds
-from ltmp.tokens import Tokens
+from ltmp.method.thresholds import Thresholds
+from ltmp.method.tokens import Tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from ltmp.config import ATTENTION, MATCHINGS
+from ltmp.method.reduction import fold as fold_reference
+from ltmp.method.reduction import make_plan
+from ltmp.method.scores import Scores, attended_for, importance_for, reluctance_for
 from ltmp.ops.match.reference import candidates as candidates_reference
 from ltmp.ops.match.reference import match as match_reference
 from ltmp.ops.match.reference import similarity_metric
-from ltmp.reduction import fold as fold_reference
-from ltmp.reduction import make_plan
-from ltmp.scores import Scores, attended_for, importance_for, reluctance_for
 
 from .helpers import DEVICE, Batch, importance_of, random_received, thresholds
 
 triton = pytest.importorskip("triton")
 # only now, as these import Triton
 from ltmp.ops.fold.triton import fold  # noqa: E402
-from ltmp.ops.match.triton import candidates, class_rows, match  # noqa: E402
+from ltmp.ops.match.triton import candidates, match  # noqa: E402
 from ltmp.ops.norm.triton import Norm, add_norm  # noqa: E402
 from ltmp.ops.plan.triton import plan  # noqa: E402
+from ltmp.ops.weigh.triton import class_rows  # noqa: E402
 
 COUNTS = [[1], [2], [7], [9, 1, 64, 65, 2, 3], [33, 30, 31, 32], [150, 3, 197]]
 LONG = [[300, 1, 270]]

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from helpers import make_probe
-from ltmp.ops.probe.reference import LIFT, WIDTH, matter, probe
-from ltmp.scores import importance_for, metric_for, reluctance_for
+from ltmp.method.scores import importance_for, metric_for, reluctance_for
+from ltmp.ops.probe.reference import LIFT, WIDTH, probe
+from ltmp.ops.weigh.reference import matter
 
 from .helpers import DEVICE, Batch, importance_of, random_received, thresholds
 
 pytest.importorskip("triton")
 # only now, as these import Triton
-from ltmp.ops.probe.triton import matter_rows, probe_rows
+from ltmp.ops.probe.triton import probe_rows
+from ltmp.ops.weigh.triton import matter_rows
 
 
 @pytest.mark.parametrize("width", [16, 24, 200])

@@ -17,7 +17,7 @@ import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
 from ltmp.data import make_loader
 from ltmp.errors import LTMPError
-from ltmp.evaluate import ImageRows, report
+from ltmp.evaluate import ImageRows, tables
 from ltmp.report import Measured, Report, evaluate_budget, read_result, write_report
 from ltmp.report.changes import find_changes
 from ltmp.report.charts import COLOURS
@@ -146,7 +146,7 @@ def test_without_labels_only_answers_are_compared(page, budget):
 
 def test_results_of_other_verbs(budget, tmp_path):
     written = {
-        "eval": report.as_json(budget.evaluation, model="vit", thresholds="runs/deit/thresholds.safetensors"),
+        "eval": tables.as_json(budget.evaluation, model="vit", thresholds="runs/deit/thresholds.safetensors"),
         "learn": {"thresholds": "runs/deit/thresholds.safetensors", "share": 0.61, "top1": 70.0, "top1_dense": 72.0,
                   "history": [{"step": 1, "steps": 2, "loss": 0.5, "share": 0.7, "lr": 1}]},
         "compare": {"model": "vit", "rows": [

@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from starlette.testclient import TestClient
 
-from ltmp.serve.app import create_app
+from ltmp.serve.endpoints import create_app
 from ltmp.serve.server import bind, make_server
 
 

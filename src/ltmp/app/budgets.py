@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..calls import record
 from ..checkpoint import load, read
 from ..errors import LTMPError, UsageError
+from ..hosts.attach import attach, is_attached, thresholds_of
 from ..learning.calibrate import calibrate
-from ..models import attach, is_attached, thresholds_of
 
 LOWEST = 0.4
 """The smallest share that thresholds are calibrated for."""

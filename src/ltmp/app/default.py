@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..data import load_digits
 from ..data.embedded import CLASSES, MEAN, STD
 from ..demo import Progress, Recipe, trained_model
-from ..models import attach
+from ..hosts.attach import attach
 from .budgets import Budgets
 from .explorer import Explorer
 

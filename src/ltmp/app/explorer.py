@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..calls import dense
 from ..data import eval_transform, input_channels, read_image, sharp_view
-from ..models import stack_of, thresholds_of
-from ..models.outputs import logits_of
-from ..stack import ReducedStack
-from ..thresholds import Thresholds
+from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.outputs import logits_of
+from ..hosts.stack import ReducedStack
+from ..method.thresholds import Thresholds
 from ..visualize import Seen, panel, see, strip
 from .budgets import Budgets
 

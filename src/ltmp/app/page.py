@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ..errors import LTMPError, MissingExtraError
-from ..models import thresholds_of
+from ..hosts.attach import thresholds_of
 from .explorer import WIDTH, Explorer, Look
 
 LARGEST = "20mb"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import LTMPError, UsageError
-from ..models.outputs import embeddings_of, logits_of
+from ..hosts.outputs import embeddings_of, logits_of
 
 Call = Callable[[Tensor], Any]
 """From images [B, C, H, W] to what a model returns."""

@@ -37,7 +37,7 @@ def _run(arguments: list[str]) -> int:
         import typer
     except ImportError as error:
         raise MissingExtraError("typer", "cli", "The command line") from error
-    from .app import app
+    from .commands import app
 
     try:
         return int(app(arguments, prog_name="ltmp", standalone_mode=False) or 0)

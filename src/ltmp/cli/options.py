@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..config import ATTENTION
+from ..config import ATTENTION, SCORES, LTMPConfig
+from ..errors import UsageError
 
 _MODEL, _DATA, _RUN, _OUTPUT = "Model", "Data", "Running", "Output"
 
@@ -157,3 +158,34 @@ Csv = Annotated[
     str | None,
     typer.Option("--csv", metavar="FILE", help="Write the table as CSV; - is the screen.", rich_help_panel=_OUTPUT),
 ]
+
+
+Thresholds = Annotated[Path, typer.Option(help="The file that `ltmp learn` wrote, its folder, or USER/REPO.")]
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="timm model name; default: the one in the thresholds file.", rich_help_panel="Model"),
+]
+
+
+def settings_of(scores: str) -> dict[str, Any]:
+    """What `--scores` stands for."""
+    if scores not in SCORES:
+        raise UsageError(f"unknown scores {scores!r}: expected one of {', '.join(SCORES)}")
+    return SCORES[scores]
+
+
+def config_of(
+    scores: str, variant: str, similarity: str | None, matching: str | None, importance: str | None,
+    size_power: float | None, class_power: float | None,
+) -> LTMPConfig:  # fmt: skip
+    """The settings that verbs ask for, as `scores` says where they are None; a wrong one is a usage error."""
+    named = settings_of(scores)
+    settings = {"variant": variant, "similarity": similarity, "matching": matching, "importance": importance,
+                "size_power": size_power, "class_power": class_power}  # fmt: skip
+    asked: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return LTMPConfig(**{**named, **asked})
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -14,7 +14,7 @@ from torch import nn
 from .. import distributed, load
 from ..data import Loader, check_classes, eval_transform, input_channels, make_loader, open_dataset
 from ..errors import UsageError
-from ..models.build import brings_weights, build_model
+from ..zoo.build import brings_weights, build_model
 
 
 @dataclass(frozen=True)

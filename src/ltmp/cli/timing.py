@@ -12,7 +12,7 @@ from .. import distributed
 from ..errors import UsageError
 from ..evaluate.costs import measure_costs
 from ..evaluate.latency import set_latency, speed
-from ..models import thresholds_of
+from ..hosts.attach import thresholds_of
 from .progress import progress_bar
 
 

@@ -63,3 +63,16 @@ def _in_words(names: list[str]) -> list[str]:
             return name
 
     return [words(name) for name in names]
+
+
+def known_names(model: nn.Module, pretrained: bool) -> tuple[str, ...] | None:
+    """The class names that came with the weights."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    if not pretrained or config.get("num_classes") != getattr(model, "num_classes", None):
+        return None
+    if isinstance(config.get("label_names"), list | tuple):
+        return tuple(map(str, config["label_names"]))
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else None

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models.hugging_face import data_config, is_of_transformers
+from ..zoo.hugging_face import data_config, is_of_transformers
 from .dataset import Transform
 
 

@@ -15,7 +15,7 @@ from .request import Active
 from .state import Reduced, State
 
 if TYPE_CHECKING:
-    from ..stack import ReducedStack
+    from ..hosts.stack import ReducedStack
 
 
 class Blockwise:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..thresholds import Thresholds
-from .request import Capacity
+from ..method.thresholds import Thresholds
+
+pass
 
 if TYPE_CHECKING:
-    from ..policy import Policy
+    from ..method.policy import Policy
 
 LEVELS = 16
 """Parts of the range from 0 to 1 whose budgets share graphs: fewer waste room, more record more."""
@@ -79,3 +80,23 @@ def plan_capacity(
         room.append(min(wanted, before[0]) if most else before[0])
         longest.append(min(reach, before[1]) if most else before[1])
     return Capacity(tuple(room), tuple(longest))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed sizes of a batch after each block, so that nothing needs to be read back while it runs.
+
+    Attributes:
+        rows: tokens of the whole batch.
+        longest: tokens of its longest image.
+    """
+
+    rows: tuple[int, ...]
+    longest: tuple[int, ...]
+
+    def holds(self, stats: Sequence[Sequence[int]]) -> bool:
+        """Whether a batch with these `stats` (tokens, longest image, ...) after each block fitted."""
+        return all(
+            total <= rows and most <= longest
+            for (total, most, *_), rows, longest in zip(stats, self.rows, self.longest, strict=True)
+        )

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..method.reduction import fold, make_plan
+from ..method.scores import attended_for, score
+from ..method.tokens import take
 from ..ops.attend.reference import attend
-from ..reduction import fold, make_plan
-from ..scores import attended_for, score
-from ..tokens import take
 from .positions import Positions
 from .request import Active
 from .state import Reduced, State
 
 if TYPE_CHECKING:
-    from ..stack import ReducedStack
+    from ..hosts.stack import ReducedStack
 
 
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:

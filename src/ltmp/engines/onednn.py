@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from ..models.recipe import Parts, Recipe
+    from ..method.recipe import Parts, Recipe
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..method.reduction import Plan, make_plan
+from ..method.scores import attended_for, score
+from ..method.tokens import Tokens, take
 from ..ops.attend.reference import attend, attend_rows
-from ..reduction import Plan, make_plan
-from ..scores import attended_for, score
-from ..tokens import Tokens, take
 from .masked import finish
 from .onednn import halves
 from .positions import Positions
 from .request import Active
+from .rows import _first_rows, pad, rows
 from .state import Reduced, State
 
 if TYPE_CHECKING:
-    from ..stack import ReducedStack
+    from ..hosts.stack import ReducedStack
 
 
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
@@ -77,35 +78,6 @@ def attend_to(
     padded_q, padded_k, padded_v = (pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v))
     out, importance = attend(padded_q, padded_k, padded_v, weight, keep)
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
-
-
-def _first_rows(counts: list[int], device: torch.device) -> Tensor:
-    """int64 [B], the row where each image begins."""
-    number = torch.tensor(counts, device=device)
-    return number.cumsum(0) - number
-
-
-def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each packed row its image and its place in that image, int64 [T] both."""
-    number = torch.tensor(counts, device=device)
-    image = torch.repeat_interleave(torch.arange(len(counts), device=device), number, output_size=sum(counts))
-    return image, torch.arange(sum(counts), device=device) - _first_rows(counts, device)[image]
-
-
-def pad(values: Tensor, counts: list[int]) -> Tensor:
-    """[T] or [T, C] rows to [B, max(counts)] or [B, max(counts), C], zeros behind each image."""
-    if len(set(counts)) == 1:
-        return values.unflatten(0, (len(counts), counts[0]))
-    image, place = _places(counts, values.device)
-    out = values.new_zeros(len(counts), max(counts), *values.shape[1:])
-    return out.index_put((image, place), values)
-
-
-def rows(values: Tensor, counts: list[int]) -> Tensor:
-    """The inverse of `pad`."""
-    if len(set(counts)) == 1:
-        return values[:, : counts[0]].flatten(0, 1)
-    return values[_places(counts, values.device)]
 
 
 def _fold_rows(x: Tensor, counts: list[int], plan: Plan) -> tuple[Tensor, Tokens, list[int]]:

@@ -6,50 +6,20 @@ the device, at sizes known beforehand, nothing read by the host, so that a CUDA 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import reduction, scores
+from ..method import reduction, scores
+from ..method.policy import Policy
+from ..method.tokens import Tokens
 from ..ops.match import reference, triton
 from ..ops.plan.triton import Plan
-from ..policy import Policy
-from ..tokens import Tokens
+from .rows import Padding, _where, tokens_of
 
 if TYPE_CHECKING:
-    from .triton import Rows
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Where the tokens of padded images lie among the rows.
-
-    Attributes:
-        at: int64 [B, longest], rows; some row that exists where there is no such token.
-        live: bool [B, longest], whether there is one.
-    """
-
-    at: Tensor
-    live: Tensor
-
-    @classmethod
-    def of(cls, cu: Tensor, longest: int, rows: int) -> Padding:
-        """For images in rows cu[b]:cu[b + 1] of `rows`."""
-        place = torch.arange(longest, device=cu.device)
-        live = place < cu.diff()[:, None]
-        return cls((cu[:-1, None] + place).clamp(max=rows - 1).long(), live)
-
-    def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """[T] or [T, C] to [B, longest] or [B, longest, C]; rows past the end may hold anything, even NaN."""
-        live = self.live if values.ndim == 1 else self.live[..., None]
-        return torch.where(live, values[self.at], fill)
-
-
-def tokens_of(rows: Rows, padding: Padding) -> Tokens:
-    """The state as the definition knows it."""
-    return Tokens(padding.pad(rows.size, 1.0), padding.live.float(), padding.pad(rows.origin, 0).long())
+    from .rows import Rows
 
 
 def slots(plan: reduction.Plan) -> Tensor:
@@ -121,10 +91,3 @@ def _importance(
         # of the queries only the class token's is read
         attended = scores.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
     return scores.importance_for(policy, block, None, attended, tokens)
-
-
-def _where(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Of each row its image and its place there, int64 [T]; of rows past the end any."""
-    row = torch.arange(rows.x.shape[0], dtype=torch.int32, device=rows.cu.device)
-    image = torch.searchsorted(rows.cu[1:], row, right=True).clamp(max=rows.cu.shape[0] - 2)
-    return image, (row - rows.cu[image]).clamp(max=rows.longest - 1).long()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..models.recipe import Recipe, Rotary
+    from ..method.recipe import Recipe, Rotary
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..context import held
+from ..calls import held
+from .capacity import Capacity
 
 if TYPE_CHECKING:
-    from ..stack import ReducedStack
+    from ..hosts.stack import ReducedStack
     from .positions import Positions
     from .state import Reduced
 
@@ -22,26 +23,6 @@ Active = tuple[tuple[bool, bool], ...]
 
 Run = Callable[["ReducedStack", Tensor, Active, "Positions | None"], "Reduced"]
 """An engine: all blocks on [B, N, C]."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Fixed sizes of a batch after each block, so that nothing needs to be read back while it runs.
-
-    Attributes:
-        rows: tokens of the whole batch.
-        longest: tokens of its longest image.
-    """
-
-    rows: tuple[int, ...]
-    longest: tuple[int, ...]
-
-    def holds(self, stats: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch with these `stats` (tokens, longest image, ...) after each block fitted."""
-        return all(
-            total <= rows and most <= longest
-            for (total, most, *_), rows, longest in zip(stats, self.rows, self.longest, strict=True)
-        )
 
 
 @dataclass

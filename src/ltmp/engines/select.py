@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..calls import tracing, unmerging
 from ..errors import LTMPError
-from ..policy import Policy
-from ..rates import Rates
-from ..sources import tracing, unmerging
-from ..thresholds import Thresholds
+from ..method.policy import Policy
+from ..method.rates import Rates
+from ..method.thresholds import Thresholds
 from . import packed
 from .request import REQUEST, Active, Run
 
 if TYPE_CHECKING:
-    from ..stack import ReducedStack
+    from ..hosts.stack import ReducedStack
     from .positions import Positions
     from .state import Reduced
 

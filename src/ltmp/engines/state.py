@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sources import spread, tracing
-from ..tokens import Tokens
+from ..calls import tracing
+from ..method.tokens import Tokens, spread
 from .positions import Positions
 
 

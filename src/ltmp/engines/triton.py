@@ -8,63 +8,32 @@ modules on the rows, with the same kernels around them.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import reduction
+from ..method import reduction
+from ..method.thresholds import Thresholds
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
-from ..ops.match.triton import candidates, class_rows
+from ..ops.match.triton import candidates
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import Plan, plan
-from ..ops.probe.triton import matter_rows, probe_rows
-from ..thresholds import Thresholds
+from ..ops.probe.triton import probe_rows
+from ..ops.weigh.triton import class_rows, matter_rows
+from .capacity import Capacity
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
-from .request import REQUEST, Active, Capacity
+from .request import REQUEST, Active
+from .rows import Rows, unpack
 from .state import Reduced
 
 if TYPE_CHECKING:
-    from ..models.recipe import Parts, Recipe
-    from ..stack import ReducedStack
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch between two blocks.
-
-    Attributes:
-        x: [T, C], image b in rows cu[b]:cu[b + 1].
-        normed: [T, C], `x` after the next block's first norm, or None where that block takes its norm itself.
-        size: float32 [T], patches in each token.
-        origin: int32 [T], each token's place in its image's input.
-        cu: int32 [B + 1], on the device.
-        longest: a bound on the tokens of an image.
-        whole: nothing was reduced yet: every image has `longest` tokens of size 1, and x has no spare rows.
-    """
-
-    x: Tensor
-    normed: Tensor | None
-    size: Tensor
-    origin: Tensor
-    cu: Tensor
-    longest: int
-    whole: bool
-
-    @classmethod
-    def start(cls, x: Tensor, norm: Norm | None) -> Rows:
-        """All tokens of [B, N, C]."""
-        images, length, _ = x.shape
-        device = x.device
-        x = x.flatten(0, 1).contiguous()
-        cu = torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device)
-        origin = torch.arange(length, dtype=torch.int32, device=device).repeat(images)
-        size = torch.ones(images * length, device=device)
-        return cls(x, _norm(x, norm), size, origin, cu, length, True)
+    from ..hosts.stack import ReducedStack
+    from ..method.recipe import Parts, Recipe
 
 
 class Branches(Protocol):
@@ -140,10 +109,6 @@ def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
     if x.is_cuda and linear.bias is not None and linear.weight.dtype == x.dtype != torch.float32:
         return torch._addmm_activation(linear.bias, x, linear.weight.t(), use_gelu=True)
     return F.gelu(linear(x), approximate="tanh" if act == "gelu_tanh" else "none")
-
-
-def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:
-    return None if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
 
 
 def branches(stack: ReducedStack) -> list[Branches]:
@@ -357,22 +322,3 @@ def _attend(
         return attend(q, k, v, weight, rows.cu, rows.longest, want_received)
     images = (t.unflatten(0, (-1, rows.longest)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*images).transpose(1, 2).flatten(2).flatten(0, 1), None
-
-
-def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor]:
-    """Rows as padded images again, prefix tokens first.
-
-    Returns:
-        x [B, longest, C] and size float32 [B, longest], both 0 where an image has no such token.
-    """
-    images = rows.cu.shape[0] - 1
-    if rows.whole:
-        return rows.x.unflatten(0, (images, -1)), rows.size.unflatten(0, (images, -1))
-    place = torch.arange(rows.longest, device=rows.x.device)
-    live = place < rows.cu.diff()[:, None]
-    at = (rows.cu[:-1, None] + place).clamp(max=rows.x.shape[0] - 1).long()
-    if protected > 1:
-        origin = torch.where(live, rows.origin[at], protected)
-        order = (origin - protected).clamp(max=0).argsort(dim=1, stable=True)
-        at, live = at.gather(1, order), live.gather(1, order)
-    return torch.where(live[..., None], rows.x[at], 0), torch.where(live, rows.size[at], 0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import Record, dense, record
+from ..deploy import deployed
 from ..distributed import exchange, merge, my_batches, rank
 from ..errors import LTMPError
-from ..flops import flops_share
-from ..models import is_attached, stack_of
-from ..models.outputs import logits_of
-from ..policy import Policy
-from .throughput import Throughput, measure
+from ..hosts.attach import is_attached, stack_of
+from ..hosts.outputs import logits_of
+from ..method.flops import flops_share
+from ..method.policy import Policy
+from .timing import Throughput, measure
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -247,16 +247,3 @@ def _check(images: Tensor, labels: Tensor, logits: Tensor) -> None:
             f"a label is {int(labels.max())} but the model's head has {logits.shape[-1]} classes, numbered from 0: "
             "use the model fine-tuned on these classes, or a class map"
         )
-
-
-@contextmanager
-def deployed(model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None) -> Iterator[None]:
-    """Evaluation mode without gradients on `device` inside; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.to(device).eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -7,35 +7,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..engines import packed, select
+from ..engines import select
 from ..errors import LTMPError, UsageError, first_line
-from ..models import detach, stack_of
-from ..models.outputs import logits_of
-from ..policy import Policy
-from ..reduction import make_plan
-from ..scores import attended_for, score
-from ..stack import ReducedStack
-from ..tokens import Tokens
+from ..hosts.attach import detach, stack_of
+from ..hosts.outputs import logits_of
+from ..method.policy import Policy
+from .agreement import DECISIONS, decisions_agree
 from .compare import rates_for
-
-Call = Callable[[], Any]
+from .timing import Call, timed
 
 FIXED = "fixed-rate merge"
 
-DECISIONS = 0.999
-"""Share of decisions that must equal the reference's, block by block on the same inputs."""
 
 SHARE = 0.005
 """How far a way's mean FLOPs share may be from the packed engine's over 64 images or more; fewer average out less."""
@@ -75,66 +66,6 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, None for what is not a number: JSON knows none."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
-
-
-@torch.no_grad()
-def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
-    """Share of equal decisions of the Triton engine and the method's definition, each block on the engine's own inputs.
-
-    Args:
-        x: [B, N, C] embedded tokens.
-
-    Returns:
-        Of all live tokens of all blocks that reduce, how many are kept, dropped or merged into the same partner alike.
-    """
-    from ..engines import triton
-    from ..ops.norm.triton import add_norm
-
-    active = select.active(stack.thresholds)
-    equal: list[Tensor] = []
-
-    class Compared(triton.Pass):
-        def block(self, i: int, rows: triton.Rows) -> triton.Rows:
-            q, k, v = self.branches[i].qkv(rows)
-            after = super().block(i, rows)
-            planned = self.plans[i]
-            if planned is not None:
-                live = int(rows.cu[-1])
-                wanted = _reference_slots(stack, i, active, rows, self.attended[:live], q[:live], k[:live], v[:live])
-                equal.append(planned.slot[:live].clamp(max=0) == wanted)
-            return after
-
-        def _reduce(self, i: int, steps: Any, rows: triton.Rows, y: Any, *rest: Any) -> triton.Rows:
-            self.attended = add_norm(rows.x, y, self.branches[i].scales[0], None)[0]
-            return super()._reduce(i, steps, rows, y, *rest)
-
-    Compared(stack, x, active).run()
-    return torch.cat(equal).double().mean().item() if equal else 1.0
-
-
-def _reference_slots(
-    stack: ReducedStack, block: int, active: Any, rows: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the token at place i.
-
-    Args:
-        x: [T, C], what the block's attention left; q, k, v: [T, H, D].
-    """
-    from ..engines.planned import slots
-
-    counts = rows.cu.diff().tolist()
-    pad, live = partial(packed.pad, counts=counts), sum(counts)
-    size, origin = (pad(t[:live]) for t in (rows.size, rows.origin.long()))
-    there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
-    tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
-    weight = stack.thresholds.weight(block, tokens.size)
-    _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
-    assert received is not None
-    attended = attended_for(stack.thresholds, block, pad(q), pad(k), tokens)
-    steps = stack.thresholds.steps(active, block)
-    scores = score(stack.thresholds, block, steps, tokens, stack.protected, x, k, pad(received), attended, pad)
-    plan = make_plan(tokens, scores, stack.thresholds, block, steps, stack.protected)
-    return packed.rows(slots(plan).clamp(max=0), counts)
 
 
 @contextmanager
@@ -184,7 +115,7 @@ class Bench:
                     vars(module)["fused_attn"] = False
             ways["dense, unfused"] = lambda: unfused(self.images)
         if self.images.is_cuda:
-            from ..engines.graph import CudaRecorder
+            from ..engines.recorder import CudaRecorder
 
             for name, call in list(ways.items()):
                 replay, output = CudaRecorder().record(call)
@@ -348,35 +279,6 @@ class Bench:
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
-
-
-def timed(ways: dict[str, Call], images: int, seconds: float) -> dict[str, float]:
-    """Images per second of each way: medians over rounds in which every way has its turn."""
-    cuda = torch.cuda.is_available()
-    once = {name: min(_elapsed(call, 1, cuda) for _ in range(2)) for name, call in ways.items()}
-    repeats = {name: max(1, round(seconds / 10 / max(took, 1e-6))) for name, took in once.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    rounds = 10 if max(once.values(), default=0) < seconds else 3
-    for _ in range(rounds):
-        for name, call in ways.items():
-            times[name].append(_elapsed(call, repeats[name], cuda))
-    return {name: images / median(found) for name, found in times.items()}
-
-
-def _elapsed(call: Call, repeats: int, cuda: bool) -> float:
-    """Seconds a call, on the device's own clock where it has one."""
-    if not cuda:
-        begin = perf_counter()
-        for _ in range(repeats):
-            call()
-        return (perf_counter() - begin) / repeats
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
-    for _ in range(repeats):
-        call()
-    end_event.record()
-    torch.cuda.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3 / repeats
 
 
 def table(rows: list[Row]) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..calls import record
 from ..config import LEARNED, VARIANTS, LTMPConfig
 from ..errors import UsageError
-from ..models import stack_of
-from ..policy import Policy
-from ..rates import Rates
+from ..hosts.attach import stack_of
+from ..method.policy import Policy
+from ..method.rates import Rates
 from .accuracy import Batches, Evaluation, evaluate_policies
 
 

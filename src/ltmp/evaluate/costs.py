@@ -18,21 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import dense, record
-from ..dial import Dial
+from ..deploy import deployed
 from ..engines import packed, select
+from ..engines.capacity import Capacity
 from ..engines.onednn import halves
 from ..engines.positions import Positions
-from ..engines.request import Active, Capacity
+from ..engines.request import Active
 from ..engines.state import State
-from ..models import stack_of, thresholds_of
+from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.stack import ReducedStack
+from ..method.dial import Dial
+from ..method.scores import attended_for, score
+from ..method.thresholds import Thresholds
+from ..method.tokens import Tokens
 from ..ops.match.reference import candidates
-from ..scores import attended_for, score
-from ..stack import ReducedStack
-from ..thresholds import Thresholds
-from ..tokens import Tokens
-from .accuracy import deployed
-from .bench import Call, timed
 from .latency import BlockCosts, Costs, Floats, dial_of
+from .timing import Call, timed
 
 POINTS = 7
 """Numbers of tokens that blocks are timed at."""
@@ -180,7 +181,8 @@ def _triton_pieces(
     stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """The same on a GPU, at fixed sizes, so that nothing is read back: the MLP runs on as many rows as entered."""
-    from ..engines.triton import Pass, Rows
+    from ..engines.rows import Rows
+    from ..engines.triton import Pass
 
     images, n, _ = x.shape
     capacity = Capacity((images * n,) * len(active), (n,) * len(active))
@@ -202,7 +204,7 @@ def _triton_pieces(
 
 def _recorded(ways: dict[str, Call]) -> dict[str, Call]:
     """Each as a CUDA graph, as the model will run: launching small kernels one by one would take longer."""
-    from ..engines.graph import CudaRecorder
+    from ..engines.recorder import CudaRecorder
 
     recorder = CudaRecorder()
     return {name: recorder.record(call)[0] for name, call in ways.items()}

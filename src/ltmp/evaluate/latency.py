@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dial import Dial
 from ..errors import LTMPError, UsageError
-from ..models import thresholds_of
-from ..thresholds import Thresholds
+from ..hosts.attach import thresholds_of
+from ..method.dial import Dial
+from ..method.thresholds import Thresholds
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

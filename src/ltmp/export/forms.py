@@ -18,12 +18,12 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
+from ..method.scores import Scores, score
+from ..method.tokens import Tokens
 from ..ops.match.reference import match_halves, match_mutual, weighed
-from ..scores import Scores, score
-from ..tokens import Tokens
 
 if TYPE_CHECKING:
-    from ..stack import ReducedStack
+    from ..hosts.stack import ReducedStack
 
 
 @dataclass(frozen=True)

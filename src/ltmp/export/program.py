@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch.export import Dim, ExportedProgram
 
 from ..calls import dense as run_dense
 from ..calls import record
+from ..deploy import evaluating
 from ..engines.request import Request, requested
 from ..errors import LTMPError, UsageError
-from ..models import is_attached, stack_of
-from ..models.outputs import logits_of
-from ..thresholds import Thresholds
+from ..hosts.attach import is_attached, stack_of
+from ..hosts.outputs import logits_of
+from ..method.thresholds import Thresholds
 from .forms import FORMS, Form
 
 INPUT, OUTPUTS = "images", ("logits", "counts")
@@ -140,18 +140,6 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     return channels, height, width
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def write_program(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:

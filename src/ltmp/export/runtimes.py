@@ -15,9 +15,9 @@ from ..calls import dense as run_dense
 from ..calls import is_dense, record, recording
 from ..errors import LTMPError, MissingExtraError
 from ..evaluate import deployed
-from ..flops import Geometry
-from ..models import stack_of
-from ..models.outputs import logits_of
+from ..hosts.attach import stack_of
+from ..hosts.outputs import logits_of
+from ..method.flops import Geometry
 from .program import INPUT, first_line
 
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]

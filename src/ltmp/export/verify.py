@@ -13,7 +13,7 @@ from ..calls import dense as run_dense
 from ..calls import record
 from ..errors import LTMPError
 from ..evaluate import deployed
-from ..models.outputs import logits_of
+from ..hosts.outputs import logits_of
 from .program import image_shape
 from .runtimes import Session
 

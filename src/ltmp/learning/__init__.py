@@ -9,8 +9,8 @@ from .log import WandB as WandB
 from .log import open_log as open_log
 from .loop import LearnResult as LearnResult
 from .loop import learn as learn
+from .optimiser import Step as Step
 from .probe import learn_probe as learn_probe
-from .run import Step as Step
 from .tune import tune as tune
 from .tune import views_of as views_of
 from .weights import Tuning as Tuning

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..flops import Geometry, flops_share
+from ..method.flops import Geometry, flops_share
 
 
 def lowest_share(geometry: Geometry, protected: int) -> float:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import dense, record
-from ..flops import Geometry
-from ..models import stack_of, thresholds_of
-from ..thresholds import Thresholds
+from ..hosts.attach import stack_of, thresholds_of
+from ..method.flops import Geometry
+from ..method.thresholds import Thresholds
 from .probe import learn_probe
 from .schedule import Schedule, Shape, usual
 

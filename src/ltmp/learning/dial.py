@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..dial import Dial, keep_on
 from ..distributed import exchange, rank
 from ..errors import UsageError
-from ..models import stack_of, thresholds_of
-from ..models.outputs import logits_of
+from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.outputs import logits_of
+from ..method.dial import Dial, keep_on
+from .batches import first
 from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress
@@ -28,7 +29,6 @@ from .probe import PROBED, learn_probe
 from .resume import load_run, save_run
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
-from .views import first
 
 ANCHORS = 3
 """Budgets that shapes are searched at; between them they are mixed, and beyond them move as the usual one does."""

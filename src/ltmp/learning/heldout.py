@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..distributed import mean
-from ..models import thresholds_of
-from ..models.outputs import logits_of
+from ..hosts.attach import thresholds_of
+from ..hosts.outputs import logits_of
 from .objective import task_loss, teacher
 
 Progress = Callable[[int, int, str], None]

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import LTMPError, MissingExtraError
-from ..models import thresholds_of
+from ..hosts.attach import thresholds_of
 from ..visualize import see, strip
 from .heldout import Candidate
-from .run import Step
+from .optimiser import Step
 
 EXAMPLES = 3
 PICTURES_EVERY = 50

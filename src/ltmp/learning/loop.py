@@ -15,17 +15,17 @@ from torch import nn
 
 from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
-from ..models import stack_of, thresholds_of
-from ..thresholds import Thresholds
+from ..hosts.attach import stack_of, thresholds_of
+from ..method.thresholds import Thresholds
+from .batches import Batch, apart, first, stream
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
 from .heldout import HeldOut, Progress
 from .log import Journal, Logger
 from .objective import Objective
+from .optimiser import Run, Step
 from .probe import learn_probe
 from .resume import load_run, save_run
-from .run import Run, Step
-from .views import Batch, apart, first, stream
 from .weights import Tuning, cut, tuned
 
 CALIBRATED = 128

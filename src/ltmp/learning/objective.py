@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ..calls import dense, record
 from ..distributed import gather, mean, total
 from ..errors import LTMPError
-from ..models import thresholds_of
-from ..models.outputs import logits_of
+from ..hosts.attach import thresholds_of
+from ..hosts.outputs import logits_of
 from .budget import budget_loss
 
 

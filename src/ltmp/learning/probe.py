@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from ..config import LTMPConfig
 from ..distributed import exchange
 from ..errors import LTMPError
-from ..models import stack_of, thresholds_of
-from ..models.outputs import logits_of
+from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.outputs import logits_of
+from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
-from ..thresholds import Thresholds
 from .heldout import Progress
 
 PROBED = 512

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from ..flops import Geometry, flops_share
+from ..method.flops import Geometry, flops_share
 
 MOST = 0.8 * math.log(2)
 """The fastest rate at which tokens may merge: half of them could, each into its partner."""

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
+from .batches import Batch, apart, count
 from .loop import LearnResult, learn
-from .views import Batch, apart, count
 from .weights import Tuning
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from ..engines import packed
 from ..engines.request import Request, requested
 from ..errors import LTMPError, MissingExtraError, UsageError
-from ..models import stack_of, thresholds_of
-from ..thresholds import Thresholds
+from ..hosts.attach import stack_of, thresholds_of
+from ..method.thresholds import Thresholds
 
 PARTS = ("norms", "lora")
 RATES = {"norms": 1e-3, "lora": 3e-4}

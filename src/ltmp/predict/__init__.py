@@ -2,7 +2,7 @@
 
 from .predictor import Predictor as Predictor
 from .predictor import Scoring as Scoring
-from .run import RayOptions as RayOptions
+from .ray import RayOptions as RayOptions
 from .run import Summary as Summary
 from .run import predict as predict
 from .sources import find_shards as find_shards

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._version import __version__
 from ..errors import LTMPError, UsageError
 from ..files import atomic_path
-from ..models import is_attached, thresholds_of
+from ..hosts.attach import is_attached, thresholds_of
 from .predictor import Predictor
 from .shards import Shard
 from .writer import ERRORS

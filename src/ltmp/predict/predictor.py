@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..data import eval_transform, input_channels
+from ..data.names import known_names
 from ..errors import LTMPError, UsageError
-from ..models.outputs import embeddings_of, logits_of
+from ..hosts.outputs import embeddings_of, logits_of
 from .reading import Batch, End, LostWorkerError, Unreadable, default_workers, naming_lost_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard
@@ -217,16 +218,3 @@ class Predictor:
                     raise
         rows = [asdict(written) for shard in shards if (written := finished(self.out, shard))]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-def known_names(model: nn.Module, pretrained: bool) -> tuple[str, ...] | None:
-    """The class names that came with the weights."""
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    if not pretrained or config.get("num_classes") != getattr(model, "num_classes", None):
-        return None
-    if isinstance(config.get("label_names"), list | tuple):
-        return tuple(map(str, config["label_names"]))
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset(model)
-    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else None

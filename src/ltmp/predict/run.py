@@ -10,25 +10,13 @@ from time import perf_counter
 from ..errors import LTMPError
 from . import manifest
 from .predictor import Predictor, Scoring
+from .ray import RayOptions
 from .shards import Shard
 from .sources import find_shards
 from .writer import Written, finished, merge_errors
 
 Report = Callable[[int, int, str], None]
 """Called with the images done in this run, how many there are (estimated for tars) and a line about it."""
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """How to run on Ray.
-
-    Args:
-        actors: models that work at once; None is one a GPU, or one a CPU where there is no GPU.
-        address: of a running cluster, "auto" for the one of this machine; None starts a local one for this run.
-    """
-
-    actors: int | None = None
-    address: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..evaluate import Evaluation, ImageRows, evaluate, report
-from ..models import thresholds_of
+from ..evaluate import Evaluation, ImageRows, evaluate, tables
+from ..hosts.attach import thresholds_of
 
 LEARNED = "learned thresholds"
 DENSE = "dense"
@@ -23,11 +23,11 @@ class Measured:
 
     Attributes:
         series: the dots of a series are joined by a line.
-        row: as `evaluate.report.comparison` makes them; what was not measured is None or missing.
+        row: as `evaluate.tables.comparison` makes them; what was not measured is None or missing.
     """
 
     series: str
-    row: report.Row
+    row: tables.Row
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Budget:
 
     def measured(self) -> list[Measured]:
         """The dense model and this budget."""
-        dense, reduced = report.comparison(self.evaluation, self.name)
+        dense, reduced = tables.comparison(self.evaluation, self.name)
         return [Measured(DENSE, dense), Measured(LEARNED, reduced)]
 
 

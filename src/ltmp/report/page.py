@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import LTMPError, MissingExtraError
-from ..evaluate.report import format_value
+from ..evaluate.tables import format_value
 from ..files import atomic_path
 from . import charts, gallery
 from .changes import Changes, find_changes

@@ -16,12 +16,12 @@ from .limits import Limits as Limits
 from .predictor import Predictor as Predictor
 
 if TYPE_CHECKING:
-    from .app import create_app as create_app
+    from .endpoints import create_app as create_app
     from .server import bind as bind
     from .server import log_to_stderr as log_to_stderr
     from .server import run as run
 
-_LATE = {"create_app": "app", "bind": "server", "log_to_stderr": "server", "run": "server"}
+_LATE = {"create_app": "endpoints", "bind": "server", "log_to_stderr": "server", "run": "server"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from ..data import eval_transform, input_channels
 from ..data.dataset import Transform
 from ..errors import LTMPError, UsageError
 from ..evaluate import deployed
-from ..models import is_attached
+from ..hosts.attach import is_attached
 from .limits import read_image
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import record
+from ..calls import record, trace
 from ..errors import LTMPError
-from ..models import stack_of
-from ..sources import trace
+from ..hosts.attach import stack_of
 
 
 @dataclass(frozen=True)

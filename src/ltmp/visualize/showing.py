@@ -15,7 +15,7 @@ from ..checkpoint import load, read
 from ..data import eval_transform, input_channels, read_image, sharp_view
 from ..errors import UsageError
 from ..files import atomic_path
-from ..models import detach
+from ..hosts.attach import detach
 from .animation import save_film
 from .groups import Seen, see
 from .pictures import choose_blocks, frames, strip

@@ -95,33 +95,3 @@ def attend_rows(
             if need_importance:
                 received.append(p.mean((0, 1)))
     return torch.cat(outs), torch.cat(received) if need_importance else None
-
-
-@torch.no_grad()
-def class_attention(q: Tensor, k: Tensor, size: Tensor, keep: Tensor) -> Tensor:
-    """How much the first token, the class token, attends to each token (Liang et al., ICLR 2022, section 3.2).
-
-    Args:
-        q, k: [B, N, H, D]; of q only the first token's is read.
-        size: float32 [B, N], as in `attend`. keep: float32 [B, N], 1 live and 0 gone.
-
-    Returns:
-        float32 [B, N], mean over heads.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (k.float() * (q[:, :1].float() * q.shape[-1] ** -0.5)).sum(-1)  # [B, N, H]
-        scores = scores + size.log()[..., None]
-        return scores.masked_fill((keep <= 0)[..., None], float("-inf")).softmax(1).mean(-1)
-
-
-def importance_by(received: Tensor, attended: Tensor, power: float) -> Tensor:
-    """What pruning goes by where the class token has a say: the mean attention received and the attention from it.
-
-    Both sum to 1 over an image's tokens; this is their geometric mean, weighted by `power`.
-
-    Args:
-        received: float32, any shape, see `attend`. attended: the same, see `class_attention`.
-        power: the class token's say, from 0 to 1.
-    """
-    least = torch.finfo(torch.float32).tiny
-    return received.clamp(min=least) ** (1 - power) * attended.clamp(min=least) ** power

@@ -21,19 +21,6 @@ def similarity_metric(k: Tensor, kind: str = "mean") -> Tensor:
     return F.normalize(k.mean(-2) if kind == "mean" else F.normalize(k, dim=-1).flatten(-2), dim=-1)
 
 
-def reluctance_by(attended: Tensor, patches: Tensor, power: float) -> Tensor:
-    """float32 [B, N], how little tokens want to merge: the class token's attention relative to a patch's even share.
-
-    Half the power each, so that a pair's product is that of their geometric mean.
-
-    Args:
-        attended: float32 [B, N], see `ops.attend.reference.class_attention`.
-        patches: float32 [B, N], how many each token stands for, 0 where there is none.
-    """
-    share = attended * patches.sum(1, keepdim=True)
-    return share.clamp(min=torch.finfo(torch.float32).tiny) ** (power / 2)
-
-
 def candidates(
     metric: Tensor, free: Tensor, matching: str, reluctance: Tensor | None = None
 ) -> tuple[slice, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, image_rows, mean_received, pow2, strides, to_power
+from .._triton import image_rows, pow2, strides
 from .reference import ROUNDS
 
 
@@ -136,39 +136,6 @@ def _candidates_kernel(
         tl.store(PARTNER + first + asked, partner, mask=is_asked)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _class_kernel(
-    Q, K, WEIGHT, SIZE, RECEIVED, CU, RELUCTANCE, IMPORTANCE, q_row, q_head, k_row, k_head, rows, scale, power,
-    H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, COLUMNS: tl.constexpr,
-    PRUNES: tl.constexpr,
-):  # fmt: skip
-    """One program = one image: its class token's attention, all at once but a few columns of the keys at a time."""
-    first, n = image_rows(CU, tl.program_id(0))
-    place = tl.arange(0, FULL)
-    live = place < n
-    bias = tl.log2(tl.load(WEIGHT + first + place, mask=live, other=1.0))
-    attended = tl.zeros([FULL], tl.float32)
-    for head in range(0, H):
-        score = tl.zeros([FULL], tl.float32)
-        for start in tl.static_range(0, DB, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            q = tl.load(Q + first * q_row + head * q_head + column, mask=column < D, other=0.0).to(tl.float32)
-            at = K + (first + place)[:, None] * k_row + head * k_head + column[None, :]
-            k = tl.load(at, mask=live[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-            score += tl.sum(k * q[None, :], 1)
-        score = tl.where(live, score * scale + bias, -float("inf"))
-        p = tl.exp2(score - tl.max(score, 0))
-        attended += p / tl.sum(p, 0)
-    patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
-    attended /= H
-    tl.store(RELUCTANCE + first + place, to_power(attended * patches, power / 2), mask=live)
-    if PRUNES:
-        received = mean_received(RECEIVED + first, place, live, n, rows, H)
-        importance = to_power(received, 1 - power) * to_power(attended, power)
-        # a sum over queries, as what it stands in for
-        tl.store(IMPORTANCE + first + place, importance * n, mask=live)
-
-
 @triton.jit(do_not_specialize=["images"])
 def _metric_kernel(
     K, CU, METRIC, k_row, k_head, images,
@@ -255,31 +222,3 @@ def candidates(
             AGAIN=number > 0, num_warps=8 if tile == 128 else 4, num_stages=1,
         )  # fmt: skip
     return best, partner
-
-
-def class_rows(
-    q: Tensor, k: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, cu: Tensor, longest: int, power: float
-) -> tuple[Tensor, Tensor | None]:
-    """The class token's say: `reference.reluctance_by` and `attend.reference.importance_by` on packed rows.
-
-    Args:
-        q, k: [T, H, D], unit stride in D; the class token is the first of each image.
-        weight: float32 [T], what each token counts as. size: float32 [T], its patches.
-        received: float32 [H, T] from `attend`, or None where nothing is pruned by it.
-        cu, longest: as in `match`.
-        power: as in `Policy.class_power`.
-
-    Returns:
-        reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
-        received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
-    """
-    rows, heads, width = k.shape
-    full, padded = pow2(longest), pow2(width)
-    reluctance, importance = torch.empty(2, 1, rows, device=k.device)
-    _class_kernel[(cu.shape[0] - 1,)](
-        q, k, weight, size, reluctance if received is None else received, cu, reluctance, importance,
-        *strides(q), *strides(k), rows, width**-0.5 * LOG2E, power,
-        H=heads, D=width, DB=padded, FULL=full, COLUMNS=min(padded, max(1, 32768 // full)),
-        PRUNES=received is not None, num_warps=8,
-    )  # fmt: skip
-    return reluctance[0], None if received is None else importance

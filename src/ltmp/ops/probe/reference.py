@@ -9,9 +9,6 @@ from torch.nn import functional as F
 WIDTH = 64
 """Columns of a probe that similarity is measured on; two more say how much a token matters."""
 
-MERGES = 0.5
-PRUNES = 0.7
-"""The powers to which its share of what matters counts in a token's merging and pruning (docs/accuracy.md)."""
 
 LIFT = 64.0
 """How far a probe lifts tokens off the plane that it maps them to, in mean squares of their length there: so cosines go
@@ -35,16 +32,3 @@ def probe(x: Tensor, weight: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x.float(), x.shape[-1:], eps=EPS) @ weight[:-1] + weight[-1]
-
-
-@torch.no_grad()
-def matter(logarithm: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """float32 [B, N], each token's share of what matters in its image; 0 for those that do not count.
-
-    Args:
-        logarithm: float32 [B, N], one of the last two columns of `probe`.
-        weight: float32 [B, N], what each token counts as, see `Policy.weight`.
-        counts: bool [B, N], the tokens that are there and are patches: of others a probe knows nothing.
-    """
-    score = (logarithm + weight.log()).masked_fill(~counts, float("-inf"))
-    return score.softmax(1).masked_fill(~counts, 0.0)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import image_rows, mean_received, pow2, to_power
-from .reference import EPS, LIFT, MERGES, PRUNES, WIDTH
+from .._triton import pow2
+from .reference import EPS, WIDTH
 
 
 @triton.jit
@@ -66,37 +66,6 @@ def _probe_kernel(
     tl.store(LOGARITHM + rows + row, dropped * scale + tl.load(added + E + 1), mask=live)
 
 
-@triton.jit
-def _share(LOGARITHM, place, bias, counts):
-    """Each token's share of what matters in its image, 0 for those that do not count."""
-    score = tl.load(LOGARITHM + place, mask=counts, other=0.0) + bias
-    score = tl.where(counts, score, -float("inf"))
-    p = tl.exp(score - tl.maximum(tl.max(score, 0), -1e30))
-    return p / tl.maximum(tl.sum(p, 0), 1e-30)
-
-
-@triton.jit(do_not_specialize=["rows", "protected"])
-def _matter_kernel(
-    LOGARITHM, WEIGHT, SIZE, RECEIVED, ORIGIN, CU, RELUCTANCE, IMPORTANCE, rows, protected, spread, merges, prunes,
-    H: tl.constexpr, FULL: tl.constexpr, PRUNES: tl.constexpr,
-):  # fmt: skip
-    """One program = one image."""
-    first, n = image_rows(CU, tl.program_id(0))
-    place = tl.arange(0, FULL)
-    live = place < n
-    counts = live & (tl.load(ORIGIN + first + place, mask=live, other=-1) >= protected)
-    bias = tl.log(tl.load(WEIGHT + first + place, mask=counts, other=1.0))
-    patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
-    moved = _share(LOGARITHM + first, place, bias, counts)
-    tl.store(RELUCTANCE + first + place, to_power(moved * patches, merges / 2) * spread, mask=live)
-    if PRUNES:
-        received = mean_received(RECEIVED + first, place, live, n, rows, H)
-        dropped = _share(LOGARITHM + rows + first, place, bias, counts)
-        importance = to_power(received, 1 - prunes) * to_power(dropped, prunes)
-        # a sum over queries, as what it stands in for
-        tl.store(IMPORTANCE + first + place, importance * n, mask=live)
-
-
 def probe_rows(
     x: Tensor, y: Tensor | None, layer_scale: Tensor | None, weight: Tensor, cu: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -122,29 +91,3 @@ def probe_rows(
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return metric, logarithm
-
-
-def matter_rows(
-    logarithm: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, origin: Tensor, cu: Tensor, longest: int,
-    protected: int,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A probe's say: `scores.reluctance_for` and `scores.importance_for` of it on packed rows.
-
-    Args:
-        logarithm: float32 [2, T], see `probe_rows`.
-        weight: float32 [T], what each token counts as. size: float32 [T], its patches.
-        received: float32 [H, T] from `attend`, or None where nothing is pruned by it.
-        origin, cu, longest, protected: as in `ops.match.triton.match`.
-
-    Returns:
-        reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
-        received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
-    """
-    rows = size.shape[0]
-    reluctance, importance = torch.empty(2, 1, rows, device=size.device)
-    _matter_kernel[(cu.shape[0] - 1,)](
-        logarithm, weight, size, reluctance if received is None else received, origin, cu, reluctance, importance,
-        rows, protected, (1 + LIFT) ** 0.5, MERGES, PRUNES,
-        H=1 if received is None else received.shape[0], FULL=pow2(longest), PRUNES=received is not None, num_warps=8,
-    )  # fmt: skip
-    return reluctance[0], None if received is None else importance

@@ -1,0 +1,63 @@
+"""`ltmp push`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...errors import UsageError
+from ...hub import push_to_hub
+from .. import options as o
+
+
+def push_verb(
+    thresholds: Annotated[str, typer.Argument(help="The file that `ltmp learn` wrote, or its folder.")],
+    repo: Annotated[str, typer.Argument(help="USER/REPO on the Hugging Face Hub; made where it does not exist.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What `ltmp eval --json FILE` wrote: accuracy and speed for the card.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Repository of the model's own weights, e.g. timm/deit_small_patch16_224.fb_in1k."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="What a file's dial is set to for those who ask for no budget; default: as saved."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    debug: o.Debug = False,
+) -> None:
+    """Share thresholds on the Hugging Face Hub, with a model card; one repository may hold several budgets.
+
+    Log in first, with `hf auth login` or a token in HF_TOKEN.
+
+    Example: ltmp push runs/deit/thresholds.safetensors user/deit-small-ltmp --evaluation result.json
+    """
+    url = push_to_hub(
+        thresholds,
+        repo,
+        base_model=base_model,
+        evaluation=_read(evaluation) if evaluation else None,
+        private=private or None,
+        revision=revision,
+        message=message,
+        budget=budget,
+    )
+    typer.echo(url)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: expected the JSON that `ltmp eval --json FILE` writes") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected the JSON that `ltmp eval --json FILE` writes")
+    return values

@@ -1,0 +1,110 @@
+"""Recipe for timm's EVA family: EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..method.recipe import Parts, Recipe, Rotary, linear_of
+from .rotary import turn_table, turned
+from .timm import RECIPE as VIT
+from .timm import find_problems, standard_parts
+
+
+def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attn, x = block.attn, block.norm1(x)
+    if attn.qkv is None:
+        q = attn.q_proj(x).unflatten(-1, (attn.num_heads, -1))
+        k, v = (layer(x).unflatten(-1, (-1, q.shape[-1])) for layer in (attn.k_proj, attn.v_proj))
+        groups = q.shape[-2] // k.shape[-2]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
+    else:
+        bias = _bias(attn)
+        found = attn.qkv(x) if bias is None else F.linear(x, attn.qkv.weight, bias)
+        q, k, v = found.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _bias(attn: Any) -> Tensor | None:
+    """The bias of q, k and v where EVA keeps it apart from their weights."""
+    if getattr(attn, "q_bias", None) is None:
+        return None
+    return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _out(block: Any, y: Tensor) -> Tensor:
+    attn = block.attn
+    return block.drop_path1(_scaled(attn.proj_drop(attn.proj(attn.norm(y))), block.gamma_1))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def _table(host: Any, rope: Tensor, tokens: int) -> Tensor:
+    """[N, 2 D]; of learned frequencies [L, N, H * 2 D], which timm has as [L, H, P, 2 D]."""
+    sin, cos = rope.chunk(2, -1)
+    table = turn_table(sin, cos, tokens)
+    return table.transpose(1, 2).flatten(2) if table.ndim == 4 else table
+
+
+def _rotate(block: Any, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows, half = rows.unflatten(-1, (-1, 2 * q.shape[-1])), getattr(block.attn, "rotate_half", False)
+    return turned(q, rows, half), turned(k, rows, half)
+
+
+def _parts(block: Any) -> Parts | None:
+    attn = block.attn
+    if attn.qkv is None:
+        return None
+    bias = _bias(attn)
+    qkv = attn.qkv if bias is None else linear_of(attn.qkv.weight, bias)
+    return standard_parts(block, qkv, (block.gamma_1, block.gamma_2))
+
+
+def _problems(host: Any) -> list[str]:
+    found = find_problems(host, Eva, EvaBlock, (EvaAttention, AttentionRope))
+    if host.patch_drop is not None:
+        found.append("it drops patches and their rotary embeddings in training: build it with patch_drop_rate=0")
+    return found
+
+
+def _overrides(host: Any) -> dict[str, Any]:
+    # rotary embeddings of all blocks at once, instead of the first block's for the first block
+    return {**VIT.overrides(host), "rope_mixed": False}
+
+
+RECIPE = Recipe(
+    name="timm Eva",
+    stack="blocks",
+    qkv=_qkv,
+    out=_out,
+    mlp=_mlp,
+    parts=_parts,
+    protected=VIT.protected,
+    class_first=VIT.class_first,
+    problems=_problems,
+    mlp_ratio=VIT.mlp_ratio,
+    overrides=_overrides,
+    final_norm=VIT.final_norm,
+    prefix_only=VIT.prefix_only,
+    rotary=Rotary("rope", _table, _rotate),
+)
+
+HOSTS: dict[type[nn.Module], Recipe | str] = {
+    Eva: RECIPE,
+    Beit: "its attention adds a number for each pair of places (relative position bias), which no engine knows",
+    VisionTransformerRelPos: "its attention adds a number for each pair of places, which no engine knows",
+}

@@ -1,0 +1,101 @@
+"""Recipe for open_clip's own visual towers; those that it takes from timm are timm's hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_clip.transformer import LayerScale, ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from ..method.recipe import Parts, Recipe, describe_timm, linear_ratio, scales_of
+from . import mha
+from .intermediates import Unmerged
+from .pooling import sized_mean, without_prefix
+from .sizes import sizes_of
+
+
+def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return mha.qkv(block.attn, block.ln_1(x))
+
+
+def _out(block: Any, y: Tensor) -> Tensor:
+    return block.ls_1(block.attn.out_proj(y))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _parts(block: Any) -> Parts | None:
+    scales = scales_of((block.ls_1, block.ls_2), LayerScale)
+    if scales is None:
+        return None
+    return mha.parts(block, block.attn, block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj, scales)
+
+
+def _problems(host: Any) -> list[str]:
+    blocks = host.transformer.resblocks.named_children()
+    found = [
+        p for i, block in blocks for p in mha.problems(f"resblocks.{i}", block, ResidualAttentionBlock, block.attn)
+    ]
+    if host.attn_pool is not None:
+        found.append("it pools by attention for a captioning decoder (CoCa), which knows no sizes")
+    if host.output_tokens or host.pool_type == "none":
+        found.append("it hands out every token, and a reduced image has fewer of them: set output_tokens=False")
+    return found[:1] if found and found[0].startswith("resblocks") else found
+
+
+def _mlp_ratio(block: Any) -> float:
+    return linear_ratio(block.mlp, block.attn.embed_dim)
+
+
+class SizedPool:
+    """open_clip's pooling, a merged token counting by its size. Stands in for `host._global_pool`."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        size = sizes_of(x) if self.host.pool_type == "avg" else None
+        if size is None:
+            return type(self.host)._global_pool(self.host, x)
+        return sized_mean(x, without_prefix(size, 1)), x[:, 1:]
+
+
+def _overrides(host: Any) -> dict[str, Any]:
+    return {"_global_pool": SizedPool(host), "forward_intermediates": Unmerged(host, "forward_intermediates")}
+
+
+def _final_norm(host: Any) -> nn.Module | None:
+    return None if host.final_ln_after_pool else host.ln_post
+
+
+def _prefix_only(host: Any) -> bool:
+    return host.pool_type == "tok"
+
+
+def _grad_checkpointing(host: Any) -> bool:
+    return bool(host.transformer.grad_checkpointing)
+
+
+def _describe(host: Any) -> dict[str, Any]:
+    return {**describe_timm(host), "width": host.transformer.width, "input_size": list(host.image_size)}
+
+
+RECIPE = Recipe(
+    name="open_clip VisionTransformer",
+    stack="transformer.resblocks",
+    qkv=_qkv,
+    out=_out,
+    mlp=_mlp,
+    parts=_parts,
+    problems=_problems,
+    mlp_ratio=_mlp_ratio,
+    overrides=_overrides,
+    final_norm=_final_norm,
+    prefix_only=_prefix_only,
+    grad_checkpointing=_grad_checkpointing,
+    describe=_describe,
+)
+
+HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE}

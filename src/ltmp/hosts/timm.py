@@ -1,0 +1,196 @@
+"""Recipes for timm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor, nn
+
+from ..method.recipe import Parts, Recipe, activation_name, linear_ratio, scales_of
+from .intermediates import Unmerged
+from .pooling import log_size, sized_mean, without_prefix
+from .sizes import sizes_of
+
+# of the ViT's blocks and of the EVA family's, which have fewer
+_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION_PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+_MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
+
+
+def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _out(block: Any, y: Tensor) -> Tensor:
+    attn = block.attn
+    y = attn.norm(y) if hasattr(attn, "norm") else y
+    return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(y))))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _parts(block: Any) -> Parts | None:
+    scales = scales_of((block.ls1, block.ls2), LayerScale)
+    return None if scales is None else standard_parts(block, block.attn.qkv, scales)
+
+
+def standard_parts(block: Any, qkv: nn.Linear, scales: Sequence[Tensor | None]) -> Parts | None:
+    """The weights of a timm block with these layer scales, or None where it has parts that are not plain."""
+    attn, mlp = block.attn, block.mlp
+    standard = (
+        isinstance(block.norm1, nn.LayerNorm)
+        and isinstance(block.norm2, nn.LayerNorm)
+        and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
+        and type(mlp) is Mlp
+        and isinstance(mlp.norm, nn.Identity)
+        and isinstance(mlp.fc1, nn.Linear)
+    )
+    act = activation_name(mlp.act) if standard else None
+    if act is None:
+        return None
+    return Parts(
+        block.norm1, (qkv,), attn.num_heads, attn.q_norm, attn.k_norm, attn.proj, scales[0],
+        block.norm2, mlp.fc1, act, mlp.fc2, scales[1],
+    )  # fmt: skip
+
+
+def _mlp_ratio(block: Any) -> float:
+    return linear_ratio(block.mlp, block.attn.proj.out_features)
+
+
+def _protected(host: Any) -> int:
+    return int(host.num_prefix_tokens)
+
+
+def _class_first(host: Any) -> bool:
+    return host.cls_token is not None
+
+
+def _problems(host: Any) -> list[str]:
+    return find_problems(host, VisionTransformer, Block, (Attention,))
+
+
+def find_problems(
+    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], method: str = "pool"
+) -> list[str]:
+    """What keeps a host that timm has as a `base` of `block_class`es from being reduced, one phrase each."""
+    found = []
+    methods = ("forward", "forward_features", method)
+    overridden = [name for name in methods if getattr(type(host), name) is not getattr(base, name)]
+    if overridden:
+        found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
+    for i, block in enumerate(host.blocks):
+        trouble = _block_problems(block, block_class, attentions)
+        if trouble:
+            found.append(f"blocks.{i} {trouble}")
+            break
+    pool = host.attn_pool
+    if host.global_pool == "map" and not (isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None):
+        found.append(f"its attention pooling is a {type(pool).__name__} that needs every patch in its place")
+    return found
+
+
+def _block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...]) -> str | None:
+    """Why this block is not the standard pre-norm one that the recipe describes, or None."""
+    if type(block) is not block_class:
+        return f"is a {type(block).__name__}, not timm's standard {block_class.__name__}"
+    extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
+    if extra:
+        return f"has parts that this version does not know: {', '.join(extra)}"
+    attn = block.attn
+    if any(part._forward_hooks or part._forward_pre_hooks for part in (block, attn)):
+        return "has forward hooks, which would no longer run: remove them"
+    if type(attn) not in attentions:
+        return f"uses {type(attn).__name__}, not timm's standard {attentions[0].__name__}"
+    extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)
+    if extra:
+        return f"has an attention with parts that this version does not know: {', '.join(extra)}"
+    if attn.attn_drop.p > 0:
+        return f"has attention dropout {attn.attn_drop.p}; build the model with attn_drop_rate=0"
+    if not isinstance(block.mlp, _MLPS):
+        return f"has a {type(block.mlp).__name__}, which is not known to treat each token by itself"
+    return None
+
+
+def _final_norm(host: Any) -> nn.Module:
+    return host.norm
+
+
+def _prefix_only(host: Any) -> bool:
+    return host.global_pool == "token"
+
+
+_POOLS = ("token", "avg", "max", "avgmax", "map")
+
+
+class SizedPool:
+    """timm's pooling over what is there, a merged token counting by its size. Stands in for the host's `method`."""
+
+    def __init__(self, host: Any, method: str = "pool") -> None:
+        self.host, self.method = host, method
+
+    def __call__(self, x: Tensor, pool_type: str | None = None, **others: Any) -> Tensor:
+        host = self.host
+        kind = host.global_pool if pool_type is None else pool_type
+        size = None if kind == "token" and host.attn_pool is None else sizes_of(x)
+        if size is None:
+            return getattr(type(host), self.method)(host, x, pool_type, **others)
+        if kind not in _POOLS:
+            raise NotImplementedError(
+                f"global_pool={kind!r} needs every token, and a reduced image has fewer: call the model inside "
+                "`with ltmp.unmerge():`, which gives every patch the features of its token"
+            )
+        if not getattr(host, "pool_include_prefix", host.attn_pool is not None):
+            size = without_prefix(size, host.num_prefix_tokens)
+        if host.attn_pool is not None:
+            return host.attn_pool(x, attn_mask=log_size(size).to(x.dtype)[:, None, None, :])
+        mean = sized_mean(x, size)
+        top = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
+        return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
+
+
+class RefusedPruning:
+    """Stands in for the host's way to cut off its last blocks, whose thresholds would stay behind."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            "an attached model keeps its blocks: build the model with features_only=True and attach to that, "
+            "or wrap this one with timm's FeatureGetterNet(model, prune=False)"
+        )
+
+
+_BETWEEN_BLOCKS = ("forward_intermediates", "_intermediate_layers")
+
+
+def _overrides(host: Any) -> dict[str, Any]:
+    between = {name: Unmerged(host, name) for name in _BETWEEN_BLOCKS if hasattr(type(host), name)}
+    # whatever the pooling is now: reset_classifier may change it
+    return {"pool": SizedPool(host), "prune_intermediate_layers": RefusedPruning(), **between}
+
+
+RECIPE = Recipe(
+    name="timm VisionTransformer",
+    stack="blocks",
+    qkv=_qkv,
+    out=_out,
+    mlp=_mlp,
+    parts=_parts,
+    protected=_protected,
+    class_first=_class_first,
+    problems=_problems,
+    mlp_ratio=_mlp_ratio,
+    overrides=_overrides,
+    final_norm=_final_norm,
+    prefix_only=_prefix_only,
+)
+
+HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE, VisionTransformerDistilled: RECIPE}

@@ -1,0 +1,55 @@
+"""Recipe for torchvision's `vit_*`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
+
+from ..method.recipe import Parts, Recipe, describe_timm, linear_ratio
+from . import mha
+
+
+def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return mha.qkv(block.self_attention, block.ln_1(x))
+
+
+def _out(block: Any, y: Tensor) -> Tensor:
+    return block.dropout(block.self_attention.out_proj(y))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.mlp(block.ln_2(x))
+
+
+def _parts(block: Any) -> Parts | None:
+    return mha.parts(block, block.self_attention, block.mlp[0], block.mlp[1], block.mlp[3])
+
+
+def _problems(host: Any) -> list[str]:
+    blocks = host.encoder.layers.named_children()
+    return [p for name, block in blocks for p in mha.problems(name, block, EncoderBlock, block.self_attention)][:1]
+
+
+def _mlp_ratio(block: Any) -> float:
+    return linear_ratio(block.mlp, block.self_attention.embed_dim)
+
+
+def _describe(host: Any) -> dict[str, Any]:
+    return {**describe_timm(host), "width": host.hidden_dim, "input_size": [host.image_size] * 2}
+
+
+RECIPE = Recipe(
+    name="torchvision VisionTransformer",
+    stack="encoder.layers",
+    qkv=_qkv,
+    out=_out,
+    mlp=_mlp,
+    parts=_parts,
+    problems=_problems,
+    mlp_ratio=_mlp_ratio,
+    describe=_describe,
+)
+
+HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE}

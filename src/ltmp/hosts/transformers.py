@@ -1,0 +1,421 @@
+"""Recipes for the vision encoders of Hugging Face transformers, version 5, alone and under its task heads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    PreTrainedModel,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipVisionModel,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
+    ViTForImageClassification,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from ..calls import is_dense
+from ..method.recipe import Parts, Recipe, Rotary, activation_name, linear_ratio, set_nothing
+from .pooling import log_size, sized_mean, without_prefix
+from .rotary import turn_table, turned
+from .sizes import sizes_of
+from .stack import ReducedStack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a block keeps what: dotted names of its modules, in the order in which they are applied."""
+
+    norm: str
+    qkv: tuple[str, str, str]
+    out: tuple[str, ...]
+    mlp: tuple[str, ...]
+
+    @property
+    def attention(self) -> str:
+        """What holds the projections and knows the number of heads."""
+        return self.qkv[0].rpartition(".")[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all modules that run."""
+        return (self.norm, *self.qkv, *self.out, *self.mlp)
+
+    @property
+    def holders(self) -> set[str]:
+        """What only holds those, down from the block itself, and does not run."""
+        return {".".join(name.split(".")[:depth]) for name in self.names for depth in range(name.count(".") + 1)}
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether the block has exactly these parts."""
+        names, holders = self.names, self.holders
+        have = {name for name, _ in block.named_modules()}
+        known = {*names, *holders, *(f"{self.attention}.{bias}" for bias in ("q_bias", "v_bias"))}
+        found = (
+            f"{holder}.{part}".lstrip(".")
+            for holder in holders & have
+            for parts in (block.get_submodule(holder)._modules, block.get_submodule(holder)._parameters)
+            for part in parts
+        )
+        return have.issuperset(names) and known.issuperset(found)
+
+
+_PROJECTIONS = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_NESTED = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+LAYOUTS = (
+    # ViT, DeiT and ViT-MAE
+    Layout("layernorm_before", _PROJECTIONS, ("attention.o_proj", "dropout"), ("layernorm_after", "mlp", "dropout")),
+    # VideoMAE, and the three above before 5.10
+    Layout(
+        "layernorm_before", _NESTED, ("attention.output.dense", "attention.output.dropout"),
+        ("layernorm_after", "intermediate", "output.dense", "output.dropout"),
+    ),
+    # DINOv3, DINOv2 with and without registers
+    Layout(
+        "norm1", _PROJECTIONS, ("attention.o_proj", "layer_scale1", "drop_path"),
+        ("norm2", "mlp", "layer_scale2", "drop_path"),
+    ),
+    # DINOv2 before 5.20
+    Layout(
+        "norm1", _NESTED, ("attention.output.dense", "attention.output.dropout", "layer_scale1", "drop_path"),
+        ("norm2", "mlp", "layer_scale2", "drop_path"),
+    ),
+    # CLIP and SigLIP
+    Layout(
+        "layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",),
+        ("layer_norm2", "mlp"),
+    ),
+)  # fmt: skip
+
+_FOUND: dict[type, Layout] = {}
+
+
+def _layout(block: nn.Module) -> Layout:
+    """The layout of a block that `_block_problems` had nothing against."""
+    kind = type(block)
+    if kind not in _FOUND:
+        _FOUND[kind] = next(layout for layout in LAYOUTS if layout.fits(block))
+    return _FOUND[kind]
+
+
+def _apply(block: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
+    for name in names:
+        x = attrgetter(name)(block)(x)
+    return x
+
+
+def _heads(attention: Any) -> int:
+    return int(getattr(attention, "num_heads", None) or attention.num_attention_heads)
+
+
+def _qkv(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(block)
+    x, attention = attrgetter(layout.norm)(block)(x), attrgetter(layout.attention)(block)
+    q, k, v = (attrgetter(name)(block)(x) for name in layout.qkv)
+    if getattr(attention, "q_bias", None) is not None:
+        q, v = q + attention.q_bias, v + attention.v_bias
+    q, k, v = (t.unflatten(-1, (_heads(attention), -1)) for t in (q, k, v))
+    return q, k, v
+
+
+def _out(block: nn.Module, y: Tensor) -> Tensor:
+    return _apply(block, _layout(block).out, y)
+
+
+def _mlp(block: nn.Module, x: Tensor) -> Tensor:
+    return _apply(block, _layout(block).mlp, x)
+
+
+def _mlp_ratio(block: nn.Module) -> float:
+    norm, *layers = (attrgetter(name)(block) for name in _layout(block).mlp)
+    return sum(linear_ratio(layer, norm.normalized_shape[0]) for layer in layers)
+
+
+def _block_problems(block: nn.Module) -> str | None:
+    """Why this block is not one that a layout describes, or None."""
+    if not type(block).__module__.startswith("transformers.models."):
+        return f"is a {type(block).__name__}, not a layer of transformers"
+    layout = next((layout for layout in LAYOUTS if layout.fits(block)), None)
+    if layout is None:
+        return f"({type(block).__name__}) has parts that this version does not know"
+    attention, mlp = attrgetter(layout.attention)(block), attrgetter(layout.mlp[1])(block)
+    if any(_is_changed(block.get_submodule(holder)) for holder in layout.holders):
+        return "has forward hooks or a forward of its own, which would no longer run: remove them"
+    if not type(mlp).__module__.startswith("transformers.models."):
+        return f"has a {type(mlp).__name__}, which is not known to treat each token by itself"
+    dropout = next((getattr(attention, name) for name in _DROPOUTS if hasattr(attention, name)), 0)
+    if dropout > 0:
+        return f"has attention dropout {dropout}: build the model with 0"
+    _FOUND[type(block)] = layout
+    return None
+
+
+_DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether someone hooked a module or replaced its forward; transformers itself does, to record outputs."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    forward = getattr(module.forward, "__func__", None)
+    return forward is not type(module).forward or any(
+        not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks
+    )
+
+
+@dataclass(frozen=True)
+class Host:
+    """One class of transformers: a vision encoder, alone or with what reads its tokens.
+
+    Attributes:
+        encoder: dotted path of the encoder in the host; empty where it is the host.
+        blocks: dotted path of the blocks in the encoder.
+        norm: name of the encoder's last norm.
+        prefix: tokens before the patches, registers left out.
+        reads: what the host reads of the tokens: only those of the `prefix`, the `mean` of the patches, too, or `all`.
+    """
+
+    encoder: str
+    blocks: str
+    norm: str
+    prefix: int
+    reads: str = "all"
+
+    def inside(self, host: nn.Module) -> Any:
+        """The encoder."""
+        return host.get_submodule(self.encoder)
+
+    def protected(self, host: nn.Module) -> int:
+        return self.prefix + int(getattr(self.inside(host).config, "num_register_tokens", 0))
+
+    def class_first(self, host: nn.Module) -> bool:
+        return self.prefix > 0
+
+    def prefix_only(self, host: nn.Module) -> bool:
+        return self.reads == "prefix"
+
+    def describe(self, host: nn.Module) -> dict[str, Any]:
+        """What the config of the encoder says: the same for all heads."""
+        config = self.inside(host).config
+        patch, size = (getattr(config, name, None) for name in ("patch_size", "image_size"))
+        return {
+            "architecture": f"{config.model_type}_patch{patch}",
+            "width": config.hidden_size,
+            "input_size": [size, size] if isinstance(size, int) else size and list(size),
+        }
+
+    def grad_checkpointing(self, host: nn.Module) -> bool:
+        blocks = attrgetter(self.blocks)(self.inside(host))
+        return any(getattr(block, "gradient_checkpointing", False) for block in blocks.children())
+
+    def problems(self, host: nn.Module) -> list[str]:
+        encoder = self.inside(host)
+        found = []
+        for i, block in enumerate(attrgetter(self.blocks)(encoder)):
+            trouble = _block_problems(block)
+            if trouble:
+                found.append(f"{self.blocks}.{i} {trouble}")
+                break
+        if getattr(encoder.config, "mask_ratio", 0) and isinstance(encoder, ViTMAEModel):
+            found.append("it hides patches at random: set model.config.mask_ratio = 0")
+        if self.reads == "mean" and not getattr(encoder.config, "use_mean_pooling", True):
+            found.append("its head reads the first patch (use_mean_pooling=False), which may be gone")
+        return found
+
+    def final_norm(self, host: nn.Module) -> nn.Module | None:
+        return getattr(self.inside(host), self.norm)
+
+    def hooks(self, host: nn.Module) -> list[RemovableHandle]:
+        """Let what reads the tokens know their sizes, and refuse what a reduced model cannot record."""
+        encoder = self.inside(host)
+        handles = [encoder.register_forward_pre_hook(refuse_records, with_kwargs=True)]
+        if isinstance(getattr(encoder, "head", None), nn.Module):
+            handles.append(encoder.head.attention.register_forward_pre_hook(weigh_by_size, with_kwargs=True))
+        if self.reads == "mean":
+            handles.append(encoder.register_forward_hook(partial(pool_patches, self.protected(host))))
+        if isinstance(encoder, ViTMAEModel):
+            handles.append(encoder.embeddings.register_forward_pre_hook(keep_order, with_kwargs=True))
+        return handles
+
+
+def refuse_records(encoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward hook before the encoder: what is recorded of each block would be short by what a reduced one lacks."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not torch.as_tensor(mask).all():
+        raise NotImplementedError("a reduced model does not take an attention_mask: call ltmp.detach(model) for this")
+    names = ("output_hidden_states", "output_attentions")
+    wanted = [name for name in names if kwargs.get(name, getattr(encoder.config, name, False))]
+    if wanted and not is_dense() and _reduces(encoder):
+        raise NotImplementedError(
+            f"a reduced model has fewer tokens in each block and does not take {' and '.join(wanted)}: call it inside "
+            "`with ltmp.dense():`, or call ltmp.detach(model) for this"
+        )
+
+
+def _reduces(encoder: nn.Module) -> bool:
+    stacks = [module for module in encoder.modules() if isinstance(module, ReducedStack)]
+    return any(stack.thresholds.training or any(map(any, stack.thresholds.active())) for stack in stacks)
+
+
+def pool_patches(prefix: int, _encoder: nn.Module, _args: Any, output: Any) -> None:
+    """Forward hook after the encoder, for heads that average the patches in their own code.
+
+    They get the prefix tokens and one more, the mean of the patches by size: its mean is itself.
+    """
+    x = output.last_hidden_state
+    size = sizes_of(x)
+    if size is not None:
+        mean = sized_mean(x, without_prefix(size, prefix))
+        output.last_hidden_state = torch.cat([x[:, :prefix], mean[:, None]], 1)
+
+
+def weigh_by_size(_attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward hook before attention pooling, whose keys are the tokens."""
+    size = sizes_of(args[1])
+    if size is None:
+        return None
+    return args, {**kwargs, "key_padding_mask": log_size(size).to(args[1].dtype)}
+
+
+def keep_order(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward hook before ViT-MAE's embeddings, which shuffle the patches: parity would pair others in each call."""
+    if kwargs.get("noise") is None:
+        images, (high, wide) = args[0], embeddings.patch_embeddings.patch_size
+        places = torch.arange(images.shape[-2] // high * (images.shape[-1] // wide), device=images.device)
+        kwargs = {**kwargs, "noise": places.expand(len(images), -1)}
+    return args, kwargs
+
+
+def _table(_host: nn.Module, given: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+    cos, sin = given
+    return turn_table(sin, cos, tokens)
+
+
+def _rotate(_block: nn.Module, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows[..., None, :]
+    return turned(q, rows, half=True), turned(k, rows, half=True)
+
+
+def _path(model: type[nn.Module], marker: str, there: str, otherwise: str) -> str:
+    """Paths that moved between versions of transformers, told by a class that only some of them have."""
+    return there if hasattr(sys.modules[model.__module__], marker) else otherwise
+
+
+_VIT = _path(ViTModel, "ViTEncoder", "encoder.layer", "layers")
+_DINOV3 = _path(DINOv3ViTModel, "DINOv3ViTEncoder", "model.layer", "layer")
+_CLIP = _path(CLIPModel, "CLIPVisionTransformer", "vision_model", "")
+_SIGLIP = _path(SiglipModel, "SiglipVisionTransformer", "vision_model", "")
+
+_TABLE: dict[type[nn.Module], Host] = {
+    ViTModel: Host("", _VIT, "layernorm", 1),
+    ViTForImageClassification: Host("vit", _VIT, "layernorm", 1, "prefix"),
+    ViTMAEModel: Host("", _VIT, "layernorm", 1),
+    DeiTModel: Host("", _VIT, "layernorm", 2),
+    DeiTForImageClassification: Host("deit", _VIT, "layernorm", 2, "prefix"),
+    DeiTForImageClassificationWithTeacher: Host("deit", _VIT, "layernorm", 2, "prefix"),
+    Dinov2Model: Host("", "encoder.layer", "layernorm", 1),
+    Dinov2ForImageClassification: Host("dinov2", "encoder.layer", "layernorm", 1, "mean"),
+    Dinov2WithRegistersModel: Host("", "encoder.layer", "layernorm", 1),
+    Dinov2WithRegistersForImageClassification: Host("dinov2_with_registers", "encoder.layer", "layernorm", 1, "mean"),
+    DINOv3ViTModel: Host("", _DINOV3, "norm", 1),
+    CLIPVisionModel: Host(_CLIP, "encoder.layers", "post_layernorm", 1),
+    CLIPVisionModelWithProjection: Host("vision_model", "encoder.layers", "post_layernorm", 1, "prefix"),
+    CLIPModel: Host("vision_model", "encoder.layers", "post_layernorm", 1, "prefix"),
+    CLIPForImageClassification: Host("vision_model", "encoder.layers", "post_layernorm", 1, "mean"),
+    SiglipVisionModel: Host(_SIGLIP, "encoder.layers", "post_layernorm", 0),
+    SiglipModel: Host("vision_model", "encoder.layers", "post_layernorm", 0),
+    SiglipForImageClassification: Host("vision_model", "encoder.layers", "post_layernorm", 0, "mean"),
+    VideoMAEModel: Host("", "encoder.layer", "layernorm", 0),
+    VideoMAEForVideoClassification: Host("videomae", "encoder.layer", "layernorm", 0, "mean"),
+}
+
+
+_MLPS = {
+    frozenset({"fc1", "activation_fn", "fc2"}): ("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+    frozenset({"up_proj", "act_fn", "down_proj"}): ("mlp.up_proj", "mlp.act_fn", "mlp.down_proj"),
+    frozenset({"dense", "intermediate_act_fn"}): (
+        "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
+    ),
+}  # fmt: skip
+"""The layers of a plain MLP, by what it is made of."""
+
+_SAME = nn.Identity()
+
+
+def _parts(block: nn.Module) -> Parts | None:
+    layout = _layout(block)
+    norm1, attention, norm2, mlp = attrgetter(layout.norm, layout.attention, *layout.mlp[:2])(block)
+    names = _MLPS.get(frozenset(mlp._modules))
+    norms = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
+    if names is None or not norms or getattr(attention, "q_bias", None) is not None:
+        return None
+    fc1, activation, fc2 = attrgetter(*names)(block)
+    act = activation_name(activation)
+    if act is None:
+        return None
+    scale1, scale2 = (getattr(getattr(block, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2))
+    q, k, v, proj = attrgetter(*layout.qkv, layout.out[0])(block)
+    return Parts(norm1, (q, k, v), _heads(attention), _SAME, _SAME, proj, scale1, norm2, fc1, act, fc2, scale2)
+
+
+def _refuses_nothing(_value: Any) -> bool:
+    """`refuse_records` asked already, and under export some hosts give their blocks masks that hide nothing."""
+    return False
+
+
+def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
+    rotary = cls is DINOv3ViTModel
+    clip = host.blocks == "encoder.layers"
+    return Recipe(
+        name=f"transformers {cls.__name__}",
+        stack=f"{host.encoder}.{host.blocks}".lstrip("."),
+        qkv=_qkv,
+        out=_out,
+        mlp=_mlp,
+        parts=_parts,
+        protected=host.protected,
+        class_first=host.class_first,
+        problems=host.problems,
+        mlp_ratio=_mlp_ratio,
+        overrides=set_nothing,
+        final_norm=host.final_norm,
+        prefix_only=host.prefix_only,
+        rotary=Rotary("position_embeddings", _table, _rotate) if rotary else None,
+        grad_checkpointing=host.grad_checkpointing,
+        hooks=host.hooks,
+        describe=host.describe,
+        refuses=_refuses_nothing,
+        arguments={"attention_mask": None} if clip else {},
+    )
+
+
+# before 5.10 there was an encoder of their own inside these two
+for _around, _name, _prefix in ((CLIPModel, "CLIPVisionTransformer", 1), (SiglipModel, "SiglipVisionTransformer", 0)):
+    _inner = getattr(sys.modules[_around.__module__], _name, None)
+    if _inner is not None:
+        _TABLE[_inner] = Host("", "encoder.layers", "post_layernorm", _prefix)
+
+HOSTS: dict[type[nn.Module], Recipe | str] = {cls: _recipe(cls, host) for cls, host in _TABLE.items()}
+# any other model of transformers
+HOSTS[PreTrainedModel] = "it may read tokens that a reduced encoder inside it no longer has"

@@ -1,0 +1,127 @@
+"""The state of an optimisation, and its step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method.thresholds import Thresholds
+from .heldout import Candidate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimisation step, for progress and logs.
+
+    Attributes:
+        step, steps: this one, counted from 1, and how many there will be.
+        loss: task loss; share: mean FLOPs share of the step's images.
+        seconds: since learning (or its continuation) began.
+        kept: mean tokens after each block, [L].
+    """
+
+    step: int
+    steps: int
+    loss: float
+    share: float
+    seconds: float
+    kept: list[float] = field(default_factory=list)
+
+
+class Run:
+    """The thresholds as the optimiser sees them: the merge threshold as it is, the prune threshold by its logarithm.
+
+    Importance lives near 1/N; a step in its logarithm means the same for every model and block.
+    """
+
+    RATES: ClassVar = {"merge": 4e-3, "prune": 0.06}
+    FULL_RUN = 250
+    AVERAGED = 0.3
+
+    def __init__(self, thresholds: Thresholds, lr: float, steps: int) -> None:
+        self.thresholds = thresholds
+        self.steps = steps
+        self.names = thresholds.config.steps
+        self.latent = {name: torch.zeros_like(getattr(thresholds, name).data) for name in self.names}
+        self.mean = {name: torch.zeros_like(value) for name, value in self.latent.items()}
+        # Adam's steps are all of one size at first: a short run takes smaller ones, or it would end in their noise
+        lr *= min(1.0, math.sqrt(max(1, steps) / self.FULL_RUN))
+        self.optimizer = torch.optim.Adam(
+            [{"params": [self.latent[name]], "lr": lr * self.RATES[name]} for name in self.names], betas=(0.9, 0.99)
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            [group["lr"] for group in self.optimizer.param_groups],
+            total_steps=steps + 1,
+            pct_start=0.1,
+            cycle_momentum=False,
+        )
+        self.start: Candidate
+        self.step = 0
+        self.history: list[Step] = []
+
+    def begin(self, start: Candidate) -> None:
+        """Take the thresholds as they are: those of the calibrated `start`."""
+        self.start = start
+        for name, latent in self.latent.items():
+            value = getattr(self.thresholds, name).data
+            latent.copy_(value.clamp_min(1e-6).log() if name == "prune" else value)
+
+    def update(self) -> None:
+        """One step of the optimiser from the gradients that the thresholds hold; without any, they wait."""
+        moved = False
+        for name, latent in self.latent.items():
+            threshold = getattr(self.thresholds, name)
+            if threshold.grad is None:
+                continue
+            moved = True
+            if name == "prune":
+                # a threshold of 1 drops all there is, on purpose (see calibrate): it stays
+                latent.grad = threshold.grad * threshold.data * (threshold.data < 1)
+            else:
+                latent.grad = threshold.grad
+            threshold.grad = None
+        if moved:
+            self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        first = int(self.steps * (1 - self.AVERAGED))
+        if self.step > first:
+            for name, mean in self.mean.items():
+                mean.lerp_(self.latent[name], 1 / (self.step - first))
+        self.write(self.latent)
+
+    def finish(self) -> None:
+        """Set the average of the last steps: single steps are noisy."""
+        self.write(self.mean)
+
+    def write(self, latent: dict[str, Tensor]) -> None:
+        for name, value in latent.items():
+            plain = value.exp().clamp(max=1) if name == "prune" else value.clamp(-1, 1)
+            getattr(self.thresholds, name).data.copy_(plain)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "start": asdict(self.start),
+            "step": self.step,
+            "latent": self.latent,
+            "mean": self.mean,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "history": [asdict(step) for step in self.history],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.start = Candidate(**saved["start"])
+        self.step = saved["step"]
+        for name in self.names:
+            self.latent[name].copy_(saved["latent"][name])
+            self.mean[name].copy_(saved["mean"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.history = [Step(**step) for step in saved["history"]]
+        self.write(self.latent)

@@ -1,0 +1,77 @@
+"""Fixed rates: the schedules that learned thresholds are compared with, as policies of the same engines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import LTMPConfig, Rate
+from ..errors import LTMPError
+from .policy import Policy, rank
+
+
+class Rates(Policy):
+    """Removes the same number of tokens from every image.
+
+    The rates of Bolya et al., Token Merging (ICLR 2023), sections 3 and 4.1; merging removes no more than the even
+    tokens that have a partner, so at most half.
+
+    Raises:
+        LTMPError: there are rates for another number of blocks.
+    """
+
+    def __init__(self, depth: int, config: LTMPConfig) -> None:
+        super().__init__(depth, config)
+        prune = config.r if config.r_prune is None else config.r_prune
+        self.rates = {"merge": spread(config.r, depth, config.schedule), "prune": spread(prune, depth, config.schedule)}
+        self.rates["fuse"] = self.rates["prune"]
+        merges, prunes = "merge" in config.steps, config.steps != ("merge",)
+        on = [
+            (merges and m > 0, prunes and p > 0) for m, p in zip(self.rates["merge"], self.rates["prune"], strict=True)
+        ]
+        if config.ceiling is not None:
+            on = [(merges, prunes)] * depth
+        self.register_buffer("_on", torch.tensor(on), persistent=False)
+
+    def on(self) -> Tensor:
+        return self.get_buffer("_on")
+
+    @torch.no_grad()
+    def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
+        rate = self.rates[step][block]
+        if isinstance(rate, float):
+            # a part of the tokens that there are: for merging, of both parities, though only the evens are asked
+            there = free.sum(1, keepdim=True) * (2 if step == "merge" else 1)
+            wanted = (there * rate).floor()
+        else:
+            wanted = torch.full_like(free[:, :1], rate, dtype=torch.int64)
+        if step == "merge":
+            return (free & (rank(score, free) < wanted)).to(score.dtype)
+        return (rank(-score, free) >= wanted).to(score.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.variant}, r={self.config.r}, depth={self.depth}"
+
+
+def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate, ...]:
+    """The rate of each block."""
+    if isinstance(r, tuple):
+        if len(r) != depth:
+            raise LTMPError(f"r has rates for {len(r)} blocks, but this model has {depth}: give one, or {depth}")
+        return r
+    if schedule == "constant" or depth == 1:
+        return (r,) * depth
+    falling = [2 * r * (depth - 1 - i) / (depth - 1) for i in range(depth)]
+    return tuple(int(rate) if isinstance(r, int) else min(rate, 1 - 1e-6) for rate in falling)
+
+
+def noise(origin: Tensor, block: int, seed: int) -> Tensor:
+    """float32 like `origin`, numbers in [0, 1) that a place, a block and a seed always have: a hash, not a generator.
+
+    So each engine, batch size and device draws the same, and all images lose the same places.
+    """
+    mask = 0xFFFFFFFF
+    x = (origin.long() * 0x9E3779B1 + (block + 1) * 0x85EBCA6B + (seed + 1) * 0xC2B2AE35) & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    return (x >> 8).float() / 2**24

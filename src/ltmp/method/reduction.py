@@ -1,0 +1,174 @@
+"""The method itself: which tokens merge, which are dropped, and the order of those that stay.
+
+Everything here works on what is known of a token in a few numbers, [B, N]; the features follow the plan in whatever
+layout an engine keeps them. The same plan is made in training, where the gone stay behind as a masked tail, and in
+deployment, where the tail is cut: parity sees the same sequence either way (paper, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops.match.reference import candidates
+from .policy import Policy, rank
+from .scores import Scores
+from .tokens import Tokens, follow, take, take_all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One block's reduction.
+
+    Attributes:
+        tokens: the state after it, live tokens first.
+        order: int64 [B, N], for each new place the old place whose token moves there.
+        into: int64 [B, N], for each old place the old place it is folded into: itself unless it merged.
+        weight: float32 [B, N], by old place: a new token is the mean of its group by these.
+    """
+
+    tokens: Tokens
+    order: Tensor
+    into: Tensor
+    weight: Tensor
+
+    @property
+    def merged(self) -> Tensor:
+        """bool [B, N], the old places whose token was folded into another."""
+        return self.into != torch.arange(self.into.shape[1], device=self.into.device)
+
+    @property
+    def part(self) -> Tensor:
+        """float32 [B, N], by old place: how much of its new token each old one makes up, 1 where it is alone."""
+        total = self.weight.scatter_add(1, self.into, self.weight * self.merged)
+        return self.weight / total.gather(1, self.into)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Tokens on their way through a plan, [B, N] each; the metric is [B, N, D]."""
+
+    size: Tensor
+    keep: Tensor
+    origin: Tensor
+    importance: Tensor
+    reluctance: Tensor | None
+    metric: Tensor
+
+
+def make_plan(
+    tokens: Tokens, scores: Scores, policy: Policy, block: int, steps: tuple[str, ...], protected: int
+) -> Plan:
+    """Decide what happens to every token of a block (paper, section 3.2).
+
+    Args:
+        tokens: state at this block, [B, N].
+        scores: what decides: to merge needs a metric, to prune importance; reluctance None is 1.
+        policy: decides; `block` says for which block.
+        steps: which of "merge", "prune" and "fuse", in order.
+        protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
+
+    Returns:
+        The plan; `plan.tokens.keep` carries the gradient of the two thresholds.
+    """
+    images, length = tokens.keep.shape
+    place = torch.arange(length, device=tokens.keep.device)
+    into = order = place.expand(images, length)
+    there = tokens.keep.detach()
+    importance = there if scores.importance is None else scores.importance.detach()
+    metric = there[..., None] if scores.metric is None else scores.metric
+    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance, scores.reluctance, metric)
+    weight, turn = tokens.size, place
+    for step in steps:
+        if step == "prune":
+            state = _prune(state, policy, block, protected)
+        elif step == "fuse":
+            state, into, weight = _fuse(state, policy, block, protected)
+        elif length > 1:
+            if step is not steps[0]:
+                # parity is taken among those that are left
+                order = _live_first(state.keep, turn)
+                state = take_all(state, order)
+            state, receiver = _merge(state, policy, block, protected)
+            into = into.scatter(1, order, order.gather(1, receiver))
+            if policy.config.matching == "bipartite":
+                # evens, then odds; but a block that cannot merge keeps its order, because deployment skips it
+                evens_first = place // 2 + place % 2 * ((length + 1) // 2)
+                turn = torch.where(policy.on()[block, 0], evens_first, place)
+    last = _live_first(state.keep, turn)
+    after = Tokens(*(take(t, last) for t in (state.size, state.keep, state.origin)))
+    order = order.gather(1, last)
+    if tokens.source is not None:
+        after = replace(after, source=follow(tokens.source, into, order, after.live, block))
+    return Plan(after, order, into, weight)
+
+
+def _live_first(keep: Tensor, turn: Tensor) -> Tensor:
+    """int64 [B, N], the order with the live tokens first, each part by turn [N]."""
+    return (turn + len(turn) * (keep <= 0)).argsort(dim=1)
+
+
+def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor]:
+    """Fold each selected token into the one most like it: even tokens into odd ones, or the later of a pair.
+
+    Returns:
+        The state, every token still in its place, and int64 [B, N]: the place that each is folded into, or its own.
+    """
+    free = (state.keep > 0) & (state.origin >= protected)
+    asked, best, receiver = candidates(state.metric, free, policy.config.matching, state.reluctance)
+    gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
+    moved = gone.detach()
+    size = state.size.scatter_add(1, receiver, state.size[:, asked] * moved)
+    arriving = state.importance[:, asked].masked_fill(moved == 0, float("-inf"))
+    importance = state.importance.scatter_reduce(1, receiver, arriving, "amax")
+    leaving = torch.zeros_like(state.keep)
+    leaving[:, asked] = gone
+    into = torch.arange(free.shape[1], device=free.device).repeat(len(free), 1)
+    into[:, asked] = torch.where(moved > 0, receiver, into[:, asked])
+    return replace(state, size=size, importance=importance, keep=state.keep * (1 - leaving)), into
+
+
+def _prune(state: _Scored, policy: Policy, block: int, protected: int, step: str = "prune") -> _Scored:
+    """Drop the tokens that are not important enough; those that stay keep their order."""
+    spared = state.origin < protected
+    if protected == 0:
+        # without a class token nothing else would keep an image from losing every token
+        top = state.importance.masked_fill(state.keep <= 0, float("-inf")).argmax(1, keepdim=True)
+        spared = spared.scatter(1, top, True)
+    free = (state.keep > 0) & ~spared
+    kept = policy.select(step, block, state.importance, free, state.keep.detach().sum(1))
+    return replace(state, keep=state.keep * kept.masked_fill(spared, 1.0))
+
+
+def _fuse(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor, Tensor]:
+    """Fold what pruning would drop into the most important of it, by importance (Liang et al., ICLR 2022, equation 5).
+
+    Returns:
+        The state, and `into` and `weight` of the plan.
+    """
+    after = _prune(state, policy, block, protected, "fuse")
+    dropped = (state.keep > 0) & (after.keep <= 0)
+    first = rank(state.importance, dropped) == 0
+    receiver = first.int().argmax(1, keepdim=True)
+    place = torch.arange(dropped.shape[1], device=dropped.device).expand_as(dropped)
+    into = torch.where(dropped, receiver, place)
+    size = torch.where(first, (state.size * dropped).sum(1, keepdim=True), state.size)
+    weight = torch.where(dropped, state.importance.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    return replace(after, size=size, keep=torch.where(first, state.keep, after.keep)), into, weight
+
+
+def fold(x: Tensor, plan: Plan) -> Tensor:
+    """Features after a plan: a receiver becomes the weighted mean of its group, by sizes (paper, section 3.2).
+
+    Args:
+        x: [B, N, C] features before.
+
+    Returns:
+        [B, N, C] in the new order; a token that merged away also stays, as itself, in the masked tail.
+    """
+    merged, part = plan.merged[..., None], plan.part[..., None].to(x.dtype)
+    arriving = torch.where(merged, x * part, 0)
+    own = torch.where(merged, x, x * part)
+    return take(own.scatter_add(1, plan.into[..., None].expand_as(x), arriving), plan.order)

@@ -1,0 +1,184 @@
+"""A model by name, of timm or another library, and one clear sentence for everything that can fail."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..checkpoint import read_state_dict, split_thresholds
+from ..errors import LTMPError, UsageError, first_line
+from ..files import atomic_path
+from .hugging_face import PREFIX, build_classifier, is_of_transformers, save_classifier
+from .libraries import BUILDERS
+from .timm_names import no_weights, parse_name
+
+
+def build_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """timm.create_model in evaluation mode, checked; or an image classifier of transformers with its own weights.
+
+    Args:
+        name: a timm model name; of an `ltmp_*` name the host is built, with nothing attached. `hf:NAME_OR_FOLDER` is
+            a model of transformers on the Hugging Face hub or on disk, `torchvision:NAME` a ViT of torchvision,
+            `open_clip:NAME[/WEIGHTS]` a visual tower of open_clip.
+        weights: a checkpoint, safetensors or torch's format read without unpickling code; a file of the seed's training
+            is taken without its thresholds.
+        pretrained: take timm's weights, from its cache or over the network.
+        num_classes: outputs of the head; None leaves the model's own number.
+        image_size: pixels a side; None leaves the model's own.
+        model_kwargs: more arguments of the timm model, or of `from_pretrained`.
+
+    Raises:
+        UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument.
+        LTMPError: the weights cannot be had, do not fit, or hold NaN.
+    """
+    if name.startswith(PREFIX):
+        given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
+        return build_classifier(name, given, model_kwargs or {})
+    library, _, rest = name.partition(":")
+    if library in BUILDERS:
+        model = BUILDERS[library](rest, pretrained and weights is None, num_classes, image_size, model_kwargs or {})
+    else:
+        model = _build_timm(parse_name(name)[1], pretrained and weights is None, num_classes, image_size, model_kwargs)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def _build_timm(
+    name: str, pretrained: bool, num_classes: int | None, image_size: int | None, model_kwargs: dict[str, Any] | None
+) -> nn.Module:
+    _check_name(name)
+    kwargs = dict(model_kwargs or {})
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if image_size is not None:
+        kwargs["img_size"] = image_size
+    model = _create(name, pretrained, kwargs)
+    _check_patches(model)
+    return model
+
+
+def brings_weights(name: str) -> bool:
+    """Whether a model's name says which weights it has."""
+    return name.startswith(PREFIX) or (name.startswith("open_clip:") and "/" in name)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint of `model`, all of it or nothing.
+
+    Raises:
+        LTMPError: unreadable, not finite, or made for another shape; the message names the first parameter at fault.
+    """
+    state = split_thresholds(read_state_dict(path))[1]
+    _check_finite(state, path)
+    _check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    # A name with a source ("hf-hub:...", "local-dir:...") is timm's to look up.
+    architecture = name.partition(".")[0]
+    if ":" in name or timm.is_model(architecture):
+        return
+    near = difflib.get_close_matches(architecture, [n for n in timm.list_models() if parse_name(n)[0] is None], n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has all names"
+    raise UsageError(f"timm knows no model {name!r}: {hint}")
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise UsageError(f"timm cannot build {name} with {kwargs or 'its defaults'}: {first_line(error)}") from error
+    # What is missing may be the network, the hub's answer or the weights themselves, each with its own class.
+    except Exception as error:
+        if not pretrained:
+            raise UsageError(f"timm cannot build {name}: {first_line(error)}") from error
+        raise no_weights(name, error, "give its file as --weights FILE (weights= in Python)") from error
+
+
+def _check_patches(model: nn.Module) -> None:
+    embed: Any = getattr(model, "patch_embed", None)
+    patch, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if patch and size and (size[0] < patch[0] or size[1] < patch[1]):
+        raise UsageError(
+            f"images of {size[0]}x{size[1]} pixels are smaller than one {patch[0]}x{patch[1]} patch: "
+            "give a larger image size"
+        )
+
+
+def _check_finite(state: dict[str, Tensor], path: str | Path) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise LTMPError(
+                f"{path} holds NaN or infinity in {key!r}: the run that wrote it diverged, or it is damaged"
+            )
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unknown:
+        faults = [f"{what} {min(keys)!r}" for what, keys in (("lacks", missing), ("has", unknown)) if keys]
+        raise LTMPError(
+            f"{path} is not a checkpoint of this model: it {' and '.join(faults)} "
+            f"({len(missing)} missing, {len(unknown)} unknown parameters); check --model and --model-kwargs"
+        )
+    for key in own:
+        if own[key].shape == state[key].shape:
+            continue
+        here, there = list(own[key].shape), list(state[key].shape)
+        if key.startswith("head"):
+            raise LTMPError(
+                f"{path} has {there[0]} classes but the model's head has {here[0]}: use --num-classes {there[0]}"
+            )
+        raise LTMPError(
+            f"{path} does not fit the model: {key!r} is {there} there and {here} here; check --model, --img-size and "
+            "--model-kwargs"
+        )
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model without thresholds: what it has when nothing is attached."""
+    return {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+        if not name.startswith("ltmp.")
+    }
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's own weights as a plain checkpoint of its library, e.g. after `ltmp.tune`.
+
+    Args:
+        path: a `.safetensors` file, replaced whole or left alone; of a classifier of transformers, a folder.
+
+    Raises:
+        LTMPError: it cannot be written.
+    """
+    if is_of_transformers(model):
+        save_classifier(model, plain_state(model), path)
+        return
+    with atomic_path(path) as temporary:
+        try:
+            save_file(plain_state(model), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise LTMPError(f"cannot write {path}: {error}") from error

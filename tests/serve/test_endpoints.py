@@ -1,0 +1,237 @@
+"""The endpoints answer what the model says, and every refusal is a documented problem."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+
+import ltmp
+from helpers import attach_reducing, random_images, tiny_vit
+from ltmp.errors import LTMPError, UsageError
+from ltmp.hosts.attach import thresholds_of
+from ltmp.serve import Limits, Predictor, batching, read_names
+from ltmp.serve.endpoints import create_app
+
+from .conftest import picture
+
+PNG = {"content-type": "image/png"}
+
+
+def post(client: TestClient, body: bytes = b"", **kwargs):
+    return client.post("/v1/predict", content=body or picture(), headers=PNG, **kwargs)
+
+
+def problem(answer, status: int, code: str) -> str:
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    values = answer.json()
+    assert (values["status"], values["code"]) == (status, code)
+    assert values["detail"].count("\n") == 0
+    return values["detail"]
+
+
+def directly(predictor: Predictor, body: bytes) -> tuple[torch.Tensor, float]:
+    """Scores and share of an image, from the model itself."""
+    image = predictor.transform(Image.open(BytesIO(body)).convert("RGB"))[None]
+    with torch.inference_mode(), ltmp.record() as calls:
+        return predictor.model(image).softmax(-1)[0], calls.share().item()
+
+
+def test_answer_is_the_models(client, predictor):
+    answer = post(client, picture(3), params={"top_k": 3})
+    assert answer.status_code == 200
+    values = answer.json()
+    scores, share = directly(predictor, picture(3))
+    top = scores.topk(3)
+    assert [p["index"] for p in values["predictions"]] == top.indices.tolist()
+    assert [p["score"] for p in values["predictions"]] == pytest.approx(top.values.tolist(), abs=1e-5)
+    assert [p["label"] for p in values["predictions"]] == [predictor.names[i] for i in top.indices]
+    assert values["share"] == pytest.approx(share)
+    assert 1 <= values["tokens"] < 17
+
+
+def test_many_at_once_get_their_own_answers(client, predictor):
+    bodies = [picture(seed) for seed in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda body: post(client, body, params={"top_k": 5}), bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    for body, answer in zip(bodies, answers, strict=True):
+        given = {p["index"]: p["score"] for p in answer.json()["predictions"]}
+        assert [given[i] for i in range(5)] == pytest.approx(directly(predictor, body)[0].tolist(), abs=1e-5)
+
+
+def test_five_classes_by_default(client):
+    assert len(post(client).json()["predictions"]) == 5
+
+
+@pytest.mark.parametrize("top_k", ["0", "6", "-1", "two", "", "1e3", "99999999999999999999"])
+def test_top_k_out_of_range(client, top_k):
+    assert "top_k" in problem(post(client, params={"top_k": top_k}), 422, "invalid-parameter")
+
+
+def test_wrong_type_empty_and_broken(client):
+    page = client.post("/v1/predict", content=b"<p>", headers={"content-type": "text/html"})
+    assert "text/html" in problem(page, 415, "unsupported-media-type")
+    problem(client.post("/v1/predict", content=b"", headers=PNG), 400, "empty-body")
+    problem(post(client, b"no image"), 422, "unreadable-image")
+    problem(post(client, picture()[:-200]), 422, "unreadable-image")
+    problem(client.post("/v1/predict", files={"file": picture()}), 415, "unsupported-media-type")
+
+
+def test_a_name_or_url_is_bytes_like_any_other(client):
+    for body in (b"/etc/passwd", b"file:///etc/passwd", b"http://127.0.0.1:1/cat.jpg"):
+        problem(post(client, body), 422, "unreadable-image")
+
+
+def test_unknown_paths_and_methods(client):
+    problem(client.get("/v1/models"), 404, "not-found")
+    answer = client.put("/healthz")
+    problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == "GET"
+
+
+def test_bodies_have_a_limit(predictor):
+    with TestClient(create_app(predictor, Limits(max_body=2000))) as client:
+        problem(client.post("/v1/predict", content=bytes(2001), headers=PNG), 413, "body-too-large")
+        problem(
+            client.post("/v1/predict", content=b"", headers={**PNG, "content-length": "2001"}), 413, "body-too-large"
+        )
+
+
+def test_pixels_have_a_limit(predictor):
+    with TestClient(create_app(predictor, Limits(max_pixels=100))) as client:
+        assert "20 x 18" in problem(post(client), 413, "too-many-pixels")
+
+
+class Held(Predictor):
+    """Answers when it is allowed to."""
+
+    def __init__(self, other: Predictor) -> None:
+        vars(self).update(vars(other))
+        self.go, self.began = threading.Event(), threading.Event()
+        self.answered = 0
+
+    def answer(self, images):
+        if images[0] is not self.blank:
+            self.began.set()
+            assert self.go.wait(10)
+            self.answered += len(images)
+        return super().answer(images)
+
+
+def test_a_full_queue_says_when_to_come_back(predictor):
+    held = Held(predictor)
+    with TestClient(create_app(held, Limits(max_queue=2, max_batch=1))) as client, ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, client) for _ in range(2)]
+        assert held.began.wait(5)
+        while client.app.state.service.inside < 2:
+            pass
+        answer = post(client)
+        problem(answer, 429, "queue-full")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert client.get("/readyz").status_code == 200
+        held.go.set()
+        assert [w.result(5).status_code for w in waiting] == [200, 200]
+        assert post(client).status_code == 200
+
+
+def test_an_answer_that_takes_too_long(predictor):
+    held = Held(predictor)
+    with TestClient(create_app(held, Limits(timeout=0.3, max_batch=1))) as client, ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(post, client) for _ in range(2)]
+        for answer in both:
+            problem(answer.result(5), 504, "timeout")
+        assert client.app.state.service.inside == 0
+        held.go.set()
+        assert post(client).status_code == 200
+    # of the two, the one that had begun went on; the other was never run
+    assert held.answered == 2
+
+
+def test_a_failing_model_is_a_500_and_nothing_worse(predictor, caplog, monkeypatch):
+    # other tests in this process configure logging as servers do, so this one listens where the service writes
+    logger = logging.Logger("service")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(batching, "log", logger)
+
+    class Failing(Held):
+        def answer(self, images):
+            if images[0] is not self.blank and not self.go.is_set():
+                raise RuntimeError("out of memory")
+            return Predictor.answer(self, images)
+
+    failing = Failing(predictor)
+    with TestClient(create_app(failing)) as client:
+        problem(post(client), 500, "model-failed")
+        assert "out of memory" in caplog.text
+        failing.go.set()
+        assert post(client).status_code == 200
+
+
+def test_health_follows_the_model_thread(client):
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ok"}
+    client.app.state.service.batcher.stop()
+    problem(client.get("/readyz"), 503, "not-ready")
+    problem(post(client), 503, "not-ready")
+    assert client.get("/healthz").status_code == 200
+
+
+def test_metrics_count_what_happened(client, predictor):
+    post(client), post(client), post(client, b"no image"), client.get("/a/path/with?a=secret")
+    text = client.get("/metrics")
+    assert text.headers["content-type"].startswith("text/plain; version=")
+    lines = dict(line.rsplit(" ", 1) for line in text.text.splitlines() if not line.startswith("#"))
+    assert lines['ltmp_requests_total{path="/v1/predict",status="200"}'] == "2.0"
+    assert lines['ltmp_requests_total{path="/v1/predict",status="422"}'] == "1.0"
+    assert lines['ltmp_requests_total{path="other",status="404"}'] == "1.0"
+    assert lines['ltmp_request_seconds_count{path="/v1/predict"}'] == "3.0"
+    assert lines['ltmp_problems_total{code="unreadable-image"}'] == "1.0"
+    assert lines["ltmp_batch_size_sum"] == lines["ltmp_tokens_kept_count"] == "2.0"
+    assert float(lines["ltmp_flops_share_sum"]) == pytest.approx(2 * directly(predictor, picture())[1], rel=1e-5)
+    assert (lines["ltmp_queue_length"], lines["ltmp_requests_in_flight"]) == ("0.0", "0.0")
+    assert "secret" not in text.text
+
+
+def test_info(client, predictor):
+    values = client.get("/v1/info").json()
+    assert (values["classes"], values["input_size"], values["variant"]) == (5, [3, 16, 16], "ltmp")
+    assert values["about"] == {"target": 0.6}
+    assert values["limits"]["max_queue"] == 128
+
+
+def test_openapi_documents_every_answer(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/v1/predict", "/v1/info", "/healthz", "/readyz", "/metrics"}
+    predict = paths["/v1/predict"]["post"]
+    assert {"200", "400", "408", "413", "415", "422", "429", "500", "503", "504"} == set(predict["responses"])
+    assert "image/jpeg" in predict["requestBody"]["content"]
+    assert predict["parameters"][0]["schema"]["maximum"] == 5
+    for status, answer in predict["responses"].items():
+        assert status == "200" or "application/problem+json" in answer["content"]
+
+
+def test_what_cannot_be_served_is_said(tmp_path):
+    with pytest.raises(LTMPError, match="attach thresholds first"):
+        Predictor(tiny_vit())
+    with pytest.raises(UsageError, match="2 class names but the model has 5"):
+        Predictor(ltmp.attach(tiny_vit()), names=["ant", "bee"])
+    with pytest.raises(UsageError, match="one class name a line"):
+        read_names(tmp_path / "none.txt")
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    assert read_names(tmp_path / "names.txt") == ["ant", "bee"]
+
+
+def test_a_model_that_gives_nan_is_not_served():
+    model = attach_reducing(tiny_vit(), random_images(4))
+    predictor = Predictor(model)
+    model.head.bias.data.fill_(float("nan"))
+    with pytest.raises(LTMPError, match="NaN"), TestClient(create_app(predictor)):
+        pass
+    assert thresholds_of(model).depth == 3

@@ -1,0 +1,125 @@
+"""Everything that can be wrong with a model's name, arguments or checkpoint is said in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ltmp.errors import LTMPError, UsageError
+from ltmp.zoo.build import build_model
+
+NAME = "vit_tiny_patch16_224"
+SMALL = {"depth": 1, "embed_dim": 24}
+
+
+def build(weights=None, num_classes=5, **kwargs):
+    return build_model(NAME, weights=weights, num_classes=num_classes, image_size=32, model_kwargs={**SMALL, **kwargs})
+
+
+@pytest.fixture
+def state():
+    return build().state_dict()
+
+
+def raised(kind, call, *args, **kwargs) -> str:
+    with pytest.raises(kind) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_arguments_reach_the_model():
+    model = build()
+    assert (model.num_classes, model.patch_embed.img_size, len(model.blocks)) == (5, (32, 32), 1)
+    assert not model.training
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "pth.tar"])
+def test_weights_from_file(form, state, tmp_path):
+    path = tmp_path / f"weights.{form}"
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} if form == "pth.tar" else state, path)
+    loaded = build(path).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_half_precision_weights_become_float32(state, tmp_path):
+    path = tmp_path / "half.safetensors"
+    save_file({key: value.half() for key, value in state.items()}, path)
+    assert build(path).head.weight.dtype == torch.float32
+
+
+def test_unknown_name_suggests_near_ones():
+    assert "vit_small_patch16_224" in raised(UsageError, build_model, "vit_smal_patch16_224")
+
+
+def test_unknown_argument_is_named():
+    assert "nonsense" in raised(UsageError, build, nonsense=1)
+
+
+def test_image_smaller_than_a_patch():
+    assert "8x8" in raised(UsageError, build_model, NAME, image_size=8, model_kwargs=SMALL)
+
+
+def test_pretrained_offline_names_the_local_way(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    message = raised(LTMPError, build_model, NAME, pretrained=True)
+    assert "no route to host" in message
+    assert "--weights" in message
+
+
+def test_missing_file(tmp_path):
+    assert "gone.safetensors" in raised(LTMPError, build, tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_damaged_checkpoint(form, damage, state, tmp_path):
+    path = tmp_path / f"weights.{form}"
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello, this is text", "empty": b""}[damage])
+    assert str(path) in raised(LTMPError, build, path)
+
+
+def test_wrong_class_count_names_the_option(state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    message = raised(LTMPError, build, path, num_classes=7)
+    assert "5 classes" in message
+    assert "--num-classes 5" in message
+
+
+def test_wrong_shape_names_the_parameter(state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    state["pos_embed"] = torch.zeros(1, 17, 24)
+    save_file(state, path)
+    assert "'pos_embed' is [1, 17, 24] there and [1, 5, 24] here" in raised(LTMPError, build, path)
+
+
+def test_another_models_weights(state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    state["other"] = state.pop("norm.bias")
+    save_file(state, path)
+    message = raised(LTMPError, build, path)
+    assert "lacks 'norm.bias'" in message
+    assert "has 'other'" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    state["norm.bias"][0] = value
+    save_file(state, path)
+    assert "'norm.bias'" in raised(LTMPError, build, path)
