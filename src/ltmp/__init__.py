@@ -13,6 +13,8 @@ from .calls import dense as dense
 from .calls import record as record
 from .calls import trace as trace
 from .calls import unmerge as unmerge
+from .certification import Certificate as Certificate
+from .certification import certify as certify
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import LTMPConfig as LTMPConfig

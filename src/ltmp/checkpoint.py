@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from ._version import __version__
 from .config import LTMPConfig
 from .errors import LTMPError, UsageError
+from .fingerprint import Seen
 from .files import atomic_path
 from .hosts.attach import attach, is_attached, stack_of, thresholds_of
 from .locate import file_name, locate
+from .method.certificate import Certificate, fingerprint_of
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
 from .method.thresholds import Thresholds
@@ -41,6 +44,7 @@ class ThresholdFile:
         dial: thresholds for a range of budgets, of which `merge` and `prune` are those at `metadata["budget"]`; None
             where there are these alone.
         probe: what tokens are read through where the config's scores ask for it, or None; see `ops.probe.reference`.
+        seen: the images that they were learned on, or None where that is not known.
 
     Raises:
         ValueError: the dial is for another number of blocks, or does not reach the budget.
@@ -52,6 +56,7 @@ class ThresholdFile:
     metadata: dict[str, Any] = field(default_factory=dict)
     dial: Dial | None = None
     probe: Tensor | None = None
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         if self.dial is not None and self.dial.depth != self.merge.numel():
@@ -62,6 +67,29 @@ class ThresholdFile:
                 self.dial.at(budget)
             except (UsageError, TypeError, ValueError) as error:
                 raise ValueError(f"its budget is {budget!r}, which its dial does not reach") from error
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What `ltmp.certify` found for its dial, void or not; None where nobody asked.
+
+        Raises:
+            LTMPError: it is broken, or of a newer version.
+        """
+        values = self.metadata.get("certificate")
+        return None if values is None else Certificate.from_dict(values)
+
+    def certified(self, model: nn.Module, source: str = "this file", amp: torch.dtype | None = None) -> ThresholdFile:
+        """The same at its certified budget, for a model that runs under this autocast type.
+
+        Raises:
+            UsageError: there is no certificate, or it certifies nothing.
+            LTMPError: it is void: see `Certificate.require`.
+        """
+        certificate = self.certificate
+        if certificate is None or self.dial is None:
+            raise UsageError(f"{source} has no certificate: make one with `ltmp certify` (docs/certify.md)")
+        mine = fingerprint_of(self.dial, self.probe, self.config)
+        return self.at(certificate.require(model, mine, amp, source), source)
 
     def at(self, budget: float, source: str = "this file") -> ThresholdFile:
         """The same with the dial's thresholds at `budget`; a file without a dial has its own budget alone.
@@ -112,6 +140,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.asks_probe:
         # learned in half precision, so that nothing is lost
         tensors |= {"probe": policy.probe.half().cpu()}
+    if isinstance(policy, Thresholds) and policy.seen is not None:
+        tensors |= {"seen": policy.seen.keys}
+    if isinstance(policy, Thresholds) and policy.certificate is not None:
+        about |= {"certificate": policy.certificate.to_dict()}
     about |= {
         **metadata,
         "config": policy.config.to_dict(),
@@ -180,7 +212,8 @@ def _read(path: Path) -> ThresholdFile:
                     dial, probe = Dial.find(tensors), tensors.get("probe")
                     if config.asks_probe and probe is None:
                         raise ValueError("its probe is missing")
-                    return ThresholdFile(tensors["merge"], tensors["prune"], config, values, dial, probe)
+                    seen = Seen(tensors["seen"]) if "seen" in tensors else None
+                    return ThresholdFile(tensors["merge"], tensors["prune"], config, values, dial, probe, seen)
         except FileNotFoundError:
             raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -275,7 +308,13 @@ def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike[str], *, engine: str | None = None, budget: float | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    budget: float | None = None,
+    certified: bool = False,
+    amp: torch.dtype | None = None,
 ) -> ThresholdFile:
     """Attach (unless it is) and set the thresholds of `path`; of a whole checkpoint nothing else is taken.
 
@@ -285,15 +324,23 @@ def load(
         engine: overrides the file's engine.
         budget: FLOPs share to set the file's dial to; None leaves it where it was saved. `model.ltmp.set_budget` turns
             it later. Of several files in a folder or repository without a dial it says which.
+        certified: set the dial to the budget that the file's certificate guarantees (`ltmp.certify`), after checking
+            that it is of these thresholds, this model's weights and this precision.
+        amp: with `certified`, the autocast type that the model will run under.
 
     Returns:
         What was in the file.
 
     Raises:
-        UsageError: the file has no dial for the budget; the model is unchanged.
-        LTMPError: unreadable, or learned for another depth or architecture; the model is unchanged.
+        UsageError: the file has no dial for the budget, or no certificate; the model is unchanged.
+        LTMPError: unreadable, learned for another depth or architecture, or the certificate is void; the model is
+            unchanged.
     """
+    if certified and budget is not None:
+        raise UsageError(f"a budget of {budget:g} and the certified one: ask for one of them")
     file = read(path, budget=budget)
+    if certified:
+        file = file.certified(model, str(path), amp)
     settings = {**file.config.to_dict(), **({"engine": engine} if engine else {})}
     attached = is_attached(model)
     if not attached:
@@ -361,3 +408,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error
     own.asked = None if file.dial is None else file.metadata.get("budget")
+    own.seen, own.certificate = file.seen, None
+    # thresholds work without it, and whoever asks for it is told what is wrong
+    with suppress(LTMPError):
+        own.certificate = file.certificate

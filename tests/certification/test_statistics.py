@@ -22,7 +22,9 @@ def ones(count, n):
     return np.repeat([1.0, 0.0], [count, n - count])
 
 
-@pytest.mark.parametrize(("count", "n", "level"), [(0, 1, 0.5), (0, 300, 0.01), (3, 20, 0.3), (20, 20, 0.9), (7, 60, 0.2)])
+@pytest.mark.parametrize(
+    ("count", "n", "level"), [(0, 1, 0.5), (0, 300, 0.01), (3, 20, 0.3), (20, 20, 0.9), (7, 60, 0.2)]
+)
 def test_binomial_is_the_exact_sum(count, n, level):
     exact = sum(comb(n, k) * level**k * (1 - level) ** (n - k) for k in range(count + 1))
     assert binomial_p_value(ones(count, n), level) == pytest.approx(exact, rel=1e-12)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..distributed import exchange, rank
 from ..errors import UsageError
+from ..fingerprint import Seen
 from ..hosts.attach import stack_of, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
@@ -111,6 +112,8 @@ def learn_dial(
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
     images = first(loader, calibration, progress)[0].to(place)
+    seen = thresholds.seen = thresholds.seen or Seen()
+    seen.add(images)
     maker = _Maker(model, images, amp, progress)
     for end in (low, high):
         check_target(end, maker.geometry, stack_of(model).protected)
@@ -137,7 +140,7 @@ def learn_dial(
     dial, divergence = maker.table([low + (high - low) * i / (knots - 1) for i in range(knots)], shapes)
     thresholds.set_dial(dial)
     if more:
-        dial = maker.corrected(dial, anchors, loader, more)
+        dial = maker.corrected(dial, anchors, seen.watch(loader), more)
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
     return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
+from ..fingerprint import Seen
 from ..hosts.attach import stack_of, thresholds_of
 from ..method.thresholds import Thresholds
 from .batches import Batch, apart, first, stream
@@ -140,6 +141,8 @@ def learn(
     place = torch.device(device) if device is not None else thresholds.merge.device
     model.to(place).eval()
     images, labels = first(loader, calibration, progress)
+    seen = thresholds.seen = thresholds.seen or Seen()
+    seen.add(images)
     images = images.to(place)
     check_target(target, geometry_of(model, images), stack_of(model).protected)
 
@@ -165,7 +168,7 @@ def learn(
     def save() -> None:
         if checkpoint is not None and rank() == 0:
             along = {"tuned": weights.state()} if weights is not None else {}
-            save_run(checkpoint, asdict(settings), {**run.state(), **along})
+            save_run(checkpoint, asdict(settings), {**run.state(), **along, "seen": seen.keys})
 
     def tell(step: Step) -> None:
         run.history.append(step)
@@ -181,6 +184,7 @@ def learn(
     state = exchange(saved())[0]
     if state is not None:
         run.restore(state)
+        seen.add_keys(state["seen"])
     else:
         with cast:
             # all of them are in memory at once, and 128 images have some 10,000 scores a block
@@ -192,7 +196,7 @@ def learn(
     torch.manual_seed(seed + run.step)
     objective = Objective(model, target, budget_weight, part, original, cast)
     skipped = 0 if tuning is None else -(-apart(loader, len(images)) // batch)
-    batches = stream(loader, skipped + run.step * accumulate * world(), batch)
+    batches = seen.watch(stream(loader, skipped + run.step * accumulate * world(), batch))
     with _only(model, thresholds), tuned(model, original, tuning, run.steps) as weights:
         if weights is not None and state is not None:
             weights.restore(state["tuned"])
@@ -226,10 +230,12 @@ def learn(
     thresholds.set(best.merge, best.prune)
     with cast:
         journal.deployed(run.steps + 1, best)
+    for keys in exchange(seen.keys):
+        seen.add_keys(keys)
     looked = len(images) * (1 + looks) + probed
-    seen = len(run.history) * views_a_step + looked
+    views = len(run.history) * views_a_step + looked
     stayed = tuning is not None and best is not run.start
-    return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history, stayed)
+    return LearnResult(target, best.share, views, time.perf_counter() - start, run.history, stayed)
 
 
 @contextmanager

@@ -178,7 +178,9 @@ class Certificate:
             raise LTMPError(f"the certificate of {source} is void, as its thresholds were changed since: {_AGAIN}")
         here = precision_of(model, amp)
         if self.precision != here:
-            raise LTMPError(f"the certificate of {source} is for {self.precision}, but the model runs in {here}: {_AGAIN}")
+            raise LTMPError(
+                f"the certificate of {source} is for {self.precision}, but the model runs in {here}: {_AGAIN}"
+            )
         if self.weights != weights_of(model):
             raise LTMPError(f"the certificate of {source} is for other weights than this model's: {_AGAIN}")
         return self.budget

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
+from ..fingerprint import Seen
 from ..ops.probe.reference import WIDTH, probe
+from .certificate import Certificate
 from .dial import PREFIX, Dial
 from .policy import Policy
 
@@ -195,9 +197,13 @@ class Thresholds(Dialled, Probing, Policy):
     Attributes:
         merge: float32 [L]; tokens merge above this cosine similarity.
         prune: float32 [L]; tokens are kept above this mean attention received.
+        seen: the images that these thresholds were learned on, or None where nobody knows.
+        certificate: of the dial, as `ltmp.certify` left it or a file brought it; void where the dial is another by now.
     """
 
     learns = True
+    seen: Seen | None = None
+    certificate: Certificate | None = None
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__(depth, config)
