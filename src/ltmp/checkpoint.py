@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ._version import __version__
 from .config import LTMPConfig
 from .errors import LTMPError, UsageError
-from .fingerprint import Seen
 from .files import atomic_path
+from .fingerprint import Seen
 from .hosts.attach import attach, is_attached, stack_of, thresholds_of
 from .locate import file_name, locate
 from .method.certificate import Certificate, fingerprint_of

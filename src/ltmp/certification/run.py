@@ -1,4 +1,4 @@
-"""Certification: measure a risk at every budget on images that took no part in learning, and test from the mildest down."""
+"""Certification: a risk at every budget, on images that took no part in learning, tested from the mildest down."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..calls import dense
 from ..deploy import deployed
 from ..errors import LTMPError, UsageError
 from ..evaluate.machine import describe_machine
-from ..fingerprint import Seen, image_keys
+from ..fingerprint import image_keys
 from ..hosts.attach import is_attached, stack_of
 from ..method.certificate import Certificate, Tested, fingerprint_of, precision_of, weights_of
 from ..method.dial import Dial
@@ -57,7 +57,7 @@ class _Candidate:
     hopeless: bool = False
 
     def look(self, level: float) -> None:
-        """Give up where the mean is four standard errors above the level: to stop testing early never certifies more."""
+        """Give up where the mean is four standard errors above the level: giving up never certifies more."""
         seen = torch.cat(self.losses).double()
         error = (max(float(seen.var(correction=0)), level * (1 - level)) / len(seen)) ** 0.5
         self.hopeless = float(seen.mean()) > level + 4 * error
@@ -128,8 +128,8 @@ def certify(
     measure = Risk.of(risk, limit)
     if not (0 < at_most < 1 and 0.5 <= confidence < 1):
         raise UsageError(
-            f"at most {at_most:g} with confidence {confidence:g}: expected a level in (0, 1), such as 0.01 for 1 %, and "
-            "a confidence from 0.5 to below 1, such as 0.95"
+            f"at most {at_most:g} with confidence {confidence:g}: expected a level in (0, 1), such as 0.01 for 1 %, "
+            "and a confidence from 0.5 to below 1, such as 0.95"
         )
     known = getattr(loader, "images", 0)
     count = min(known or sys.maxsize, images or sys.maxsize)
@@ -153,8 +153,8 @@ def certify(
                 break
     if known_images:
         raise LTMPError(
-            f"{known_images:,} of these {done:,} images are among those that the thresholds were learned on, where they "
-            "look better than they are: certify on others"
+            f"{known_images:,} of these {done:,} images are among those that the thresholds were learned on, where "
+            "they look better than they are: certify on others"
         )
     _enough(done, at_most, confidence)
     # sorted by class they would not be drawn independently one after the other

@@ -1,7 +1,7 @@
 """Finite-sample tests of a mean loss: p-values, upper bounds, fixed-sequence testing, and how many images they need.
 
-A test is of the null hypothesis that the mean loss of all images is at least `level`; a small p-value rejects it, so that
-the level is certified. Nothing is asymptotic: the error rate holds at every number of images.
+A test is of the null hypothesis that the mean loss of all images is at least `level`; a small p-value rejects it, so
+that the level is certified. Nothing is asymptotic: the error rate holds at every number of images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST = 1 << 21
 
 
 def binomial_p_value(losses: Floats, level: float, confidence: float = 0.95) -> float:
-    """Exact p-value for losses of 0 and 1: the chance of so few ones where the mean is `level` (Clopper & Pearson, 1934).
+    """Exact p-value for losses of 0 and 1: the chance of so few ones if the mean is `level` (Clopper & Pearson, 1934).
 
     Args:
         losses: [n], each 0 or 1.
@@ -68,7 +68,7 @@ def betting_p_value(losses: Floats, level: float, confidence: float = 0.95) -> f
 
 
 def upper_bound(p_value: PValue, losses: Floats, confidence: float) -> float:
-    """The smallest mean loss that the test rejects, to 1e-6: with `confidence` the mean is below. 1 where it rejects none.
+    """The smallest mean loss that the test rejects, to 1e-6; 1 where it rejects none. The mean is below, with `confidence`.
 
     With `binomial_p_value` this is the bound of Clopper & Pearson.
     """

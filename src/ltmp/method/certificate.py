@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LTMPConfig
-from .dial import Dial
 from ..errors import LTMPError, UsageError
 from ..fingerprint import of_tensors
+from .dial import Dial
 
 _TRAINING_ONLY = ("engine", "tau", "prune_tau")
 
