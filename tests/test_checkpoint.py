@@ -83,6 +83,72 @@ def test_settings_travel(tmp_path: Path) -> None:
     assert other.ltmp.config.engine == "auto"
 
 
+@pytest.mark.parametrize("way", ["load", "from_pretrained"])
+def test_the_engine_asked_for_is_set_on_an_attached_model_too(saved: Path, way: str) -> None:
+    model = ltmp.attach(tiny_vit(), LTMPConfig(engine="packed"))
+    ltmp.load(model, saved)
+    assert model.ltmp.config.engine == "packed"
+    if way == "load":
+        ltmp.load(model, saved, engine="graph")
+    else:
+        ltmp.from_pretrained(saved, model, engine="graph")
+    assert model.ltmp.config.engine == "graph"
+    with pytest.raises(UsageError, match="unknown engine 'warp': expected one of auto"):
+        ltmp.load(model, saved, engine="warp")
+    assert model.ltmp.config.engine == "graph"
+    bare = tiny_vit()
+    with pytest.raises(UsageError, match="unknown engine 'warp'"):
+        ltmp.load(bare, saved, engine="warp")
+    assert not is_attached(bare)
+
+
+LIMITS = [
+    # what the model was attached with, what the file has, what counts
+    ({}, {"floor": 4, "ceiling": 9}, (4, 9)),
+    ({"floor": 2}, {}, (2, None)),
+    ({"floor": 2}, {"ceiling": 9}, (2, 9)),
+    ({"floor": 2, "ceiling": 9}, {"floor": 2, "ceiling": 9}, (2, 9)),
+    ({"floor": 2}, {"floor": 3}, r"floor 3, but the model was attached with floor 2: attach with LTMPConfig\(floor=3"),
+    ({"ceiling": 9}, {"ceiling": 8}, "ceiling 8, but the model was attached with ceiling 9"),
+    ({"floor": 12}, {"ceiling": 9}, "floor 12 and ceiling 9"),
+]
+
+
+@pytest.mark.parametrize(("own", "files", "expected"), LIMITS)
+@pytest.mark.parametrize("fixed", [False, True], ids=["learned", "fixed"])
+def test_floor_and_ceiling_are_the_files_unless_the_model_has_its_own(
+    tmp_path: Path, own: dict[str, int], files: dict[str, int], expected: Any, fixed: bool
+) -> None:
+    kind: dict[str, Any] = {"variant": "m", "r": 2} if fixed else {}
+    path = tmp_path / "t.safetensors"
+    ltmp.save(ltmp.attach(tiny_vit(), LTMPConfig(**kind, **files)), path)
+    model = ltmp.attach(tiny_vit(), LTMPConfig(**kind, **own))
+    if isinstance(expected, str):
+        with pytest.raises(LTMPError, match=expected):
+            ltmp.load(model, path)
+        expected = (own.get("floor", 0), own.get("ceiling"))
+    else:
+        ltmp.load(model, path)
+    assert (model.ltmp.config.floor, model.ltmp.config.ceiling) == expected
+
+
+@torch.no_grad()
+def test_a_floor_from_the_file_is_kept_to(tmp_path: Path) -> None:
+    path, model = tmp_path / "t.safetensors", ltmp.attach(tiny_vit(), LTMPConfig(floor=15))
+    model.ltmp.set([-1.0] * 3, [0.9] * 3)
+    ltmp.save(model, path)
+    other = ltmp.attach(tiny_vit())
+    ltmp.load(other, path)
+    assert run_recorded(other, random_images(2))[1].min() == 15
+
+
+@pytest.mark.parametrize("name", ["t.pt", "t.pth", "t", "t.safetensors.bak"])
+def test_saving_under_a_name_that_would_not_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"saved as safetensors, give a name that ends in \.safetensors"):
+        ltmp.save(attached(), tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
 def test_saving_needs_an_attachment(tmp_path: Path) -> None:
     with pytest.raises(LTMPError, match="nothing is attached"):
         ltmp.save(tiny_vit(), tmp_path / "t.safetensors")
@@ -134,7 +200,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     write_tensors(path, merge=torch.tensor([0.5, float("nan"), 0.5]), prune=torch.zeros(3))
     model = tiny_vit()
-    with pytest.raises(LTMPError, match=r"t\.safetensors: merge thresholds hold NaN or infinity"):
+    with pytest.raises(LTMPError, match=r"t\.safetensors is not a whole .* \(merge thresholds hold NaN or infinity\)"):
         ltmp.load(model, path)
     assert not is_attached(model)
 
@@ -431,9 +497,15 @@ def test_broken_dials_are_refused_in_a_sentence(dialled: Path, tmp_path: Path, n
 def test_a_file_whose_budget_is_off_its_dial_is_refused(dialled: Path, tmp_path: Path) -> None:
     model = tiny_vit()
     ltmp.load(model, dialled)
-    for wrong in (0.1, "half"):
-        ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
-        with pytest.raises(LTMPError, match="which its dial does not reach"):
+    wrongs = {0.1: "its budget is 0.1, which its dial does not reach", "half": "budget is 'half', expected"}
+    for wrong, why in wrongs.items():
+        with pytest.raises(UsageError, match=f"cannot save .*: {why}"):
+            ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
+        with safe_open(dialled, framework="pt") as raw:
+            tensors = {key: raw.get_tensor(key) for key in raw.keys()}  # noqa: SIM118 (not a dict)
+            about = {**json.loads(raw.metadata()["ltmp"]), "budget": wrong}
+        save_file(tensors, tmp_path / "off.safetensors", metadata={"format": FORMAT, "ltmp": json.dumps(about)})
+        with pytest.raises(LTMPError, match=rf"is not a whole thresholds file \({why}"):
             read(tmp_path / "off.safetensors")
 
 

@@ -47,7 +47,7 @@ def answers(model, images, budget=None):
 
 
 class Says(nn.Module):
-    """Answers class 1 on the images whose number, their first pixel, is from `first` to `wrong`, and 0 on the others."""
+    """Answers class 1 on the images whose number, their first pixel, is from `first` to `wrong`, else 0."""
 
     def __init__(self, wrong, first=0):
         super().__init__()

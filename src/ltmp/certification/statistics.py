@@ -68,7 +68,7 @@ def betting_p_value(losses: Floats, level: float, confidence: float = 0.95) -> f
 
 
 def upper_bound(p_value: PValue, losses: Floats, confidence: float) -> float:
-    """The smallest mean loss that the test rejects, to 1e-6; 1 where it rejects none. The mean is below, with `confidence`.
+    """The smallest mean loss that the test rejects, to 1e-6, or 1: with `confidence` the mean is below.
 
     With `binomial_p_value` this is the bound of Clopper & Pearson.
     """
