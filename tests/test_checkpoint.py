@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ltmp
-from helpers import make_dial, random_images, run_recorded, tiny_vit
+from helpers import make_dial, make_probe, random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
 from ltmp.checkpoint import FORMAT, annotate, apply, read, read_state_dict, split_seed_state, split_thresholds
+from ltmp.config import SCORES, Scores
 from ltmp.errors import UsageError
 from ltmp.hosts.attach import is_attached
 from ltmp.method.dial import Dial
@@ -521,40 +522,30 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "usual"),
-    [
-        ("similarity", "heads", "mean"),
-        ("matching", "mutual", "bipartite"),
-        ("importance", "class", "received"),
-        ("size_power", 0.3, 1.0),
-        ("class_power", 0.5, 0.0),
-    ],
-)
-def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: Any, usual: Any) -> None:
+    "scores",
+    [SCORES["attention"], SCORES["best"], Scores("heads"), Scores(matching="mutual"), Scores(importance="probe"),
+     Scores(size_power=0.3), Scores(class_power=0.5)],
+    ids=str,
+)  # fmt: skip
+def test_thresholds_belong_to_the_scores_they_were_learned_with(tmp_path, scores: Scores) -> None:
     path = tmp_path / "other.safetensors"
-    model = ltmp.attach(tiny_vit(), LTMPConfig(**{name: other}))
+    model = ltmp.attach(tiny_vit(), LTMPConfig(scores=scores))
     model.ltmp.set([0.5] * 3)
+    model.ltmp.set_probe(make_probe(3))
     ltmp.save(model, path)
     fresh = tiny_vit()
     ltmp.load(fresh, path)
-    assert getattr(fresh.ltmp.config, name) == other
-    with pytest.raises(LTMPError, match=f"for {name} by {other}, but the model was attached with {usual}"):
+    assert fresh.ltmp.config.scores == scores
+    with pytest.raises(LTMPError, match=r"learned with scores .*, but the model was attached with paper") as refusal:
         ltmp.load(ltmp.attach(tiny_vit()), path)
-
-
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [("similarity", "mean, heads, probe"), ("matching", "bipartite, mutual"), ("importance", "received, class, probe")],
-)
-def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown {name} 'values': expected one of {known}"):
-        LTMPConfig(**{name: "values"})
+    assert f"LTMPConfig(scores={scores.name or scores!r})" in str(refusal.value)
 
 
 def test_fixed_rates_have_scores_of_their_own() -> None:
     with pytest.raises(ValueError, match="matching and importance are for ltmp, ltpm, ltm, ltp; m has its own"):
-        LTMPConfig(variant="m", r=4, matching="mutual")
-    for setting, registers in product(({"importance": "class"}, {"class_power": 0.5}), (0, 2)):
+        LTMPConfig(variant="m", r=4, scores=Scores(matching="mutual"))
+    wanting = (LTMPConfig("topk", r=2), LTMPConfig(scores=Scores(class_power=0.5)))
+    for config, registers in product(wanting, (0, 2)):
         model = tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg")
-        with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
-            ltmp.attach(model, LTMPConfig(**setting))
+        with pytest.raises(LTMPError, match="needs a class token's attention, and this model has no class token"):
+            ltmp.attach(model, config)

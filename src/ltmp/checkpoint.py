@@ -174,7 +174,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         tensors |= policy.dial.tensors()
         about |= {"dial": [policy.dial.lowest, policy.dial.highest]}
         about |= {} if policy.budget is None else {"budget": policy.budget}
-    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.asks_probe:
+    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.needs_probe:
         # learned in half precision, so that nothing is lost
         tensors |= {"probe": policy.probe.half().cpu()}
     if isinstance(policy, Thresholds) and policy.seen is not None:
@@ -274,7 +274,7 @@ def _file(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFile:
     missing = [name for name in ("merge", "prune") if name not in tensors]
     if missing:
         raise ValueError(f"its {missing[0]} thresholds are missing")
-    if config.asks_probe and "probe" not in tensors:
+    if config.needs_probe and "probe" not in tensors:
         raise ValueError("its probe is missing")
     seen = Seen(tensors["seen"]) if "seen" in tensors else None
     return ThresholdFile(
@@ -471,15 +471,14 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
             )
         policy.config = config
         return
-    for name, theirs in file.config.scores.items():
-        if theirs != config.scores[name]:
-            raise LTMPError(
-                f"{source} is for {name} by {theirs}, but the model was attached with {config.scores[name]}: attach "
-                f"with LTMPConfig({name}={theirs!r})"
-            )
+    if file.config.scores != config.scores:
+        raise LTMPError(
+            f"{source} was learned with scores {file.config.scores}, but the model was attached with {config.scores}: "
+            f"attach with LTMPConfig(scores={file.config.scores.name or file.config.scores!r})"
+        )
     own = thresholds_of(model)
     try:
-        own.set_probe(file.probe if config.asks_probe else None)
+        own.set_probe(file.probe if config.needs_probe else None)
         own.set(file.merge, file.prune)
         own.set_dial(file.dial)
     except ValueError as error:

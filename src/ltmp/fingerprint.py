@@ -22,7 +22,7 @@ def of_tensors(named: Mapping[str, Tensor]) -> str:
     for name in sorted(named):
         value = named[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

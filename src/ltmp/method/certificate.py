@@ -14,8 +14,6 @@ from ..errors import LTMPError, UsageError
 from ..fingerprint import of_tensors
 from .dial import Dial
 
-_TRAINING_ONLY = ("engine", "tau", "prune_tau")
-
 
 @dataclass(frozen=True)
 class Tested:
@@ -203,5 +201,6 @@ def weights_of(model: nn.Module) -> str:
 def fingerprint_of(dial: Dial, probe: Tensor | None, config: LTMPConfig) -> str:
     """Fingerprint of all that decides at every budget: the dial, the probe, and what scores mean."""
     tensors = {**dial.tensors(), **({} if probe is None else {"probe": probe.half()})}
-    settings = {name: value for name, value in config.to_dict().items() if name not in _TRAINING_ONLY}
+    # in numbers, not by name: a named score may become another one
+    settings = {"variant": config.variant, "floor": config.floor, "ceiling": config.ceiling, **asdict(config.scores)}
     return of_tensors({**tensors, repr(sorted(settings.items())): torch.empty(0)})

@@ -34,4 +34,4 @@ from .run import autocast_type as autocast_type
 from .run import pick_device as pick_device
 from .scores import ScoreOptions as ScoreOptions
 from .scores import config_of as config_of
-from .scores import settings_of as settings_of
+from .scores import scores_of as scores_of

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
-from ...config import ATTENTION, SCORES, LTMPConfig
+from ...config import SCORES, LTMPConfig, Scores
 from ...errors import UsageError
 
 
@@ -25,7 +25,7 @@ class ScoreOptions:
             help="What tokens are scored by: as in the paper; attention: {similarity}, {matching}, size power "
             "{size_power} and class power {class_power}, by forward passes alone; or best: a probe learned from "
             "gradients, which adds half a megabyte or so to the file. What is given below goes before it.".format(
-                **ATTENTION
+                **asdict(SCORES["attention"])
             )
         ),
     ] = "paper"
@@ -44,7 +44,7 @@ class ScoreOptions:
     importance: Annotated[
         str | None,
         typer.Option(
-            help="What pruning goes by: attention received, class (the class token's attention), or a learned probe."
+            help="Importance that tokens are pruned by: received (attention, the paper's), or a learned probe."
         ),
     ] = None
     size_power: Annotated[
@@ -68,17 +68,17 @@ class ScoreOptions:
         return config_of(self.scores, variant=self.variant, **{name: getattr(self, name) for name in names})
 
 
-def settings_of(scores: str) -> dict[str, Any]:
-    """What `--scores` stands for."""
-    if scores not in SCORES:
-        raise UsageError(f"unknown scores {scores!r}: expected one of {', '.join(SCORES)}")
-    return SCORES[scores]
+def scores_of(name: str) -> Scores:
+    """The scores of a name; another is a usage error."""
+    if name not in SCORES:
+        raise UsageError(f"unknown scores {name!r}: expected one of {', '.join(SCORES)}")
+    return SCORES[name]
 
 
-def config_of(scores: str = "paper", **settings: Any) -> LTMPConfig:
-    """A configuration with these scores, but for the settings that are not None; a wrong one is a usage error."""
-    asked = {name: value for name, value in settings.items() if value is not None}
+def config_of(scores: str = "paper", variant: str = "ltmp", **settings: Any) -> LTMPConfig:
+    """Named scores, changed by each setting that is not None; a wrong one is a usage error."""
+    given = {name: value for name, value in settings.items() if value is not None}
     try:
-        return LTMPConfig(**{**settings_of(scores), **asked})
+        return LTMPConfig(variant, replace(scores_of(scores), **given))
     except ValueError as error:
         raise UsageError(str(error)) from error

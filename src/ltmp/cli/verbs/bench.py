@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,7 +210,7 @@ def _about(name: str, model: BenchModel, place: torch.device, dtype: str) -> dic
 def _scores(network: nn.Module) -> Any:
     from ...deploy import policy_of
 
-    return policy_of(network).config.scores
+    return asdict(policy_of(network).config.scores)
 
 
 def _plain(row: Row, size: int) -> dict[str, Any]:
