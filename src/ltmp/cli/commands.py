@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from .verbs.app import app_verb
 from .verbs.bench import bench_verb
+from .verbs.certify import certify_verb
 from .verbs.compare import compare_verb
 from .verbs.demo import demo_verb
 from .verbs.dial import dial_verb
@@ -33,8 +34,8 @@ app = typer.Typer(
 )
 
 for verb in (
-    learn_verb, dial_verb, eval_verb, bench_verb, compare_verb, export_verb, serve_verb, push_verb, predict_verb,
-    show_verb, report_verb, app_verb, demo_verb, info_verb,
+    learn_verb, dial_verb, certify_verb, eval_verb, bench_verb, compare_verb, export_verb, serve_verb, push_verb,
+    predict_verb, show_verb, report_verb, app_verb, demo_verb, info_verb,
 ):  # fmt: skip
     app.command(verb.__name__.removesuffix("_verb"))(verb)
 
