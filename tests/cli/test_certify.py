@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from ltmp.certification import gain
 from ltmp.checkpoint import read
 
 from .conftest import MODEL
@@ -43,13 +44,22 @@ def test_the_certificate_goes_into_the_file_and_says_so(certify, ltmp, dial, cap
     assert "certified: budget 0.5: with 95 % confidence" in capsys.readouterr().out
 
 
-def test_speed_is_measured_against_dense_and_lower_resolution(certify, dial, tmp_path, capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """Every way is run once, and the n-th one named gives n images a second."""
+
+    def timed(ways, images, seconds):
+        return {name: float(1 + k) for k, name in enumerate(ways) if len(ways[name]()) == images}
+
+    monkeypatch.setattr(gain, "timed", timed)
+
+
+def test_speed_is_measured_against_dense_and_lower_resolution(certify, dial, tmp_path, capsys, clock):
     assert certify(dial, *EASY[:-1], "--json", "c.json") == 0
-    gain = json.loads((tmp_path / "c.json").read_text())["gain"]
-    assert gain["dense"] > 0
-    assert gain["reduced"] > 0
-    assert gain["resolution"] == 24  # of 32 pixels, a patch of 8 less; the next one is half
-    assert "lower resolution (24 pixels), certified alike" in capsys.readouterr().out.replace("\n", " ")
+    told = json.loads((tmp_path / "c.json").read_text())["gain"]
+    assert (told["dense"], told["reduced"], told["smaller"]) == (1, 2, 3)
+    assert told["resolution"] == 24  # of 32 pixels, a patch of 8 less; the next one is half
+    assert "lower resolution (24 pixels), certified alike, 3.00 times" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_nothing_certified_is_exit_code_1_and_no_guarantee(certify, run, dial, capsys, monkeypatch):
@@ -101,7 +111,7 @@ def test_a_file_of_others_needs_a_place(certify, capsys):
     assert "give --out FILE.safetensors" in capsys.readouterr().err
 
 
-def test_dial_ends_with_what_is_guaranteed(ltmp, images, tmp_path, capsys):
+def test_dial_ends_with_what_is_guaranteed(ltmp, images, tmp_path, capsys, clock):
     few = ("--knots", 2, "--views", 0, "--calibration", 6, "--batch-size", 4, "--low", 0.7, "--high", 0.9)
     told = ("--target", 0.8, "--budget", 0.8, "--out", "here", "--json", "d.json")
     assert ltmp("dial", "--data", images, *few, *told, "--certify", 0.9) == 0

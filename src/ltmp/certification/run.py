@@ -28,6 +28,7 @@ from .statistics import (
     PValue,
     betting_p_value,
     binomial_p_value,
+    fixed_sequence,
     images_needed,
     least_images,
     upper_bound,
@@ -125,74 +126,104 @@ def certify(
             outside [0, 1], or too few images; the message says how many are needed.
         LTMPError: images that the thresholds were learned on, or NaN.
     """
-    measure = Risk.of(risk, limit)
-    if not (0 < at_most < 1 and 0.5 <= confidence < 1):
-        raise UsageError(
-            f"at most {at_most:g} with confidence {confidence:g}: expected a level in (0, 1), such as 0.01 for 1 %, "
-            "and a confidence from 0.5 to below 1, such as 0.95"
-        )
+    asked = _Asked(Risk.of(risk, limit), at_most, confidence, amp)
     known = getattr(loader, "images", 0)
     count = min(known or sys.maxsize, images or sys.maxsize)
-    _enough(count, at_most, confidence)
+    asked.check(count)
     subject = _dialled(model, budgets) if isinstance(model, nn.Module) else _listed(model, budgets)
     place = torch.device(device) if device else _place(subject.modules)
-    seen = subject.own.seen if subject.own is not None else None
-    told = progress or _bar()
-    keys, known_images, done = [], 0, 0
     with _running(subject, place, amp):
-        for batch, labels in loader:
-            batch, labels = batch[: count - done], _labels(labels, len(batch))[: count - done]
-            keys.append(image_keys(batch))
-            known_images += seen.count(keys[-1]) if seen is not None else 0
-            # what was learned on is only counted from here on
-            if not known_images:
-                _run(subject, measure, batch.to(place), labels.to(place), at_most)
-            done += len(batch)
-            told(done, 0 if count == sys.maxsize else count, "certifying")
-            if done >= count:
-                break
-    if known_images:
-        raise LTMPError(
-            f"{known_images:,} of these {done:,} images are among those that the thresholds were learned on, where "
-            "they look better than they are: certify on others"
-        )
-    _enough(done, at_most, confidence)
-    # sorted by class they would not be drawn independently one after the other
-    order = np.random.default_rng(0).permutation(done)
-    tests = [_test(one, order, at_most, confidence) for one in subject.candidates]
-    tested = tuple(test for test, _ in tests)
-    failed = next((i for i, one in enumerate(tested) if one.p > 1 - confidence), len(tested))
-    own, first = subject.own, subject.modules[0] if subject.modules else None
-    certificate = Certificate(
-        risk=measure.name,
-        at_most=at_most,
-        confidence=confidence,
-        images=done,
-        tested=tested,
-        budget=tested[failed - 1].budget if failed else None,
-        more=tests[failed][1] if failed < len(tested) else None,
-        learned=None if seen is None else seen.images,
-        data=blake2b(torch.cat(keys).sort().values.numpy().tobytes(), digest_size=16).hexdigest(),
-        weights=None if first is None else weights_of(first),
-        thresholds=None if own is None else _fingerprint(own),
-        precision="unknown" if first is None else precision_of(first, amp),
-        engine="none" if own is None else own.config.engine,
-        machine={**describe_machine(), "ran on": _name(place)},
-        limit=measure.limit,
-    )
-    if own is not None:
-        own.certificate = certificate
+        keys = _look(subject, asked, loader, count, place, progress or _bar())
+    asked.check(len(keys))
+    certificate = _certificate(subject, asked, keys, place)
+    if subject.own is not None:
+        subject.own.certificate = certificate
     return certificate
 
 
-def _enough(count: int, level: float, confidence: float) -> None:
-    """Refuse so few images that not even a risk of 0 on all of them would certify the level."""
-    least = least_images(binomial_p_value, level, confidence)
-    if count < least:
-        raise UsageError(
-            f"{count:,} images are too few: at most {level:g} with confidence {confidence:g} takes at least {least:,}, "
-            "and more where the risk is not 0"
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be certified.
+
+    Raises:
+        UsageError: a level or a confidence out of range.
+    """
+
+    risk: Risk
+    level: float
+    confidence: float
+    amp: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        if not (0 < self.level < 1 and 0.5 <= self.confidence < 1):
+            raise UsageError(
+                f"at most {self.level:g} with confidence {self.confidence:g}: expected a level in (0, 1), such as 0.01 "
+                "for 1 %, and a confidence from 0.5 to below 1, such as 0.95"
+            )
+
+    def check(self, count: int) -> None:
+        """Refuse so few images that not even a risk of 0 on all of them would certify the level."""
+        least = least_images(binomial_p_value, self.level, self.confidence)
+        if count < least:
+            raise UsageError(
+                f"{count:,} images are too few: at most {self.level:g} with confidence {self.confidence:g} takes at "
+                f"least {least:,}, and more where the risk is not 0"
+            )
+
+
+def _look(subject: _Subject, asked: _Asked, loader: Batches, count: int, place: torch.device, told: Progress) -> Tensor:
+    """One pass over the images, all of whose losses are then in the candidates; returns their keys, int64 [N].
+
+    Raises:
+        LTMPError: some are among those that the thresholds were learned on.
+    """
+    seen = subject.own.seen if subject.own is not None else None
+    keys: list[Tensor] = []
+    learned = done = 0
+    for images, labels in loader:
+        images, labels = images[: count - done], _labels(labels, len(images))[: count - done]
+        keys.append(image_keys(images))
+        learned += seen.count(keys[-1]) if seen is not None else 0
+        # what was learned on is only counted from here on
+        if not learned:
+            _run(subject, asked.risk, images.to(place), labels.to(place), asked.level)
+        done += len(images)
+        told(done, 0 if count == sys.maxsize else count, "certifying")
+        if done >= count:
+            break
+    if learned:
+        raise LTMPError(
+            f"{learned:,} of these {done:,} images are among those that the thresholds were learned on, where they "
+            "look better than they are: certify on others"
         )
+    return torch.cat(keys) if keys else torch.empty(0, dtype=torch.int64)
+
+
+def _certificate(subject: _Subject, asked: _Asked, keys: Tensor, place: torch.device) -> Certificate:
+    """The tests in their order, and what they are bound to."""
+    own, first = subject.own, subject.modules[0] if subject.modules else None
+    # sorted by class they would not be drawn independently one after the other
+    order = np.random.default_rng(0).permutation(len(keys))
+    tests = [_test(one, order, asked.level, asked.confidence) for one in subject.candidates]
+    tested = tuple(test for test, _ in tests)
+    passed = fixed_sequence([one.p for one in tested], asked.confidence)
+    return Certificate(
+        risk=asked.risk.name,
+        at_most=asked.level,
+        confidence=asked.confidence,
+        images=len(keys),
+        tested=tested,
+        budget=tested[passed - 1].budget if passed else None,
+        more=tests[passed][1] if passed < len(tested) else None,
+        learned=None if own is None or own.seen is None else own.seen.images,
+        data=blake2b(keys.sort().values.numpy().tobytes(), digest_size=16).hexdigest(),
+        weights=None if first is None else weights_of(first),
+        thresholds=None if own is None or own.dial is None else fingerprint_of(own.dial, own.probe, own.config),
+        precision="unknown" if first is None else precision_of(first, asked.amp),
+        engine="none" if own is None else own.config.engine,
+        machine={**describe_machine(), "ran on": _name(place)},
+        limit=asked.risk.limit,
+    )
 
 
 def _dialled(model: nn.Module, budgets: Sequence[float] | None) -> _Subject:
@@ -299,11 +330,6 @@ def _test(one: _Candidate, order: Any, level: float, confidence: float) -> tuple
     needed = images_needed(p_value, losses, level, confidence) if p > 1 - confidence else None
     shown = Tested(one.budget, float(losses.mean()), len(losses), p, upper_bound(p_value, losses, confidence))
     return shown, None if needed is None else max(1, needed - len(losses))
-
-
-def _fingerprint(own: Thresholds) -> str:
-    assert own.dial is not None
-    return fingerprint_of(own.dial, own.probe, own.config)
 
 
 def _name(device: torch.device) -> str:
