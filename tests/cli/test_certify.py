@@ -55,7 +55,8 @@ def clock(monkeypatch):
 
 
 def test_speed_is_measured_against_dense_and_lower_resolution(certify, dial, tmp_path, capsys, clock):
-    assert certify(dial, *EASY[:-1], "--json", "c.json") == 0
+    near = ("--risk", "embedding", "--distance", 1.99)
+    assert certify(dial, *EASY[:-1], *near, "--json", "c.json") == 0
     told = json.loads((tmp_path / "c.json").read_text())["gain"]
     assert (told["dense"], told["reduced"], told["smaller"]) == (1, 2, 3)
     assert told["resolution"] == 24  # of 32 pixels, a patch of 8 less; the next one is half
