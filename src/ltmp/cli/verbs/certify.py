@@ -127,6 +127,7 @@ def certified_with_bar(
 def show_certificate(certificate: Certificate, gain: Gain | None, path: Path, output: OutputOptions) -> None:
     """The budgets as a table, and the result in a paragraph; or all as JSON."""
     from ...evaluate import tables
+    from ..screen import say
 
     if not output.quiet:
         rows = [
@@ -135,7 +136,7 @@ def show_certificate(certificate: Certificate, gain: Gain | None, path: Path, ou
             for one in certificate.tested
         ]  # fmt: skip
         tables.show(rows, f"tested from the mildest down, in {path}")
-        typer.echo(paragraph(certificate, gain))
+        say(paragraph(certificate, gain))
     if output.json:
         tables.write_json({"thresholds": str(path), **as_json(certificate, gain)}, output.json)
 

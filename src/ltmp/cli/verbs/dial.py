@@ -80,6 +80,7 @@ def dial_verb(
     from ...evaluate import tables
     from ...hosts.attach import thresholds_of
     from ..runs import base_model, prepare, report_skipped, resumable, run_folder
+    from ..screen import say
 
     if not options.low <= options.target <= options.high:
         raise UsageError(
@@ -117,9 +118,10 @@ def dial_verb(
         made = [
             {"budget": share, "divergence": d} for share, d in zip(dial.share.tolist(), result.divergence, strict=True)
         ]
-        tables.show(rows or made, f"a dial from {dial.lowest:g} to {dial.highest:g} in {path}")
+        tables.show(rows or made, f"a dial from {dial.lowest:g} to {dial.highest:g}")
+        say(f"thresholds in {path}")
     if certified and not output.quiet:
-        typer.echo(paragraph(*certified))
+        say(paragraph(*certified))
     if output.json:
         found = {} if certified is None else as_json(*certified)
         tables.write_json({**about, "thresholds": str(path), "seconds": result.seconds, **found}, output.json)
