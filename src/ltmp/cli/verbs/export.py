@@ -12,6 +12,7 @@ from ...errors import UsageError
 from ..options import (
     DATA,
     Budget,
+    CertifiedOption,
     DataOptions,
     FormOptions,
     OutputOptions,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(FormOptions):
+class ExportOptions(FormOptions, CertifiedOption):
     """Which file."""
 
     format: Annotated[
@@ -88,7 +89,9 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
     plan, name = options.plan(), model.name(options.budget)
     path = options.out or Path(f"{name}_{plan.form}{'_int8' if plan.int8 else ''}{FORMATS[plan.format]}")
     network = model.build(name, budget=options.budget)
-    load(network, model.thresholds, budget=options.budget)
+    if options.certified and plan.int8:
+        raise UsageError("--certified is for the precision that was certified, which INT8 is not: leave out --int8")
+    load(network, model.thresholds, budget=options.share(network, model.thresholds, None, options.budget))
     with progress_bar("exporting", 4 if plan.int8 else 3) as bar:
         found = export(
             network,

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import DATA, OUTPUT, Budgets, DataOptions, Engine, EvaluationOptions, SavedModel, name_in, verb
+from ..options import (
+    DATA,
+    OUTPUT,
+    Budgets,
+    CertifiedOption,
+    DataOptions,
+    Engine,
+    EvaluationOptions,
+    SavedModel,
+    name_in,
+    verb,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportModel(SavedModel):
+class ReportModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
@@ -109,7 +120,8 @@ def _evaluated(
     name = model.model or name_in(files[0])
     network = model.build(name)
     loader = data.open(source, network, split=data.split or "validation")
-    budgets = _evaluate_all(network, loader, named_budgets(files, model.budget or ()), run)
+    shares = model.shares(network, files, run.cast, model.budget)
+    budgets = _evaluate_all(network, loader, named_budgets(files, shares), run)
     about: dict[str, Any] = {"model": name, "weights": model.weights or "timm's pretrained", "data": source}
     about |= {"device": run.place, "batch size": data.batch_size, "bfloat16 autocast": run.amp}
     about |= {"images not readable": len(loader.skipped)}
@@ -138,6 +150,8 @@ def _evaluate_all(
     for name, (path, share) in files.items():
         file = load(detach(network), path, engine=run.engine, budget=share)
         about = {"file": path, "variant": file.config.variant, **file.metadata}
+        if file.certificate is not None:
+            about["certificate"] = file.certificate.sentence()
         with progress_bar(f"evaluating {name}", total) as advance:
             budgets.append(evaluate_budget(network, loader, name, about=about, progress=advance, **how))
     report_skipped(loader.skipped)

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import OUTPUT, Budgets, Device, OutputOptions, Preprocessing, SavedModel, name_in, pick_device, verb
+from ..options import (
+    OUTPUT,
+    Budgets,
+    CertifiedOption,
+    Device,
+    OutputOptions,
+    Preprocessing,
+    SavedModel,
+    name_in,
+    pick_device,
+    verb,
+)
 
 if TYPE_CHECKING:
     from ...evaluate.tables import Row
@@ -18,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowModel(SavedModel):
+class ShowModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
@@ -80,7 +91,7 @@ def show_verb(
             images,
             model.thresholds,
             pictures.out,
-            budgets=model.budget or (),
+            budgets=model.shares(network, model.thresholds, None, model.budget),
             formats=pictures.formats or ["png"],
             blocks=None if blocks is None else parse_blocks(blocks, read(model.thresholds[0]).merge.numel()),
             width=pictures.width,
