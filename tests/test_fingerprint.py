@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from helpers import random_images
+import ltmp
+from helpers import random_images, tiny_vit
 from ltmp.fingerprint import MOST, Seen, image_keys, of_tensors
 
 
@@ -66,3 +69,14 @@ def test_watching_hands_batches_on():
     batches = [(random_images(2, seed=i), torch.tensor([0, 1])) for i in range(3)]
     assert [images.shape for images, _ in seen.watch(batches)] == [(2, 3, 16, 16)] * 3
     assert seen.images == 6
+
+
+@pytest.mark.parametrize("seen", [torch.ones(3), torch.zeros(2, 2, dtype=torch.int64), torch.arange(MOST + 1)])
+def test_a_sketch_that_cannot_be_one_is_refused(seen, tmp_path):
+    model = ltmp.attach(tiny_vit())
+    ltmp.save(model, tmp_path / "t.safetensors")
+    with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in ("merge", "prune")}, file.metadata()
+    save_file({**tensors, "seen": seen}, tmp_path / "t.safetensors", metadata=metadata)
+    with pytest.raises(ltmp.LTMPError, match="'seen' is "):
+        ltmp.load(model, tmp_path / "t.safetensors")
