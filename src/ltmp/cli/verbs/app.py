@@ -12,13 +12,13 @@ from torch import nn
 
 from ...app import Budgets, Explorer, build_page, serving_options
 from ...data import class_names, eval_transform, image_mode, read_image
+from ...data.folders import list_images
+from ...data.images import EXTENSIONS
 from ...errors import LTMPError, UsageError, first_line
 from .. import options as o
 from ..progress import console, progress_bar
 from ..runs import name_in
 from ..setup import ModelOptions, pick_device
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def app_verb(
@@ -112,7 +112,7 @@ def _pictures(folder: Path, mode: str, most: int = 24) -> list[Image.Image]:
     """The first pictures of a folder, in the order of their names."""
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: --images takes a folder of pictures")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    files = [name for name, _ in list_images(folder).images]
     if not files:
-        raise UsageError(f"{folder} holds no pictures: expected files that end in {', '.join(sorted(ENDINGS))}")
-    return [read_image(path, mode) for path in files[:most]]
+        raise UsageError(f"{folder} holds no pictures: expected files that end in {', '.join(sorted(EXTENSIONS))}")
+    return [read_image(folder / name, mode) for name in files[:most]]
