@@ -224,7 +224,8 @@ def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Listed:
     if unknown:
         log.warning("%s: left out the folders %s, which are not in the class map", path, _some(unknown))
     kept = [(*one, numbers[name]) for one, name in zip(found, classes, strict=True) if name in numbers]
-    return Listed(path, *(list(column) for column in zip(*kept, strict=True)), numbers)  # type: ignore[arg-type]
+    names, contents, labels = zip(*kept, strict=True)
+    return Listed(path, names, contents, labels, numbers)
 
 
 def _in_tar(path: Path) -> list[tuple[str, Content | Broken]]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ... import load
 from ...data.transforms import eval_settings
-from ...errors import UsageError
+from ...errors import UsageError, printable
 from ...evaluate import tables
 from .. import options as o
 from ..options import ModelName, Thresholds
-from ..progress import progress_bar
+from ..progress import console, progress_bar
 from ..runs import name_in
 from ..setup import DataOptions, ModelOptions
 
@@ -66,7 +66,7 @@ def export_verb(
     name = model or name_in(thresholds, budget)
     path = out or Path(f"{name}_{form}{'_int8' if int8 else ''}{FORMATS[format]}")
     network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    load(network, thresholds, budget=budget)
+    about = load(network, thresholds, budget=budget).metadata
     options = DataOptions(data_root, None, interpolation, mean, std, crop_pct, crop_mode, batch_size=images)
     with progress_bar("exporting", 4 if int8 else 3) as bar:
         found = export(
@@ -74,6 +74,8 @@ def export_verb(
             path,
             plan,
             images=first_images(options, data, network, split) if data else None,
+            # a dial's file was measured at another budget than it may be set to now
+            share=about.get("budget", about.get("share", about.get("target"))),
             metadata={"model": name, "preprocessing": eval_settings(network, options.transform)},
             progress=lambda stage: bar(0, stage) if stage == "tracing" else bar(1, stage),
         )
@@ -84,6 +86,8 @@ def export_verb(
             f"{path}: {form}, verified on {found.images} images with {found.counts} different token counts "
             f"(largest difference of a logit {found.difference:.1e}, share {found.share:.3f})"
         )
+    if found.note:
+        console.print(printable(found.note), markup=False)
     if json:
         tables.write_json(values, json)
 
