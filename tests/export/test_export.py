@@ -300,16 +300,22 @@ def test_exported_model_counts_as_attached(model):
     assert calls.kept[0].tolist() == [[1.0, 1.0]] * 6
 
 
-def test_the_share_in_a_file_is_the_thresholds_own(model, tmp_path):
-    for name, how, wanted in (
-        ("own", {"share": 0.55}, 0.55),
-        ("dense", {"share": 0.55, "plan": Plan(dense=True)}, 1.0),
-    ):
-        found = export(model, tmp_path / f"{name}.onnx", how.pop("plan", None), **how)
-        assert float(read_metadata(tmp_path / f"{name}.onnx")["ltmp.share"]) == wanted
-        assert found.share != 0.55
-    export(model, tmp_path / "unknown.onnx")
-    assert "ltmp.share" not in read_metadata(tmp_path / "unknown.onnx")
+def test_the_share_in_a_file_is_the_thresholds_own(model, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(job, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(job, "write_onnx", lambda _program, path, text, **_: (path.touch(), written.append(text)))
+    monkeypatch.setattr(job, "_open", lambda *_: None)
+    monkeypatch.setattr(
+        job, "verify", lambda _session, expected: Verification(8, 0, 1, 0.0, expected.share.mean().item())
+    )
+    path = tmp_path / "a.onnx"
+    assert export(model, path, share=0.55).share != 0.55
+    export(model, path, Plan(dense=True), share=0.55)
+    export(model, path, images=IMAGES)
+    export(model, path)
+    shares = [text.get("ltmp.share") for text in written]
+    assert shares[:2] + shares[3:] == ["0.55", "1.0", None]
+    assert 0 < float(shares[2]) < 1
 
 
 def test_made_images_are_reduced_about_as_much_as_the_thresholds_say():

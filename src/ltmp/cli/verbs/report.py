@@ -15,7 +15,7 @@ from ... import detach, load
 from ...data import Images, Loader, class_names
 from ...errors import UsageError
 from ...evaluate import describe_machine
-from ...report import Budget, Report, evaluate_budget, read_result, write_report
+from ...report import Budget, Report, evaluate_budget, read_result, shown_path, write_report
 from ...visualize.showing import named_budgets
 from .. import options as o
 from ..options import ModelName
@@ -91,7 +91,10 @@ def report_verb(
         place = pick_device(device)
         how = {"device": place, "amp": autocast_type(amp), "limit": limit, "speed": speed}
         budgets = _evaluate_all(network, loader, named_budgets(files, budget or ()), engine, how)
-        run: dict[str, Any] = {"model": name, "weights": weights or "timm's pretrained", "data": data, "device": place}
+        own = shown_path(weights) if weights else "timm's pretrained"
+        # a data set's name is no path
+        source = shown_path(data) if Path(data).exists() else data
+        run: dict[str, Any] = {"model": name, "weights": own, "data": source, "device": place}
         run |= {"batch size": batch_size, "bfloat16 autocast": amp, "images not readable": len(loader.skipped)}
         page = replace(
             page,
@@ -122,7 +125,7 @@ def _evaluate_all(
     total = min(how["limit"] or loader.images, loader.images)
     for name, (path, share) in files.items():
         file = load(detach(network), path, engine=engine, budget=share)
-        about = {"file": path, "variant": file.config.variant, **file.metadata}
+        about = {"file": shown_path(path), "variant": file.config.variant, **file.metadata}
         with progress_bar(f"evaluating {name}", total) as advance:
             budgets.append(evaluate_budget(network, loader, name, about=about, progress=advance, **how))
     report_skipped(loader.skipped)
@@ -149,7 +152,7 @@ def _lookups(loader: Loader) -> dict[str, Any]:
         read = [index for index in read if dataset.name(index) not in loader.skipped]
     return {
         "picture": lambda row: dataset.picture(read[row]),
-        "image_name": lambda row: dataset.name(read[row]),
+        "image_name": lambda row: shown_path(dataset.name(read[row])),
     }
 
 
@@ -163,5 +166,5 @@ def _with_results(page: Report, paths: Sequence[Path]) -> Report:
         budgets=[*page.budgets, *(budget for result in read for budget in result.budgets)],
         measured=[one for result in read for one in result.measured],
         learning={name: steps for result in read for name, steps in result.learning.items()},
-        settings={"results": ", ".join(map(str, paths)), **page.settings},
+        settings={"results": ", ".join(map(shown_path, paths)), **page.settings},
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...checkpoint import read
+from ...data import class_names
 from ...data.images import is_image_name
 from ...errors import UsageError, printable
 from ...evaluate import tables
@@ -80,6 +81,7 @@ def show_verb(
             blocks=None if blocks is None else parse_blocks(blocks, read(thresholds[0]).merge.numel()),
             width=width,
             device=pick_device(device),
+            names=class_names(network, pretrained=weights is None),
             progress=advance,
             interpolation=interpolation,
             mean=mean,
@@ -120,7 +122,14 @@ def parse_blocks(text: str, depth: int) -> list[int]:
 
 def _rows(shown: list[Shown]) -> list[tables.Row]:
     return [
-        {"image": one.image.name, "budget": name, "tokens": seen.tokens, "left": seen.left, "share": seen.share}
+        {
+            "image": one.image.name,
+            "budget": name,
+            "tokens": seen.tokens,
+            "left": seen.left,
+            "share": seen.share,
+            "answers": seen.answers,
+        }
         for one in shown
         for name, seen in one.budgets.items()
     ]
@@ -128,6 +137,7 @@ def _rows(shown: list[Shown]) -> list[tables.Row]:
 
 def _as_json(one: Shown) -> dict[str, Any]:
     budgets = {
-        name: {"tokens": seen.tokens, "kept": seen.kept, "share": seen.share} for name, seen in one.budgets.items()
+        name: {"tokens": seen.tokens, "kept": seen.kept, "share": seen.share, "answers": seen.answers}
+        for name, seen in one.budgets.items()
     }
     return {"image": str(one.image), "budgets": budgets, "files": [str(file) for file in one.files]}
