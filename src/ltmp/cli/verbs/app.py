@@ -116,11 +116,12 @@ def _explorer(model: AppModel, data: AppData) -> Explorer:
 def _pictures(folder: Path, mode: str, most: int = 24) -> list[Image.Image]:
     """The first pictures of a folder, in the order of their names."""
     from ...data import read_image
-    from ...data.images import is_image_name
+    from ...data.folders import list_images
+    from ...data.images import EXTENSIONS
 
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: --images takes a folder of pictures")
-    files = sorted(path for path in folder.rglob("*") if is_image_name(path.name))
+    files = [name for name, _ in list_images(folder).images]
     if not files:
-        raise UsageError(f"{folder} holds no pictures: expected files such as cat.jpg or dog.png")
-    return [read_image(path, mode) for path in files[:most]]
+        raise UsageError(f"{folder} holds no pictures: expected files that end in {', '.join(sorted(EXTENSIONS))}")
+    return [read_image(folder / name, mode) for name in files[:most]]

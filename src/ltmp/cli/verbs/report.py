@@ -115,6 +115,7 @@ def _evaluated(
 ) -> Report:
     """The page with each file at its budgets, evaluated here."""
     from ...data import class_names
+    from ...report import shown_path
     from ...visualize.showing import named_budgets
 
     name = model.model or name_in(files[0])
@@ -122,7 +123,10 @@ def _evaluated(
     loader = data.open(source, network, split=data.split or "validation")
     shares = model.shares(network, files, run.cast, model.budget)
     budgets = _evaluate_all(network, loader, named_budgets(files, shares), run)
-    about: dict[str, Any] = {"model": name, "weights": model.weights or "timm's pretrained", "data": source}
+    own = shown_path(model.weights) if model.weights else "timm's pretrained"
+    # a data set's name is no path
+    shown = shown_path(source) if Path(source).exists() else source
+    about: dict[str, Any] = {"model": name, "weights": own, "data": shown}
     about |= {"device": run.place, "batch size": data.batch_size, "bfloat16 autocast": run.amp}
     about |= {"images not readable": len(loader.skipped)}
     return replace(
@@ -140,7 +144,7 @@ def _evaluate_all(
 ) -> list[Budget]:
     """Each thresholds file at its budget, by name, with a progress bar; they may be of different variants."""
     from ... import detach, load
-    from ...report import evaluate_budget
+    from ...report import evaluate_budget, shown_path
     from ..progress import progress_bar
     from ..runs import report_skipped
 
@@ -149,7 +153,7 @@ def _evaluate_all(
     how = {"device": run.place, "amp": run.cast, "limit": run.limit, "speed": run.speed}
     for name, (path, share) in files.items():
         file = load(detach(network), path, engine=run.engine, budget=share)
-        about = {"file": path, "variant": file.config.variant, **file.metadata}
+        about = {"file": shown_path(path), "variant": file.config.variant, **file.metadata}
         if file.certificate is not None:
             about["certificate"] = file.certificate.sentence()
         with progress_bar(f"evaluating {name}", total) as advance:

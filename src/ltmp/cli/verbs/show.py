@@ -76,6 +76,7 @@ def show_verb(
     Example: ltmp show cat.jpg --thresholds runs/deit/thresholds.safetensors --pretrained --format png --format gif
     """
     from ...checkpoint import read
+    from ...data import class_names
     from ...evaluate import tables
     from ...visualize.showing import show_images
     from ..progress import progress_bar
@@ -96,6 +97,7 @@ def show_verb(
             blocks=None if blocks is None else parse_blocks(blocks, read(model.thresholds[0]).merge.numel()),
             width=pictures.width,
             device=pick_device(model.device),
+            names=class_names(network, pretrained=model.weights is None),
             progress=advance,
             **reading.transform,
         )
