@@ -8,8 +8,9 @@ import os
 from html import escape
 from typing import Any
 
-from ..errors import LTMPError, MissingExtraError, first_line, printable
+from ..errors import LTMPError, MissingExtraError, first_line
 from ..hosts.attach import thresholds_of
+from ..text import printable
 from .explorer import WIDTH, Explorer, Look
 
 log = logging.getLogger(__name__)

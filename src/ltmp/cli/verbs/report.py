@@ -175,6 +175,7 @@ def _short(value: Any) -> str:
 def _lookups(loader: Loader) -> dict[str, Any]:
     """How a report finds the images again: rows are in the dataset's order, without those that cannot be read."""
     from ...data import Images
+    from ...report import shown_path
 
     dataset = loader.dataset
     if not isinstance(dataset, Images):
@@ -184,13 +185,13 @@ def _lookups(loader: Loader) -> dict[str, Any]:
         read = [index for index in read if dataset.name(index) not in loader.skipped]
     return {
         "picture": lambda row: dataset.picture(read[row]),
-        "image_name": lambda row: dataset.name(read[row]),
+        "image_name": lambda row: shown_path(dataset.name(read[row])),
     }
 
 
 def _with_results(page: Report, paths: Sequence[Path]) -> Report:
     """The page with what other verbs wrote."""
-    from ...report import read_result
+    from ...report import read_result, shown_path
 
     if not paths:
         return page
@@ -200,5 +201,5 @@ def _with_results(page: Report, paths: Sequence[Path]) -> Report:
         budgets=[*page.budgets, *(budget for result in read for budget in result.budgets)],
         measured=[one for result in read for one in result.measured],
         learning={name: steps for result in read for name, steps in result.learning.items()},
-        settings={"results": ", ".join(map(str, paths)), **page.settings},
+        settings={"results": ", ".join(map(shown_path, paths)), **page.settings},
     )
