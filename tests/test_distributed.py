@@ -162,7 +162,6 @@ def test_after_a_restart_a_run_goes_on_by_itself(
     # as if it had been lost just before its end
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: None)
-        patch.setattr("ltmp.cli.runs.prepare", lambda folder, resume: folder / "run.pt")
         assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == 0
     assert (out / "run.pt").exists()
     assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == code

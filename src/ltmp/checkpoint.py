@@ -182,7 +182,7 @@ def _read(path: Path) -> ThresholdFile:
                         raise ValueError("its probe is missing")
                     return ThresholdFile(tensors["merge"], tensors["prune"], config, values, dial, probe)
         except FileNotFoundError:
-            raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
+            raise UsageError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise LTMPError(f"{path} is not a whole thresholds file ({error}): copy or learn it again") from error
     found = split_thresholds(read_state_dict(path))[0]
@@ -210,7 +210,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise LTMPError(f"no checkpoint {path}: check the path") from None
+        raise UsageError(f"no checkpoint {path}: check the path") from None
     except pickle.UnpicklingError as error:
         raise LTMPError(
             f"{path} is not a checkpoint of plain tensors, and nothing else is unpickled: save its state_dict anew"

@@ -174,6 +174,7 @@ def learn_target(model: VisionTransformer, target: float, recipe: Recipe, seed: 
             views=recipe.views,
             calibration=recipe.calibration,
             seed=seed,
+            progress=False,
             on_step=lambda step: advance(1, f"learning share {target:g}, now {step.share:.3f}"),
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data import Loader
 from ..distributed import rank, world
 from ..errors import LTMPError
-from .heldout import Progress
+from .progress import Progress
 
 Batch = tuple[Tensor, Tensor]
 

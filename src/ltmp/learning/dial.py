@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..distributed import exchange
+from ..distributed import exchange, rank
 from ..hosts.attach import stack_of, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
 from .batches import first
 from .budget import check_target
 from .calibrate import follow, geometry_of
-from .heldout import Progress
 from .objective import task_loss, teacher
 from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
+from .progress import Progress, telling
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
 
@@ -88,7 +88,8 @@ def learn_dial(
         device: where to learn; default the model's.
         amp: autocast type of the search; the table is made in the model's own precision.
         checkpoint: file to save the run in after each search; an existing one is resumed.
-        progress: called with (done, of how many, what).
+        progress: called with (done, of how many, what); True for a bar, False for none, None for one in a terminal or a
+            notebook.
 
     Raises:
         UsageError: a range that cannot be reached, or settings that make no sense.
@@ -97,11 +98,23 @@ def learn_dial(
     start = time.perf_counter()
     options, thresholds = DialOptions(**settings), thresholds_of(model)
     options.check(low, high)
+    with telling(options.progress if rank() == 0 else False) as progress:
+        dial, divergence, maker, shapes = _made(model, loader, (low, high), options, progress)
+    thresholds.set_dial(dial)
+    thresholds.set_budget((dial.lowest + dial.highest) / 2)
+    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
+
+
+def _made(
+    model: nn.Module, loader: Any, ends: tuple[float, float], options: DialOptions, progress: Progress | None
+) -> tuple[Dial, list[float], _Maker, dict[float, Shape]]:
+    """The dial, how far each row's answers are from the dense model's, who made it, and the shapes found."""
+    (low, high), thresholds = ends, thresholds_of(model)
     place = options.place(thresholds)
     model.to(place).eval()
-    images = first(loader, options.calibration, options.progress)[0].to(place)
-    maker = _Maker(model, images, options.amp, options.progress)
-    for end in (low, high):
+    images = first(loader, options.calibration, progress)[0].to(place)
+    maker = _Maker(model, images, options.amp, progress)
+    for end in ends:
         check_target(end, maker.geometry, stack_of(model).protected)
     # a streaming source does not say how many it has
     more = min(options.checked, getattr(loader, "images", 0) or options.checked)
@@ -112,9 +125,8 @@ def learn_dial(
     thresholds.set_dial(dial)
     if more:
         dial = maker.corrected(dial, anchors_of(low, high), loader, more)
-        thresholds.set_dial(dial)
-    thresholds.set_budget((dial.lowest + dial.highest) / 2)
-    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
+    maker.done()
+    return dial, divergence, maker, shapes
 
 
 def _search(maker: _Maker, low: float, high: float, options: DialOptions, checked: int) -> dict[float, Shape]:
@@ -127,8 +139,10 @@ def _search(maker: _Maker, low: float, high: float, options: DialOptions, checke
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
     maker.views += state["views"]
     probed = min(PROBED, count) if thresholds.config.asks_probe else 0
-    maker.expected = probed + options.views + (options.knots + 2 * ANCHORS + 1) * count + ANCHORS * checked
-    generations = round(options.views / ANCHORS / (POPULATION * min(SEARCHED, count)))
+    generation = POPULATION * min(SEARCHED, count)
+    generations = round(options.views / ANCHORS / generation)
+    chosen = ANCHORS * (generations * generation + 2 * count) if generations else 0
+    maker.expected = probed + chosen + (options.knots + 1) * count + ANCHORS * checked
     for i, share in enumerate(anchors_of(low, high)):
         if generations and share not in shapes:
             generator = torch.Generator().manual_seed(options.seed * ANCHORS + i)
@@ -177,6 +191,11 @@ class _Maker:
         self.views += images
         if self.progress is not None and self.expected:
             self.progress(min(self.views, self.expected), self.expected, text)
+
+    def done(self) -> None:
+        """Tell that nothing is left: a streaming source may have had fewer images than it was asked for."""
+        if self.progress is not None:
+            self.progress(self.expected, self.expected, "the dial is made")
 
     @torch.inference_mode()
     def run(self, shape: Shape, share: float, part: slice, text: str) -> _Row:
@@ -238,6 +257,7 @@ class _Maker:
         thresholds = thresholds_of(self.model)
         knots = dial.share.tolist()
         at = sorted({min(knots, key=lambda knot: abs(knot - budget)) for budget in budgets})
+        self.expected -= (len(budgets) - len(at)) * images
         cost, seen = torch.zeros(len(at), dtype=torch.float64), 0
         for batch, _ in loader:
             batch = batch[: images - seen].to(self.images.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,9 +14,7 @@ from ..distributed import mean
 from ..hosts.attach import thresholds_of
 from ..hosts.outputs import logits_of
 from .objective import task_loss, teacher
-
-Progress = Callable[[int, int, str], None]
-"""Called with how much is done, of how much, and what it is."""
+from .progress import Progress
 
 TOLERANCE = 1e-3
 TRIES = 10

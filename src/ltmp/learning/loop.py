@@ -24,6 +24,7 @@ from .objective import Objective
 from .optimiser import Run, Step
 from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
+from .progress import Progress, telling
 from .weights import Weights, cut, tuned
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def learn(
         amp: autocast type, e.g. `torch.bfloat16`.
         checkpoint: file to save the run in, every `save_every` steps and when interrupted; an existing one is resumed.
         on_step: called after every step.
-        progress: called with (done, of how many, what) while images are read, calibrated on and judged.
+        progress: called with (done, of how many, what) while images are read, calibrated on, learned from and judged;
+            True for a bar, False for none, None for one in a terminal or a notebook.
         log: told of loss, share, thresholds and tokens of each block after every step, and given pictures of what a
             few images lost; `ltmp.learning.TensorBoard(folder)`, or any `ltmp.learning.Logger`.
         tuning: which of the model's weights train along; see `ltmp.tune`, which also counts the views.
@@ -101,31 +103,40 @@ def learn(
         LTMPError: NaN in images or loss, no images, or a checkpoint of another run.
         LostRankError: another rank is gone; like KeyboardInterrupt, passed on after the checkpoint was saved.
     """
-    job = _Job(model, loader, target, LearnOptions(**settings))
-    tuning, thresholds = job.options.tuning, job.thresholds
-    with _own_random_state(job.images.device):
-        state = job.begin()
-        with _only(model, thresholds), tuned(model, job.original, tuning, job.run.steps) as weights:
-            job.optimise(weights, state)
-            best, looks = job.choose(weights)
+    options = LearnOptions(**settings)
+    with telling(options.progress if rank() == 0 else False) as progress:
+        job = _Job(model, loader, target, options, progress)
+        with _own_random_state(job.images.device):
+            state = job.begin()
+            with _only(model, job.thresholds), tuned(model, job.original, options.tuning, job.run.steps) as weights:
+                job.optimise(weights, state)
+                best, looks = job.choose(weights)
     return job.end(best, looks)
 
 
 class _Job:
     """One call of `learn`: what it learns from, and how far it is."""
 
-    def __init__(self, model: nn.Module, loader: Iterable[Batch], target: float, options: LearnOptions) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Batch],
+        target: float,
+        options: LearnOptions,
+        progress: Progress | None,
+    ) -> None:
         self.started = time.perf_counter()
+        self.progress = progress
         self.model, self.loader, self.target, self.options = model, loader, target, options
         self.thresholds = thresholds_of(model)
         place = options.place(self.thresholds)
         model.to(place).eval()
-        images, labels = first(loader, options.calibration, options.progress)
+        images, labels = first(loader, options.calibration, progress)
         self.images = images.to(place)
         check_target(target, geometry_of(model, self.images), stack_of(model).protected)
         # again where there is one: a run is of its own images alone, resumed or not
         asked = self.thresholds.config.asks_probe
-        self.probed = learn_probe(model, self.images, amp=options.amp, progress=options.progress) if asked else 0
+        self.probed = learn_probe(model, self.images, amp=options.amp, progress=progress) if asked else 0
         self.batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
@@ -143,7 +154,7 @@ class _Job:
         mine = slice(rank(), None, world())
         known = None if labels is None else labels[mine].to(self.images.device)
         own = self.images[mine].contiguous()
-        return HeldOut(self.model, own, self.batch, self.options.progress, self.original, known, judged)
+        return HeldOut(self.model, own, self.batch, self.progress, self.original, known, judged)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -206,6 +217,8 @@ class _Job:
         step = Step(run.step, run.steps, loss, share, time.perf_counter() - self.started, kept)
         run.history.append(step)
         self.journal.step(step)
+        if self.progress is not None:
+            self.progress(run.step, run.steps, f"learning, loss {loss:.3f}, share {share:.3f}")
         if self.options.on_step is not None:
             self.options.on_step(step)
         if step.step % self.options.save_every == 0 or step.step == run.steps:

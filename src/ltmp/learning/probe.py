@@ -22,7 +22,7 @@ from ..hosts.attach import stack_of, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
-from .heldout import Progress
+from .progress import Progress
 
 PROBED = 512
 """Images that a probe is learned from."""

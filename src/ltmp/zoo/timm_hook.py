@@ -75,7 +75,8 @@ def _teach() -> None:
         with _listed(any(one.startswith(PREFIXES) for one in filters)):
             return plain(filter, *args, **kwargs)
 
-    for module in (timm, timm.models, _registry):
+    modules: tuple[Any, ...] = (timm, timm.models, _registry)
+    for module in modules:
         module.list_models = list_models
 
 

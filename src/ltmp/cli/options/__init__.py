@@ -26,10 +26,10 @@ from .run import Device as Device
 from .run import Engine as Engine
 from .run import EvaluationOptions as EvaluationOptions
 from .run import FormOptions as FormOptions
-from .run import Resume as Resume
 from .run import RunOptions as RunOptions
 from .run import Seed as Seed
 from .run import SpeedOptions as SpeedOptions
+from .run import StageOptions as StageOptions
 from .run import autocast_type as autocast_type
 from .run import pick_device as pick_device
 from .scores import ScoreOptions as ScoreOptions

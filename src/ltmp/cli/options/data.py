@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...errors import LTMPError
 from .groups import DATA, RUN
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ Data = Annotated[
 ClassMap = Annotated[
     Path | None,
     typer.Option(help="The model's class names, one a line (.txt), where folders differ.", rich_help_panel=DATA),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Use at most this many images, of all classes alike.", rich_help_panel=DATA)
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.", rich_help_panel=RUN)]
 
@@ -90,9 +94,14 @@ class DataOptions(Preprocessing, Source):
         labelled: bool = True,
         shuffle: bool = False,
         seed: int = 0,
+        limit: int | None = None,
     ) -> Loader:
-        """Batches of `source` as `model` takes them, after checking that its classes fit the head."""
-        from ...data import check_classes, eval_transform, input_channels, make_loader, open_dataset
+        """Batches of `source` as `model` takes them, after checking that its classes fit the head.
+
+        With a `limit`, images of all classes alike; where the source streams, whoever reads it has to count.
+        """
+        from ...data import Images, check_classes, eval_transform, input_channels, make_loader, open_dataset
+        from ...data.sample import sampled
 
         dataset = open_dataset(
             source,
@@ -104,6 +113,8 @@ class DataOptions(Preprocessing, Source):
             root=self.data_root,
         )
         check_classes(dataset, int(getattr(model, "num_classes", 0)), self.class_map)
+        if limit is not None and isinstance(dataset, Images):
+            dataset = sampled(dataset, limit)
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
@@ -125,9 +136,36 @@ class LearningData(GivenData):
         typer.Option(help="Data to report accuracy on; default: val/ of the data folder.", rich_help_panel=DATA),
     ] = None
 
-    def open_held_out(self, model: nn.Module) -> Loader | None:
-        """Images that nothing is learned from, where there are any."""
+    limit: Limit = None
+
+    def open_both(self, model: nn.Module, *, labelled: bool, seed: int, check: bool) -> tuple[Loader, Loader | None]:
+        """Images to learn from, shuffled, and with `check` others to report on, where there are any.
+
+        Raises:
+            LTMPError: they are not of the same classes.
+        """
+        learned = self.open(
+            self.data, model, split=self.split or "train", labelled=labelled, shuffle=True, seed=seed, limit=self.limit
+        )
         source = self.val
         if source is None and any((Path(self.data) / name).is_dir() for name in ("val", "validation")):
             source = self.data
-        return self.open(source, model, split="validation") if source else None
+        if source is None or not check:
+            return learned, None
+        held_out = self.open(source, model, split="validation", limit=self.limit)
+        if self.class_map is None and labelled:
+            _check_alike({self.data: learned, source if source != self.data else "its validation part": held_out})
+        return learned, held_out
+
+
+def _check_alike(loaders: dict[str, Loader]) -> None:
+    """Refuse parts of other classes: their folders would be numbered differently."""
+    (one, ours), (other, theirs) = (
+        (name, set(getattr(loader.dataset, "class_to_index", None) or ())) for name, loader in loaders.items()
+    )
+    for name, missing in ((other, ours - theirs), (one, theirs - ours)):
+        if ours and theirs and missing:
+            few = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+            raise LTMPError(
+                f"{name} lacks {len(missing)} of the classes ({few}): add their folders, or give a --class-map"
+            )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-MODEL, DATA, RUN, OUTPUT = "Model", "Data", "Running", "Output"
+MODEL, METHOD, DATA, RUN, OUTPUT = "Model", "Method", "Data", "Running", "Output"
 """Panels of the help."""
 
 _DEBUG = inspect.Parameter(
@@ -33,6 +33,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
         parameters += _options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
+    # what must be given comes first in the help
+    parameters.sort(key=lambda one: one.default is not one.empty)
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in [*parameters, _DEBUG]]
 
     @wraps(function)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import UsageError
+from .data import Limit
 from .groups import RUN
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ Budgets = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Order of the images.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,20 @@ class RunOptions:
     def cast(self) -> torch.dtype | None:
         """The type of --amp."""
         return autocast_type(self.amp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """Which parts of a run happen."""
+
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")] = (
+        False
+    )
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Report no accuracy.")] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, say what would be done and how long it would take."),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +107,7 @@ class FormOptions:
 class EvaluationOptions(RunOptions):
     """How much is evaluated."""
 
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None
+    limit: Limit = None
     speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True
 
 

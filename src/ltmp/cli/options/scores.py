@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ...config import ATTENTION, SCORES, LTMPConfig
+from ...config import SCORES, LTMPConfig
 from ...errors import UsageError
+from .groups import METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,48 +18,57 @@ class ScoreOptions:
 
     variant: Annotated[
         str,
-        typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only."),
+        typer.Option(
+            help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.",
+            rich_help_panel=METHOD,
+        ),
     ] = "ltmp"
     scores: Annotated[
         str,
         typer.Option(
-            help="What tokens are scored by: as in the paper; attention: {similarity}, {matching}, size power "
-            "{size_power} and class power {class_power}, by forward passes alone; or best: a probe learned from "
-            "gradients, which adds half a megabyte or so to the file. What is given below goes before it.".format(
-                **ATTENTION
-            )
+            help="Scores to merge and prune by: paper; attention (all heads, mutual pairs; forward passes only); or "
+            "best (a probe learned from gradients, about half a megabyte in the file). The options below override it.",
+            rich_help_panel=METHOD,
         ),
     ] = "paper"
     similarity: Annotated[
         str | None,
         typer.Option(
-            help="Tokens are alike by the mean of their keys (mean, the paper's), by all heads, or by a learned probe."
+            help="Similarity of tokens: keys averaged over heads (mean, the paper's), all heads (heads), or a learned "
+            "probe (probe).",
+            rich_help_panel=METHOD,
         ),
     ] = None
     matching: Annotated[
         str | None,
         typer.Option(
-            help="Even tokens merge into odd ones (bipartite, the paper's), or the mutually nearest (mutual)."
+            help="Tokens that may merge: even ones into odd ones (bipartite, the paper's), or mutually nearest pairs "
+            "(mutual).",
+            rich_help_panel=METHOD,
         ),
     ] = None
     importance: Annotated[
         str | None,
         typer.Option(
-            help="What pruning goes by: attention received, class (the class token's attention), or a learned probe."
+            help="Importance for pruning: attention received (received, the paper's), class-token attention (class), "
+            "or a learned probe (probe).",
+            rich_help_panel=METHOD,
         ),
     ] = None
     size_power: Annotated[
         float | None,
         typer.Option(
-            help="A token of s patches counts as s to this power in the first block's attention, rising to 1 in the "
-            "last; the paper's is 1."
+            help="Exponent of a merged token's size in the first block's attention, rising linearly to 1 in the last. "
+            "The paper's is 1.",
+            rich_help_panel=METHOD,
         ),
     ] = None
     class_power: Annotated[
         float | None,
         typer.Option(
-            help="Merge and prune less what the class token attends to: in the last block 1 - cosine counts times that "
-            "attention to this power, and importance has this part of it; both rise evenly to that. The paper's is 0."
+            help="Weight of class-token attention, rising linearly to this value in the last block: tokens it attends "
+            "to are merged and pruned later. 0, the paper's, disables it.",
+            rich_help_panel=METHOD,
         ),
     ] = None
 

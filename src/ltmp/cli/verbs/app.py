@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import LTMPError, UsageError, first_line
+from ..extras import need
 from ..options import DATA, MODEL, Device, ModelOptions, Preprocessing, name_in, pick_device, verb
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def app_verb(model: AppModel, data: AppData, page: Page) -> None:
     Example: ltmp app --thresholds runs/60/thresholds.safetensors --thresholds runs/50/thresholds.safetensors
     --pretrained --images photographs/
     """
+    need("gradio", "matplotlib")
     from ...app import build_page, serving_options
     from ..screen import tell
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ..extras import need
 from ..options import Engine, EvaluationOptions, GivenData, NamedModel, config_of, verb
 
 if TYPE_CHECKING:
@@ -80,9 +81,10 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     from ...evaluate import compare as job
     from ..progress import progress_bar
 
+    need("matplotlib")
     wanted = options.wanted()
     network = model.build(model.model).to(run.place)
-    loader = data.open(data.data, network, split=data.split or "validation")
+    loader = data.open(data.data, network, split=data.split or "validation", limit=run.limit)
     attach(network, config_of(engine=run.engine))
     few = next(iter(loader))[0][:1].to(run.place)
     entries = [*_from_files(network, options, run.engine), *_made(network, wanted, options, data, run, few)]

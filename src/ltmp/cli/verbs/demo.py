@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..extras import need
 from ..options import verb
 
 
@@ -19,4 +20,5 @@ def demo_verb(
     from ...demo import run_demo
     from ..progress import progress_bar
 
+    need("mlxtend", "matplotlib", "jinja2")
     run_demo(out, seed=seed, progress=progress_bar)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ..extras import need
 from ..options import RUN, EvaluationOptions, FormOptions, GivenData, ReducedModel, SpeedOptions, TableOptions, verb
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class EngineOptions(FormOptions):
             raise UsageError(
                 f"--engine {self.engine} runs float32 or INT8 on the CPU: leave out --amp and --device {run.device}"
             )
+        if self.runtime:
+            need("onnxscript", "onnxruntime" if self.runtime == "onnx" else "openvino")
         if self.runtime and timed:
             raise UsageError(
                 f"--engine {self.engine} is not timed block by block: give --budget instead of a time or a speed"
@@ -80,7 +83,7 @@ def eval_verb(
     name, share = model.name(budget.budget), budget.budget
     network = model.build(name)
     load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=share)
-    loader = data.open(data.data, network, split=data.split or "validation")
+    loader = data.open(data.data, network, split=data.split or "validation", limit=run.limit)
     place = run.place
     if target:
         share = target.meet(network.to(place), next(iter(loader))[0].to(place), run.cast, quiet=output.quiet)

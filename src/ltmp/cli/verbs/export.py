@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import UsageError
+from ..extras import need
 from ..options import (
     DATA,
     Budget,
@@ -48,6 +49,8 @@ class ExportOptions(FormOptions):
         """The same, checked."""
         from ...export import Plan
 
+        if self.format == "onnx":
+            need("onnx", "onnxscript", "onnxruntime")
         return Plan(self.format, self.form, self.opset, self.int8, self.dense, self.static_batch)
 
 

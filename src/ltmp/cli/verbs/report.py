@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ..extras import need
 from ..options import DATA, OUTPUT, Budgets, DataOptions, Engine, EvaluationOptions, SavedModel, name_in, verb
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def report_verb(
         raise UsageError("evaluating needs both --data and --thresholds: give the other one, too, or neither")
     if not model.thresholds and not results:
         raise UsageError("nothing to report: give --data and --thresholds FILE, or JSON files of other verbs")
+    need("jinja2", "matplotlib")
     page = Report(title="Dense against reduced", settings={"written": _now(), **describe_machine()})
     if data.data and model.thresholds:
         page = _evaluated(page, data.data, model.thresholds, model, data, run)
@@ -108,7 +110,7 @@ def _evaluated(
 
     name = model.model or name_in(files[0])
     network = model.build(name)
-    loader = data.open(source, network, split=data.split or "validation")
+    loader = data.open(source, network, split=data.split or "validation", limit=run.limit)
     budgets = _evaluate_all(network, loader, named_budgets(files, model.budget or ()), run)
     about: dict[str, Any] = {"model": name, "weights": model.weights or "timm's pretrained", "data": source}
     about |= {"device": run.place, "batch size": data.batch_size, "bfloat16 autocast": run.amp}

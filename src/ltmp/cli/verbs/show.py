@@ -39,7 +39,8 @@ class Pictures(OutputOptions):
         list[str] | None,
         typer.Option(
             "--format",
-            help="png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.  [default: png]",
+            help="png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.",
+            show_default="png",
             metavar="png|gif|mp4|blocks",
             rich_help_panel=OUTPUT,
         ),
