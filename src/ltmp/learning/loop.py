@@ -25,6 +25,7 @@ from .optimiser import Run, Step
 from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
 from .progress import Progress, telling
+from .resume import uninterrupted
 from .weights import Weights, cut, tuned
 
 if TYPE_CHECKING:
@@ -211,11 +212,12 @@ class _Job:
         joint = tuning is None or run.step % tuning.joint_every == 0
         with nullcontext() if joint else cut(self.thresholds):
             loss, share, kept = self.objective.gradients(self.batches, self.options.accumulate)
-        if weights is not None:
-            weights.update()
-        run.update()
-        step = Step(run.step, run.steps, loss, share, time.perf_counter() - self.started, kept)
-        run.history.append(step)
+        with uninterrupted():
+            if weights is not None:
+                weights.update()
+            run.update()
+            step = Step(run.step, run.steps, loss, share, time.perf_counter() - self.started, kept)
+            run.history.append(step)
         self.journal.step(step)
         if self.progress is not None:
             self.progress(run.step, run.steps, f"learning, loss {loss:.3f}, share {share:.3f}")

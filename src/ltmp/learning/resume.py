@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +47,25 @@ def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     if other:
         raise LTMPError(f"{path} is of a run with other settings ({'; '.join(other)}): repeat those, or delete it")
     return dict(saved["state"])
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that come inside are heeded at the end, so that what is saved then is no half of a step."""
+    if threading.current_thread() is not threading.main_thread():
+        # signals reach the main thread alone
+        yield
+        return
+    came: list[int] = []
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    # a handler of another language cannot be put back
+    ours = [one for one, handler in before.items() if handler is not None]
+    for one in ours:
+        signal.signal(one, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for one in ours:
+            signal.signal(one, before[one])
+    for number in came:
+        signal.raise_signal(number)
