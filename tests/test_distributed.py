@@ -257,7 +257,7 @@ def test_two_ranks_learn_and_evaluate_and_one_of_them_speaks(
 def test_errors_name_the_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["eval", "--data", "gone", "--thresholds", "gone.safetensors"]) == 1
+    assert main(["eval", "--data", "gone", "--thresholds", "gone.safetensors"]) == 2
     assert capsys.readouterr().err.startswith("error (rank 1 of 2): no thresholds file")
     assert main(["bench", "--data", "gone", "--thresholds", "gone.safetensors"]) == 2
     assert "`bench` runs in one process: start it without torchrun" in capsys.readouterr().err

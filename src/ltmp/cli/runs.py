@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,6 +43,15 @@ class InterruptedRunError(LTMPError):
     """Stopped by Ctrl-C, with something to say about how to go on."""
 
     exit_code = 130
+
+
+ELSEWHERE = {"resume", "no_eval", "dry_run", "tuned_weights", "val", "budget", "workers", "device", "strict"}
+"""Options that do not change what is learned."""
+
+
+def settings_of(*groups: Any) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    return {name: value for group in groups for name, value in asdict(group).items() if name not in ELSEWHERE}
 
 
 class Run:
@@ -131,11 +141,6 @@ def _check_writable(folder: Path) -> None:
     probe.unlink()
     for path in made:
         path.rmdir()
-
-
-def run_folder(model: str, *rest: str) -> Path:
-    """Where a run goes by default: named after the last part of the model's name, as those of hubs have more."""
-    return Path("runs") / "-".join((Path(model.rpartition(":")[2]).name, *rest))
 
 
 def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:

@@ -11,6 +11,7 @@ from .groups import DATA as DATA
 from .groups import MODEL as MODEL
 from .groups import OUTPUT as OUTPUT
 from .groups import RUN as RUN
+from .groups import option as option
 from .groups import verb as verb
 from .model import ModelOptions as ModelOptions
 from .model import NamedModel as NamedModel
@@ -18,6 +19,7 @@ from .model import ReducedModel as ReducedModel
 from .model import SavedModel as SavedModel
 from .model import name_in as name_in
 from .model import parse_kwargs as parse_kwargs
+from .output import FolderOptions as FolderOptions
 from .output import OutputOptions as OutputOptions
 from .output import TableOptions as TableOptions
 from .run import Budget as Budget

@@ -13,11 +13,17 @@ import typer
 MODEL, METHOD, DATA, RUN, OUTPUT = "Model", "Method", "Data", "Running", "Output"
 """Panels of the help."""
 
+
+def option(help: str, panel: str | None = None, *names: str, **settings: Any) -> Any:
+    """An option, in a panel of the help, called as its field unless `names` say otherwise."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
 _DEBUG = inspect.Parameter(
     "debug",
     inspect.Parameter.KEYWORD_ONLY,
     default=False,
-    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)],
+    annotation=Annotated[bool, option("Show the traceback of an error.", OUTPUT, "--debug")],
 )
 """Every verb has it; `ltmp.cli.main` looks for it among the arguments."""
 

@@ -5,37 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ...errors import UsageError
 from .data import Limit
-from .groups import RUN
+from .groups import RUN, option
 
 if TYPE_CHECKING:
     import torch
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=RUN)]
-Engine = Annotated[
-    str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=RUN)
-]
+Device = Annotated[str, option("cpu, cuda, cuda:1 or auto.", RUN)]
+Engine = Annotated[str | None, option("auto, packed, triton or graph; default: as learned.", RUN)]
 Budget = Annotated[
     float | None,
-    typer.Option(
-        metavar="SHARE",
-        help="FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.",
-        rich_help_panel=RUN,
+    option(
+        "FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.", RUN, metavar="SHARE"
     ),
 ]
 Budgets = Annotated[
     list[float] | None,
-    typer.Option(
+    option(
+        "FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
+        RUN,
         "--budget",
         metavar="SHARE",
-        help="FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
-        rich_help_panel=RUN,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Order of the images.")]
+Seed = Annotated[int, option("Seed of the image order.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,7 @@ class RunOptions:
     """Where, and in which precision."""
 
     device: Device = "auto"
-    amp: Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=RUN)] = False
+    amp: Annotated[bool, option("bfloat16 autocast.", RUN)] = False
 
     @property
     def place(self) -> torch.device:
@@ -60,13 +54,10 @@ class RunOptions:
 class StageOptions:
     """Which parts of a run happen."""
 
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")] = (
-        False
-    )
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Report no accuracy.")] = False
+    resume: Annotated[bool, option("Go on with the interrupted run in the output folder.", None, "--resume")] = False
+    no_eval: Annotated[bool, option("Report no accuracy.", None, "--no-eval")] = False
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Check everything, say what would be done and how long it would take."),
+        bool, option("Check everything, say what would be done and how long it would take.", None, "--dry-run")
     ] = False
 
 
@@ -77,14 +68,11 @@ class SpeedOptions:
     budget: Budget = None
     milliseconds: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.",
-            rich_help_panel=RUN,
+        option(
+            "Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.", RUN
         ),
     ] = None
-    images_per_second: Annotated[
-        float | None, typer.Option(help="Instead of --budget: the speed wanted here.", rich_help_panel=RUN)
-    ] = None
+    images_per_second: Annotated[float | None, option("Instead of --budget: the speed wanted here.", RUN)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +81,12 @@ class FormOptions:
 
     form: Annotated[
         str,
-        typer.Option(
-            help="Of exports: single (one image), batch (any number of images) or static (no data-dependent shapes).",
-            rich_help_panel=RUN,
+        option(
+            "Form of an export: single (one image), batch (any number of images) or static (no data-dependent shapes).",
+            RUN,
         ),
     ] = "batch"
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Quantise the linear layers (ONNX only).", rich_help_panel=RUN)
-    ] = False
+    int8: Annotated[bool, option("Quantise the linear layers (ONNX only).", RUN, "--int8")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +94,7 @@ class EvaluationOptions(RunOptions):
     """How much is evaluated."""
 
     limit: Limit = None
-    speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True
+    speed: Annotated[bool, option("Measure images per second, too.")] = True
 
 
 def pick_device(name: str) -> torch.device:

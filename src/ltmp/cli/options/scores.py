@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
-
 from ...config import SCORES, LTMPConfig
 from ...errors import UsageError
-from .groups import METHOD
+from .groups import METHOD, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,58 +15,54 @@ class ScoreOptions:
     """What is learned."""
 
     variant: Annotated[
-        str,
-        typer.Option(
-            help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.",
-            rich_help_panel=METHOD,
-        ),
+        str, option("ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.", METHOD)
     ] = "ltmp"
     scores: Annotated[
         str,
-        typer.Option(
-            help="Scores to merge and prune by: paper; attention (all heads, mutual pairs; forward passes only); or "
+        option(
+            "Scores to merge and prune by: paper; attention (all heads, mutual pairs; forward passes only); or "
             "best (a probe learned from gradients, about half a megabyte in the file). The options below override it.",
-            rich_help_panel=METHOD,
+            METHOD,
         ),
     ] = "paper"
     similarity: Annotated[
         str | None,
-        typer.Option(
-            help="Similarity of tokens: keys averaged over heads (mean, the paper's), all heads (heads), or a learned "
+        option(
+            "Similarity of tokens: keys averaged over heads (mean, the paper's), all heads (heads), or a learned "
             "probe (probe).",
-            rich_help_panel=METHOD,
+            METHOD,
         ),
     ] = None
     matching: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens that may merge: even ones into odd ones (bipartite, the paper's), or mutually nearest pairs "
+        option(
+            "Tokens that may merge: even ones into odd ones (bipartite, the paper's), or mutually nearest pairs "
             "(mutual).",
-            rich_help_panel=METHOD,
+            METHOD,
         ),
     ] = None
     importance: Annotated[
         str | None,
-        typer.Option(
-            help="Importance for pruning: attention received (received, the paper's), class-token attention (class), "
+        option(
+            "Importance for pruning: attention received (received, the paper's), class-token attention (class), "
             "or a learned probe (probe).",
-            rich_help_panel=METHOD,
+            METHOD,
         ),
     ] = None
     size_power: Annotated[
         float | None,
-        typer.Option(
-            help="Exponent of a merged token's size in the first block's attention, rising linearly to 1 in the last. "
+        option(
+            "Exponent of a merged token's size in the first block's attention, rising linearly to 1 in the last. "
             "The paper's is 1.",
-            rich_help_panel=METHOD,
+            METHOD,
         ),
     ] = None
     class_power: Annotated[
         float | None,
-        typer.Option(
-            help="Weight of class-token attention, rising linearly to this value in the last block: tokens it attends "
+        option(
+            "Weight of class-token attention, rising linearly to this value in the last block: tokens it attends "
             "to are merged and pruned later. 0, the paper's, disables it.",
-            rich_help_panel=METHOD,
+            METHOD,
         ),
     ] = None
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
-from ..options import OUTPUT, LearningData, NamedModel, OutputOptions, RunOptions, ScoreOptions, StageOptions, verb
+from ..options import (
+    FolderOptions,
+    LearningData,
+    NamedModel,
+    RunOptions,
+    ScoreOptions,
+    StageOptions,
+    option,
+    verb,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,23 +32,18 @@ REPORTED = (0.8, 0.6, 0.47, 0.37)
 class DialOptions(StageOptions):
     """Which budgets, and from how much."""
 
-    low: Annotated[float, typer.Option(help="Smallest share of the dense model's FLOPs to be asked for.")] = 0.3
-    high: Annotated[float, typer.Option(help="Largest share to be asked for, but for 1.")] = 0.95
-    target: Annotated[float, typer.Option(help="Share that the file is saved at.")] = 0.6
-    knots: Annotated[int, typer.Option(min=2, help="Rows of the dial.")] = 14
-    views: Annotated[int, typer.Option(min=0, help="Images to search on; 0: calibrate only.")] = 9_000
-    calibration: Annotated[int, typer.Option(min=2, help="Images to make the table from.")] = 512
+    low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.")] = 0.3
+    high: Annotated[float, option("Largest budget of the dial, besides 1 (dense).")] = 0.95
+    target: Annotated[float, option("Budget that the file is saved at.")] = 0.6
+    knots: Annotated[int, option("Rows of the dial.", min=2)] = 14
+    views: Annotated[int, option("Images to look at while searching, each time counted; 0: calibrate only.", min=0)] = (
+        9_000
+    )
+    calibration: Annotated[int, option("Images to calibrate each row of the dial.", min=2)] = 512
     budget: Annotated[
-        list[float] | None,
-        typer.Option(help=f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}."),
+        list[float] | None, option(f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}.")
     ] = None
-    seed: Annotated[int, typer.Option(help="Of the images and the search.")] = 0
-
-    def settings(self, model: NamedModel, scores: ScoreOptions) -> dict[str, Any]:
-        """What makes two runs the same run."""
-        other = {"resume", "no_eval", "dry_run", "budget", "target"}
-        own = {name: value for name, value in asdict(self).items() if name not in other}
-        return {"model": model.model, **asdict(scores), **own}
+    seed: Annotated[int, option("Seed of the image order and of the search.")] = 0
 
     def check(self) -> None:
         """Refuse a target beyond the ends."""
@@ -52,15 +53,6 @@ class DialOptions(StageOptions):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DialOutput(OutputOptions):
-    """Where the run goes."""
-
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel=OUTPUT)
-    ] = None
-
-
 @verb
 def dial_verb(
     data: LearningData,
@@ -68,7 +60,7 @@ def dial_verb(
     scores: ScoreOptions,
     options: DialOptions,
     run: RunOptions,
-    output: DialOutput,
+    output: FolderOptions,
 ) -> None:
     """Learn thresholds for every budget at once, from images without labels; --budget then picks, at no cost.
 
@@ -79,12 +71,12 @@ def dial_verb(
     """
     from ... import attach, distributed
     from ...hosts.attach import thresholds_of
-    from ..runs import Run, base_model, report_skipped, run_folder
+    from ..runs import Run, base_model, report_skipped, settings_of
 
     options.check()
     config, place = scores.config(), run.place
-    folder = output.out or run_folder(model.model, scores.variant, "dial")
-    job = Run(folder, options.settings(model, scores), options.resume)
+    folder = output.folder(model.model, scores.variant, "dial")
+    job = Run(folder, settings_of(data, model, scores, options, run), options.resume)
     network = attach(model.build(model.model), config)
     loader, checking = data.open_both(network, labelled=False, seed=options.seed, check=not options.no_eval)
     if options.dry_run:
@@ -131,7 +123,9 @@ def _learn(job: Run, network: nn.Module, loader: Loader, options: DialOptions, r
     job.finish("learning", found)
 
 
-def _report(job: Run, network: nn.Module, about: dict[str, Any], learned: dict[str, Any], output: DialOutput) -> None:
+def _report(
+    job: Run, network: nn.Module, about: dict[str, Any], learned: dict[str, Any], output: FolderOptions
+) -> None:
     from ... import save
     from ...evaluate import tables
     from ...hosts.attach import thresholds_of

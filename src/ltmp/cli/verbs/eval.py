@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
 from ..extras import need
-from ..options import RUN, EvaluationOptions, FormOptions, GivenData, ReducedModel, SpeedOptions, TableOptions, verb
+from ..options import (
+    RUN,
+    EvaluationOptions,
+    FormOptions,
+    GivenData,
+    ReducedModel,
+    SpeedOptions,
+    TableOptions,
+    option,
+    verb,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +33,16 @@ class EngineOptions(FormOptions):
 
     engine: Annotated[
         str | None,
-        typer.Option(
-            help="auto, packed, triton or graph (default: as learned); onnx or openvino: exported, against a dense "
-            "export.",
-            rich_help_panel=RUN,
+        option(
+            "auto, packed, triton or graph (default: as learned); onnx or openvino: exported, against a dense export.",
+            RUN,
         ),
     ] = None
     exported: Annotated[
         Path | None,
-        typer.Option(
-            help="With --engine onnx or openvino: the file that `ltmp export` wrote; default: export now, as --form "
-            "says.",
-            rich_help_panel=RUN,
+        option(
+            "With --engine onnx or openvino: the file that `ltmp export` wrote; default: export now, as --form says.",
+            RUN,
         ),
     ] = None
 

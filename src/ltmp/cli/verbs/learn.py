@@ -7,19 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
 from ..extras import need
 from ..options import (
     OUTPUT,
+    FolderOptions,
     LearningData,
     NamedModel,
-    OutputOptions,
     RunOptions,
     ScoreOptions,
     Seed,
     StageOptions,
+    option,
     verb,
 )
 
@@ -41,32 +40,27 @@ class TuningOptions:
 
     tune: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Also train a few weights, distilled from the dense model: norms (norms, biases, layer scales) or lora.",
+            _TUNING,
             metavar="PARTS",
-            help="Train a few weights along, taught by the dense model: norms (norms, biases, layer scales) or lora.",
-            rich_help_panel=_TUNING,
         ),
     ] = None
     tuned_weights: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the tuned model goes; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
-            rich_help_panel=_TUNING,
+        option(
+            "Where to write the tuned model; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
+            _TUNING,
         ),
     ] = None
     tune_lr: Annotated[
         float | None,
-        typer.Option(
-            help="Rate of the weights' AdamW.",
-            rich_help_panel=_TUNING,
-            show_default="1e-3 for norms, 3e-4 for lora",
-        ),
+        option("Learning rate of the tuned weights.", _TUNING, show_default="1e-3 for norms, 3e-4 for lora"),
     ] = None
     labels: Annotated[
-        float,
-        typer.Option(help="Part of the loss from labels; the rest is from the dense model.", rich_help_panel=_TUNING),
+        float, option("Weight of labels in the loss, 0 to 1; the rest is distilled from the dense model.", _TUNING)
     ] = 0.0
-    lora_rank: Annotated[int, typer.Option(help="Rank of the updates of lora.", rich_help_panel=_TUNING)] = 8
+    lora_rank: Annotated[int, option("Rank of LoRA updates.", _TUNING)] = 8
 
     def tuning(self) -> Tuning | None:
         """The settings, or None where no weights train."""
@@ -87,27 +81,25 @@ class TuningOptions:
 class LearningOptions(TuningOptions, StageOptions):
     """What to learn for, and from how much."""
 
-    target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6
+    target: Annotated[float, option("Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6
     views: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Images to optimise on; 0: calibrate only.", show_default=f"{VIEWS}; with --tune one epoch"
+        option(
+            "Images to look at while optimising, each time counted; 0: calibrate only.",
+            min=0,
+            show_default=f"{VIEWS}; with --tune one epoch",
         ),
     ] = None
-    calibration: Annotated[int, typer.Option(min=2, help="Images to set the start and to meet the budget on.")] = 512
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1
-    lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0
-    distill: Annotated[
-        bool, typer.Option("--distill", help="Learn from the dense model's answers instead of labels.")
-    ] = False
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Ignore folder names; implies --distill.")] = False
+    calibration: Annotated[int, option("Images kept apart, to calibrate the start and to meet the budget.", min=2)] = (
+        512
+    )
+    accumulate: Annotated[int, option("Batches per step.", min=1)] = 1
+    lr: Annotated[float, option("Factor on the learning rates.")] = 1.0
+    distill: Annotated[bool, option("Learn from the dense model's answers instead of labels.", None, "--distill")] = (
+        False
+    )
+    unlabelled: Annotated[bool, option("Ignore folder names; implies --distill.", None, "--unlabelled")] = False
     seed: Seed = 0
-
-    def settings(self, model: NamedModel, scores: ScoreOptions) -> dict[str, Any]:
-        """What makes two runs the same run."""
-        other = {"resume", "no_eval", "dry_run", "tuned_weights"}
-        own = {name: value for name, value in asdict(self).items() if name not in other}
-        return {"model": model.model, **asdict(scores), **own}
 
     def counted(self, loader: Loader) -> LearningOptions:
         """With the number of images to optimise on."""
@@ -123,18 +115,13 @@ class LearningOptions(TuningOptions, StageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnOutput(OutputOptions):
+class LearnOutput(FolderOptions):
     """Where the run goes."""
 
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel=OUTPUT)
-    ] = None
     log: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Write events for TensorBoard; wandb:PROJECT logs to Weights & Biases instead.",
-            rich_help_panel=OUTPUT,
+        option(
+            "Write events for TensorBoard; wandb:PROJECT logs to Weights & Biases instead.", OUTPUT, metavar="FOLDER"
         ),
     ] = None
 
@@ -157,12 +144,12 @@ def learn_verb(
     from ... import attach, distributed
     from ...learning import open_log
     from ...learning.budget import check_share
-    from ..runs import Run, base_model, report_skipped, run_folder
+    from ..runs import Run, base_model, report_skipped, settings_of
 
     check_share(learning.target)
     tuning, config, place = learning.tuning(), scores.config(), run.place
-    folder = output.out or run_folder(model.model, scores.variant, f"{learning.target:g}")
-    job = Run(folder, learning.settings(model, scores), learning.resume)
+    folder = output.folder(model.model, scores.variant, f"{learning.target:g}")
+    job = Run(folder, settings_of(data, model, scores, learning, run), learning.resume)
     log = open_log(output.log) if output.log and distributed.is_first() else None
     network = attach(model.build(model.model), config)
     loader, checking = data.open_both(

@@ -12,7 +12,7 @@ import typer
 
 from ...errors import UsageError
 from ..extras import need
-from ..options import DATA, OUTPUT, Budgets, DataOptions, Engine, EvaluationOptions, SavedModel, name_in, verb
+from ..options import DATA, OUTPUT, Budgets, DataOptions, Engine, EvaluationOptions, SavedModel, name_in, option, verb
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ class ReportModel(SavedModel):
     """A model at several budgets."""
 
     thresholds: Annotated[
-        list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
+        list[Path] | None, option("A file that `ltmp learn` wrote; may be repeated, a budget each.")
     ] = None
     budget: Budgets = None
 
@@ -35,15 +35,9 @@ class ReportModel(SavedModel):
 class ReportData(DataOptions):
     """Images to evaluate on, and what they show."""
 
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to evaluate the thresholds on, as in `ltmp eval`.", rich_help_panel=DATA),
-    ] = None
+    data: Annotated[str | None, option("Images to evaluate the thresholds on, as in `ltmp eval`.", DATA)] = None
     class_names_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--class-names", help="Names to show for the model's classes, one a line (.txt).", rich_help_panel=DATA
-        ),
+        Path | None, option("Names to show for the model's classes, one a line (.txt).", DATA, "--class-names")
     ] = None
 
 
@@ -56,10 +50,10 @@ class ReportRun(EvaluationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
-    """The page."""
+    """HTML file to write."""
 
-    out: Annotated[Path, typer.Option(help="The page.", rich_help_panel=OUTPUT)] = Path("report.html")
-    title: Annotated[str | None, typer.Option(help="Of the page.", rich_help_panel=OUTPUT)] = None
+    out: Annotated[Path, option("HTML file to write.", OUTPUT)] = Path("report.html")
+    title: Annotated[str | None, option("Title of the page.", OUTPUT)] = None
 
 
 @verb
@@ -166,10 +160,7 @@ def _lookups(loader: Loader) -> dict[str, Any]:
     read: Sequence[int] = range(len(dataset))
     if loader.skipped:
         read = [index for index in read if dataset.name(index) not in loader.skipped]
-    return {
-        "picture": lambda row: dataset.picture(read[row]),
-        "image_name": lambda row: dataset.name(read[row]),
-    }
+    return {"picture": lambda row: dataset.picture(read[row]), "image_name": lambda row: dataset.name(read[row])}
 
 
 def _with_results(page: Report, paths: Sequence[Path]) -> Report:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import OUTPUT, Budgets, Device, OutputOptions, Preprocessing, SavedModel, name_in, pick_device, verb
+from ..options import (
+    OUTPUT,
+    Budgets,
+    Device,
+    OutputOptions,
+    Preprocessing,
+    SavedModel,
+    name_in,
+    option,
+    pick_device,
+    verb,
+)
 
 if TYPE_CHECKING:
     from ...evaluate.tables import Row
@@ -22,7 +33,7 @@ class ShowModel(SavedModel):
     """A model at several budgets."""
 
     thresholds: Annotated[
-        list[Path], typer.Option(help="A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
+        list[Path], option("A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
     ]
     budget: Budgets = None
     device: Device = "auto"
@@ -32,26 +43,21 @@ class ShowModel(SavedModel):
 class Pictures(OutputOptions):
     """What is drawn."""
 
-    out: Annotated[
-        Path, typer.Option(help="Folder, or for one image a .png, .gif or .mp4.", rich_help_panel=OUTPUT)
-    ] = Path("ltmp-show")
+    out: Annotated[Path, option("Folder, or for one image a .png, .gif or .mp4.", OUTPUT)] = Path("ltmp-show")
     formats: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.",
+            OUTPUT,
             "--format",
-            help="png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.",
             show_default="png",
             metavar="png|gif|mp4|blocks",
-            rich_help_panel=OUTPUT,
         ),
     ] = None
     blocks: Annotated[
-        str | None,
-        typer.Option(
-            help="Which blocks, counted from 1: 4,8,11 or 1-6, or all.", metavar="LIST", rich_help_panel=OUTPUT
-        ),
+        str | None, option("Which blocks, counted from 1: 4,8,11 or 1-6, or all.", OUTPUT, metavar="LIST")
     ] = None
-    width: Annotated[int, typer.Option(min=32, help="Of one picture in pixels.", rich_help_panel=OUTPUT)] = 224
+    width: Annotated[int, option("Width of one picture in pixels.", OUTPUT, min=32)] = 224
 
 
 @verb
