@@ -184,7 +184,7 @@ def test_bad_settings_say_what_is_wrong(kwargs: dict[str, Any], fragment: str) -
 def test_bad_attachments_say_what_is_wrong() -> None:
     with pytest.raises(LTMPError, match="rates for 2 blocks, but this model has 3"):
         attached("m", r=(1, 2))
-    with pytest.raises(LTMPError, match="class token's attention, and this model has none"):
+    with pytest.raises(LTMPError, match="topk needs a class token's attention, and this model has no class token"):
         attached("topk", "mean pooled", r=1)
     with pytest.raises(LTMPError, match="fixed rates, not thresholds"):
         thresholds_of(attached("m", r=1))

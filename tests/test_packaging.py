@@ -85,7 +85,7 @@ LAYERS = (
     ("app",),
     ("demo",),
     ("hub", "export", "serve", "report"),
-    ("learning", "evaluate", "predict"),
+    ("learning", "evaluate", "predict", "certification"),
     ("bundle", "deploy", "visualize", "distributed"),
     ("data",),
     ("zoo",),

@@ -74,5 +74,5 @@ def test_unknown_methods_are_refused(text: str) -> None:
 @pytest.mark.parametrize("registers", [0, 2])
 def test_methods_that_need_a_class_token_say_so(registers: int) -> None:
     model = ltmp.attach(tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg"))
-    with pytest.raises(UsageError, match="this model has none"):
+    with pytest.raises(UsageError, match="this model has no class token"):
         fixed_entry(model, Wanted("evit", 1), random_images(1), None)

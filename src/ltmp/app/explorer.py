@@ -60,11 +60,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Look:
-    """An image at one budget."""
+    """An image at one budget; `timed` says whether its seconds mean anything."""
 
     opened: Opened
     seen: Seen
     reduced: Answers
+    timed: bool = True
 
     @property
     def depth(self) -> int:
@@ -88,6 +89,7 @@ class Explorer:
         classes: names in the order of the model's outputs.
         samples: images to choose from.
         data_options: how images are resized, cropped and normalised, as in `ltmp.data.eval_transform`.
+        timed: whether to show times; False for a model too small to gain any.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Explorer:
         classes: Sequence[str] = (),
         samples: Sequence[Image.Image] = (),
         data_options: dict[str, Any] | None = None,
+        timed: bool = True,
     ) -> None:
+        self.timed = timed
         self.model, self.budgets, self.samples = model, budgets, samples
         self.deployment = Deployment(model, options=data_options, names=classes)
         self._lock = Lock()
@@ -119,13 +123,14 @@ class Explorer:
         """Look at an image with thresholds for `share`; what it costs itself may be more or less."""
         with self._lock:
             self.budgets.set(share)
-            return Look(opened, see(self.model, opened.pixels)[0], self._answers(opened.pixels, plain=False))
+            seen, reduced = see(self.model, opened.pixels)[0], self._answers(opened.pixels, plain=False)
+            return Look(opened, seen, reduced, self.timed)
 
     @torch.inference_mode()
     def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
         made, times = attachment(self.model), []
         with dense() if plain else nullcontext():
-            for _ in range(ROUNDS):
+            for _ in range(ROUNDS if self.timed else 1):
                 start = perf_counter()
                 logits_of(self.model(pixels)).cpu()
                 times.append(perf_counter() - start)

@@ -203,10 +203,9 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     host, recipe = find_host(model)
     problems = recipe.problems(host)
     if config.needs_class_attention and not recipe.class_first(host):
-        problems.append(
-            f"variant {config.variant} with scores {config.scores} needs a class token's attention, and this model has "
-            "no class token"
-        )
+        power = config.scores.class_power
+        which = f"class_power {power:g}" if power else f"variant {config.variant}"
+        problems.append(f"{which} needs a class token's attention, and this model has no class token")
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
     present = find_attachment(model)

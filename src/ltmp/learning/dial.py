@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..describe import note
 from ..distributed import exchange
+from ..fingerprint import Seen
 from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
 from .batches import described, first, pair
@@ -105,6 +106,8 @@ def learn_dial(
     place = options.place(thresholds)
     model.to(place).eval()
     images = first(loader, options.calibration, options.progress)[0].to(place)
+    seen = thresholds.seen = thresholds.seen or Seen()
+    seen.add(images)
     maker = _Maker(model, images, options.amp, options.progress)
     for end in (low, high):
         check_target(end, maker.geometry, attachment(model).body.protected)
@@ -116,7 +119,7 @@ def learn_dial(
     dial, divergence = maker.table([low + (high - low) * i / knots for i in range(options.knots)], shapes)
     thresholds.set_dial(dial)
     if more:
-        dial = maker.corrected(dial, anchors_of(low, high), loader, more)
+        dial = maker.corrected(dial, anchors_of(low, high), seen.watch(map(pair, loader)), more)
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
     note(model, {**described(model, loader), "views": maker.views})

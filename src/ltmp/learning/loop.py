@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..describe import note
 from ..distributed import LostRankError, exchange, rank, world
+from ..fingerprint import Seen
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from .batches import Batch, apart, batch_size, described, first, stream
@@ -131,6 +132,8 @@ class _Job:
         model.to(place).eval()
         images, labels = first(loader, options.calibration, options.progress)
         self.images = images.to(place)
+        self.seen = self.thresholds.seen = self.thresholds.seen or Seen()
+        self.seen.add(images)
         check_target(target, geometry_of(model, self.images), made.body.protected)
         # once: weights may train
         self.subject = options.subject(model, loader, self.images)
@@ -182,6 +185,7 @@ class _Job:
         if state is not None:
             with restoring(options.checkpoint):
                 run.restore(state)
+                self.seen.add_keys(state["seen"])
         else:
             with self.cast:
                 # all of them are in memory at once, and 128 images have some 10,000 scores a block
@@ -195,7 +199,8 @@ class _Job:
             self.model, self.target, options.budget_weight, options.labels, self.original, self.cast, self.distribution
         )
         kept = 0 if options.tuning is None else -(-apart(self.loader, len(self.images)) // self.batch)
-        self.batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
+        batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
+        self.batches = self.seen.watch(batches)
         return state
 
     def optimise(self, weights: Weights | None, state: dict[str, Any] | None) -> None:
@@ -230,7 +235,7 @@ class _Job:
             self._save()
 
     def _save(self) -> None:
-        self.options.save(self.settings, self.run.completed)
+        self.options.save(self.settings, {**self.run.completed, "seen": self.seen.keys})
 
     def choose(self, weights: Weights | None) -> tuple[Candidate, int]:
         """The better of the calibrated and the learned thresholds, and how often the images kept apart were seen."""
@@ -256,6 +261,8 @@ class _Job:
         self.thresholds.set(best.merge, best.prune)
         with self.cast:
             self.journal.deployed(self.run.steps + 1, best)
+        for keys in exchange(self.seen.keys):
+            self.seen.add_keys(keys)
         seen = len(self.run.history) * self.views_a_step + len(self.images) * (1 + looks) + self.probed
         stayed = self.options.tuning is not None and best is not self.run.start
         note(

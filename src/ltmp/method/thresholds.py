@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
+from ..fingerprint import Seen
 from ..ops.probe.reference import WIDTH, probe
+from .certificate import Certificate
 from .dial import PREFIX, Dial
 from .policy import Active, Policy
 
@@ -62,9 +64,13 @@ class Thresholds(Policy):
         dial: thresholds for a range of budgets, or None; see `set_dial`.
         asked: the budget last set on the dial; `budget` also checks that the thresholds are still those.
         probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
+        seen: the images that these thresholds were learned on, or None where nobody knows.
+        certificate: of the dial, as `ltmp.certify` left it or a file brought it; void where the dial is another by now.
     """
 
     probe: Tensor | None
+    seen: Seen | None = None
+    certificate: Certificate | None = None
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__(depth, config)

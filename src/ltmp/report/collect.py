@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,14 @@ class Report:
         found = [one for budget in self.budgets for one in budget.measured()] + list(self.measured)
         dense = [one for one in found if one.series == DENSE]
         return dense[:1] + [one for one in found if one.series != DENSE]
+
+
+def shown_path(path: str | Path) -> str:
+    """A path as a report may name it, which others will read: from the working folder, or else its last two parts."""
+    whole = Path(path).absolute()
+    if whole.is_relative_to(Path.cwd()):
+        return str(whole.relative_to(Path.cwd()))
+    return str(Path(*whole.parts[-2:])) if whole.parent != Path(whole.anchor) else whole.name
 
 
 def evaluate_budget(

@@ -24,12 +24,14 @@ class Seen:
         kept: tokens after each block, prefix tokens included.
         tokens: how many there were.
         share: of the dense model's FLOPs.
+        answers: what the dense and the reduced model say, in words; empty where nobody asked.
     """
 
     groups: Tensor
     kept: list[int]
     tokens: int
     share: float
+    answers: str = ""
 
     @property
     def left(self) -> int:
