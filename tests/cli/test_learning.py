@@ -51,13 +51,17 @@ def test_what_was_learned_is_saved_before_it_is_evaluated(verb, ltmp, images, mo
     assert sorted(file.name for file in Path("run").iterdir()) == ["thresholds.safetensors"]
 
 
-def test_a_run_with_other_settings_is_refused(ltmp, images, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(("--seed", 3), "seed 0, now 3"), (("--limit", 3), "limit None, now 3"), (("--amp",), "amp False, now True")],
+)
+def test_a_run_with_other_settings_is_refused(other, said, ltmp, images, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("ltmp.cli.runs.evaluate", interrupted)
         assert ltmp("learn", "--data", images, *LEARN) == 130
     capsys.readouterr()
-    assert ltmp("learn", "--data", images, *LEARN, "--resume", "--seed", 3) == 1
-    assert "other settings (seed 0, now 3)" in capsys.readouterr().err
+    assert ltmp("learn", "--data", images, *LEARN, "--resume", *other) == 1
+    assert f"other settings ({said})" in capsys.readouterr().err
 
 
 def test_neither_tuned_weights_nor_their_evaluation_before_are_made_again(ltmp, images, monkeypatch, capsys):
