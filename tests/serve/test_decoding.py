@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import os
 import signal
 import socket
 import time
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ltmp.serve import Limits
+from ltmp.serve import Deployment, Limits
 from ltmp.serve.answers import prepare
 from ltmp.serve.decoding import Decoders
 from ltmp.serve.problems import ProblemError
@@ -120,9 +123,32 @@ def endless(scans: int = 20_000) -> bytes:
     return file.getvalue()[:-2] + scan * scans + b"\xff\xd9"
 
 
-def test_jpegs_of_endless_scans_block_nobody(deployment):
-    import http.client
+def send(host: str, port: int, body: bytes) -> int:
+    with closing(http.client.HTTPConnection(host, port, timeout=30)) as connection:
+        connection.request("POST", "/v1/predict", body)
+        return connection.getresponse().status
 
+
+def test_a_service_that_is_stopped_gives_decoding_seconds_not_minutes(deployment, monkeypatch):
+    monkeypatch.setattr(Decoders, "hurry", partialmethod(Decoders.hurry, 0.3))
+    slow = Deployment(deployment.model, transform=partial(sleepy, deployment.transform))
+    with ThreadPoolExecutor(2) as pool:
+        with serving(slow, Limits(timeout=60, decode_timeout=60)) as (host, port, service):
+            sent = [pool.submit(send, host, port, picture()) for _ in range(2)]
+            while service.inside < 2:
+                time.sleep(0.01)
+            start = time.perf_counter()
+        assert time.perf_counter() - start < 5
+        assert [one.result(5) for one in sent] == [504, 504]
+
+
+def sleepy(transform, image):
+    """Images of a certain size take a minute."""
+    time.sleep(60 if image.size == (20, 18) else 0)
+    return transform(image)
+
+
+def test_jpegs_of_endless_scans_block_nobody(deployment):
     with serving(deployment, Limits(timeout=5)) as (host, port, _service):
         start = time.perf_counter()
         for body, status in ((endless(), 422), (endless(), 422), (picture(), 200)):
