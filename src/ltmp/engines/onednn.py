@@ -49,9 +49,13 @@ def _applies(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _AVAILABLE
-        # whoever watches operators, such as torch's FLOP counter, knows the ordinary ones
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not watched()
     )
+
+
+def watched() -> bool:
+    """Whether somebody watches operators, such as torch's FLOP counter, which knows only the ordinary ones."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _plain(parts: Parts) -> bool:

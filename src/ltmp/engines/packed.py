@@ -12,6 +12,7 @@ from ..method.reduction import Plan, make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens, take
 from ..ops.attend.reference import attend, attend_rows
+from . import compiled
 from .masked import finish
 from .onednn import halves
 from .positions import Positions
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`."""
+    """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`. On a CPU by `compiled` where it applies."""
+    if compiled.applies(stack.thresholds, x):
+        return compiled.run(stack, x, active, positions)
     state = State.start(x, packs=True, positions=positions)
     for i in range(stack.thresholds.depth):
         state = step(stack, i, state, active)

@@ -1,0 +1,69 @@
+"""Attention of packed rows on a CPU in float32, image by image, in parts whose maps stay in a core's cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..scratch import scratch
+
+MAP = 2**18
+"""Values of a map that is worked on at a time: 1 MiB, and as much again for its softmax."""
+
+
+@torch.no_grad()
+def attend_images(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    counts: list[int],
+    received: Tensor | None = None,
+    attended: Tensor | None = None,
+) -> Tensor:
+    """`reference.attend` of packed rows, one image after the other.
+
+    Args:
+        q, k, v: float32 [T, H, D], the live tokens of all images one after the other.
+        bias: float32 [T], the logarithms of what each token counts as; None where every one counts as 1.
+        counts: live tokens of each image; they sum to T.
+        received: float32 [T]; filled with the mean attention received. None where nobody asks.
+        attended: the same with the attention from each image's first token.
+
+    Returns:
+        [T, H * D].
+    """
+    out = torch.empty(q.shape)
+    heads_first = [t.transpose(0, 1).split(counts, 1) for t in (q, k, v, out)]
+    scores = [[None] * len(counts) if t is None else t.split(counts) for t in (bias, received, attended)]
+    for score in (received, attended):
+        if score is not None:
+            score.zero_()
+    for image in zip(*heads_first, *scores, strict=True):
+        _attend_image(*image)
+    return out.flatten(1)
+
+
+def _attend_image(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
+) -> None:
+    """One image [H, N, D]; `out` is filled, the scores [N] are added up."""
+    heads, n, width = q.shape
+    group, rows = max(1, min(heads, MAP // (n * n))), min(n, max(16, MAP // n))
+    k, start, beta = k.transpose(1, 2), bias, int(bias is not None)
+    for h in range(0, heads, group):
+        for i in range(0, n, rows):
+            whole = group == heads and rows == n
+            qi, ki, vi, yi = (q, k, v, out) if whole else (
+                q[h : h + group, i : i + rows], k[h : h + group], v[h : h + group], out[h : h + group, i : i + rows]
+            )  # fmt: skip
+            shape = (len(qi), qi.shape[1], n)
+            size = shape[0] * shape[1] * n
+            score, p = scratch("scores", size).view(shape), scratch("softmax", size).view(shape)
+            torch.baddbmm(score if start is None else start, qi, ki, beta=beta, alpha=width**-0.5, out=score)
+            torch.softmax(score, -1, out=p)
+            yi.copy_(torch.bmm(p, vi))
+            if received is not None:
+                received.add_(p.sum((0, 1)), alpha=1 / (heads * n))
+            if attended is not None and i == 0:
+                attended.add_(p[:, 0].sum(0), alpha=1 / heads)
