@@ -21,9 +21,9 @@ from ..method.tokens import Tokens
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
 from ..ops.probe.reference import WIDTH
-from ..ops.scratch import scratch
+from ..ops.scratch import Scratch, scratch
 from .masked import finish
-from .onednn import halves, watched
+from .onednn import halves, room, watched
 from .positions import Positions
 from .request import Active
 from .rows import pad
@@ -58,7 +58,7 @@ class Rows:
     """The live tokens of a batch between two blocks, one image after the other.
 
     Attributes:
-        x: float32 [T, C].
+        x: float32, [T, C] and spare rows of any values behind (`onednn.room`).
         size: float32 [T]; origin: int64 [T]; source: int32 [B, N], [B, 0] where nobody asks; see `Tokens`.
         counts: int64 [B], tokens of each image.
     """
@@ -76,6 +76,8 @@ class Rows:
         origin = np.tile(np.arange(length), images)
         source = origin.astype(np.int32).reshape(images, length)[:, : length if traced else 0]
         rows = x.reshape(-1, width).contiguous()
+        spare = room(len(rows), width) - len(rows)
+        rows = torch.cat([rows, rows.new_zeros(spare, width)]) if spare else rows
         return cls(rows, np.ones(len(origin), np.float32), origin, np.full(images, length), source)
 
     def tokens(self) -> Tokens:
@@ -91,7 +93,7 @@ class Rows:
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
     policy, state = stack.thresholds, State.start(x, packs=True, positions=positions)
-    i, planned = 0, _plans(policy, active, stack.protected)
+    i, planned = 0, plans(policy, active, stack.protected)
     while i < policy.depth and planned[i] is None:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         state = state.after(stack.whole(i, state.x, positions), state.tokens, state.counts)
@@ -103,7 +105,7 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
         kept.append(rows.counts.tolist())
         trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
     done = replace(state, tokens=rows.tokens(), trail=trail)
-    return finish(done, pad(rows.x, rows.counts.tolist()), torch.tensor(kept, dtype=torch.float32).T, stack.protected)
+    return finish(done, pad(rows.x[: len(rows.size)], rows.counts.tolist()), torch.tensor(kept, dtype=torch.float32).T, stack.protected)
 
 
 def _block(stack: ReducedStack, i: int, rows: Rows, steps: Steps | None, positions: Positions | None) -> Rows:
@@ -111,20 +113,34 @@ def _block(stack: ReducedStack, i: int, rows: Rows, steps: Steps | None, positio
     block, policy = stack.blocks[i], stack.thresholds
     half = halves(stack.recipe, block, rows.x)
     q, k, v = half.qkv(rows.x)
+    live = len(rows.size)
+    if live < len(q):
+        q, k, v = q[:live], k[:live], v[:live]
     if positions is not None:
         q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
     weight = policy.weight(i, torch.from_numpy(rows.size))
-    asked = (steps is not None and steps.prunes and policy.config.by_received, steps is not None and policy.config.asks_class)
-    received, attended = (torch.empty(len(weight)) if ask else None for ask in asked)
     bias = weight.log() if rows.size.max(initial=1) > 1 else None
-    y = attend_images(q, k, v, bias, rows.counts.tolist(), received, attended)
+    prunes = steps is not None and steps.prunes and policy.config.by_received
+    received = _zeros("received", live) if prunes else None
+    attended = _zeros("attended", live) if steps is not None and policy.config.asks_class else None
+    sums = (None if found is None else found.tensor[:live] for found in (received, attended))
+    y = attend_images(q, k, v, bias, rows.counts.tolist(), *sums)
+    if live < len(rows.x):
+        y = torch.cat([y, y.new_zeros(len(rows.x) - live, y.shape[1])])
     rows = replace(rows, x=rows.x + half.out(y))
     if steps is not None:
-        rows = reduce_rows(policy, steps, rows, k, received, attended)
+        arrays = (None if found is None else found.array[:live] for found in (received, attended))
+        rows = reduce_rows(policy, steps, rows, k, *arrays)
     return replace(rows, x=rows.x + half.mlp(rows.x))
 
 
-def _plans(policy: Policy, active: Active, protected: int) -> list[Steps | None]:
+def _zeros(name: str, size: int) -> Scratch:
+    found = scratch(name, size)
+    found.array[:size] = 0
+    return found
+
+
+def plans(policy: Policy, active: Active, protected: int) -> list[Steps | None]:
     """What each block does, None where that is nothing. Reads the thresholds once."""
     from ..ops.plan.numba import Steps
 
@@ -157,7 +173,7 @@ def _cuts(policy: Policy, step: str) -> list[Cut]:
 
 
 def reduce_rows(
-    policy: Policy, steps: Steps, rows: Rows, k: Tensor, received: Tensor | None, attended: Tensor | None
+    policy: Policy, steps: Steps, rows: Rows, k: Tensor, received: Array | None, attended: Array | None
 ) -> Rows:
     """Decide and fold: `method.reduction` on rows.
 
@@ -168,7 +184,7 @@ def reduce_rows(
     """
     from ..ops.plan.numba import plan_rows
 
-    read = policy.probed(steps.block, rows.x)
+    read = policy.probed(steps.block, rows.x[: len(rows.size)])
     importance, penalty = _weigh(policy, steps, rows, received, attended, read)
     cosine = _similarities(policy, steps, rows.counts, k, read) if steps.merges else _NOTHING
     x, size, origin = torch.empty_like(rows.x), np.empty_like(rows.size), np.empty_like(rows.origin)
@@ -177,11 +193,14 @@ def reduce_rows(
         rows.x.numpy(), rows.size, rows.origin, rows.counts, cosine, importance, penalty, steps, steps.whole,
         x.numpy(), size, origin, counts, source,
     )  # fmt: skip
-    return Rows(x[:left], size[:left], origin[:left], counts, source)
+    kept = min(room(left, x.shape[1]), len(x))
+    if left < kept:
+        x[left:kept] = 0
+    return Rows(x[:kept], size[:left], origin[:left], counts, source)
 
 
 def _weigh(
-    policy: Policy, steps: Steps, rows: Rows, received: Tensor | None, attended: Tensor | None, read: Tensor | None
+    policy: Policy, steps: Steps, rows: Rows, received: Array | None, attended: Array | None, read: Tensor | None
 ) -> tuple[Array, Array]:
     """Importance and penalties, float32 [T], see `method.scores`; empty where nothing asks."""
     from ..ops.weigh.numba import weigh_rows
@@ -192,7 +211,7 @@ def _weigh(
     if kind == "random":
         importance = noise(torch.from_numpy(rows.origin), steps.block, config.seed).numpy()
     elif kind is not None:
-        importance = _numpy(attended if kind == "class" else received)
+        importance = attended if kind == "class" else received
     probes = (config.similarity == "probe" and steps.merges, kind == "probe")
     blends = kind == "probe" or (kind == "received" and power > 0)
     if steps.merges and (power > 0 or probes[0]):
@@ -201,15 +220,12 @@ def _weigh(
         blended = np.empty_like(rows.size) if blends else _NOTHING
         weight = policy.weight(steps.block, torch.from_numpy(rows.size)).numpy()
         weigh_rows(
-            _numpy(received), _numpy(attended), _UNREAD if read is None else read.numpy(), rows.size, weight,
+            _NOTHING if received is None else received, _NOTHING if attended is None else attended,
+            _UNREAD if read is None else read.numpy(), rows.size, weight,
             rows.origin, rows.counts, steps.protected, np.float32(power), probes, blended, penalty,
         )  # fmt: skip
         importance = blended if blends else importance
     return importance, penalty
-
-
-def _numpy(values: Tensor | None) -> Array:
-    return _NOTHING if values is None else values.numpy()
 
 
 def _similarities(policy: Policy, steps: Steps, counts: Array, k: Tensor, read: Tensor | None) -> Array:
@@ -225,13 +241,17 @@ def _similarities(policy: Policy, steps: Steps, counts: Array, k: Tensor, read: 
     if vectors.stride(2) != 1 or (heads > 1 and vectors.stride(1) != width):
         vectors = vectors.contiguous()
     size = width * heads if kind == "heads" else width
-    metric = scratch("metric", len(k) * size).view(len(k), size)
+    metric = scratch("metric", len(k) * size)
     flat = vectors.as_strided(((len(k) - 1) * vectors.stride(0) + heads * width,), (1,))
-    metric_rows(flat.numpy(), vectors.stride(0), heads, kind == "heads", metric.numpy())
+    metric_rows(flat.numpy(), vectors.stride(0), heads, kind == "heads", metric.array[: len(k) * size].reshape(len(k), size))
     shapes = [(n, n) if steps.whole else (n // 2, n - n // 2) for n in counts.tolist()]
-    cosine, at = scratch("cosine", sum(rows * columns for rows, columns in shapes)), 0
-    for image, (rows, columns) in zip(metric.split(counts.tolist()), shapes, strict=True):
-        odd, even = (image, image) if steps.whole else (image[1::2], image[::2])
-        torch.mm(odd, even.T, out=cosine[at : at + rows * columns].view(rows, columns))
+    cosine, at, start = scratch("cosine", sum(rows * columns for rows, columns in shapes)), 0, 0
+    for rows, columns in shapes:
+        # the rows of all tokens, or of every other one
+        step = 1 if steps.whole else 2
+        odd = metric.tensor.as_strided((rows, size), (step * size, 1), start + (step - 1) * size)
+        even = metric.tensor.as_strided((size, columns), (1, step * size), start)
+        torch.mm(odd, even, out=cosine.tensor.as_strided((rows, columns), (columns, 1), at))
         at += rows * columns
-    return cosine.numpy()
+        start += (rows if steps.whole else rows + columns) * size
+    return cosine.array

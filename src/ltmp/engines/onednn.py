@@ -1,20 +1,28 @@
-"""The two halves of a standard block on a CPU, their linear layers by oneDNN with the GELU in the product.
+"""The two halves of a standard block on a CPU, their linear layers by the faster of two libraries.
 
 `torch.nn.functional.linear` goes to MKL in float32, which on processors of other makers than its own is far from what
-they can do (half the speed of oneDNN on an AVX-512 AMD EPYC, at any number of rows), and both read every weight however
-few tokens are left. The operator is the one that torch's own compiler emits; where it is missing, where gradients or
-autocast are asked for, or where a block is not plain, the host's modules run.
+they can do (half the speed of oneDNN on an AVX-512 AMD EPYC, at any number of rows); on Intel's they are equal. oneDNN
+prepares itself anew for each number of rows that it has not seen, which takes longer than a layer does, and a reduced
+image has any number: so rows are filled up to a few numbers (`room`), and it has to win by `_MARGIN`. Which one it is
+was measured once for each width and number of threads.
+
+The operator is the one that torch's own compiler emits; where it is missing, where gradients or autocast are asked for,
+or where a block is not plain, the host's modules run.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module
+
+from ..method.recipe import linear_of
 
 if TYPE_CHECKING:
     from ..method.recipe import Parts, Recipe
@@ -22,6 +30,9 @@ if TYPE_CHECKING:
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_MARGIN = 0.75
+"""oneDNN runs where it takes at most this share of MKL's time."""
 
 
 class Halves(NamedTuple):
@@ -33,12 +44,21 @@ class Halves(NamedTuple):
 
 
 def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
-    """How to run `block` on rows like `x`: by oneDNN where that computes the same, or else its own modules."""
+    """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same."""
     if _applies(x) and not block.training:
         parts = recipe.parts(block)
         if parts is not None and _plain(parts):
-            return Halves(partial(_qkv, parts), partial(_out, parts), partial(_mlp, parts))
+            linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
+            return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
     return Halves(partial(recipe.qkv, block), partial(recipe.out, block), partial(recipe.mlp, block))
+
+
+def room(rows: int, width: int) -> int:
+    """How many rows of `width` features to keep for `rows`: a sixteenth more at most, where oneDNN takes them."""
+    if not (_AVAILABLE and _faster(width, torch.get_num_threads())):
+        return rows
+    step = max(8, 1 << max(0, rows.bit_length() - 5))
+    return -(-rows // step) * step
 
 
 def _applies(x: Tensor) -> bool:
@@ -49,6 +69,7 @@ def _applies(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _AVAILABLE
+        and not (module._global_forward_hooks or module._global_forward_pre_hooks)
         and not watched()
     )
 
@@ -59,32 +80,60 @@ def watched() -> bool:
 
 
 def _plain(parts: Parts) -> bool:
-    """Whether the linear layers are just that: no adapters around them, no hooks on them."""
-    layers = (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
+    """Whether the layers are just that: no adapters around them, no hooks on them, no tensors of other kinds."""
+    linear = (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
     return parts.act in _GELU and all(
-        type(layer) is nn.Linear
-        and layer.weight.dtype == torch.float32
+        (type(layer) is nn.Linear or layer is parts.norm1 or layer is parts.norm2)
+        and type(layer.weight) in (Tensor, nn.Parameter, type(None))
+        and type(layer.bias) in (Tensor, nn.Parameter, type(None))
+        and (layer.weight is None or layer.weight.dtype == torch.float32)
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in layers
+        for layer in (*linear, parts.norm1, parts.norm2)
     )
 
 
-def _linear(layer: nn.Linear, x: Tensor, act: str = "none", form: str = "") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, act, [], form)
+_Linear = Callable[..., Tensor]
 
 
-def _qkv(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return parts.project(_normed(parts.norm1, x), _linear)
+def _mkl(layer: nn.Linear, x: Tensor, act: str | None = None) -> Tensor:
+    y = F.linear(x, layer.weight, layer.bias)
+    return y if act is None else torch.ops.aten.gelu_(y, approximate=act)
 
 
-def _out(parts: Parts, y: Tensor) -> Tensor:
-    return _scaled(_linear(parts.proj, y), parts.scale1)
+def _onednn(layer: nn.Linear, x: Tensor, act: str | None = None) -> Tensor:
+    name, form = ("none", "") if act is None else ("gelu", act)
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, name, [], form)
 
 
-def _mlp(parts: Parts, x: Tensor) -> Tensor:
-    hidden = _linear(parts.fc1, _normed(parts.norm2, x), "gelu", _GELU[parts.act])
-    return _scaled(_linear(parts.fc2, hidden), parts.scale2)
+@cache
+def _faster(width: int, threads: int) -> bool:
+    """Whether oneDNN is, at layers from `width` to four times that: the least of nine turns each, in processor time."""
+    del threads  # there is an answer for each number of them
+    with torch.inference_mode():
+        layer = linear_of(torch.zeros(4 * width, width), torch.zeros(4 * width))
+        x = torch.zeros(128, width)
+        least = [float("inf"), float("inf")]
+        for turn in range(10):
+            for i, linear in enumerate((_mkl, _onednn)):
+                begin = time.thread_time()
+                linear(layer, x, "none")
+                if turn:
+                    least[i] = min(least[i], time.thread_time() - begin)
+    return least[1] <= _MARGIN * least[0]
+
+
+def _qkv(parts: Parts, linear: _Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return parts.project(_normed(parts.norm1, x), linear)
+
+
+def _out(parts: Parts, linear: _Linear, y: Tensor) -> Tensor:
+    return _scaled(linear(parts.proj, y), parts.scale1)
+
+
+def _mlp(parts: Parts, linear: _Linear, x: Tensor) -> Tensor:
+    hidden = linear(parts.fc1, _normed(parts.norm2, x), _GELU[parts.act])
+    return _scaled(linear(parts.fc2, hidden), parts.scale2)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:

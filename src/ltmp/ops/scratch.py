@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
+class Scratch(NamedTuple):
+    """The same float32 memory for both libraries, 1-D."""
+
+    tensor: Tensor
+    array: np.ndarray[Any, Any]
+
+
 class _Held(threading.local):
     def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+        self.by_name: dict[str, Scratch] = {}
 
 
 _HELD = _Held()
 
 
-def scratch(name: str, size: int) -> Tensor:
-    """float32 [size] of any values, valid until this thread asks for the same name again: never hand it out."""
-    held = _HELD.tensors.get(name)
-    if held is None or held.numel() < size:
+def scratch(name: str, size: int) -> Scratch:
+    """At least `size` values of any kind, valid until this thread asks for the same name again: never hand it out."""
+    held = _HELD.by_name.get(name)
+    if held is None or len(held.array) < size:
+        array = np.empty(size, np.float32)
         with torch.inference_mode(False):
-            held = _HELD.tensors[name] = torch.empty(size)
-    return held[:size]
+            held = _HELD.by_name[name] = Scratch(torch.from_numpy(array), array)
+    return held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,21 +29,30 @@ def attend_images(
         q, k, v: float32 [T, H, D], the live tokens of all images one after the other.
         bias: float32 [T], the logarithms of what each token counts as; None where every one counts as 1.
         counts: live tokens of each image; they sum to T.
-        received: float32 [T]; filled with the mean attention received. None where nobody asks.
+        received: float32 [T]; the mean attention received is added to it. None where nobody asks.
         attended: the same with the attention from each image's first token.
 
     Returns:
         [T, H * D].
     """
-    out = torch.empty(q.shape)
-    heads_first = [t.transpose(0, 1).split(counts, 1) for t in (q, k, v, out)]
-    scores = [[None] * len(counts) if t is None else t.split(counts) for t in (bias, received, attended)]
-    for score in (received, attended):
-        if score is not None:
-            score.zero_()
-    for image in zip(*heads_first, *scores, strict=True):
+    rows, heads, width = q.shape
+    out = torch.empty(rows, heads * width)
+    images = [_split(_heads_first(t, q.shape), counts, 1) for t in (q, k, v, out)]
+    scores = [[None] * len(counts) if t is None else _split(t, counts, 0) for t in (bias, received, attended)]
+    for image in zip(*images, *scores, strict=True):
         _attend_image(*image)
-    return out.flatten(1)
+    return out
+
+
+def _heads_first(rows: Tensor, shape: torch.Size) -> Tensor:
+    """[H, T, D] of [T, H, D] or [T, H * D], in one call."""
+    number, heads, width = shape
+    step = rows.stride(1) if rows.ndim == 3 else width
+    return rows.as_strided((heads, number, width), (step, rows.stride(0), rows.stride(-1)))
+
+
+def _split(values: Tensor, counts: list[int], dim: int) -> Sequence[Tensor]:
+    return (values,) if len(counts) == 1 else values.split(counts, dim)
 
 
 def _attend_image(
@@ -58,8 +69,7 @@ def _attend_image(
                 q[h : h + group, i : i + rows], k[h : h + group], v[h : h + group], out[h : h + group, i : i + rows]
             )  # fmt: skip
             shape = (len(qi), qi.shape[1], n)
-            size = shape[0] * shape[1] * n
-            score, p = scratch("scores", size).view(shape), scratch("softmax", size).view(shape)
+            score, p = (_map(name, shape) for name in ("scores", "softmax"))
             torch.baddbmm(score if start is None else start, qi, ki, beta=beta, alpha=width**-0.5, out=score)
             torch.softmax(score, -1, out=p)
             yi.copy_(torch.bmm(p, vi))
@@ -67,3 +77,8 @@ def _attend_image(
                 received.add_(p.sum((0, 1)), alpha=1 / (heads * n))
             if attended is not None and i == 0:
                 attended.add_(p[:, 0].sum(0), alpha=1 / heads)
+
+
+def _map(name: str, shape: tuple[int, int, int]) -> Tensor:
+    groups, rows, n = shape
+    return scratch(name, groups * rows * n).tensor.as_strided(shape, (rows * n, n, 1))
