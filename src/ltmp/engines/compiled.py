@@ -61,6 +61,7 @@ class Rows:
         x: float32, [T, C] and spare rows of any values behind (`onednn.room`).
         size: float32 [T]; origin: int64 [T]; source: int32 [B, N], [B, 0] where nobody asks; see `Tokens`.
         counts: int64 [B], tokens of each image.
+        merged: whether any size may be other than 1.
     """
 
     x: Tensor
@@ -68,6 +69,7 @@ class Rows:
     origin: Array
     counts: Array
     source: Array
+    merged: bool = True
 
     @classmethod
     def start(cls, x: Tensor, traced: bool = False) -> Rows:
@@ -78,7 +80,7 @@ class Rows:
         rows = x.reshape(-1, width).contiguous()
         spare = room(len(rows), width) - len(rows)
         rows = torch.cat([rows, rows.new_zeros(spare, width)]) if spare else rows
-        return cls(rows, np.ones(len(origin), np.float32), origin, np.full(images, length), source)
+        return cls(rows, np.ones(len(origin), np.float32), origin, np.full(images, length), source, False)
 
     def tokens(self) -> Tokens:
         """The same as [B, N]."""
@@ -105,33 +107,34 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
         kept.append(rows.counts.tolist())
         trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
     done = replace(state, tokens=rows.tokens(), trail=trail)
-    return finish(done, pad(rows.x[: len(rows.size)], rows.counts.tolist()), torch.tensor(kept, dtype=torch.float32).T, stack.protected)
+    left = pad(rows.x[: len(rows.size)], rows.counts.tolist())
+    return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, stack.protected)
 
 
 def _block(stack: ReducedStack, i: int, rows: Rows, steps: Steps | None, positions: Positions | None) -> Rows:
     """Run block `i` on the live tokens."""
-    block, policy = stack.blocks[i], stack.thresholds
-    half = halves(stack.recipe, block, rows.x)
-    q, k, v = half.qkv(rows.x)
-    live = len(rows.size)
-    if live < len(q):
+    block, policy, x, live = stack.blocks[i], stack.thresholds, rows.x, len(rows.size)
+    half = halves(stack.recipe, block, x)
+    q, k, v = half.qkv(x)
+    if live < len(x):
         q, k, v = q[:live], k[:live], v[:live]
     if positions is not None:
         q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
-    weight = policy.weight(i, torch.from_numpy(rows.size))
-    bias = weight.log() if rows.size.max(initial=1) > 1 else None
-    prunes = steps is not None and steps.prunes and policy.config.by_received
-    received = _zeros("received", live) if prunes else None
-    attended = _zeros("attended", live) if steps is not None and policy.config.asks_class else None
-    sums = (None if found is None else found.tensor[:live] for found in (received, attended))
-    y = attend_images(q, k, v, bias, rows.counts.tolist(), *sums)
-    if live < len(rows.x):
-        y = torch.cat([y, y.new_zeros(len(rows.x) - live, y.shape[1])])
-    rows = replace(rows, x=rows.x + half.out(y))
+    bias = policy.weight(i, torch.from_numpy(rows.size)).log() if rows.merged else None
+    received = attended = None
     if steps is not None:
-        arrays = (None if found is None else found.array[:live] for found in (received, attended))
-        rows = reduce_rows(policy, steps, rows, k, *arrays)
-    return replace(rows, x=rows.x + half.mlp(rows.x))
+        received = _zeros("received", live) if steps.prunes and policy.config.by_received else None
+        attended = _zeros("attended", live) if policy.config.asks_class else None
+    sums = [None if found is None else found.tensor.as_strided((live,), (1,)) for found in (received, attended)]
+    y = attend_images(q, k, v, bias, rows.counts.tolist(), *sums)
+    if live < len(x):
+        y = torch.cat([y, y.new_zeros(len(x) - live, y.shape[1])])
+    x = x + half.out(y)
+    if steps is not None:
+        arrays = [None if found is None else found.array[:live] for found in (received, attended)]
+        rows = reduce_rows(policy, steps, replace(rows, x=x), k, *arrays)
+        x = rows.x
+    return replace(rows, x=x + half.mlp(x))
 
 
 def _zeros(name: str, size: int) -> Scratch:
@@ -196,7 +199,7 @@ def reduce_rows(
     kept = min(room(left, x.shape[1]), len(x))
     if left < kept:
         x[left:kept] = 0
-    return Rows(x[:kept], size[:left], origin[:left], counts, source)
+    return Rows(x.as_strided((kept, x.shape[1]), x.stride()), size[:left], origin[:left], counts, source, rows.merged or steps.merges)
 
 
 def _weigh(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ class Halves(NamedTuple):
 def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
     """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same."""
     if _applies(x) and not block.training:
-        parts = recipe.parts(block)
-        if parts is not None and _plain(parts):
+        parts = _known(recipe, block).plain()
+        if parts is not None:
             linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
             return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
     return Halves(partial(recipe.qkv, block), partial(recipe.out, block), partial(recipe.mlp, block))
@@ -79,17 +80,52 @@ def watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+class _Known:
+    """The parts of a block, for as long as it has the same children and weights."""
+
+    def __init__(self, recipe: Recipe, block: nn.Module) -> None:
+        self._places = [
+            (place, name, value, value.data_ptr() if isinstance(value, Tensor) else 0)
+            for module in block.modules()
+            for place in (module._parameters, module._buffers, module._modules)
+            for name, value in place.items()
+        ]
+        parts = recipe.parts(block)
+        self._parts = parts if parts is not None and _plain(parts) else None
+        self._layers = () if parts is None else (*parts.qkv, parts.proj, parts.fc1, parts.fc2, parts.norm1, parts.norm2)
+
+    def holds(self) -> bool:
+        """Whether they are those of its block still."""
+        for place, name, value, at in self._places:
+            if place.get(name) is not value or (at and value.data_ptr() != at):
+                return False
+        return True
+
+    def plain(self) -> Parts | None:
+        """Its parts, if nothing but plain layers is there to be run: no hooks, no adapters."""
+        for layer in self._layers:
+            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+                return None
+        return self._parts
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def _known(recipe: Recipe, block: nn.Module) -> _Known:
+    known = _KNOWN.get(block)
+    if known is None or not known.holds():
+        known = _KNOWN[block] = _Known(recipe, block)
+    return known
+
+
 def _plain(parts: Parts) -> bool:
-    """Whether the layers are just that: no adapters around them, no hooks on them, no tensors of other kinds."""
-    linear = (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
-    return parts.act in _GELU and all(
-        (type(layer) is nn.Linear or layer is parts.norm1 or layer is parts.norm2)
-        and type(layer.weight) in (Tensor, nn.Parameter, type(None))
-        and type(layer.bias) in (Tensor, nn.Parameter, type(None))
-        and (layer.weight is None or layer.weight.dtype == torch.float32)
-        and "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in (*linear, parts.norm1, parts.norm2)
+    """Whether layers and weights are of the ordinary kinds, and nobody's own."""
+    kinds, linear = (Tensor, nn.Parameter, type(None)), (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
+    return (
+        parts.act in _GELU
+        and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in linear)
+        and all(type(t) in kinds for layer in (*linear, parts.norm1, parts.norm2) for t in (layer.weight, layer.bias))
     )
 
 
@@ -137,7 +173,7 @@ def _mlp(parts: Parts, linear: _Linear, x: Tensor) -> Tensor:
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -37,18 +37,20 @@ def attend_images(
     """
     rows, heads, width = q.shape
     out = torch.empty(rows, heads * width)
-    images = [_split(_heads_first(t, q.shape), counts, 1) for t in (q, k, v, out)]
+    images = [_split(_heads_first(t, q.shape, t is k), counts, 1 + (t is k)) for t in (q, k, v, out)]
     scores = [[None] * len(counts) if t is None else _split(t, counts, 0) for t in (bias, received, attended)]
     for image in zip(*images, *scores, strict=True):
         _attend_image(*image)
     return out
 
 
-def _heads_first(rows: Tensor, shape: torch.Size) -> Tensor:
-    """[H, T, D] of [T, H, D] or [T, H * D], in one call."""
+def _heads_first(rows: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+    """[H, T, D], or [H, D, T], of [T, H, D] or [T, H * D], in one call."""
     number, heads, width = shape
-    step = rows.stride(1) if rows.ndim == 3 else width
-    return rows.as_strided((heads, number, width), (step, rows.stride(0), rows.stride(-1)))
+    head = rows.stride(1) if rows.ndim == 3 else width
+    if transposed:
+        return rows.as_strided((heads, width, number), (head, rows.stride(-1), rows.stride(0)))
+    return rows.as_strided((heads, number, width), (head, rows.stride(0), rows.stride(-1)))
 
 
 def _split(values: Tensor, counts: list[int], dim: int) -> Sequence[Tensor]:
@@ -58,10 +60,10 @@ def _split(values: Tensor, counts: list[int], dim: int) -> Sequence[Tensor]:
 def _attend_image(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
 ) -> None:
-    """One image [H, N, D]; `out` is filled, the scores [N] are added up."""
+    """One image [H, N, D], k [H, D, N]; `out` is filled, the scores [N] are added up."""
     heads, n, width = q.shape
     group, rows = max(1, min(heads, MAP // (n * n))), min(n, max(16, MAP // n))
-    k, start, beta = k.transpose(1, 2), bias, int(bias is not None)
+    start, beta = bias, int(bias is not None)
     for h in range(0, heads, group):
         for i in range(0, n, rows):
             whole = group == heads and rows == n
