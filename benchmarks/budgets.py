@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 
 import ltmp
 from ltmp.cli.progress import progress_bar
-from ltmp.config import SCORES
+from ltmp.config import SCORES, Scores
 from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.data.embedded import load_digits
 from ltmp.demo import Recipe, trained_model
@@ -64,9 +65,9 @@ def dials(model: nn.Module, opened: Open, options: argparse.Namespace) -> tuple[
     """For each seed the thresholds at each budget, and how each run went."""
     policies: dict[tuple[int, float], Policy] = {}
     runs = []
-    asked = {name: getattr(options, name) for name in ltmp.LTMPConfig().scores}
+    asked = {setting.name: getattr(options, setting.name) for setting in fields(Scores)}
     given = {name: value for name, value in asked.items() if value is not None}
-    config = ltmp.LTMPConfig(**{**SCORES[options.scores], **given})
+    config = ltmp.LTMPConfig(scores=replace(SCORES[options.scores], **given))
     for seed in range(options.seeds):
         ltmp.attach(model, config)
         with progress_bar(f"seed {seed}", None) as bar:

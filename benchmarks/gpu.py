@@ -71,7 +71,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype, dry: bool, score
     with device:
         model = lively(timm.create_model(case.model, **kwargs)).eval().to(dtype).requires_grad_(False)
     images = smooth(case.batch, case.size).to(device, dtype)
-    ltmp.attach(model, ltmp.LTMPConfig(**SCORES[scores]))
+    ltmp.attach(model, ltmp.LTMPConfig(scores=scores))
     calibration = smooth(min(64, max(16, case.batch)), case.size, seed=1).to(device, dtype)
     calibrate(model, calibration, case.share)
     return model, images

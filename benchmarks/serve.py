@@ -41,7 +41,8 @@ from safetensors.torch import save_file
 import ltmp
 from ltmp.data import eval_transform
 from ltmp.learning import calibrate
-from ltmp.serve import Limits, Predictor
+from ltmp.serve import Deployment, Limits
+from ltmp.serve.answers import answer, prepare
 
 
 def jpeg(seed: int, size: tuple[int, int]) -> bytes:
@@ -140,15 +141,15 @@ async def load(host: str, port: int, args: argparse.Namespace, bodies: list[byte
 def directly(model: Any, bodies: list[bytes], args: argparse.Namespace) -> dict[str, float]:
     """Images per second of the model in batches, from tensors and from JPEGs decoded in the same thread."""
     torch.set_num_threads(args.threads)
-    predictor, pixels = Predictor(model, device=args.device), Limits().max_pixels
+    deployment, pixels = Deployment(model, device=args.device), Limits().max_pixels
     bodies = (bodies * (Limits().max_batch // len(bodies) + 1))[: Limits().max_batch]
-    images = [predictor.prepare(body, pixels) for body in bodies]
+    images = [prepare(deployment, body, pixels) for body in bodies]
     calls = {
-        "model images/s": lambda: predictor.answer(images),
-        "decode and model images/s": lambda: predictor.answer([predictor.prepare(body, pixels) for body in bodies]),
+        "model images/s": lambda: answer(deployment, images),
+        "decode and model images/s": lambda: answer(deployment, [prepare(deployment, body, pixels) for body in bodies]),
     }
     result = {}
-    with predictor.running():
+    with deployment.running():
         for name, call in calls.items():
             call()
             times = []

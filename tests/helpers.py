@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -102,3 +103,7 @@ def make_dial(depth: int, *, knots: int = 5, seed: int = 0, lowest: float = 0.3,
     merge = 0.3 + 0.6 * share[:, None] * (0.5 + spread / 2)
     prune = 0.05 * (1 - share[:, None]) * (0.1 + spread)
     return Dial(share, merge, prune, share[:, None] * torch.linspace(17, 5, depth))
+
+
+def colour_image(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new("RGB", size, colour)

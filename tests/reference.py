@@ -55,19 +55,17 @@ class OneImage:
         q, k, v = attn.qkv(block.norm1(x)).reshape(len(x), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
         q, k = attn.q_norm(q), attn.k_norm(k)
         size = torch.tensor([t.size for t in self.tokens], dtype=x.dtype)
-        power = torch.linspace(self.config.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
+        power = torch.linspace(self.config.scores.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
         p = (q @ k.transpose(1, 2) * attn.head_dim**-0.5 + power * size.log()).softmax(-1)
         y = (p @ v).transpose(0, 1).flatten(1)
         x = x + block.ls1(attn.proj(attn.norm(y)))
         importance, metric = p.mean((0, 1)), k.mean(0) / k.mean(0).norm(dim=-1, keepdim=True)
-        if self.config.similarity == "heads":
+        if self.config.scores.similarity == "heads":
             # so that a product of two is the mean of the heads' cosines
             metric = torch.cat(tuple(k / k.norm(dim=-1, keepdim=True)), -1) / attn.num_heads**0.5
         # the power rises from block to block, to all of it in the last
-        power = self.config.class_power * (i + 1) / len(self.model.blocks)
+        power = self.config.scores.class_power * (i + 1) / len(self.model.blocks)
         importance = importance ** (1 - power) * p[:, 0].mean(0) ** power
-        if self.config.goes_by == "class":
-            importance = p[:, 0].mean(0)
         attended = (p[:, 0].mean(0) * size.sum()) ** (power / 2)
         if self.probe is not None:
             received = p.mean((0, 1))
@@ -84,17 +82,17 @@ class OneImage:
         matrix, added = self.probe[i, :-1].double(), self.probe[i, -1].double()
         centred = x - x.mean(1, keepdim=True)
         seen = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() @ matrix + added
-        power = torch.linspace(self.config.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
+        power = torch.linspace(self.config.scores.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
         free = torch.tensor([self.free(t) for t in self.tokens])
         # how much each patch matters, as a share of all that are there
         shares = []
         for column in (64, 65):
             matters = torch.where(free, seen[:, column].exp() * size**power, 0.0)
             shares.append(matters / matters.sum() if free.any() else matters)
-        if self.config.similarity == "probe":
+        if self.config.scores.similarity == "probe":
             metric = seen[:, :64] / seen[:, :64].norm(dim=1, keepdim=True)
             attended = attended * 65**0.5 * (shares[0] * size.sum()) ** 0.25
-        if self.config.goes_by == "probe":
+        if self.config.scores.importance == "probe":
             importance = received**0.3 * shares[1] ** 0.7
         return metric, importance, attended
 
@@ -126,7 +124,7 @@ class OneImage:
 
     def pairs(self) -> list[tuple[Token, float, Token | None]]:
         """The same with plain cosines."""
-        if self.config.matching == "bipartite":
+        if self.config.scores.matching == "bipartite":
             return [(token, *self.nearest(token, self.tokens[1::2])) for token in self.tokens[::2]]
         pairs: list[tuple[Token, float, Token | None]] = []
         left = list(self.tokens)
@@ -162,7 +160,7 @@ class OneImage:
         for token, score, partner in self.best():
             if partner is not None and score > threshold:
                 groups[partner.place] += groups.pop(token.place)
-        if self.config.matching == "bipartite":
+        if self.config.scores.matching == "bipartite":
             order = self.tokens[::2] + self.tokens[1::2]
             groups = {t.place: groups[t.place] for t in order if t.place in groups}
         self.tokens = [_combine(group) for group in groups.values()]

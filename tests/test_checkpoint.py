@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ltmp
-from helpers import make_dial, random_images, run_recorded, tiny_vit
+from helpers import make_dial, make_probe, random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
 from ltmp.checkpoint import FORMAT, annotate, apply, read, read_state_dict, split_seed_state, split_thresholds
+from ltmp.config import SCORES, Scores
 from ltmp.errors import UsageError
 from ltmp.hosts.attach import is_attached
 from ltmp.method.dial import Dial
@@ -83,6 +84,72 @@ def test_settings_travel(tmp_path: Path) -> None:
     assert other.ltmp.config.engine == "auto"
 
 
+@pytest.mark.parametrize("way", ["load", "from_pretrained"])
+def test_the_engine_asked_for_is_set_on_an_attached_model_too(saved: Path, way: str) -> None:
+    model = ltmp.attach(tiny_vit(), LTMPConfig(engine="packed"))
+    ltmp.load(model, saved)
+    assert model.ltmp.config.engine == "packed"
+    if way == "load":
+        ltmp.load(model, saved, engine="graph")
+    else:
+        ltmp.from_pretrained(saved, model, engine="graph")
+    assert model.ltmp.config.engine == "graph"
+    with pytest.raises(UsageError, match="unknown engine 'warp': expected one of auto"):
+        ltmp.load(model, saved, engine="warp")
+    assert model.ltmp.config.engine == "graph"
+    bare = tiny_vit()
+    with pytest.raises(UsageError, match="unknown engine 'warp'"):
+        ltmp.load(bare, saved, engine="warp")
+    assert not is_attached(bare)
+
+
+LIMITS = [
+    # what the model was attached with, what the file has, what counts
+    ({}, {"floor": 4, "ceiling": 9}, (4, 9)),
+    ({"floor": 2}, {}, (2, None)),
+    ({"floor": 2}, {"ceiling": 9}, (2, 9)),
+    ({"floor": 2, "ceiling": 9}, {"floor": 2, "ceiling": 9}, (2, 9)),
+    ({"floor": 2}, {"floor": 3}, r"floor 3, but the model was attached with floor 2: attach with LTMPConfig\(floor=3"),
+    ({"ceiling": 9}, {"ceiling": 8}, "ceiling 8, but the model was attached with ceiling 9"),
+    ({"floor": 12}, {"ceiling": 9}, "floor 12 and ceiling 9"),
+]
+
+
+@pytest.mark.parametrize(("own", "files", "expected"), LIMITS)
+@pytest.mark.parametrize("fixed", [False, True], ids=["learned", "fixed"])
+def test_floor_and_ceiling_are_the_files_unless_the_model_has_its_own(
+    tmp_path: Path, own: dict[str, int], files: dict[str, int], expected: Any, fixed: bool
+) -> None:
+    kind: dict[str, Any] = {"variant": "m", "r": 2} if fixed else {}
+    path = tmp_path / "t.safetensors"
+    ltmp.save(ltmp.attach(tiny_vit(), LTMPConfig(**kind, **files)), path)
+    model = ltmp.attach(tiny_vit(), LTMPConfig(**kind, **own))
+    if isinstance(expected, str):
+        with pytest.raises(LTMPError, match=expected):
+            ltmp.load(model, path)
+        expected = (own.get("floor", 0), own.get("ceiling"))
+    else:
+        ltmp.load(model, path)
+    assert (model.ltmp.config.floor, model.ltmp.config.ceiling) == expected
+
+
+@torch.no_grad()
+def test_a_floor_from_the_file_is_kept_to(tmp_path: Path) -> None:
+    path, model = tmp_path / "t.safetensors", ltmp.attach(tiny_vit(), LTMPConfig(floor=15))
+    model.ltmp.set([-1.0] * 3, [0.9] * 3)
+    ltmp.save(model, path)
+    other = ltmp.attach(tiny_vit())
+    ltmp.load(other, path)
+    assert run_recorded(other, random_images(2))[1].min() == 15
+
+
+@pytest.mark.parametrize("name", ["t.pt", "t.pth", "t", "t.safetensors.bak"])
+def test_saving_under_a_name_that_would_not_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"saved as safetensors, give a name that ends in \.safetensors"):
+        ltmp.save(attached(), tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
 def test_saving_needs_an_attachment(tmp_path: Path) -> None:
     with pytest.raises(LTMPError, match="nothing is attached"):
         ltmp.save(tiny_vit(), tmp_path / "t.safetensors")
@@ -134,7 +201,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     write_tensors(path, merge=torch.tensor([0.5, float("nan"), 0.5]), prune=torch.zeros(3))
     model = tiny_vit()
-    with pytest.raises(LTMPError, match=r"t\.safetensors: merge thresholds hold NaN or infinity"):
+    with pytest.raises(LTMPError, match=r"t\.safetensors is not a whole .* \(merge thresholds hold NaN or infinity\)"):
         ltmp.load(model, path)
     assert not is_attached(model)
 
@@ -431,9 +498,15 @@ def test_broken_dials_are_refused_in_a_sentence(dialled: Path, tmp_path: Path, n
 def test_a_file_whose_budget_is_off_its_dial_is_refused(dialled: Path, tmp_path: Path) -> None:
     model = tiny_vit()
     ltmp.load(model, dialled)
-    for wrong in (0.1, "half"):
-        ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
-        with pytest.raises(LTMPError, match="which its dial does not reach"):
+    wrongs = {0.1: "its budget is 0.1, which its dial does not reach", "half": "budget is 'half', expected"}
+    for wrong, why in wrongs.items():
+        with pytest.raises(UsageError, match=f"cannot save .*: {why}"):
+            ltmp.save(model, tmp_path / "off.safetensors", budget=wrong)
+        with safe_open(dialled, framework="pt") as raw:
+            tensors = {key: raw.get_tensor(key) for key in raw.keys()}  # noqa: SIM118 (not a dict)
+            about = {**json.loads(raw.metadata()["ltmp"]), "budget": wrong}
+        save_file(tensors, tmp_path / "off.safetensors", metadata={"format": FORMAT, "ltmp": json.dumps(about)})
+        with pytest.raises(LTMPError, match=rf"is not a whole thresholds file \({why}"):
             read(tmp_path / "off.safetensors")
 
 
@@ -449,40 +522,30 @@ def test_whole_state_dict_with_a_dial(dialled: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "usual"),
-    [
-        ("similarity", "heads", "mean"),
-        ("matching", "mutual", "bipartite"),
-        ("importance", "class", "received"),
-        ("size_power", 0.3, 1.0),
-        ("class_power", 0.5, 0.0),
-    ],
-)
-def test_thresholds_are_for_what_they_were_learned_by(tmp_path, name: str, other: Any, usual: Any) -> None:
+    "scores",
+    [SCORES["attention"], SCORES["best"], Scores("heads"), Scores(matching="mutual"), Scores(importance="probe"),
+     Scores(size_power=0.3), Scores(class_power=0.5)],
+    ids=str,
+)  # fmt: skip
+def test_thresholds_belong_to_the_scores_they_were_learned_with(tmp_path, scores: Scores) -> None:
     path = tmp_path / "other.safetensors"
-    model = ltmp.attach(tiny_vit(), LTMPConfig(**{name: other}))
+    model = ltmp.attach(tiny_vit(), LTMPConfig(scores=scores))
     model.ltmp.set([0.5] * 3)
+    model.ltmp.set_probe(make_probe(3))
     ltmp.save(model, path)
     fresh = tiny_vit()
     ltmp.load(fresh, path)
-    assert getattr(fresh.ltmp.config, name) == other
-    with pytest.raises(LTMPError, match=f"for {name} by {other}, but the model was attached with {usual}"):
+    assert fresh.ltmp.config.scores == scores
+    with pytest.raises(LTMPError, match=r"learned with scores .*, but the model was attached with paper") as refusal:
         ltmp.load(ltmp.attach(tiny_vit()), path)
-
-
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [("similarity", "mean, heads, probe"), ("matching", "bipartite, mutual"), ("importance", "received, class, probe")],
-)
-def test_scores_that_there_are_none_of_are_said(name: str, known: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown {name} 'values': expected one of {known}"):
-        LTMPConfig(**{name: "values"})
+    assert f"LTMPConfig(scores={scores.name or scores!r})" in str(refusal.value)
 
 
 def test_fixed_rates_have_scores_of_their_own() -> None:
     with pytest.raises(ValueError, match="matching and importance are for ltmp, ltpm, ltm, ltp; m has its own"):
-        LTMPConfig(variant="m", r=4, matching="mutual")
-    for setting, registers in product(({"importance": "class"}, {"class_power": 0.5}), (0, 2)):
+        LTMPConfig(variant="m", r=4, scores=Scores(matching="mutual"))
+    wanting = (LTMPConfig("topk", r=2), LTMPConfig(scores=Scores(class_power=0.5)))
+    for config, registers in product(wanting, (0, 2)):
         model = tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg")
-        with pytest.raises(LTMPError, match="goes by the class token's attention, and this model has none"):
-            ltmp.attach(model, LTMPConfig(**setting))
+        with pytest.raises(LTMPError, match="needs a class token's attention, and this model has no class token"):
+            ltmp.attach(model, config)

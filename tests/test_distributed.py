@@ -162,7 +162,7 @@ def test_after_a_restart_a_run_goes_on_by_itself(
     # as if it had been lost just before its end
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: None)
-        patch.setattr("ltmp.cli.verbs.learn.prepare", lambda folder, resume: folder / "run.pt")
+        patch.setattr("ltmp.cli.runs.prepare", lambda folder, resume: folder / "run.pt")
         assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == 0
     assert (out / "run.pt").exists()
     assert main(["learn", *job, "--views", "12", "--batch-size", "6", "--out", str(out)]) == code
@@ -265,7 +265,7 @@ def test_errors_name_the_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltmp.cli.setup import pick_device
+    from ltmp.cli.options import pick_device
     from ltmp.errors import UsageError
 
     monkeypatch.setenv("RANK", "9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor
 import ltmp
 import reference
 from helpers import assert_close, make_probe, tiny_vit
-from ltmp.config import LEARNED
+from ltmp.config import LEARNED, Scores
+from ltmp.config import SCORES as NAMED
 from ltmp.hosts.attach import stack_of
 from ltmp.hosts.sizes import sizes_of
 
@@ -30,18 +32,16 @@ def prefix_model(protected: int) -> Any:
     return tiny_vit(reg_tokens=protected - 1)
 
 
-SCORES: list[dict[str, Any]] = [
-    {"similarity": "heads"},
-    {"matching": "mutual"},
-    {"importance": "class"},
-    {"size_power": 0.5},
-    {"class_power": 0.5},
-    {"similarity": "probe"},
-    {"importance": "probe", "size_power": 0.5},
-    {"similarity": "probe", "matching": "mutual", "class_power": 0.5},
-    ltmp.config.ATTENTION,
-    ltmp.config.BEST,
-    {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.5},
+SCORES = [
+    *NAMED.values(),
+    Scores("heads"),
+    Scores(matching="mutual"),
+    Scores(size_power=0.5),
+    Scores(class_power=0.5),
+    Scores("probe"),
+    Scores(importance="probe", size_power=0.5),
+    Scores("probe", "mutual", class_power=0.5),
+    Scores("heads", "mutual", "probe", size_power=0.3, class_power=0.5),
 ]
 
 
@@ -61,24 +61,24 @@ def run_stack(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor
     patches=st.integers(1, 20),
     protected=st.sampled_from([0, 1, 2, 5]),
     variant=st.sampled_from(sorted(LEARNED)),
-    scores=st.sampled_from([{}, {}, *SCORES]),
+    scores=st.sampled_from(SCORES),
     merge=merge_thresholds,
     prune=prune_thresholds,
     seed=st.integers(0, 10_000),
 )
 def test_any_tokens_any_thresholds(
-    images: int, patches: int, protected: int, variant: str, scores: dict[str, str], merge: list[float],
+    images: int, patches: int, protected: int, variant: str, scores: Scores, merge: list[float],
     prune: list[float], seed: int,
 ) -> None:  # fmt: skip
     if protected == 0:
-        # there is no class token to go by
-        scores = {k: v for k, v in scores.items() if k != "class_power" and v != "class"}
-    config = ltmp.LTMPConfig(variant=variant, **scores)
+        # there is no class token
+        scores = replace(scores, class_power=0.0)
+    config = ltmp.LTMPConfig(variant, scores)
     model = prefix_model(protected)
     tokens = patches + protected
     x = torch.randn(images, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
     merge, prune = torch.tensor(merge).tolist(), (torch.tensor(prune) / tokens).tolist()
-    probe = make_probe(DEPTH, WIDTH, seed=seed) if config.asks_probe else None
+    probe = make_probe(DEPTH, WIDTH, seed=seed) if config.needs_probe else None
     alone = [reference.OneImage(model, row, protected, config, probe) for row in x]
     expected = [reference.run(image, merge, prune, variant) for image in alone]
     # rounding may decide what lies this close to its threshold, or a tie between two partners

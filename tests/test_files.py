@@ -5,7 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +106,105 @@ def test_failure_leaves_nothing_of_several_files(tmp_path):
         temporary.write_text("half" + "\ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_a_device_is_written_into_and_stays_one(tmp_path):
+    for path in (Path(os.devnull), tmp_path / "link"):
+        if path.name == "link":
+            path.symlink_to(os.devnull)
+        with atomic_path(path) as temporary:
+            temporary.write_text("into nothing")
+        assert stat.S_ISCHR(path.stat().st_mode)
+    assert os.listdir(tmp_path) == ["link"]
+    assert not [name for name in os.listdir(Path(os.devnull).parent) if "ltmp-tmp" in name]
+
+
+def test_a_pipe_gets_the_whole_content(tmp_path):
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    with atomic_path(pipe) as temporary:
+        temporary.write_text("one")
+        # writers may open it again
+        temporary.write_text("whole")
+    reader.join(10)
+    assert found == [b"whole"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_failure_writes_nothing_into_a_device(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_path(os.devnull):
+        raise ZeroDivisionError
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file.txt").write_text("old")
+    for name in ("file.txt", "new.txt"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "there" / name)
+        with atomic_path(link) as temporary:
+            temporary.write_text("whole")
+        assert link.is_symlink()
+        assert (tmp_path / "there" / name).read_text() == "whole"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_any_other_and_the_umask_is_left_alone(tmp_path, monkeypatch, mask):
+    before = os.umask(mask)
+    try:
+        monkeypatch.setattr(os, "umask", None)
+        with atomic_path(tmp_path / "file.txt") as temporary:
+            temporary.write_text("whole")
+            assert stat.S_IMODE(temporary.stat().st_mode) == 0o666 & ~mask
+        with staged(tmp_path / "model.onnx") as temporary:
+            temporary.write_text("graph")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
+def test_long_names_can_be_saved(tmp_path):
+    with atomic_path(tmp_path / ("n" * 250)) as temporary:
+        temporary.write_text("whole")
+    with pytest.raises(LTMPError, match="File name too long"), atomic_path(tmp_path / ("n" * 300)):
+        pass
+    assert os.listdir(tmp_path) == ["n" * 250]
+
+
+KILLED = """
+import os, signal, sys
+from ltmp.files import atomic_path, staged
+with atomic_path(sys.argv[1] + "/t.safetensors") as file, staged(sys.argv[1] + "/m.onnx") as other:
+    file.write_text("half")
+    other.write_text("half")
+    print("ready", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "dies" else sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("state", ["dies", "lives"])
+def test_what_killed_saves_left_is_swept_and_nothing_else(tmp_path, state):
+    others = [".file.txt.swp", ".mine.ltmp-tmp", "file.0123abcd.ltmp-tmp"]
+    for name in others:
+        (tmp_path / name).write_text("somebody's")
+    (tmp_path / ".link.0123abcd.ltmp-tmp").symlink_to(tmp_path / others[0])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path), state], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        if state == "dies":
+            assert process.wait(30) == -signal.SIGKILL
+        begun = len(os.listdir(tmp_path))
+        with atomic_path(tmp_path / "file.txt") as temporary:
+            temporary.write_text("whole")
+        assert len(os.listdir(tmp_path)) == begun + 1 - (2 if state == "dies" else 0)
+    finally:
+        process.communicate()
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [*others, ".link.0123abcd.ltmp-tmp", "file.txt", *(["t.safetensors", "m.onnx"] if state == "lives" else [])]
+    )

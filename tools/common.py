@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ltmp.cli.setup import DataOptions, ModelOptions
+from ltmp.cli.options import DataOptions, ModelOptions
 from ltmp.data import Loader
 from ltmp.errors import LTMPError
 from ltmp.zoo.timm_names import parse_name
@@ -34,7 +34,14 @@ def add_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
 def build(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     """The model behind an `ltmp_*` name, dense, with its weights."""
     name = parse_name(args.model)[1]
-    return ModelOptions(name, weights, args.pretrained, args.num_classes, args.img_size, args.model_kwargs).build()
+    options = ModelOptions(
+        weights=weights,
+        pretrained=args.pretrained,
+        num_classes=args.num_classes,
+        img_size=args.img_size,
+        model_kwargs=args.model_kwargs,
+    )
+    return options.build(name)
 
 
 def variant(args: argparse.Namespace) -> str:
@@ -44,18 +51,8 @@ def variant(args: argparse.Namespace) -> str:
 
 def open_images(args: argparse.Namespace, model: nn.Module, split: str, *, shuffle: bool = False) -> Loader:
     """Batches of a split of the data folder."""
-    return DataOptions(
-        root=None,
-        class_map=args.class_map,
-        interpolation=None,
-        mean=None,
-        std=None,
-        crop_pct=None,
-        crop_mode=None,
-        strict=False,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    ).open(args.data_dir, model, split=split, shuffle=shuffle, seed=getattr(args, "seed", 0))
+    options = DataOptions(class_map=args.class_map, batch_size=args.batch_size, workers=args.workers)
+    return options.open(args.data_dir, model, split=split, shuffle=shuffle, seed=getattr(args, "seed", 0))
 
 
 def tell(message: str) -> None:

@@ -1,32 +1,41 @@
 #!/usr/bin/env python3
-"""Write the table of hosts in docs/hosts.md from the cases of the tests (tests/hosts/cases.py); --check only looks."""
+"""Write the tables of hosts in docs/hosts.md from the cases of the tests (tests/hosts/cases.py); --check only looks.
+
+The table of a library stands between `<!-- begin: python tools/host_table.py LIBRARY -->` and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "hosts.md"
-BEGIN, END = "<!-- begin: python tools/host_table.py -->\n", "<!-- end -->\n"
+BEGIN = r"(?P<begin><!-- begin: python tools/host_table.py (?P<library>\w+) -->\n)"
+BLOCK = re.compile(BEGIN + r".*?(?P<end><!-- end -->)", re.DOTALL)
 
 
-def table() -> str:
-    """One row a case, in the registry's order."""
+def tables() -> dict[str, str]:
+    """For each library one row a case, in the registry's order."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "hosts")]
     from cases import CASES
 
-    rows = ["| library | class | what | status |", "| --- | --- | --- | --- |"]
+    rows: dict[str, list[str]] = {}
     for case in CASES.values():
         status = f"refused: {case.reason or case.refused}" if case.refused else "tested"
-        rows.append(f"| {case.library} | {case.host} | {case.what} | {status} |")
-    return "\n".join(rows) + "\n"
+        head = ["| class | models | status |", "| --- | --- | --- |"]
+        rows.setdefault(case.library, head).append(f"| {case.host} | {case.what} | {status} |")
+    return {library: "\n".join(lines) + "\n" for library, lines in rows.items()}
 
 
 def page() -> str:
     """docs/hosts.md as it should be."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    text, found = PAGE.read_text(), tables()
+    missing = found.keys() - {match["library"] for match in BLOCK.finditer(text)}
+    if missing:
+        raise SystemExit(f"{PAGE} has no table for {', '.join(sorted(missing))}")
+    return BLOCK.sub(lambda match: f"{match['begin']}\n{found[match['library']]}\n{match['end']}", text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from common import add_options, build, open_images, run, tell, variant
 from torch import nn
 
 import ltmp
-from ltmp.cli.setup import autocast_type, pick_device
+from ltmp.cli.options import autocast_type, pick_device
 from ltmp.errors import UsageError
 from ltmp.evaluate import Evaluation, evaluate, tables
 from ltmp.files import atomic_path

@@ -13,7 +13,7 @@ from common import add_options, build, open_images, run, variant
 
 import ltmp
 from ltmp.checkpoint import apply, read, read_state_dict, split_thresholds
-from ltmp.cli.setup import autocast_type, pick_device
+from ltmp.cli.options import autocast_type, pick_device
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate, tables
 

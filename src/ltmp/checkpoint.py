@@ -1,33 +1,40 @@
-"""Thresholds on disk: a few hundred bytes of safetensors with what they were made for, or a checkpoint of the seed."""
+"""Thresholds on disk: a few KB of safetensors with what they were made for, or a checkpoint of the seed."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._moved import names_moved_from
 from ._version import __version__
+from .about import MOST_BLOCKS, About
 from .config import LTMPConfig
-from .errors import LTMPError, UsageError
+from .errors import LTMPError, UsageError, first_line
 from .files import atomic_path
-from .hosts.attach import attach, is_attached, stack_of, thresholds_of
+from .hosts.attach import attach, detach, is_attached, stack_of, thresholds_of
 from .locate import file_name, locate
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
 from .method.thresholds import Thresholds
+from .schema import check_entries, config_in, is_part, said_in
+from .tensorfiles import read_header, read_tensors
+from .tensorfiles import read_state_dict as read_state_dict
 
 FORMAT = "ltmp-thresholds"
-SEED_KEY = re.compile(r"(?:module\.)?blocks\.(\d+)\.(merge|prune)_masker\.threshold")
+SUFFIX = ".safetensors"
+__getattr__ = names_moved_from("checkpoint")
+
+SEED_KEY = re.compile(r"(?:module\.)?blocks\.([0-9]{1,3})\.(merge|prune)_masker\.threshold")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class ThresholdFile:
         probe: what tokens are read through where the config's scores ask for it, or None; see `ops.probe.reference`.
 
     Raises:
-        ValueError: the dial is for another number of blocks, or does not reach the budget.
+        ValueError: parts that are broken or do not belong together; the message is one line.
     """
 
     merge: Tensor
@@ -54,14 +61,41 @@ class ThresholdFile:
     probe: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.dial is not None and self.dial.depth != self.merge.numel():
-            raise ValueError(f"a dial for {self.dial.depth} blocks beside thresholds for {self.merge.numel()}")
-        budget = self.metadata.get("budget")
+        """One place for all that must hold, of files and of state dicts alike."""
+        for name in ("merge", "prune"):
+            values = getattr(self, name)
+            if values.ndim != 1 or not 1 <= len(values) <= MOST_BLOCKS or not values.is_floating_point():
+                raise ValueError(
+                    f"{name} thresholds are {values.dtype} {list(values.shape)}, expected one number a block, of "
+                    f"{MOST_BLOCKS} blocks at most"
+                )
+            if not values.float().isfinite().all():
+                raise ValueError(f"{name} thresholds hold NaN or infinity")
+            object.__setattr__(self, name, values.float())
+        depth = len(self.merge)
+        if len(self.prune) != depth:
+            raise ValueError(f"merge thresholds for {depth} blocks, but prune thresholds for {len(self.prune)}")
+        if self.about.depth not in (None, depth):
+            raise ValueError(f"thresholds for {depth} blocks, of a model of {self.about.depth}")
+        if self.probe is not None and not (self.probe.ndim == 3 and self.probe.is_floating_point()):
+            raise ValueError(f"a probe of {self.probe.dtype} {list(self.probe.shape)}")
+        if self.probe is not None and len(self.probe) != depth:
+            raise ValueError(f"a probe for {len(self.probe)} blocks beside thresholds for {depth}")
+        if self.probe is not None and not self.probe.isfinite().all():
+            raise ValueError("its probe holds NaN or infinity")
+        if self.dial is not None and self.dial.depth != depth:
+            raise ValueError(f"a dial for {self.dial.depth} blocks beside thresholds for {depth}")
+        budget = self.about.budget
         if self.dial is not None and budget is not None:
             try:
                 self.dial.at(budget)
-            except (UsageError, TypeError, ValueError) as error:
+            except UsageError as error:
                 raise ValueError(f"its budget is {budget!r}, which its dial does not reach") from error
+
+    @cached_property
+    def about(self) -> About:
+        """The metadata, checked."""
+        return About.from_dict(self.metadata)
 
     def at(self, budget: float, source: str = "this file") -> ThresholdFile:
         """The same with the dial's thresholds at `budget`; a file without a dial has its own budget alone.
@@ -100,8 +134,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         metadata: more to keep, JSON types: `target`, `share`, `top1_dense`, `top1`.
 
     Raises:
+        UsageError: a path with another ending.
         LTMPError: nothing is attached, or the file cannot be written.
     """
+    if Path(path).suffix != SUFFIX:
+        raise UsageError(f"{path}: thresholds are saved as safetensors, give a name that ends in {SUFFIX}")
     policy = stack_of(model).thresholds
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     about = describe(model)
@@ -109,7 +146,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         tensors |= policy.dial.tensors()
         about |= {"dial": [policy.dial.lowest, policy.dial.highest]}
         about |= {} if policy.budget is None else {"budget": policy.budget}
-    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.asks_probe:
+    if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.needs_probe:
         # learned in half precision, so that nothing is lost
         tensors |= {"probe": policy.probe.half().cpu()}
     about |= {
@@ -130,17 +167,20 @@ def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **met
     found = read(source, budget=metadata.get("budget"))
     if Path(source).suffix != ".safetensors":
         raise LTMPError(f"{source} is not safetensors: load it and write it with ltmp.save(model, PATH.safetensors)")
-    with safe_open(source, framework="pt") as file:
-        if (file.metadata() or {}).get("format") != FORMAT:
-            raise LTMPError(f"{source} is a whole checkpoint: load it and write its thresholds with ltmp.save")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        about = json.loads(file.metadata()["ltmp"])
+    about = read_header(source)[1]
+    if about.get("format") != FORMAT:
+        raise LTMPError(f"{source} is a whole checkpoint: load it and write its thresholds with ltmp.save")
+    tensors, said = read_tensors(source, is_part), said_in(about)
     if not found.config.method.fixed:
         tensors |= {"merge": found.merge, "prune": found.prune}
-    _write(tensors, {**about, **metadata}, path)
+    _write(tensors, {**said, **metadata}, path)
 
 
 def _write(tensors: dict[str, Tensor], about: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    try:
+        _file(tensors, dict(about))
+    except ValueError as error:
+        raise UsageError(f"cannot save {path}: {first_line(error)}") from error
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": FORMAT, "ltmp": json.dumps(about)})
@@ -166,26 +206,19 @@ def read(path: str | os.PathLike[str], *, budget: float | None = None) -> Thresh
 
 
 def _read(path: Path) -> ThresholdFile:
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX:
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("format") == FORMAT:
-                    values = json.loads(about["ltmp"])
-                    config = LTMPConfig.from_dict(values.pop("config"))
-                    if config.method.fixed:
-                        depth = int(values["depth"])
-                        return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, values)
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                    dial, probe = Dial.find(tensors), tensors.get("probe")
-                    if config.asks_probe and probe is None:
-                        raise ValueError("its probe is missing")
-                    return ThresholdFile(tensors["merge"], tensors["prune"], config, values, dial, probe)
+            entries, about = read_header(path)
+            if about.get("format") == FORMAT:
+                check_entries(entries)
+                return _file(read_tensors(path, is_part), said_in(about))
         except FileNotFoundError:
             raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise LTMPError(f"{path} is not a whole thresholds file ({error}): copy or learn it again") from error
-    found = split_thresholds(read_state_dict(path))[0]
+        except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise LTMPError(
+                f"{path} is not a whole thresholds file ({first_line(error)[:200]}): copy or learn it again"
+            ) from error
+    found = split_thresholds(read_state_dict(path, keep=_is_threshold), os.fspath(path))[0]
     if found is None:
         raise LTMPError(
             f"{path} holds no thresholds: expected a file that `ltmp learn` or the seed's training wrote, or the "
@@ -194,48 +227,48 @@ def _read(path: Path) -> ThresholdFile:
     return found
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: safetensors, or torch's format read without unpickling code.
-
-    Understands `.pth.tar` files with `state_dict` (or `state_dict_ema`, `model`) inside and `module.` prefixes.
+def _file(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFile:
+    """What a thresholds file holds, from its tensors and what it says, of which the settings are taken out.
 
     Raises:
-        LTMPError: no such file, truncated, not a checkpoint, or one that only unpickling would read.
+        ValueError: something is missing or broken.
     """
-    try:
-        if Path(path).suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        # timm's own checkpoints keep the command line they were made with
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise LTMPError(f"no checkpoint {path}: check the path") from None
-    except pickle.UnpicklingError as error:
-        raise LTMPError(
-            f"{path} is not a checkpoint of plain tensors, and nothing else is unpickled: save its state_dict anew"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise LTMPError(f"{path} is truncated or not a checkpoint: copy or download it again") from error
-    for key in ("state_dict", "state_dict_ema", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise LTMPError(f"{path} holds no state dict: expected parameter names and tensors")
-    return {key.removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    config = config_in(said.pop("config", None))
+    if config.method.fixed:
+        depth = About.from_dict(said).depth
+        if depth is None:
+            raise ValueError("it does not say how many blocks its rates are for")
+        return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, said)
+    missing = [name for name in ("merge", "prune") if name not in tensors]
+    if missing:
+        raise ValueError(f"its {missing[0]} thresholds are missing")
+    if config.needs_probe and "probe" not in tensors:
+        raise ValueError("its probe is missing")
+    return ThresholdFile(tensors["merge"], tensors["prune"], config, said, Dial.find(tensors), tensors.get("probe"))
 
 
-def split_seed_state(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
+def _is_threshold(name: str) -> bool:
+    """Whether a tensor of a whole checkpoint is one of thresholds, and not one of the model's own weights."""
+    return name.startswith("ltmp.") or SEED_KEY.fullmatch(name) is not None
+
+
+def split_seed_state(
+    state: dict[str, Tensor], source: str = "this checkpoint"
+) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
     """Part a seed checkpoint (`blocks.N.merge_masker.threshold`) into thresholds and the host's own weights.
 
     Returns:
         The thresholds, or None where there are none, and everything else.
+
+    Raises:
+        LTMPError: a threshold is no number.
     """
     found: dict[str, dict[int, float]] = {"merge": {}, "prune": {}}
     weights = {}
     for key, value in state.items():
         match = SEED_KEY.fullmatch(key)
+        if match and (value.numel() != 1 or not value.is_floating_point() or not value.isfinite()):
+            raise LTMPError(f"{source}: {key} is no finite number, as a block's threshold is: copy or learn it again")
         if match:
             found[match[2]][int(match[1])] = float(value)
         else:
@@ -249,7 +282,9 @@ def split_seed_state(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
     return ThresholdFile(merge, prune, LTMPConfig(variant=variant)), weights
 
 
-def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
+def split_thresholds(
+    state: dict[str, Tensor], source: str = "this checkpoint"
+) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
     """Part a whole checkpoint into thresholds, `ltmp.merge` and `ltmp.prune` or the seed's, and the host's own weights.
 
     A state dict does not say its variant: it is taken to have the steps that its thresholds select something for.
@@ -260,18 +295,22 @@ def split_thresholds(state: dict[str, Tensor]) -> tuple[ThresholdFile | None, di
     Raises:
         LTMPError: its dial is broken.
     """
-    found, weights = split_seed_state(state)
+    found, weights = split_seed_state(state, source)
     merge, prune, probe = (weights.pop(f"ltmp.{name}", None) for name in ("merge", "prune", "probe"))
     parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"ltmp.{DIAL}")}
     if merge is None or prune is None:
         return found, weights
-    merges, prunes = bool((merge < 1).any()), bool((prune > 0).any())
-    variant = "ltmp" if merges == prunes else "ltm" if merges else "ltp"
     try:
+        if not all(value.is_floating_point() for value in (merge, prune, *parts.values())):
+            raise ValueError("thresholds are no fractions")
+        merges, prunes = bool((merge < 1).any()), bool((prune > 0).any())
+        variant = "ltmp" if merges == prunes else "ltm" if merges else "ltp"
         dial = Dial.find(parts, "ltmp.")
-        return ThresholdFile(merge.float(), prune.float(), LTMPConfig(variant=variant), {}, dial, probe), weights
+        return ThresholdFile(merge, prune, LTMPConfig(variant=variant), {}, dial, probe), weights
     except ValueError as error:
-        raise LTMPError(f"the thresholds in this checkpoint are broken ({error}): copy or learn them again") from error
+        raise LTMPError(
+            f"the thresholds in {source} are broken ({first_line(error)}): copy or learn them again"
+        ) from error
 
 
 def load(
@@ -282,7 +321,7 @@ def load(
     Args:
         model: the model that the thresholds were learned for.
         path: a file, a folder with one, or a repository of the Hugging Face Hub (USER/REPO); see `locate`.
-        engine: overrides the file's engine.
+        engine: what runs the model; None takes the file's, or the one that the model was attached with.
         budget: FLOPs share to set the file's dial to; None leaves it where it was saved. `model.ltmp.set_budget` turns
             it later. Of several files in a folder or repository without a dial it says which.
 
@@ -294,16 +333,14 @@ def load(
         LTMPError: unreadable, or learned for another depth or architecture; the model is unchanged.
     """
     file = read(path, budget=budget)
-    settings = {**file.config.to_dict(), **({"engine": engine} if engine else {})}
     attached = is_attached(model)
-    if not attached:
-        attach(model, LTMPConfig.from_dict(settings))
     try:
-        apply(model, file, source=str(path))
-    except LTMPError:
         if not attached:
-            from .hosts.attach import detach
-
+            attach(model, file.config)
+        apply(model, file, source=str(path), engine=engine)
+    # also a Ctrl-C: a model that is half attached could not be loaded again
+    except BaseException:
+        if not attached:
             detach(model)
         raise
     return file
@@ -319,11 +356,45 @@ def _fits(file: ThresholdFile, config: LTMPConfig) -> bool:
     return theirs < ours or (theirs == ours and not file.metadata)
 
 
-def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds") -> None:
-    """Set an attached model's thresholds, dial and variant, after checking that they belong to it.
+def _limited(file: LTMPConfig, own: LTMPConfig, source: str) -> LTMPConfig:
+    """`own` with the file's floor and ceiling, where it has none itself.
 
     Raises:
-        LTMPError: another depth, width or architecture, another variant than the attached one, or NaN.
+        LTMPError: both have one, and not the same.
+    """
+    limits = {}
+    for name, none in (("floor", LTMPConfig.floor), ("ceiling", LTMPConfig.ceiling)):
+        theirs, ours = getattr(file, name), getattr(own, name)
+        if theirs not in (none, ours) and ours != none:
+            raise LTMPError(
+                f"{source} has {name} {theirs}, but the model was attached with {name} {ours}: attach with "
+                f"LTMPConfig({name}={theirs}), or without one, which takes the file's"
+            )
+        limits[name] = theirs if ours == none else ours
+    try:
+        return replace(own, **limits)
+    except ValueError as error:
+        raise LTMPError(f"{source} does not go with how the model was attached ({error}): attach anew") from error
+
+
+def _with_engine(config: LTMPConfig, engine: str) -> LTMPConfig:
+    try:
+        return replace(config, engine=engine)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds", engine: str | None = None) -> None:
+    """Set an attached model's thresholds, dial and variant, after checking that they belong to it.
+
+    The model keeps the engine, floor and ceiling that it was attached with; a floor or ceiling that it has not is the
+    file's.
+
+    Args:
+        engine: replaces the engine that the model was attached with.
+
+    Raises:
+        LTMPError: another depth, width or architecture, another variant, floor or ceiling than those attached, or NaN.
     """
     here = describe(model)
     for name, what in (("architecture", "architecture"), ("depth", "number of blocks"), ("width", "width")):
@@ -333,7 +404,10 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
                 "use the model it was learned on, or learn thresholds for this one"
             )
-    config = stack_of(model).thresholds.config
+    policy = stack_of(model).thresholds
+    config = _limited(file.config, policy.config, source)
+    if engine is not None:
+        config = _with_engine(config, engine)
     if not _fits(file, config):
         raise LTMPError(
             f"{source} is for variant {file.config.variant}, but the model was attached as "
@@ -346,18 +420,19 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} has r={file.config.r} ({file.config.schedule}), but the model was attached with "
                 f"r={config.r} ({config.schedule}): call ltmp.detach(model) before loading it"
             )
+        policy.config = config
         return
-    for name, theirs in file.config.scores.items():
-        if theirs != config.scores[name]:
-            raise LTMPError(
-                f"{source} is for {name} by {theirs}, but the model was attached with {config.scores[name]}: attach "
-                f"with LTMPConfig({name}={theirs!r})"
-            )
+    if file.config.scores != config.scores:
+        raise LTMPError(
+            f"{source} was learned with scores {file.config.scores}, but the model was attached with {config.scores}: "
+            f"attach with LTMPConfig(scores={file.config.scores.name or file.config.scores!r})"
+        )
     own = thresholds_of(model)
     try:
-        own.set_probe(file.probe if config.asks_probe else None)
+        own.set_probe(file.probe if config.needs_probe else None)
         own.set(file.merge, file.prune)
         own.set_dial(file.dial)
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error
+    own.config = config
     own.asked = None if file.dial is None else file.metadata.get("budget")

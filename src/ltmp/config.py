@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import LTMPError
 
 Rate = int | float
-"""Tokens that a step removes from an image in a block: how many (int), or which part of the free ones (float)."""
+"""Tokens that a step removes from an image in a block: a count (int), or a fraction of the unprotected ones (float)."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +19,14 @@ class Method:
     """What a variant does to the tokens of a block.
 
     Attributes:
-        steps: "merge", "prune" or "fuse" (prune, and fold what is dropped into one token), in order.
-        fixed: whether a fixed rate decides how many tokens go, or else a learned threshold.
-        importance: what pruning goes by: mean attention "received", the "class" token's attention, or "random" numbers.
+        steps: "merge", "prune" or "fuse" (prune, and fold the pruned tokens into one), in order.
+        fixed: whether tokens are removed at fixed rates instead of by learned thresholds.
+        importance: the importance that a fixed-rate variant prunes by; None where `Scores.importance` decides.
     """
 
     steps: tuple[str, ...]
     fixed: bool = False
-    importance: str = "received"
+    importance: str | None = None
 
 
 VARIANTS: dict[str, Method] = {
@@ -39,11 +42,11 @@ VARIANTS: dict[str, Method] = {
     "evit": Method(("fuse",), fixed=True, importance="class"),
     "random": Method(("prune",), fixed=True, importance="random"),
 }
-"""The learned thresholds (paper, section 3) and what they are compared with.
+"""Learned thresholds (paper, section 3) and the fixed-rate methods they are compared with.
 
-`m`, `p`, `mp` and `pm` are their steps at fixed rates, `m` being Token Merging (Bolya et al., ICLR 2023); `topk` keeps
-what the class token attends to most and `evit` also fuses the rest into one token (Liang et al., ICLR 2022, section 3);
-`random` is the floor of every comparison.
+`m`, `p`, `mp` and `pm` run the same steps at fixed rates, `m` being Token Merging (Bolya et al., ICLR 2023). `topk`
+keeps the tokens that the class token attends to most, and `evit` also fuses the rest into one token (Liang et al.,
+ICLR 2022, section 3). `random` is the lower bound of every comparison.
 """
 
 LEARNED = tuple(name for name, method in VARIANTS.items() if not method.fixed)
@@ -53,103 +56,223 @@ ENGINES = ("auto", "packed", "triton", "graph")
 SCHEDULES = ("constant", "decreasing")
 SIMILARITIES = ("mean", "heads", "probe")
 MATCHINGS = ("bipartite", "mutual")
-IMPORTANCES = ("received", "class", "probe")
+IMPORTANCES = ("received", "probe")
+"""Importance that learned thresholds prune by; some fixed-rate variants have their own, see `VARIANTS`."""
 
-BEST: dict[str, Any] = {"similarity": "probe", "matching": "mutual", "importance": "probe", "size_power": 0.3}
-"""What tokens are scored by beyond the paper, where it was measured to help (docs/accuracy.md)."""
-
-ATTENTION: dict[str, Any] = {"similarity": "heads", "matching": "mutual", "size_power": 0.3, "class_power": 0.5}
-"""The same of what needs no probe: nothing but thresholds is learned, by forward passes alone."""
-
-SCORES: dict[str, dict[str, Any]] = {"paper": {}, "attention": ATTENTION, "best": BEST}
-"""Settings that `--scores` names, by that name."""
+_OF_VARIANTS = tuple(method.importance for method in VARIANTS.values() if method.importance is not None)
 
 
-@dataclass(frozen=True)
-class LTMPConfig:
-    """How a model is reduced.
+def _check_name(setting: str, value: object, known: Iterable[str]) -> None:
+    names = tuple(known)
+    if value not in names:
+        raise ValueError(f"unknown {setting} {value!r}: expected one of {', '.join(names)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True, repr=False)
+class Scores:
+    """How tokens are scored: how alike two tokens are, which of them may merge, and how important each one is.
+
+    The defaults are the paper's; `SCORES` names the combinations that were measured (docs/method.md).
 
     Args:
-        variant: by learned thresholds `ltmp` (merge then prune), `ltpm` (prune then merge), `ltm` (merge only) or `ltp`
-            (prune only); `m`, `p`, `mp`, `pm`, `topk`, `evit` or `random` at fixed rates, see `VARIANTS`.
-        tau: temperature of the merge decision's gradient, in units of cosine similarity.
-        prune_tau: temperature of the prune decision's gradient, in units of log importance.
-        engine: what runs the deployed model. `auto` picks; a named engine works or raises.
-        r: for fixed rates, tokens that each step removes from an image in each block: a number (8), a part of the free
-            tokens (0.12), or one of either a block.
-        r_prune: the same for the prune step of `mp` and `pm`, where it is not r.
-        schedule: `constant`, or `decreasing` for linearly from 2 r in the first block to 0 in the last.
-        floor: tokens that an image keeps at least, prefix tokens included, whatever the thresholds say.
-        ceiling: tokens that an image keeps at most after each block, as far as the block's last step can remove them
-            (merging removes half of them at most); None for any number.
-        seed: of `random`.
-        similarity: tokens are alike by the cosine of their keys' `mean` over heads (paper, section 3.2), or by the mean
-            of the cosines of all `heads`, which tells more apart and costs a little more, or by what a learned `probe`
-            reads of them (`ltmp.learning.probe`), which also says which of them had better not merge.
-        matching: which tokens may merge: even ones into odd ones by `bipartite` matching (paper, section 3.2), or, of
-            learned variants, `mutual` pairs, each the other's most similar token, and then such pairs of the others.
-        importance: what learned variants prune by: the mean attention `received` (paper, section 3.3), the `class`
-            token's attention, or attention received and what a learned `probe` says; None is what the variant says.
-        size_power: a token of s patches counts as s ** power in attention, with this power in the first block, rising
-            to 1 in the last; 1 is proportional attention throughout (paper, section 3.1).
-        class_power: what the class token attends to stays longer, the more so the later the block: to this power in the
-            last one, to which it rises evenly, 1 - cosine counts times the pair's attention from it, relative to a
-            patch's even share, and pruning goes by the attention received to 1 minus the power, times the attention
-            from it to the power. 0 is the cosine and the attention received alone (paper, sections 3.2 and 3.3).
+        similarity: `mean`, the cosine of two tokens' keys averaged over heads (paper, section 3.2); `heads`, the mean
+            of the cosines of every head; or `probe`, the cosine of a learned linear map of their features
+            (`ltmp.learning.probe`), which also adds a merge penalty to tokens that the model's answer depends on.
+        matching: `bipartite`, even tokens merge into odd ones (paper, section 3.2); or, for learned variants, `mutual`:
+            tokens that are each other's most similar one merge, in three rounds.
+        importance: `received`, the mean attention that a token receives (paper, section 3.3); or `probe`, which
+            combines it with a learned prediction of how much the answer depends on the token.
+        size_power: a token of s patches enters the attention with weight s ** power (paper, section 3.1: 1). The power
+            rises linearly from this value in the first block to 1 in the last.
+        class_power: weight of class-token attention, rising linearly to this value in the last block. Tokens it attends
+            to are merged and pruned later. 0 disables it.
 
     Raises:
-        ValueError: a setting is out of range or unknown; the message lists what is known.
+        ValueError: a setting is unknown or out of range; the message lists the known ones.
     """
 
-    variant: str = "ltmp"
-    tau: float = 0.1
-    prune_tau: float = 0.5
-    engine: str = "auto"
-    r: Rate | tuple[Rate, ...] = 0
-    r_prune: Rate | tuple[Rate, ...] | None = None
-    schedule: str = "constant"
-    floor: int = 0
-    ceiling: int | None = None
-    seed: int = 0
     similarity: str = "mean"
     matching: str = "bipartite"
-    importance: str | None = None
+    importance: str = "received"
     size_power: float = 1.0
     class_power: float = 0.0
 
     def __post_init__(self) -> None:
-        settings = {"variant": VARIANTS, "engine": ENGINES, "schedule": SCHEDULES, "similarity": SIMILARITIES,
-                    "matching": MATCHINGS, "importance": (None, *IMPORTANCES)}  # fmt: skip
-        for name, known in settings.items():
-            if getattr(self, name) not in known:
-                names = ", ".join(filter(None, known))
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {names}")
-        if self.method.fixed and (self.matching != "bipartite" or self.importance is not None):
-            raise ValueError(f"matching and importance are for {', '.join(LEARNED)}; {self.variant} has its own")
-        if self.method.fixed and self.similarity == "probe":
-            raise ValueError(f"similarity by a probe is for {', '.join(LEARNED)}; {self.variant} has nothing learned")
-        for name in ("tau", "prune_tau"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        for name in ("r", "r_prune"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence):
-                # JSON and callers bring lists
-                object.__setattr__(self, name, tuple(value))
-            self._check_rate(name, getattr(self, name))
+        _check_name("similarity", self.similarity, SIMILARITIES)
+        _check_name("matching", self.matching, MATCHINGS)
+        if self.importance not in _OF_VARIANTS:
+            _check_name("importance", self.importance, IMPORTANCES)
         for name in ("size_power", "class_power"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
-        if self.floor < 0 or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+    @classmethod
+    def of(cls, value: str | Scores) -> Scores:
+        """The scores of that name, or `value` itself.
+
+        Raises:
+            ValueError: there are none of that name.
+        """
+        if isinstance(value, Scores):
+            return value
+        if not isinstance(value, str) or value not in SCORES:
+            raise ValueError(f"unknown scores {value!r}: expected one of {', '.join(SCORES)}, or a Scores value")
+        return SCORES[value]
+
+    @property
+    def name(self) -> str | None:
+        """Their name in `SCORES`, or None."""
+        return next((name for name, scores in SCORES.items() if scores == self), None)
+
+    def __repr__(self) -> str:
+        changed = (setting.name for setting in fields(self) if getattr(self, setting.name) != setting.default)
+        return f"Scores({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
+
+    def __str__(self) -> str:
+        return self.name or repr(self)
+
+    @property
+    def averages_keys(self) -> bool:
+        """Whether tokens are compared by the mean of their keys over heads."""
+        return self.similarity == "mean"
+
+    @property
+    def probes_similarity(self) -> bool:
+        """Whether tokens are compared by what a probe reads from them."""
+        return self.similarity == "probe"
+
+    @property
+    def probes_importance(self) -> bool:
+        """Whether a probe's prediction is part of the importance."""
+        return self.importance == "probe"
+
+    @property
+    def mutual(self) -> bool:
+        """Whether mutual pairs merge, which keeps the order of the tokens, instead of even tokens into odd ones."""
+        return self.matching == "mutual"
+
+    @property
+    def paper_matching(self) -> bool:
+        """Whether merging needs nothing but mean keys and bipartite matching, for which there is one fused kernel."""
+        return self.averages_keys and not self.mutual
+
+    @property
+    def uses_received(self) -> bool:
+        """Whether the attention that a token receives is part of its importance."""
+        return self.importance in IMPORTANCES
+
+    @property
+    def blends_class_attention(self) -> bool:
+        """Whether `class_power` mixes class-token attention into the importance."""
+        return self.importance == "received"
+
+    def needs_received(self, steps: tuple[str, ...]) -> bool:
+        """Whether these steps of a block need the attention that each token receives."""
+        return "prune" in steps and self.uses_received
+
+    def needs_class_attention(self, steps: tuple[str, ...]) -> bool:
+        """Whether these steps need the class token's attention, so that the model must have a class token."""
+        if self.class_power > 0 and ("merge" in steps or self.blends_class_attention):
+            return True
+        return self.importance == "class" and steps != ("merge",)
+
+    def needs_probe(self, steps: tuple[str, ...]) -> bool:
+        """Whether these steps need a learned probe."""
+        return (self.probes_similarity and "merge" in steps) or (self.probes_importance and "prune" in steps)
+
+
+SCORES: dict[str, Scores] = {
+    "paper": Scores(),
+    "attention": Scores("heads", "mutual", size_power=0.3, class_power=0.5),
+    "best": Scores("probe", "mutual", "probe", size_power=0.3),
+}
+"""Scores by name: the paper's; the best that need forward passes only; and the best, with a probe learned from
+gradients (docs/accuracy.md)."""
+
+_FORMER = tuple(setting.name for setting in fields(Scores))
+"""Settings of `LTMPConfig` before it had `scores`."""
+
+
+@dataclass(frozen=True, init=False)
+class LTMPConfig:
+    """How a model is reduced.
+
+    >>> ltmp.attach(model, ltmp.LTMPConfig(scores="best"))
+
+    Args:
+        variant: learned thresholds: `ltmp` (merge, then prune), `ltpm` (prune, then merge), `ltm` (merge only) or `ltp`
+            (prune only); fixed rates: `m`, `p`, `mp`, `pm`, `topk`, `evit` or `random`, see `VARIANTS`.
+        scores: how tokens are scored: `paper`, `attention`, `best`, or a `Scores` value of your own.
+        engine: which engine runs the deployed model. `auto` chooses; a named engine works or raises.
+        tau: temperature of the merge decision's gradient, in units of cosine similarity.
+        r: for fixed rates, how many tokens each step removes from an image in each block: a count (8), a fraction of
+            the unprotected tokens (0.12), or one of these per block.
+        r_prune: the same for the prune step of `mp` and `pm`, where it differs from r.
+        schedule: `constant`, or `decreasing` linearly from 2 r in the first block to 0 in the last.
+        seed: of variant `random`.
+        floor: fewest tokens that an image keeps, prefix tokens included, whatever the thresholds.
+        ceiling: most tokens that an image keeps after each block, as far as the block's last step can remove them
+            (merging removes at most half of them); None for no limit.
+
+    Raises:
+        ValueError: a setting is unknown or out of range; the message lists the known ones.
+    """
+
+    variant: str = "ltmp"
+    scores: Scores = SCORES["paper"]
+    engine: str = "auto"
+    tau: float = 0.1
+    r: Rate | tuple[Rate, ...] = 0
+    r_prune: Rate | tuple[Rate, ...] | None = None
+    schedule: str = "constant"
+    seed: int = 0
+    floor: int = 0
+    ceiling: int | None = None
+
+    def __init__(
+        self, variant: str = variant, scores: str | Scores = "paper", engine: str = engine, tau: float = tau,
+        r: Rate | Sequence[Rate] = r, r_prune: Rate | Sequence[Rate] | None = r_prune, schedule: str = schedule,
+        seed: int = seed, floor: int = floor, ceiling: int | None = ceiling, **former: Any,
+    ) -> None:  # fmt: skip
+        """See the class; `former` are settings from before there was `scores`, deprecated."""
+        _check_name("variant", variant, VARIANTS)
+        found = Scores.of(scores)
+        if former:
+            found = _with_former(found, former)
+        settings = {"variant": variant, "scores": _of_variant(variant, found), "engine": engine, "tau": tau,
+                    "r": _tuple(r), "r_prune": _tuple(r_prune), "schedule": schedule, "seed": seed, "floor": floor,
+                    "ceiling": ceiling}  # fmt: skip
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        _check_name("engine", self.engine, ENGINES)
+        _check_name("schedule", self.schedule, SCHEDULES)
+        if not (_is_number(self.tau) and self.tau > 0):
+            raise ValueError(f"tau must be a positive number, got {self.tau!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        for name in ("r", "r_prune"):
+            self._check_rate(name, getattr(self, name))
+        fits = _is_count(self.floor) and (self.ceiling is None or _is_count(self.ceiling))
+        if not fits or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
             raise ValueError(f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens")
 
     def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
         several = isinstance(value, tuple)
         rates = value if isinstance(value, tuple) else () if value is None else (value,)
         for rate in rates:
-            whole = isinstance(rate, int) and not isinstance(rate, bool) and rate >= 0
-            if not whole and not (isinstance(rate, float) and 0 <= rate < 1):
+            if not _is_count(rate) and not (isinstance(rate, float) and 0 <= rate < 1):
                 raise ValueError(
                     f"{name} must be a number of tokens (8) or a part of them below 1 (0.12), got {rate!r}"
                 )
@@ -158,7 +281,7 @@ class LTMPConfig:
                 f"{name} is for fixed rates ({', '.join(FIXED)}), and {self.variant} learns its thresholds"
             )
         if several and self.schedule != "constant":
-            raise ValueError(f"{name} says a rate for each block, so schedule={self.schedule!r} has nothing to say")
+            raise ValueError(f"{name} already has a rate for each block: leave schedule={self.schedule!r} out")
         if name == "r_prune" and value is not None and not {"merge", "prune"} <= set(self.steps):
             raise ValueError(f"r_prune is for mp and pm; {self.variant} has one step, whose rate is r")
 
@@ -167,60 +290,117 @@ class LTMPConfig:
         return VARIANTS[self.variant]
 
     @property
-    def goes_by(self) -> str:
-        """What pruning goes by: see `Method.importance`."""
-        return self.importance or self.method.importance
-
-    @property
-    def by_received(self) -> bool:
-        """Whether pruning goes by the mean attention received, alone or among others."""
-        return self.goes_by in ("received", "probe")
-
-    @property
-    def asks_probe(self) -> bool:
-        """Whether anything goes by a learned probe, so that there must be one."""
-        return (self.similarity == "probe" and "merge" in self.steps) or self.goes_by == "probe"
-
-    @property
-    def asks_class(self) -> str | None:
-        """What goes by the class token's attention, so that there must be one; None where nothing does."""
-        if self.class_power > 0 and ("merge" in self.steps or self.goes_by == "received"):
-            return f"class_power {self.class_power:g}"
-        return f"variant {self.variant}" if self.goes_by == "class" and self.steps != ("merge",) else None
-
-    @property
-    def scores(self) -> dict[str, str | float]:
-        """What thresholds mean: those that were learned by other scores say nothing here."""
-        return {"similarity": self.similarity, "matching": self.matching, "importance": self.goes_by,
-                "size_power": self.size_power, "class_power": self.class_power}  # fmt: skip
-
-    @property
     def steps(self) -> tuple[str, ...]:
         """The reduction steps of a block, in order."""
         return self.method.steps
 
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the scores of this variant need a learned probe."""
+        return self.scores.needs_probe(self.steps)
+
+    @property
+    def needs_class_attention(self) -> bool:
+        """Whether the scores of this variant need a class token's attention."""
+        return self.scores.needs_class_attention(self.steps)
+
     def to_dict(self) -> dict[str, Any]:
-        """All settings, JSON types; of those that came later only what is not the default, so that old readers read."""
-        defaults = type(self)()
-        first = ("variant", "tau", "prune_tau", "engine")
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-            if name in first or value != getattr(defaults, name)
-        }
+        """All settings as JSON types; scores by name where they have one.
+
+        Settings at their default are left out, the first ones excepted, so that earlier versions read what they can.
+        """
+        defaults = type(self)(self.variant)
+        found: dict[str, Any] = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name not in ("variant", "tau", "engine") and value == getattr(defaults, setting.name):
+                continue
+            if isinstance(value, Scores):
+                value = value.name or asdict(value)
+            found[setting.name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LTMPConfig:
+        """The config that `to_dict` wrote, in this version or an earlier one.
+
+        Raises:
+            ValueError: settings that this version does not know, or wrong values.
+            LTMPError: learned thresholds for importance "class", which is no longer supported.
+        """
+        known = {name: value for name, value in values.items() if name not in (*_FORMER, "prune_tau")}
+        _check_known(known, cls)
+        scores: Any = known.pop("scores", "paper")
+        former = {name: values[name] for name in _FORMER if values.get(name) is not None}
+        if isinstance(scores, Mapping):
+            _check_known(scores, Scores)
+            scores = Scores(**scores)
+        if former.get("importance") == "class" and not VARIANTS[known.get("variant", "ltmp")].fixed:
+            raise LTMPError(
+                "these thresholds were learned with importance='class', which is no longer supported: learn them again "
+                "with scores='attention', which prunes by class-token attention, too, and does better"
+            )
+        return cls(**{**known, "scores": replace(Scores.of(scores), **former)})
 
     @classmethod
     def best(cls, **settings: Any) -> LTMPConfig:
-        """All that is beyond the paper and helps; `settings` go before it.
+        """Deprecated: `LTMPConfig(scores="best", ...)`."""
+        warnings.warn(
+            'LTMPConfig.best() is deprecated: use LTMPConfig(scores="best")', DeprecationWarning, stacklevel=2
+        )
+        return cls(**{"scores": "best", **settings})
 
-        >>> ltmp.attach(model, ltmp.LTMPConfig.best())
-        """
-        return cls(**{**BEST, **settings})
+    if not TYPE_CHECKING:
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LTMPConfig:
-        """The config in `values`; names that this version does not know are an error."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown settings {', '.join(unknown)}: written by a newer version of ltmp?")
-        return cls(**values)
+        def __getattr__(self, name: str) -> Any:
+            """Settings of before, read: those of `scores`."""
+            if name not in _FORMER:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            warnings.warn(f"config.{name} is deprecated: use config.scores.{name}", DeprecationWarning, stacklevel=2)
+            return getattr(self.scores, name)
+
+
+def _with_former(scores: Scores, former: Mapping[str, Any]) -> Scores:
+    """`scores` changed by the settings that `LTMPConfig` had before, with a warning that names what replaces them."""
+    unknown = sorted(set(former) - {*_FORMER, "prune_tau"})
+    if unknown:
+        raise TypeError(f"LTMPConfig got an unexpected keyword argument {unknown[0]!r}")
+    changed = replace(scores, **{name: former[name] for name in _FORMER if former.get(name) is not None})
+    instead = f"scores={changed.name or changed!r}"
+    if "prune_tau" in former:
+        instead += ", and leave out prune_tau, which has no effect any more"
+    warnings.warn(
+        f"LTMPConfig({', '.join(f'{name}=...' for name in former)}) is deprecated: use {instead}",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return changed
+
+
+def _of_variant(variant: str, scores: Scores) -> Scores:
+    """`scores` as `variant` uses them: a fixed rate prunes by its variant's own importance."""
+    method = VARIANTS[variant]
+    if not method.fixed:
+        if scores.importance not in IMPORTANCES:
+            raise ValueError(
+                f"importance {scores.importance!r} is for variants of fixed rates: {variant} prunes by "
+                f"{' or '.join(IMPORTANCES)}"
+            )
+        return scores
+    own = method.importance or "received"
+    if scores.mutual or scores.importance not in ("received", own):
+        raise ValueError(f"matching and importance are for {', '.join(LEARNED)}; {variant} has its own")
+    if scores.probes_similarity:
+        raise ValueError(f"similarity by a probe is for {', '.join(LEARNED)}; {variant} has nothing learned")
+    return replace(scores, importance=own)
+
+
+def _check_known(values: Mapping[str, Any], cls: type[LTMPConfig] | type[Scores]) -> None:
+    unknown = sorted(set(values) - {setting.name for setting in fields(cls)})
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)}: written by a newer version of ltmp?")
+
+
+def _tuple(rate: Any) -> Any:
+    """JSON and callers bring lists."""
+    return tuple(rate) if isinstance(rate, Sequence) and not isinstance(rate, str) else rate

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
+import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import LTMPError
 
+_OURS = re.compile(r"\..*\.[0-9a-f]{8}\.ltmp-tmp", re.DOTALL)
+"""Names of what a save has not finished yet."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error.
+
+    A link is followed. What is no regular file (a device, a pipe) is never replaced: it is written into when the block
+    ends. What saves in this folder left behind when they were killed is removed.
 
     >>> with atomic_path("table.json") as temporary:
     ...     temporary.write_text(text)
@@ -23,23 +33,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         LTMPError: the folder cannot be written or the disk is full; `path` is as it was.
     """
     path = Path(path)
-    temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        # mkstemp makes private files; a result is as readable as any other file of this user
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        if _is_special(path):
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder) / "content"
+                temporary.touch()
+                yield temporary
+                with temporary.open("rb") as content, path.open("wb") as special:
+                    shutil.copyfileobj(content, special)
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(target, Path.touch) as temporary:
+            yield temporary
+            temporary.replace(target)
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,13 +60,77 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
+        with _beside(path, Path.mkdir) as folder:
+            yield folder / path.name
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
                 file.replace(path.with_name(file.name))
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is neither a regular file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, removed at the end.
+
+    It is made like any other file, so that the umask has its say, and locked for as long as this process lives: one
+    that nobody has locked is left over.
+    """
+    _sweep(path.parent)
+    while True:
+        # names may have 255 bytes
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.ltmp-tmp")
+        make(temporary)
+        lock = _lock(temporary, wait=True)
+        # another process may have swept it before it was locked
+        if temporary.exists():
+            break
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves that were killed left in a folder; where files cannot be locked, nothing."""
+    for entry in os.scandir(folder):
+        if _OURS.fullmatch(entry.name) and not entry.is_symlink():
+            lock = _lock(Path(entry.path), wait=False)
+            if lock is not None:
+                _remove(Path(entry.path))
+                os.close(lock)
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """The handle that holds the lock of a file or folder; None where somebody else does or the system has no locks."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _explain(path: Path, error: OSError) -> str:

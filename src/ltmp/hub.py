@@ -1,4 +1,4 @@
-"""Thresholds on the Hugging Face Hub: a few hundred bytes a budget, and a card that says what was measured."""
+"""Thresholds on the Hugging Face Hub: a few KB a budget, and a card that says what was measured."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium")
 
 def test_class_names_are_escaped(explorer, pictures):
     look = explorer.look(explorer.open(pictures[0]), 0.6)
-    explorer.classes = ["<b>"] * 5
+    explorer.deployment.names = ("<b>",) * 5
     look = explorer.look(explorer.open(pictures[0]), 0.6)
     assert "<b>" not in _table(look, 1)
     assert "&lt;b&gt;" in _table(look, 1)

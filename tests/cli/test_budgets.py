@@ -104,7 +104,7 @@ def test_bench(run, dial, tmp_path, monkeypatch, capsys):
         def run(self, seconds):
             return [Row("packed", 50.0, 0.4, 2.5, None, None, 0.0)]
 
-    monkeypatch.setattr("ltmp.cli.verbs.bench.Bench", Bench)
+    monkeypatch.setattr("ltmp.evaluate.bench.Bench", Bench)
     assert run("bench", dial, "--budget", 0.4, "--json", tmp_path / "bench.json") == 0
     assert timed == [0.4]
     assert json.loads((tmp_path / "bench.json").read_text())["budget"] == 0.4
@@ -162,9 +162,7 @@ def test_app_begins_at_a_budget(run, dial, monkeypatch, capsys):
         assert explorer.budgets.start == 0.4
         raise SeenError("seen")
 
-    from ltmp.cli.verbs import app
-
-    monkeypatch.setattr(app, "build_page", build_page)
+    monkeypatch.setattr("ltmp.app.build_page", build_page)
     assert run("app", dial, "--budget", 0.4) == 1
     assert "seen" in capsys.readouterr().err
     assert run("app", dial, "--budget", 0.1) == 2
@@ -182,7 +180,7 @@ def test_export_is_of_the_budget(run, dial, monkeypatch, capsys):
 
 def test_push_sets_the_default(run, dial, monkeypatch, capsys):
     pushed = []
-    monkeypatch.setattr("ltmp.cli.verbs.push.push_to_hub", lambda *args, **named: pushed.append((args, named)) or "url")
+    monkeypatch.setattr("ltmp.hub.push_to_hub", lambda *args, **named: pushed.append((args, named)) or "url")
     assert run("push", dial, "--budget", 0.4) == 0
     assert pushed[0][1]["budget"] == 0.4
 

@@ -12,7 +12,7 @@ import torch
 
 import ltmp as package
 from ltmp.cli import main
-from ltmp.cli import setup as cli_setup
+from ltmp.cli.options import parse_kwargs
 from ltmp.errors import UsageError
 
 LEARN = ("--views", 12, "--batch-size", 3, "--target", 0.7)
@@ -118,7 +118,7 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ltmp("learn", "--data", images, "--out", whole, *LEARN) == 0
 
-    from ltmp.cli.verbs import learn
+    learn = package.learning.learn
 
     def stop_at_second_step(model, loader, *args, on_step, **kwargs):
         def watch(step):
@@ -126,10 +126,10 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
             if step.step == 2:
                 raise KeyboardInterrupt
 
-        return package.learn(model, loader, *args, on_step=watch, **kwargs)
+        return learn(model, loader, *args, on_step=watch, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learn, "run_learning", stop_at_second_step)
+        patch.setattr(package.learning, "learn", stop_at_second_step)
         assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 130
     assert "--resume" in error(capsys)
     assert ltmp("learn", "--data", images, "--out", broken, *LEARN) == 2
@@ -219,12 +219,10 @@ def test_traceback_only_with_debug(ltmp, tmp_path, capsys):
 
 
 def test_unexpected_error_is_one_line_too(monkeypatch, capsys):
-    from ltmp.cli import commands
-
     def fail():
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(commands, "describe_machine", fail)
+    monkeypatch.setattr("ltmp.evaluate.describe_machine", fail)
     assert main(["info"]) == 1
     assert error(capsys) == "error: ZeroDivisionError: by zero (add --debug for the traceback)"
 
@@ -247,10 +245,10 @@ def test_installed_command_reports_its_version():
 
 
 def test_model_kwargs_are_literals_or_words():
-    parsed = cli_setup.parse_kwargs(["img_size=224 qk_norm=True", "global_pool=avg"])
+    parsed = parse_kwargs(["img_size=224 qk_norm=True", "global_pool=avg"])
     assert parsed == {"img_size": 224, "qk_norm": True, "global_pool": "avg"}
     with pytest.raises(UsageError, match="NAME=VALUE"):
-        cli_setup.parse_kwargs(["=3"])
+        parse_kwargs(["=3"])
 
 
 def test_learning_logs_for_tensorboard(ltmp, images, tmp_path):

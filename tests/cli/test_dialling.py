@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ltmp.checkpoint import read
-from ltmp.config import BEST
+from ltmp.config import SCORES as NAMED
+from ltmp.config import Scores
 from ltmp.learning import dial as job
 
 FEW = ("--knots", 3, "--views", 0, "--calibration", 6, "--batch-size", 4, "--low", 0.7, "--high", 0.9)
@@ -33,28 +35,24 @@ def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
     assert not path.with_name("run.pt").exists()
 
 
-SCORES = {"similarity": "heads", "matching": "mutual", "importance": "class", "size_power": 0.3, "class_power": 0.5}
+SCORES = {"similarity": "heads", "matching": "mutual", "importance": "received", "size_power": 0.2, "class_power": 0.5}
 
 
 @pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])
 def test_what_thresholds_go_by_is_asked_for_and_kept(ltmp, images, verb) -> None:
     scores = [part for name, value in SCORES.items() for part in (f"--{name.replace('_', '-')}", value)]
     assert ltmp(*verb, "--data", images, "--out", "here", "--target", 0.8, *scores) == 0
-    assert read("here/thresholds.safetensors").config.scores == SCORES
+    assert read("here/thresholds.safetensors").config.scores == Scores(**SCORES)
 
 
 @pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 0, "--calibration", 6, "--batch-size", 4)])
 def test_all_that_helps_is_one_word(ltmp, images, verb) -> None:
     # what is told goes first, the paper's own value, too
-    told = ("--scores", "best", "--size-power", 0.5, "--importance", "class", "--matching", "bipartite")
+    told = ("--scores", "best", "--size-power", 0.5, "--importance", "received", "--matching", "bipartite")
     assert ltmp(*verb, "--data", images, "--out", "here", "--target", 0.8, *told) == 0
-    assert read("here/thresholds.safetensors").config.scores == {
-        **BEST,
-        "size_power": 0.5,
-        "importance": "class",
-        "matching": "bipartite",
-        "class_power": 0.0,
-    }
+    assert read("here/thresholds.safetensors").config.scores == replace(
+        NAMED["best"], size_power=0.5, importance="received", matching="bipartite"
+    )
 
 
 def test_without_labels_or_anything_to_check_on(ltmp, images, capsys) -> None:

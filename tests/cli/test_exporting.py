@@ -70,7 +70,7 @@ def test_eval_exports_by_itself_what_no_file_has(run, images, capsys):
         (["eval", "--data", "DATA", "--exported", "model.onnx"], 2, "--engine onnx or openvino"),
         (["eval", "--data", "DATA", "--engine", "onnx", "--exported", "gone.onnx"], 1, "gone.onnx"),
         (["eval", "--data", "DATA", "--engine", "openvino", "--amp"], 2, "--amp"),
-        (["eval", "--data", "DATA", "--engine", "tensorrt"], 1, "tensorrt"),
+        (["eval", "--data", "DATA", "--engine", "tensorrt"], 2, "tensorrt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

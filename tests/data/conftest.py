@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+
+from helpers import colour_image
 
 Maker = Callable[..., Path]
-
-
-def colour_image(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> Image.Image:
-    return Image.new("RGB", size, colour)
 
 
 @pytest.fixture

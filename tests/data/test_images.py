@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 import warnings
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from PIL import Image
 
 from ltmp.data import images
-from ltmp.data.images import decode, reason
+from ltmp.data.images import MAX_SCANS, decode, is_image_name, read_bytes, read_image, reason
+from ltmp.errors import LTMPError
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> io.BytesIO:
@@ -109,3 +112,61 @@ def test_stripes_are_refused_before_they_are_resized_to_gigabytes():
 def test_formats_that_pillow_has_other_programs_read_are_not_tried():
     with pytest.raises(Image.UnidentifiedImageError):
         decode(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+def test_exif_that_cannot_be_rewritten_loses_no_image(monkeypatch):
+    def fail(*_):
+        raise ValueError("cannot be written")
+
+    image, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    exif[0x0112] = 6
+    file = encoded(image, "JPEG", exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    assert decode(file).size == (4, 6)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_leaves_the_image_as_it_is(exif, form):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert decode(encoded(Image.new("RGB", (6, 4)), form, exif=exif)).size == (6, 4)
+
+
+def scans(count: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A progressive JPEG with `count` more scans, which say nothing."""
+    whole = encoded(Image.effect_noise(size, 50).convert("RGB"), "JPEG", progressive=True).getvalue()
+    empty = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + b"\x00\x00"
+    return whole[:-2] + empty * count + b"\xff\xd9"
+
+
+def test_jpegs_of_endless_scans_are_refused_before_they_are_decoded():
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="over 100 scans"):
+        decode(io.BytesIO(scans(20_000, (1024, 1024))))
+    assert time.perf_counter() - start < 1
+    assert decode(io.BytesIO(scans(MAX_SCANS // 2))).size == (64, 64)
+
+
+def test_scans_of_thumbnails_and_what_follows_the_image_do_not_count():
+    whole = encoded(Image.effect_noise((64, 64), 50), "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 500).getvalue()
+    assert decode(io.BytesIO(whole + b"\xff\xda" * 500)).size == (64, 64)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(200 * 10**9)
+    for name, why in (("pipe", "not a regular file"), ("zero", "not a regular file"), ("sparse", "200.0 GB are over")):
+        with pytest.raises(LTMPError, match=why):
+            read_image(tmp_path / f"{name}.png")
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+
+
+def test_names_of_images():
+    assert all(map(is_image_name, ("a.JPG", "x/y.webp", "./a.tif", "../b.gif", "a.b.png")))
+    assert not any(map(is_image_name, (".a.png", "._a.png", ".x/a.png", "a.txt", "png", "a/.b/c.png")))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_
 
 import ltmp
 from helpers import assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
-from ltmp.config import BEST, FIXED
+from ltmp.config import FIXED
 from ltmp.engines.capacity import Capacity
 from ltmp.evaluate.compare import rates_for
 from ltmp.hosts.attach import stack_of
@@ -197,7 +197,7 @@ def test_new_thresholds_are_never_stale() -> None:
 
 
 def test_a_new_probe_is_recorded_anew() -> None:
-    case = Case(settings=BEST)
+    case = Case(settings={"scores": "best"})
     for seed in range(3):
         case.follow(lambda model, seed=seed: model.ltmp.set_probe(make_probe(2, seed=seed)))
         for _ in range(3):
@@ -356,7 +356,7 @@ def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
 
 def test_gradients_come_through_a_model_whose_engine_is_graphs() -> None:
     """What watches a model is no policy that graphs know, also where no weight of the model trains."""
-    case = Case(settings=BEST)
+    case = Case(settings={"scores": "best"})
     for _ in range(3):
         learn_probe(case.model, images_of(4))
     learn_probe(case.packed, images_of(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import ltmp
 from helpers import assert_close, attach_reducing, embed, make_probe, random_images, tiny_vit
-from ltmp.config import ATTENTION, BEST, FIXED, LTMPConfig
+from ltmp.config import FIXED, SCORES, LTMPConfig, Scores
 from ltmp.engines import packed
 from ltmp.engines.state import Reduced
 from ltmp.hosts.attach import stack_of
@@ -93,32 +94,24 @@ POLICIES: dict[str, dict[str, Any]] = {
     "a list": {"variant": "pm", "r": (0, 4, 2)},
     "floor and ceiling": {"floor": 8, "ceiling": 10},
     "ceiling after pruning": {"variant": "ltpm", "ceiling": 12},
-    "cosines of all heads": {"similarity": "heads"},
-    "cosines of all heads after pruning": {"variant": "ltpm", "similarity": "heads"},
-    "mutual pairs": {"matching": "mutual"},
-    "mutual pairs after pruning": {"variant": "ltpm", "matching": "mutual"},
-    "the class token's attention": {"importance": "class"},
-    "sizes by half": {"size_power": 0.5},
-    "the class token's say": {"class_power": 0.5},
-    "the class token's say after pruning": {"variant": "ltpm", "class_power": 0.5},
-    "the class token's say in pruning alone": {"variant": "ltp", "class_power": 0.5},
-    "the class token's say at fixed rates": {"variant": "mp", "r": 2, "class_power": 0.5},
-    "all that needs no probe": ATTENTION,
-    "all that needs no probe after pruning": {"variant": "ltpm", **ATTENTION},
-    "alike by a probe": {"similarity": "probe"},
-    "pruned by a probe": {"importance": "probe", "class_power": 0.5},
-    "alike by a probe, pruned by the class token": {"similarity": "probe", "importance": "class"},
-    "a probe and the class token": {"class_power": 0.5, **BEST},
-    "the best scores": BEST,
-    "the best scores after pruning": {"variant": "ltpm", **BEST},
-    "the best scores with a floor": {"floor": 8, **BEST},
-    "all that is opt-in": {
-        "similarity": "heads",
-        "matching": "mutual",
-        "importance": "class",
-        "size_power": 0.3,
-        "class_power": 0.5,
-    },
+    "cosines of all heads": {"scores": Scores("heads")},
+    "cosines of all heads after pruning": {"variant": "ltpm", "scores": Scores("heads")},
+    "mutual pairs": {"scores": Scores(matching="mutual")},
+    "mutual pairs after pruning": {"variant": "ltpm", "scores": Scores(matching="mutual")},
+    "sizes by half": {"scores": Scores(size_power=0.5)},
+    "class-token attention": {"scores": Scores(class_power=0.5)},
+    "class-token attention after pruning": {"variant": "ltpm", "scores": Scores(class_power=0.5)},
+    "class-token attention in pruning alone": {"variant": "ltp", "scores": Scores(class_power=0.5)},
+    "class-token attention at fixed rates": {"variant": "mp", "r": 2, "scores": Scores(class_power=0.5)},
+    "all that needs no probe": {"scores": "attention"},
+    "all that needs no probe after pruning": {"variant": "ltpm", "scores": "attention"},
+    "a probe's similarity": {"scores": Scores("probe")},
+    "a probe's importance": {"scores": Scores(importance="probe", class_power=0.5)},
+    "a probe and class-token attention": {"scores": replace(SCORES["best"], class_power=0.5)},
+    "the best scores": {"scores": "best"},
+    "the best scores after pruning": {"variant": "ltpm", "scores": "best"},
+    "the best scores with a floor": {"floor": 8, "scores": "best"},
+    "all settings changed": {"scores": Scores("probe", "mutual", "probe", size_power=0.3, class_power=0.5)},
 }
 
 
@@ -126,7 +119,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_agrees_with_packed(policy: str, host: str) -> None:
     config = LTMPConfig(**POLICIES[policy])
-    if config.asks_class and host == "no prefix, mean pooled":
+    if config.needs_class_attention and host == "no prefix, mean pooled":
         pytest.skip("this variant needs a class token, and this host has none")
     images = random_images(3)
     model = tiny_vit(**HOSTS[host])
@@ -135,7 +128,7 @@ def test_every_policy_agrees_with_packed(policy: str, host: str) -> None:
     else:
         attach_reducing(model, images, config.variant)
         model.ltmp.config = config
-    if config.asks_probe:
+    if config.needs_probe:
         model.ltmp.set_probe(make_probe(model.ltmp.depth))
     expected, found = both(model, images)
     assert expected.kept[:, -1].max() < expected.kept[:, 0].max(), "nothing goes: the test tests little"

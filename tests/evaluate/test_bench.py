@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import attach_reducing, make_probe, random_images, tiny_vit
-from ltmp.config import ATTENTION, BEST
+from ltmp.config import SCORES, Scores
 from ltmp.errors import LTMPError
 from ltmp.evaluate import bench
 from ltmp.evaluate.agreement import decisions_agree
@@ -82,15 +82,15 @@ def test_wrong_decisions_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "scores",
-    [{}, {"importance": "class", "size_power": 0.5}, ATTENTION, BEST],
+    [*SCORES.values(), Scores(size_power=0.5)],
     ids=str,
 )
 @pytest.mark.parametrize("variant", ["ltmp", "ltm", "ltp"])
-def test_decisions_are_compared_one_by_one(variant: str, scores: dict[str, str]) -> None:
+def test_decisions_are_compared_one_by_one(variant: str, scores: Scores) -> None:
     pytest.importorskip("triton")
     images = random_images(3)
     model = attach_reducing(tiny_vit(reg_tokens=2), images, variant)
-    model.ltmp.config = replace(model.ltmp.config, **scores)
+    model.ltmp.config = replace(model.ltmp.config, scores=scores)
     model.ltmp.set_probe(make_probe(model.ltmp.depth))
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     assert decisions_agree(stack_of(model), x) == 1

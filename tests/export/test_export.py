@@ -13,7 +13,7 @@ import torch
 
 import ltmp
 from helpers import assert_close, attach_reducing, make_probe, random_images, run_recorded, tiny_vit
-from ltmp.config import LTMPConfig
+from ltmp.config import SCORES, LTMPConfig
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.evaluate import evaluate
 from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
@@ -72,7 +72,7 @@ def test_scores_beyond_the_paper_are_exported_too(form, tmp_path):
     pytest.importorskip("openvino", reason="needs the extra 'export'")
     model = reduced_model()
     thresholds = thresholds_of(model)
-    thresholds.config = LTMPConfig.best(class_power=0.4)
+    thresholds.config = LTMPConfig(scores=replace(SCORES["best"], class_power=0.4))
     thresholds.set_probe(make_probe(2))
     thresholds.set([0.2, 0.3], [0.02, 0.03])
     export(model, tmp_path / "best.onnx", Plan(form=form), images=IMAGES)

@@ -14,6 +14,8 @@ from timm.models.eva import Eva
 
 import ltmp
 from helpers import TINY, assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
+from ltmp.config import SCORES as NAMED
+from ltmp.config import Scores
 from ltmp.engines.request import Request, requested
 from ltmp.export.forms import FORMS, Form
 from ltmp.hosts.attach import thresholds_of
@@ -29,13 +31,13 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "attention pooling": partial(tiny_vit, global_pool="map"),
     "query-key norm": partial(tiny_vit, qk_norm=True, init_values=0.5),
 }
-SCORES: list[dict[str, Any]] = [{}, {"matching": "mutual"}, {"importance": "class"}, {"size_power": 0.5}]
-SCORES += [
-    {"class_power": 0.5},
-    ltmp.config.ATTENTION,
-    ltmp.config.BEST,
-    {"similarity": "probe", "class_power": 0.5},
-    {**SCORES[1], **SCORES[2], "similarity": "heads", "class_power": 0.2},
+SCORES = [
+    *NAMED.values(),
+    Scores(matching="mutual"),
+    Scores(size_power=0.5),
+    Scores(class_power=0.5),
+    Scores("probe", class_power=0.5),
+    Scores("heads", "mutual", class_power=0.2),
 ]
 
 
@@ -78,11 +80,13 @@ def test_every_host_and_variant(form, host, variant):
 def test_any_thresholds(form, host, variant, scores, merge, prune, seed):
     images = random_images(1 if form == "single" else 3, seed=seed)
     model = host()
-    if ltmp.LTMPConfig(**scores).asks_class and not getattr(model, "has_class_token", model.num_prefix_tokens):
-        scores = {"matching": "mutual"}
-    ltmp.attach(model, ltmp.LTMPConfig(variant=variant, **scores))
+    if ltmp.LTMPConfig(scores=scores).needs_class_attention and not getattr(
+        model, "has_class_token", model.num_prefix_tokens
+    ):
+        scores = Scores(matching="mutual")
+    ltmp.attach(model, ltmp.LTMPConfig(variant, scores))
     thresholds_of(model).set(merge, (torch.tensor(prune) / 17).tolist())
-    if thresholds_of(model).config.asks_probe:
+    if thresholds_of(model).config.needs_probe:
         thresholds_of(model).set_probe(make_probe(DEPTH, model.embed_dim, seed=seed))
     with torch.no_grad():
         logits, kept = run_recorded(model, images)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ltmp
 from helpers import assert_close
+from ltmp.config import Scores
 from ltmp.engines.capacity import Capacity
 from ltmp.engines.request import Request, requested
 from ltmp.hosts.attach import stack_of
@@ -63,11 +64,11 @@ def test_off_thresholds_give_the_dense_output(case: Case) -> None:
 def test_scores_by_the_class_token_need_one(case: Case) -> None:
     model = case.build()
     named = [name for name, _ in model.named_parameters() if re.search(r"(cls|class)_(token|embed)", name)]
-    config = ltmp.LTMPConfig(class_power=0.5)
+    config = ltmp.LTMPConfig(scores=Scores(class_power=0.5))
     if named:
         assert stack_of(ltmp.attach(model, config)).protected > 0
     else:
-        with pytest.raises(ltmp.LTMPError, match="goes by the class token's attention, and this model has none"):
+        with pytest.raises(ltmp.LTMPError, match="needs a class token's attention, and this model has no class token"):
             ltmp.attach(model, config)
 
 
@@ -91,8 +92,7 @@ def test_probes_are_learned_of_every_host(case: Case) -> None:
     model = attached(case, model=ltmp.attach(case.build(), ltmp.LTMPConfig()))
     inputs = case.inputs(model)
     images = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs[0]
-    asked = ("similarity", "importance")
-    model.ltmp.config = replace(model.ltmp.config, **dict.fromkeys(asked, "probe"), matching="mutual")
+    model.ltmp.config = replace(model.ltmp.config, scores=Scores("probe", "mutual", "probe"))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert learn_probe(Answers(case, model), images) == len(images)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ltmp
 from helpers import random_images, tiny_vit
-from ltmp.config import MATCHINGS
+from ltmp.config import MATCHINGS, Scores
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import calibrate, heldout, loop
@@ -197,7 +197,7 @@ def test_no_images_and_nothing_attached_are_said() -> None:
 @pytest.mark.parametrize("matching", ["bipartite", "mutual"])
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_calibration_alone_is_near_the_budget(pool: str, matching: str) -> None:
-    config = ltmp.LTMPConfig(matching=matching)
+    config = ltmp.LTMPConfig(scores=Scores(matching=matching))
     model = ltmp.attach(tiny_vit(depth=4, img_size=32, global_pool=pool), config)
     images = random_images(64, size=32)
     calibrate(model, images, 0.7)

@@ -14,7 +14,7 @@ import torch
 
 import ltmp
 from helpers import random_images, tiny_vit
-from ltmp.config import MATCHINGS
+from ltmp.config import MATCHINGS, Scores
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import calibrate
 from ltmp.learning import dial as module
@@ -169,8 +169,8 @@ def test_shapes_are_searched_closer_together_at_small_budgets() -> None:
 
 
 @pytest.mark.parametrize("matching", MATCHINGS)
-def test_what_is_usual_goes_by_the_matching(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(matching=matching))
+def test_usual_shapes_depend_on_the_matching(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(scores=Scores(matching=matching)))
     images, followed = random_images(4, size=32), []
     calibrating = import_module("ltmp.learning.calibrate")
     monkeypatch.setattr(calibrating, "follow", lambda model, images, shape, *_: followed.append(shape))

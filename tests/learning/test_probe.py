@@ -14,25 +14,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ltmp
-from helpers import assert_close, make_probe, random_images, tiny_vit
+from helpers import assert_close, make_dial, make_probe, random_images, tiny_vit
 from ltmp.checkpoint import read
+from ltmp.config import Scores
 from ltmp.errors import LTMPError
 from ltmp.hosts.attach import stack_of
 from ltmp.learning import calibrate, learn_probe
 from ltmp.learning.probe import _gradients, _Moments, _sureness, _Watching
 from ltmp.ops.probe.reference import LIFT, WIDTH, probe
 
-BEST = ltmp.LTMPConfig.best
+BEST = ltmp.LTMPConfig(scores="best")
 
 
 def attached(**kwargs: Any) -> Any:
-    return ltmp.attach(tiny_vit(**kwargs), BEST())
+    return ltmp.attach(tiny_vit(**kwargs), BEST)
 
 
 def test_sureness_is_the_log_odds_of_the_answer() -> None:
     p = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
     assert_close(_sureness(p.log()), torch.tensor([7 / 3, 1.0]).log(), 1e-6)
-    assert _sureness(torch.tensor([[3.0], [-1.0]])).tolist() == [3.0, -1.0]
+    assert _sureness(torch.tensor([[3.0], [-1.0]]), "bernoulli").tolist() == [3.0, 1.0]
+    assert _sureness(torch.tensor([[3.0, -1.0]]), "bernoulli").tolist() == [4.0]
 
 
 def test_gradients_are_those_of_the_dense_model() -> None:
@@ -75,7 +77,7 @@ def test_gradients_are_those_of_the_dense_model() -> None:
     assert (looks[1][2] > 0)[:, 1:].all()
 
 
-def test_what_matters_is_found() -> None:
+def test_saliency_is_found() -> None:
     """Gradients that grow along one direction and point in another: a probe reads the one and measures the other."""
     generator = torch.Generator().manual_seed(0)
     width, (grows, points) = 12, torch.linalg.qr(torch.randn(12, 2, generator=generator))[0].T
@@ -106,7 +108,7 @@ def test_no_label_no_trace_and_the_same_again() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen: list[tuple[int, int, str]] = []
     assert learn_probe(model, images, progress=lambda *args: seen.append(args)) == 20
-    assert seen == [(16, 20, "reading what matters"), (20, 20, "reading what matters")]
+    assert seen == [(16, 20, "learning the probe"), (20, 20, "learning the probe")]
     first = model.ltmp.probe.clone()
     assert first.shape == (3, 17, WIDTH + 2)
     assert torch.equal(first, first.half().float()), "a file holds it in half precision"
@@ -153,9 +155,9 @@ def test_runs_learn_a_probe_of_their_own(job: str, tmp_path: Path) -> None:
     images = random_images(48, size=32)
     batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.split(16)]
     views = []
-    for config in (ltmp.LTMPConfig(), BEST()):
+    for config in (ltmp.LTMPConfig(), BEST):
         model = ltmp.attach(tiny_vit(depth=4, img_size=32), config)
-        if config.asks_probe:
+        if config.needs_probe:
             model.ltmp.set_probe(make_probe(4))
         if job == "dial":
             result: Any = ltmp.learn_dial(model, batches, 0.55, 0.9, knots=5, views=0, calibration=48, checked=0)
@@ -206,7 +208,7 @@ def test_thresholds_without_their_probe_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model(images)  # all off: nothing is read
         model.ltmp.set([0.5] * 3)
-        with pytest.raises(LTMPError, match="go by a probe, and there is none: learn one"):
+        with pytest.raises(LTMPError, match="need a probe, and there is none: learn one"):
             model(images)
     model.ltmp.set_probe(make_probe(3))
     path = tmp_path / "thresholds.safetensors"
@@ -253,11 +255,11 @@ def test_models_that_answer_nothing_and_images_that_are_broken() -> None:
             return {"features": self.vit(x)}
 
     with pytest.raises(LTMPError, match="without logits"):
-        learn_probe(ltmp.attach(Features(), BEST()), random_images(2))
+        learn_probe(ltmp.attach(Features(), BEST), random_images(2))
     with pytest.raises(LTMPError, match="not finite"):
         learn_probe(attached(), random_images(2) * torch.nan)
     with pytest.raises(ValueError, match="similarity by a probe is for ltmp, ltpm, ltm, ltp; m has nothing learned"):
-        ltmp.LTMPConfig(variant="m", r=4, similarity="probe")
+        ltmp.LTMPConfig(variant="m", r=4, scores=Scores("probe"))
 
 
 def test_copies_checkpoints_and_casts_keep_it(tmp_path: Path) -> None:
@@ -283,5 +285,44 @@ def test_copies_checkpoints_and_casts_keep_it(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     save_file(model.state_dict(), whole)
     assert torch.equal(read(whole).probe, learned)
-    assert "ltmp.method.probe_gone" in model.state_dict()
+    assert "ltmp.probe" in model.state_dict()
     assert not [name for name in ltmp.detach(model).state_dict() if "ltmp" in name]
+
+
+def test_a_new_probe_removes_the_dial_of_the_old_one() -> None:
+    thresholds = ltmp.attach(tiny_vit(), BEST).ltmp
+    probe = make_probe(3)
+    thresholds.set_probe(probe)
+    for change, stays in ((probe.clone(), True), (make_probe(3, seed=1), False), (None, False)):
+        thresholds.set_probe(probe)
+        thresholds.set_dial(make_dial(3))
+        thresholds.set_budget(0.5)
+        thresholds.set_probe(change)
+        assert (thresholds.dial is not None) == stays
+        assert (thresholds.budget == 0.5) == stays
+
+
+@pytest.mark.parametrize("scores", ["best", "paper"])
+def test_what_is_saved_belongs_together(scores: str, tmp_path: Path) -> None:
+    """Learning on other images makes another probe: the dial of before is not saved beside it, nor kept."""
+    model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(scores=scores))
+    few, others = ([(random_images(16, size=32, seed=seed), torch.zeros(16).long())] for seed in (0, 1))
+    making = {"knots": 3, "views": 0, "calibration": 16, "checked": 0}
+    ltmp.learn_dial(model, few, 0.55, 0.9, **making)
+    dial = model.ltmp.dial
+    ltmp.learn(model, others, 0.7, views=0, calibration=16)
+    ltmp.save(model, tmp_path / "learned.safetensors")
+    learned = read(tmp_path / "learned.safetensors")
+    if scores == "paper":
+        assert torch.equal(learned.dial.merge, dial.merge)
+    else:
+        assert learned.dial is None
+        assert torch.equal(learned.probe.float(), model.ltmp.probe)
+    # the same images make the same probe, to which a dial still belongs
+    ltmp.learn_dial(model, others, 0.55, 0.9, **making)
+    dial = model.ltmp.dial
+    ltmp.learn(model, others, 0.7, views=0, calibration=16)
+    ltmp.save(model, tmp_path / "again.safetensors")
+    again = read(tmp_path / "again.safetensors")
+    assert torch.equal(again.dial.merge, dial.merge)
+    assert scores == "paper" or torch.equal(again.probe.float(), model.ltmp.probe)

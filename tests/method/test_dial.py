@@ -325,7 +325,7 @@ def test_a_broken_dial_in_a_state_dict_is_refused() -> None:
     model = ltmp.attach(tiny_vit())
     model.ltmp.set_dial(make_dial(3))
     state = model.state_dict()
-    state["ltmp.method.dial.share"] = -state["ltmp.method.dial.share"]
+    state["ltmp.dial.share"] = -state["ltmp.dial.share"]
     with pytest.raises(RuntimeError, match="shares must rise"):
         model.load_state_dict(state)
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import assert_close
-from ltmp.config import LEARNED, MATCHINGS, LTMPConfig
+from ltmp.config import LEARNED, MATCHINGS, LTMPConfig, Scores
+from ltmp.method.rates import Rates
 from ltmp.method.reduction import Plan, fold, make_plan
-from ltmp.method.scores import Scores, attended_for, importance_for, reluctance_for
+from ltmp.method.scores import BlockScores, Signals, attended_for, importance, merge_penalty
 from ltmp.method.thresholds import Thresholds
 from ltmp.method.tokens import Tokens, take
 from ltmp.ops.match.reference import similarity_metric
@@ -24,9 +25,9 @@ def plan_of(
     tokens: Tokens, metric: Tensor, importance: Tensor, merge: float, prune: float, variant: str, protected: int,
     matching: str = "bipartite",
 ) -> Plan:  # fmt: skip
-    thresholds = Thresholds(1, LTMPConfig(variant=variant, matching=matching))
+    thresholds = Thresholds(1, LTMPConfig(variant, Scores(matching=matching)))
     thresholds.set([merge], [prune])
-    return make_plan(tokens, Scores(metric, importance), thresholds, 0, thresholds.config.steps, protected)
+    return make_plan(tokens, BlockScores(metric, importance), thresholds, 0, thresholds.config.steps, protected)
 
 
 @st.composite
@@ -205,7 +206,7 @@ def test_gradients_reach_every_threshold_in_use(variant: str) -> None:
     metric = torch.nn.functional.normalize(torch.randn(2, 12, 3, generator=generator), dim=-1)
     importance = torch.rand(2, 12, generator=generator)
     start = Tokens.start(2, 12, torch.device("cpu"))
-    plan = make_plan(start, Scores(metric, importance), thresholds, 0, thresholds.config.steps, 1)
+    plan = make_plan(start, BlockScores(metric, importance), thresholds, 0, thresholds.config.steps, 1)
     plan.tokens.counts().sum().backward()
     for name in thresholds.config.steps:
         grad = getattr(thresholds, name).grad
@@ -218,34 +219,33 @@ def test_what_the_class_token_attends_to_merges_less() -> None:
     angle = torch.tensor([0.0, 0.0, 0.6, math.pi, math.pi + 0.6])
     metric = torch.stack([angle.cos(), angle.sin()], -1)[None]
     tokens = Tokens.start(1, 5, torch.device("cpu"))
-    thresholds = Thresholds(1, LTMPConfig(matching="mutual", variant="ltm", class_power=1.0))
+    thresholds = Thresholds(1, LTMPConfig("ltm", Scores(matching="mutual", class_power=1.0)))
     # the class token's key decides nothing; keys 1 and 2 point where its query does
     q = torch.zeros(1, 5, 1, 2)
     q[..., 0] = 2.0
     k = torch.zeros(1, 5, 1, 2)
     k[0, 1:3, 0, 0] = 1.0
-    reluctance = reluctance_for(thresholds, 0, attended_for(thresholds, 0, q, k, tokens), tokens)
-    assert reluctance is not None
+    penalty = merge_penalty(thresholds, 0, Signals(tokens, attended=attended_for(thresholds, 0, q, k, tokens)))
+    assert penalty is not None
     attended = (q[:, :1] * k).sum(-1)[..., 0].div(2**0.5).softmax(-1) * 5
-    torch.testing.assert_close(reluctance, attended.sqrt())
+    torch.testing.assert_close(penalty, attended.sqrt())
     scores = 1 - (1 - math.cos(0.6)) * attended[0, [2, 4]]
     for theta, merged in ((scores[0] - 1e-3, [2, 4]), (scores.mean(), [4]), (scores[1] + 1e-3, [])):
         thresholds.set([float(theta)], [0.0])
-        plan = make_plan(tokens, Scores(metric, reluctance=reluctance), thresholds, 0, ("merge",), 1)
+        plan = make_plan(tokens, BlockScores(metric, merge_penalty=penalty), thresholds, 0, ("merge",), 1)
         assert plan.merged[0].nonzero().flatten().tolist() == merged
     plain = Thresholds(1, LTMPConfig())
     assert attended_for(plain, 0, q, k, tokens) is None
-    assert reluctance_for(plain, 0, None, tokens) is None
+    assert merge_penalty(plain, 0, Signals(tokens)) is None
 
 
 def test_what_the_class_token_attends_to_is_pruned_less() -> None:
     """Its attention to the power of the block, times what is received to the rest of it."""
-    thresholds = Thresholds(4, LTMPConfig(class_power=0.8))
+    thresholds = Thresholds(4, LTMPConfig(scores=Scores(class_power=0.8)))
     tokens = Tokens.start(1, 3, torch.device("cpu"))
     received, attended = torch.tensor([[0.5, 0.4, 0.1]]), torch.tensor([[0.2, 0.2, 0.6]])
     for block, power in enumerate((0.2, 0.4, 0.6, 0.8)):
-        found = importance_for(thresholds, block, received, attended, tokens)
+        found = importance(thresholds, block, Signals(tokens, 0, received, attended))
         torch.testing.assert_close(found, received ** (1 - power) * attended**power)
-    by_class = Thresholds(4, LTMPConfig(class_power=0.8, importance="class"))
-    assert importance_for(by_class, 0, received, attended, tokens) is attended
-    assert importance_for(Thresholds(4, LTMPConfig()), 0, received, None, tokens) is received
+    assert importance(Rates(4, LTMPConfig("topk", r=1)), 0, Signals(tokens, attended=attended)) is attended
+    assert importance(Thresholds(4, LTMPConfig()), 0, Signals(tokens, received=received)) is received

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltmp.config import LEARNED, VARIANTS, LTMPConfig
+from ltmp.config import LEARNED, VARIANTS, LTMPConfig, Scores
 from ltmp.method.thresholds import Thresholds, log_over, over
 
 
@@ -114,45 +111,14 @@ def test_conversion_keeps_the_bits_and_the_parameters() -> None:
 
 def test_sizes_count_for_more_from_block_to_block() -> None:
     size = torch.tensor([1.0, 4.0])
-    whole, rising = Thresholds(3, LTMPConfig()), Thresholds(3, LTMPConfig(size_power=0.5))
+    whole, rising = Thresholds(3, LTMPConfig()), Thresholds(3, LTMPConfig(scores=Scores(size_power=0.5)))
     assert all(whole.weight(block, size) is size for block in range(3))
     weights = [rising.weight(block, size).tolist() for block in range(3)]
     assert weights == [pytest.approx(row) for row in ([1, 2], [1, 4**0.75], [1, 4])]
-    assert Thresholds(1, LTMPConfig(size_power=0.5)).size_power(0) == 0.5
+    assert Thresholds(1, LTMPConfig(scores=Scores(size_power=0.5))).size_power(0) == 0.5
 
 
 def test_the_class_token_says_more_from_block_to_block() -> None:
-    rising = Thresholds(4, LTMPConfig(class_power=0.5))
+    rising = Thresholds(4, LTMPConfig(scores=Scores(class_power=0.5)))
     assert [rising.class_power(block) for block in range(4)] == [0.125, 0.25, 0.375, 0.5]
-    assert Thresholds(1, LTMPConfig(class_power=0.5)).class_power(0) == 0.5
-
-
-# -- settings
-
-
-@pytest.mark.parametrize(
-    ("values", "fragment"),
-    [
-        ({"variant": "ltxp"}, "expected one of ltmp, ltpm, ltm, ltp"),
-        ({"engine": "warp"}, "expected one of auto"),
-        ({"tau": 0.0}, "tau must be a positive number"),
-        ({"tau": math.nan}, "tau must be a positive number"),
-        ({"size_power": -0.1}, "size_power must be between 0 and 1"),
-        ({"size_power": math.nan}, "size_power must be between 0 and 1"),
-        ({"class_power": 1.5}, "class_power must be between 0 and 1"),
-        ({"prune_tau": -1.0}, "prune_tau must be a positive number"),
-        ({"prune_tau": math.inf}, "prune_tau must be a positive number"),
-    ],
-)
-def test_settings_are_checked(values: dict, fragment: str) -> None:
-    with pytest.raises(ValueError, match=fragment):
-        LTMPConfig(**values)
-
-
-def test_settings_are_frozen_and_travel() -> None:
-    config = LTMPConfig(variant="ltm", tau=0.3)
-    assert LTMPConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.tau = 0.5  # type: ignore[misc]
-    with pytest.raises(ValueError, match="newer version"):
-        LTMPConfig.from_dict({"variant": "ltm", "colour": "red"})
+    assert Thresholds(1, LTMPConfig(scores=Scores(class_power=0.5))).class_power(0) == 0.5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltmp.config import LTMPConfig
+from ltmp.config import LTMPConfig, Scores
 from ltmp.method.thresholds import Thresholds
 from ltmp.method.tokens import Tokens
 
@@ -91,7 +91,7 @@ def importance_of(batch: Batch, received: Tensor) -> Tensor:
 
 
 def thresholds(variant: str, merge: float, prune: float, **scores: Any) -> Thresholds:
-    found = Thresholds(1, LTMPConfig(variant=variant, **scores)).to(DEVICE)
+    found = Thresholds(1, LTMPConfig(variant, Scores(**scores))).to(DEVICE)
     found.set(merge=[merge], prune=[prune])
     return found.requires_grad_(False)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ltmp.config import ATTENTION, MATCHINGS
+from ltmp.config import SCORES as NAMED
 from ltmp.method.reduction import fold as fold_reference
 from ltmp.method.reduction import make_plan
-from ltmp.method.scores import Scores, attended_for, importance_for, reluctance_for
+from ltmp.method.scores import BlockScores, Signals, attended_for, importance, merge_penalty
 from ltmp.ops.match.reference import candidates as candidates_reference
 from ltmp.ops.match.reference import match as match_reference
 from ltmp.ops.match.reference import similarity_metric
@@ -22,9 +23,10 @@ triton = pytest.importorskip("triton")
 # only now, as these import Triton
 from ltmp.ops.fold.triton import fold  # noqa: E402
 from ltmp.ops.match.triton import candidates, match  # noqa: E402
+from ltmp.ops.match.triton import similarity_metric as similarity_rows  # noqa: E402
 from ltmp.ops.norm.triton import Norm, add_norm  # noqa: E402
 from ltmp.ops.plan.triton import plan  # noqa: E402
-from ltmp.ops.weigh.triton import class_rows  # noqa: E402
+from ltmp.ops.weigh.triton import class_attention_rows  # noqa: E402
 
 COUNTS = [[1], [2], [7], [9, 1, 64, 65, 2, 3], [33, 30, 31, 32], [150, 3, 197]]
 LONG = [[300, 1, 270]]
@@ -41,26 +43,28 @@ def check(
     received = random_received(batch) if received is None else received
     tokens = batch.tokens()
     attended = attended_for(learned, 0, batch.pad(q), batch.pad(k), tokens)
-    importance = importance_for(learned, 0, batch.pad(importance_of(batch, received)), attended, tokens)
-    metric = similarity_metric(batch.pad(k), config.similarity)
-    reluctance = reluctance_for(learned, 0, attended, tokens)
-    expected = make_plan(tokens, Scores(metric, importance, reluctance), learned, 0, steps, protected)
+    signals = Signals(tokens, protected, batch.pad(importance_of(batch, received)), attended)
+    metric = similarity_metric(batch.pad(k), config.scores.similarity)
+    given = BlockScores(metric, importance(learned, 0, signals), merge_penalty(learned, 0, signals))
+    expected = make_plan(tokens, given, learned, 0, steps, protected)
     left = [int(n) for n in expected.tokens.counts().tolist()]
 
     stats = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     partners, bound = None, longest or batch.longest
     if scores:
         rows = None
-        if config.class_power:
+        if config.scores.class_power:
             weight = learned.weight(0, batch.size)
-            rows, blended = class_rows(q, k, weight, batch.size, received, batch.cu, bound, learned.class_power(0))
+            few = (batch.cu, bound, learned.class_power(0))
+            rows, blended = class_attention_rows(q, k, weight, batch.size, received, *few)
             assert blended is not None
             received = blended
-        partners = candidates(k, batch.origin, batch.cu, bound, protected, config.similarity, config.matching, rows)
+        keys = similarity_rows(k, batch.cu) if config.scores.averages_keys else k
+        partners = candidates(keys, batch.origin, batch.cu, bound, protected, config.scores.mutual, rows)
     found = plan(
         k, received, batch.size, batch.origin, batch.cu, bound,
         learned.merge if "merge" in steps else None, learned.prune if "prune" in steps else None, protected, stats,
-        found=partners, pairs=config.matching == "mutual",
+        found=partners,
     )  # fmt: skip
     assert found.cu.diff().tolist() == left
     assert stats.tolist() == [sum(left), max(left), 0]
@@ -70,7 +74,7 @@ def check(
     norm = Norm(torch.rand(24, device=DEVICE), torch.rand(24, device=DEVICE), 1e-6)
     y, scale = torch.randn_like(x), torch.rand(24, device=DEVICE)
     new, normed, size, origin = fold(
-        x, y, scale, norm, found, batch.size, batch.origin, batch.cu, bound, room, config.matching == "bipartite"
+        x, y, scale, norm, found, batch.size, batch.origin, batch.cu, bound, room, not config.scores.mutual
     )
     total = sum(left)
     features = fold_reference(batch.pad(x + scale * y), expected)
@@ -98,8 +102,8 @@ def test_matches_definition(counts: list[int], protected: int, variant: str) -> 
 SCORES: dict[str, dict[str, Any]] = {
     "heads": {"similarity": "heads"},
     "mutual": {"matching": "mutual"},
-    "reluctance": {"class_power": 0.7, "size_power": 0.3},
-    "attention": ATTENTION,
+    "penalty": {"class_power": 0.7, "size_power": 0.3},
+    "attention": asdict(NAMED["attention"]),
 }
 
 
@@ -123,7 +127,7 @@ def test_pairs_that_are_all_prunable_leave_one_token(protected: int, scores: str
 
 
 def test_pairs_under_a_loose_bound() -> None:
-    check(Batch.random([20, 31]), "ltmp", 1, 0.2, 0.01, longest=200, **ATTENTION)
+    check(Batch.random([20, 31]), "ltmp", 1, 0.2, 0.01, longest=200, **SCORES["attention"])
 
 
 @pytest.mark.parametrize("variant", ["ltmp", "ltp"])
@@ -168,7 +172,7 @@ def test_only_protected_tokens_left() -> None:
 def test_match(counts: list[int]) -> None:
     batch = Batch.random(counts, heads=3)
     _, k, _ = batch.heads
-    best, partner = match(k, batch.origin, batch.cu, batch.longest, 2)
+    best, partner, _ = match(k, batch.origin, batch.cu, batch.longest, 2)
     tokens = batch.tokens()
     free = tokens.live & (tokens.origin >= 2)
     expected, expected_partner = match_reference(similarity_metric(batch.pad(k)), free)
@@ -180,18 +184,19 @@ def test_match(counts: list[int]) -> None:
         assert torch.equal(partner[first : first + half][some].long(), expected_partner[image, :half][some])
 
 
-@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("mutual", [False, True], ids=["bipartite", "mutual"])
 @pytest.mark.parametrize("similarity", ["mean", "heads"])
 @pytest.mark.parametrize("counts", [[9, 64, 1], [300, 40]], ids=str)
-def test_candidates(counts: list[int], similarity: str, matching: str) -> None:
+def test_candidates(counts: list[int], similarity: str, mutual: bool) -> None:
     batch = Batch.random(counts, heads=3)
     _, k, _ = batch.heads
-    reluctance = torch.rand(batch.qkv.shape[0], generator=torch.Generator().manual_seed(3)).to(DEVICE) + 0.5
-    best, partner = candidates(k, batch.origin, batch.cu, batch.longest, 2, similarity, matching, reluctance)
+    penalty = torch.rand(batch.qkv.shape[0], generator=torch.Generator().manual_seed(3)).to(DEVICE) + 0.5
+    keys = similarity_rows(k, batch.cu) if similarity == "mean" else k
+    best, partner, _ = candidates(keys, batch.origin, batch.cu, batch.longest, 2, mutual, penalty)
     tokens = batch.tokens()
     free, metric = tokens.live & (tokens.origin >= 2), similarity_metric(batch.pad(k), similarity)
-    step = 1 if matching == "mutual" else 2
-    asked, expected, receiver = candidates_reference(metric, free, matching, batch.pad(reluctance, 1))
+    step = 1 if mutual else 2
+    asked, expected, receiver = candidates_reference(metric, free, mutual, batch.pad(penalty, 1))
     for image, n in enumerate(counts):
         first, number = int(batch.cu[image]), len(range(n)[asked])
         scored = expected[image, :number] > -2
@@ -201,7 +206,7 @@ def test_candidates(counts: list[int], similarity: str, matching: str) -> None:
         assert torch.equal(places.long(), receiver[image, :number][scored])
 
 
-def test_class_rows() -> None:
+def test_class_attention_rows() -> None:
     for counts in ([9, 64, 1], [700, 40]):
         batch = Batch.random(counts, heads=3)
         q, k, _ = batch.heads
@@ -209,18 +214,19 @@ def test_class_rows() -> None:
         weight = learned.weight(0, batch.size)
         received, tokens = random_received(batch), batch.tokens()
         few = (batch.cu, batch.longest, learned.class_power(0))
-        reluctance, blended = class_rows(q, k, weight, batch.size, received, *few)
+        penalty, blended = class_attention_rows(q, k, weight, batch.size, received, *few)
         attended = attended_for(learned, 0, batch.pad(q), batch.pad(k), tokens)
-        expected = reluctance_for(learned, 0, attended, tokens)
+        signals = Signals(tokens, 0, batch.pad(importance_of(batch, received)), attended)
+        expected = merge_penalty(learned, 0, signals)
         assert expected is not None
-        torch.testing.assert_close(reluctance[: batch.live], batch.rows(expected), atol=0, rtol=1e-5)
-        expected = importance_for(learned, 0, batch.pad(importance_of(batch, received)), attended, tokens)
+        torch.testing.assert_close(penalty[: batch.live], batch.rows(expected), atol=0, rtol=1e-5)
+        expected = importance(learned, 0, signals)
         assert expected is not None
         assert blended is not None
         torch.testing.assert_close(importance_of(batch, blended), batch.rows(expected), atol=0, rtol=1e-5)
-        alone, nothing = class_rows(q, k, weight, batch.size, None, *few)
+        alone, nothing = class_attention_rows(q, k, weight, batch.size, None, *few)
         assert nothing is None
-        assert torch.equal(alone[: batch.live], reluctance[: batch.live])
+        assert torch.equal(alone[: batch.live], penalty[: batch.live])
 
 
 def test_room_too_small_is_reported_and_harmless() -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_scored(tmp_path, workers):
         '3,text.png,"not an image',
         "4,bomb.png,over",
         "6,last.png,the .tar ends inside",
-        '7,a.tar,"the .tar is truncated',
+        "7,a.tar,the .tar is truncated",
     ]
     assert [line[: len(start)] for line, start in zip(lines[1:], told, strict=True)] == told
 
@@ -245,8 +245,8 @@ def imagenet():
 
 
 def test_names_come_with_pretrained_weights_only(tmp_path):
-    assert Predictor(scoring(build=imagenet), tmp_path).class_names is None
-    names = Predictor(scoring(build=imagenet, pretrained=True), tmp_path).class_names
+    assert not Predictor(scoring(build=imagenet), tmp_path).deployment.names
+    names = Predictor(scoring(build=imagenet, pretrained=True), tmp_path).deployment.names
     assert len(names) == 1000
     assert names[0].startswith("tench")
-    assert Predictor(scoring(pretrained=True), tmp_path).class_names is None
+    assert not Predictor(scoring(pretrained=True), tmp_path).deployment.names

@@ -74,13 +74,17 @@ def test_truncated_tar_gives_what_is_whole_and_says_so(tmp_path_factory, share):
         assert told[0].key == "a.tar"
 
 
-def test_damaged_header_is_told(tmp_path):
+def test_damaged_header_costs_its_own_member(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.png", b"A"), ("b.png", b"B"), ("c.png", b"C")])
     data = bytearray(path.read_bytes())
     data[1024:1536] = b"x" * 512
     path.write_bytes(data)
     items = list(find_shards([path])[0].items())
-    assert [item.key for item in items] == ["a.png", "a.tar"]
+    assert [(item.row, item.key, read(item)) for item in items] == [
+        (0, "a.png", b"A"),
+        (1, "a.tar", None),
+        (2, "c.png", b"C"),
+    ]
     assert "damaged at byte 1024" in items[1].content.reason
 
 

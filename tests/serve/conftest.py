@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers import attach_reducing, random_images, tiny_vit
-from ltmp.serve import Limits, Predictor
+from ltmp.serve import Deployment, Limits
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -32,21 +32,21 @@ def picture(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (20, 18), 
 
 
 @pytest.fixture(scope="session")
-def predictor() -> Predictor:
-    return Predictor(attach_reducing(tiny_vit(), random_images(8)), names=["ant", "bee", "cow", "dog", "elk"])
+def deployment() -> Deployment:
+    return Deployment(attach_reducing(tiny_vit(), random_images(8)), names=["ant", "bee", "cow", "dog", "elk"])
 
 
 @pytest.fixture
-def client(predictor) -> Iterator[TestClient]:
+def client(deployment) -> Iterator[TestClient]:
     """The service with its default limits."""
-    with TestClient(create_app(predictor, about={"target": 0.6})) as client:
+    with TestClient(create_app(deployment, about={"target": 0.6})) as client:
         yield client
 
 
 @contextmanager
-def serving(predictor: Any, limits: Limits) -> Iterator[tuple[str, int, Any]]:
+def serving(deployment: Any, limits: Limits) -> Iterator[tuple[str, int, Any]]:
     """Host, port and service of a real server in a thread."""
-    app = create_app(predictor, limits)
+    app = create_app(deployment, limits)
     server, bound = make_server(app), bind("127.0.0.1", 0)
     host, port = bound.getsockname()[:2]
     thread = Thread(target=server.run, args=([bound],))

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
+from torchvision.transforms import Compose, Resize, ToTensor
 
 import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
+from ltmp.data import class_names
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
-from ltmp.serve import Limits, Predictor, batching, read_names
+from ltmp.serve import Deployment, Limits, batching, read_names
 from ltmp.serve.endpoints import create_app
 
 from .conftest import picture
@@ -36,34 +38,34 @@ def problem(answer, status: int, code: str) -> str:
     return values["detail"]
 
 
-def directly(predictor: Predictor, body: bytes) -> tuple[torch.Tensor, float]:
+def directly(deployment: Deployment, body: bytes) -> tuple[torch.Tensor, float]:
     """Scores and share of an image, from the model itself."""
-    image = predictor.transform(Image.open(BytesIO(body)).convert("RGB"))[None]
+    image = deployment.transform(Image.open(BytesIO(body)).convert("RGB"))[None]
     with torch.inference_mode(), ltmp.record() as calls:
-        return predictor.model(image).softmax(-1)[0], calls.share().item()
+        return deployment.model(image).softmax(-1)[0], calls.share().item()
 
 
-def test_answer_is_the_models(client, predictor):
+def test_answer_is_the_models(client, deployment):
     answer = post(client, picture(3), params={"top_k": 3})
     assert answer.status_code == 200
     values = answer.json()
-    scores, share = directly(predictor, picture(3))
+    scores, share = directly(deployment, picture(3))
     top = scores.topk(3)
     assert [p["index"] for p in values["predictions"]] == top.indices.tolist()
     assert [p["score"] for p in values["predictions"]] == pytest.approx(top.values.tolist(), abs=1e-5)
-    assert [p["label"] for p in values["predictions"]] == [predictor.names[i] for i in top.indices]
+    assert [p["label"] for p in values["predictions"]] == [deployment.names[i] for i in top.indices]
     assert values["share"] == pytest.approx(share)
     assert 1 <= values["tokens"] < 17
 
 
-def test_many_at_once_get_their_own_answers(client, predictor):
+def test_many_at_once_get_their_own_answers(client, deployment):
     bodies = [picture(seed) for seed in range(32)]
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda body: post(client, body, params={"top_k": 5}), bodies))
     assert {answer.status_code for answer in answers} == {200}
     for body, answer in zip(bodies, answers, strict=True):
         given = {p["index"]: p["score"] for p in answer.json()["predictions"]}
-        assert [given[i] for i in range(5)] == pytest.approx(directly(predictor, body)[0].tolist(), abs=1e-5)
+        assert [given[i] for i in range(5)] == pytest.approx(directly(deployment, body)[0].tolist(), abs=1e-5)
 
 
 def test_five_classes_by_default(client):
@@ -96,37 +98,37 @@ def test_unknown_paths_and_methods(client):
     assert answer.headers["allow"] == "GET"
 
 
-def test_bodies_have_a_limit(predictor):
-    with TestClient(create_app(predictor, Limits(max_body=2000))) as client:
+def test_bodies_have_a_limit(deployment):
+    with TestClient(create_app(deployment, Limits(max_body=2000))) as client:
         problem(client.post("/v1/predict", content=bytes(2001), headers=PNG), 413, "body-too-large")
         problem(
             client.post("/v1/predict", content=b"", headers={**PNG, "content-length": "2001"}), 413, "body-too-large"
         )
 
 
-def test_pixels_have_a_limit(predictor):
-    with TestClient(create_app(predictor, Limits(max_pixels=100))) as client:
+def test_pixels_have_a_limit(deployment):
+    with TestClient(create_app(deployment, Limits(max_pixels=100))) as client:
         assert "20 x 18" in problem(post(client), 413, "too-many-pixels")
 
 
-class Held(Predictor):
+class Held(Deployment):
     """Answers when it is allowed to."""
 
-    def __init__(self, other: Predictor) -> None:
+    def __init__(self, other: Deployment) -> None:
         vars(self).update(vars(other))
         self.go, self.began = threading.Event(), threading.Event()
         self.answered = 0
 
-    def answer(self, images):
-        if images[0] is not self.blank:
+    def __call__(self, images, forward=None):
+        if not images.equal(self.blank.expand_as(images)):
             self.began.set()
             assert self.go.wait(10)
             self.answered += len(images)
-        return super().answer(images)
+        return super().__call__(images, forward)
 
 
-def test_a_full_queue_says_when_to_come_back(predictor):
-    held = Held(predictor)
+def test_a_full_queue_says_when_to_come_back(deployment):
+    held = Held(deployment)
     with TestClient(create_app(held, Limits(max_queue=2, max_batch=1))) as client, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(post, client) for _ in range(2)]
         assert held.began.wait(5)
@@ -141,8 +143,8 @@ def test_a_full_queue_says_when_to_come_back(predictor):
         assert post(client).status_code == 200
 
 
-def test_an_answer_that_takes_too_long(predictor):
-    held = Held(predictor)
+def test_an_answer_that_takes_too_long(deployment):
+    held = Held(deployment)
     with TestClient(create_app(held, Limits(timeout=0.3, max_batch=1))) as client, ThreadPoolExecutor(2) as pool:
         both = [pool.submit(post, client) for _ in range(2)]
         for answer in both:
@@ -154,19 +156,19 @@ def test_an_answer_that_takes_too_long(predictor):
     assert held.answered == 2
 
 
-def test_a_failing_model_is_a_500_and_nothing_worse(predictor, caplog, monkeypatch):
+def test_a_failing_model_is_a_500_and_nothing_worse(deployment, caplog, monkeypatch):
     # other tests in this process configure logging as servers do, so this one listens where the service writes
     logger = logging.Logger("service")
     logger.addHandler(caplog.handler)
     monkeypatch.setattr(batching, "log", logger)
 
     class Failing(Held):
-        def answer(self, images):
-            if images[0] is not self.blank and not self.go.is_set():
+        def __call__(self, images, forward=None):
+            if not images.equal(self.blank.expand_as(images)) and not self.go.is_set():
                 raise RuntimeError("out of memory")
-            return Predictor.answer(self, images)
+            return Deployment.__call__(self, images, forward)
 
-    failing = Failing(predictor)
+    failing = Failing(deployment)
     with TestClient(create_app(failing)) as client:
         problem(post(client), 500, "model-failed")
         assert "out of memory" in caplog.text
@@ -183,7 +185,7 @@ def test_health_follows_the_model_thread(client):
     assert client.get("/healthz").status_code == 200
 
 
-def test_metrics_count_what_happened(client, predictor):
+def test_metrics_count_what_happened(client, deployment):
     post(client), post(client), post(client, b"no image"), client.get("/a/path/with?a=secret")
     text = client.get("/metrics")
     assert text.headers["content-type"].startswith("text/plain; version=")
@@ -194,12 +196,12 @@ def test_metrics_count_what_happened(client, predictor):
     assert lines['ltmp_request_seconds_count{path="/v1/predict"}'] == "3.0"
     assert lines['ltmp_problems_total{code="unreadable-image"}'] == "1.0"
     assert lines["ltmp_batch_size_sum"] == lines["ltmp_tokens_kept_count"] == "2.0"
-    assert float(lines["ltmp_flops_share_sum"]) == pytest.approx(2 * directly(predictor, picture())[1], rel=1e-5)
+    assert float(lines["ltmp_flops_share_sum"]) == pytest.approx(2 * directly(deployment, picture())[1], rel=1e-5)
     assert (lines["ltmp_queue_length"], lines["ltmp_requests_in_flight"]) == ("0.0", "0.0")
     assert "secret" not in text.text
 
 
-def test_info(client, predictor):
+def test_info(client, deployment):
     values = client.get("/v1/info").json()
     assert (values["classes"], values["input_size"], values["variant"]) == (5, [3, 16, 16], "ltmp")
     assert values["about"] == {"target": 0.6}
@@ -219,19 +221,51 @@ def test_openapi_documents_every_answer(client):
 
 def test_what_cannot_be_served_is_said(tmp_path):
     with pytest.raises(LTMPError, match="attach thresholds first"):
-        Predictor(tiny_vit())
-    with pytest.raises(UsageError, match="2 class names but the model has 5"):
-        Predictor(ltmp.attach(tiny_vit()), names=["ant", "bee"])
+        create_app(Deployment(tiny_vit()))
+    with pytest.raises(UsageError, match="2 class names for a model with 5 classes"):
+        create_app(Deployment(ltmp.attach(tiny_vit()), names=["ant", "bee"]))
     with pytest.raises(UsageError, match="one class name a line"):
         read_names(tmp_path / "none.txt")
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     assert read_names(tmp_path / "names.txt") == ["ant", "bee"]
+    for empty in ("", "\n \n", "ant\n\nbee\n"):
+        (tmp_path / "names.txt").write_text(empty)
+        with pytest.raises(UsageError, match=r"names.txt: line [12] is empty"):
+            read_names(tmp_path / "names.txt")
+
+
+def test_the_old_name_of_a_deployment_still_works():
+    import ltmp.serve
+
+    with pytest.warns(DeprecationWarning, match=r"ltmp.serve.Deployment"):
+        assert ltmp.serve.Predictor is Deployment
 
 
 def test_a_model_that_gives_nan_is_not_served():
     model = attach_reducing(tiny_vit(), random_images(4))
-    predictor = Predictor(model)
+    deployment = Deployment(model)
     model.head.bias.data.fill_(float("nan"))
-    with pytest.raises(LTMPError, match="NaN"), TestClient(create_app(predictor)):
+    with pytest.raises(LTMPError, match="NaN"), TestClient(create_app(deployment)):
         pass
     assert thresholds_of(model).depth == 3
+
+
+def test_a_classifier_of_hugging_face_is_served_with_its_own_names():
+    transformers = pytest.importorskip("transformers", reason="the extra transformers is not installed")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    labels = {0: "cat", 1: "dog", 2: "elk"}
+    config = transformers.ViTConfig(
+        intermediate_size=32, id2label=labels, label2id={v: k for k, v in labels.items()}, **shape
+    )
+    model = ltmp.attach(transformers.ViTForImageClassification(config).eval())
+    transform = Compose([Resize((16, 16)), ToTensor()])
+    with TestClient(create_app(Deployment(model, transform=transform, names=class_names(model)))) as client:
+        found = post(client).json()["predictions"]
+    assert {one["label"] for one in found} == {"cat", "dog", "elk"}
+
+
+def test_fixed_rates_are_served():
+    model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant="m", r=2))
+    with TestClient(create_app(Deployment(model))) as client:
+        assert client.get("/v1/info").json()["variant"] == "m"
+        assert post(client).json()["share"] < 1

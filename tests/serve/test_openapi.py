@@ -15,8 +15,8 @@ from .conftest import serving
 pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 
-def test_schemathesis_finds_nothing_undocumented(predictor, tmp_path):
-    with serving(predictor, Limits()) as (host, port, service):
+def test_schemathesis_finds_nothing_undocumented(deployment, tmp_path):
+    with serving(deployment, Limits()) as (host, port, service):
         # any bytes are a valid body to OpenAPI, which cannot say "an image": only that check does not apply
         options = ["--max-examples", "10", "--exclude-checks", "positive_data_acceptance", "--seed", "1", "--no-color"]
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", *options]

@@ -46,8 +46,8 @@ def say(host: str, port: int, *parts: bytes, pause: float = 0.0, patience: float
 
 
 @pytest.fixture(scope="module")
-def address(predictor):
-    with serving(predictor, QUICK) as (host, port, _service):
+def address(deployment):
+    with serving(deployment, QUICK) as (host, port, _service):
         yield host, port
 
 
@@ -128,8 +128,8 @@ def test_what_is_not_http_is_a_400(address, rubbish):
     still_fine(address)
 
 
-def test_more_connections_than_allowed_are_turned_away(predictor):
-    with serving(predictor, Limits(max_connections=3)) as address:
+def test_more_connections_than_allowed_are_turned_away(deployment):
+    with serving(deployment, Limits(max_connections=3)) as address:
         host, port, _service = address
         idle = [socket.create_connection((host, port)) for _ in range(3)]
         time.sleep(0.2)
@@ -140,9 +140,9 @@ def test_more_connections_than_allowed_are_turned_away(predictor):
         still_fine((host, port))
 
 
-def test_clients_that_leave_free_their_places(predictor):
+def test_clients_that_leave_free_their_places(deployment):
     # the window is long: the images still wait when their clients leave
-    with serving(predictor, Limits(max_wait=1.0, max_queue=4)) as (host, port, service):
+    with serving(deployment, Limits(max_wait=1.0, max_queue=4)) as (host, port, service):
         request = HEAD + b"content-length: %d\r\n\r\n" % len(picture()) + picture()
         for _ in range(3):
             connections = [socket.create_connection((host, port)) for _ in range(4)]
@@ -160,8 +160,8 @@ def test_clients_that_leave_free_their_places(predictor):
         assert "ltmp_batch_size_sum 1.0" in service.metrics.text().decode()
 
 
-def test_32_connections_never_fill_the_default_queue(predictor):
-    with serving(predictor, Limits()) as (host, port, _service):
+def test_32_connections_never_fill_the_default_queue(deployment):
+    with serving(deployment, Limits()) as (host, port, _service):
 
         def client(_number: int) -> set[int]:
             with closing(http.client.HTTPConnection(host, port, timeout=10)) as connection:

@@ -62,13 +62,18 @@ class Budgets:
         """Attach, and take the budgets from files that `ltmp learn` wrote: one with a dial, or several of one variant.
 
         Raises:
-            UsageError: a dial beside other files, or one that does not reach `start`.
+            UsageError: fixed rates, a dial beside other files, or one that does not reach `start`.
             LTMPError: a file is not for this model, or does not say its share.
         """
         learned = {}
         for path in files:
             file = read(path)
             about = file.metadata
+            if file.config.method.fixed:
+                raise UsageError(
+                    f"{path} holds fixed rates ({file.config.variant}), which no slider turns: give thresholds that "
+                    "`ltmp learn` or `ltmp dial` wrote"
+                )
             if file.dial is not None:
                 if len(files) > 1:
                     raise UsageError(f"{path} has a dial for every budget: give it alone, or files of one budget each")

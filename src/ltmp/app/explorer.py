@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..calls import dense
-from ..data import eval_transform, input_channels, read_image, sharp_view
+from ..deploy import Deployment
 from ..hosts.attach import stack_of, thresholds_of
 from ..hosts.outputs import logits_of
 from ..hosts.stack import ReducedStack
@@ -83,7 +83,7 @@ class Explorer:
     """Looks at images with one model; calls from several threads wait for each other.
 
     Args:
-        model: attached, in evaluation mode.
+        model: attached.
         budgets: how thresholds are set.
         classes: names in the order of the model's outputs.
         samples: images to choose from.
@@ -99,10 +99,8 @@ class Explorer:
         samples: Sequence[Image.Image] = (),
         data_options: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.budgets, self.classes, self.samples = model, budgets, classes, samples
-        self.options = data_options or {}
-        self.transform = eval_transform(model, **self.options)
-        self.mode = "L" if input_channels(model) == 1 else "RGB"
+        self.model, self.budgets, self.samples = model, budgets, samples
+        self.deployment = Deployment(model, options=data_options, names=classes)
         self._lock = Lock()
 
     def open(self, image: str | Path | Image.Image) -> Opened:
@@ -111,9 +109,9 @@ class Explorer:
         Raises:
             LTMPError: it cannot be read as an image; the message says why.
         """
-        image = image.convert(self.mode) if isinstance(image, Image.Image) else read_image(image, self.mode)
-        view = sharp_view(self.model, image, WIDTH, **self.options)
-        pixels = self.transform(image)[None].to(next(self.model.parameters()).device)
+        deployment = self.deployment
+        image = image if isinstance(image, Image.Image) else deployment.read(image)
+        view, pixels = deployment.view(image, WIDTH), deployment.prepare(image)[None].to(deployment.device)
         with self._lock:
             return Opened(view, pixels, self._answers(pixels, plain=True))
 
@@ -140,10 +138,7 @@ class Explorer:
     def _top(self, logits: Tensor) -> Top:
         chances = logits.float().softmax(-1)
         values, indices = chances.topk(min(5, len(chances)))
-        return [(self._name(i), p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
-
-    def _name(self, index: int) -> str:
-        return self.classes[index] if index < len(self.classes) else f"class {index}"
+        return [(self.deployment.name(i), p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
 
 
 @contextmanager

@@ -10,22 +10,11 @@ from typing import Any
 from torch import nn
 
 from .. import distributed
-from ..checkpoint import read
 from ..data import Loader
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, evaluate
 from ..files import atomic_path
 from .progress import console, progress_bar
-
-
-def name_in(thresholds: Path, budget: float | None = None) -> str:
-    """The model that a thresholds file says it is for; refuses a budget that it cannot be set to."""
-    about = read(thresholds, budget=budget).metadata
-    # the full name also says which weights; a file that Python saved knows the architecture only
-    name = about.get("model_name") or about.get("architecture")
-    if name is None:
-        raise UsageError(f"{thresholds} does not say which model it is for: give --model NAME")
-    return str(name)
 
 
 def evaluate_with_bar(network: nn.Module, loader: Loader, *, limit: int | None = None, **how: Any) -> Evaluation:
@@ -77,21 +66,15 @@ def resumable(run_file: Path) -> Iterator[None]:
         raise distributed.LostRankError(f"{error}; {_how_to_go_on(run_file)}") from error
 
 
-def short_name(model: str) -> str:
-    """The last part of a model's name: those of hubs and folders have more."""
-    return Path(model.rpartition(":")[2]).name
+def run_folder(model: str, *rest: str) -> Path:
+    """Where a run goes by default: named after the last part of the model's name, as those of hubs have more."""
+    return Path("runs") / "-".join((Path(model.rpartition(":")[2]).name, *rest))
 
 
 def _how_to_go_on(run_file: Path) -> str:
     if run_file.exists():
         return f"the run is saved in {run_file}: give the same command with --resume to go on"
     return "it had not taken its first step and nothing was saved: start again"
-
-
-def validation_folder(data: str) -> str | None:
-    """The data folder itself where it has a validation part that is not what was learned from."""
-    names = ("val", "validation")
-    return data if any((Path(data) / name).is_dir() for name in names) else None
 
 
 def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..evaluate.costs import measure_costs
 from ..evaluate.latency import set_latency, speed
 from ..hosts.attach import thresholds_of
+from .options import SpeedOptions
 from .progress import progress_bar
 
 
@@ -24,26 +25,28 @@ class Target:
     images_per_second: float | None
 
     @classmethod
-    def of(
-        cls, milliseconds: float | None, images_per_second: float | None, budget: float | None = None
-    ) -> Target | None:
+    def of(cls, asked: SpeedOptions) -> Target | None:
         """What was asked for, or None.
 
         Raises:
             UsageError: two targets, or several processes, which would time each other.
         """
-        given = {"--budget": budget, "--milliseconds": milliseconds, "--images-per-second": images_per_second}
+        given = {
+            "--budget": asked.budget,
+            "--milliseconds": asked.milliseconds,
+            "--images-per-second": asked.images_per_second,
+        }
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise UsageError(f"{' and '.join(names)} each set the dial: give one of them")
-        if milliseconds is None and images_per_second is None:
+        if asked.milliseconds is None and asked.images_per_second is None:
             return None
         for name in names:
             if not (given[name] or 0) > 0:
                 raise UsageError(f"{name} {given[name]:g}: expected a positive number")
         if distributed.started():
             raise UsageError(f"{names[0]} times one process: run it without torchrun, then give --budget to all")
-        return cls(milliseconds, images_per_second)
+        return cls(asked.milliseconds, asked.images_per_second)
 
     def meet(self, network: nn.Module, images: Tensor, amp: torch.dtype | None = None, quiet: bool = False) -> float:
         """Measure what blocks cost on batches like `images`, set the dial, and say to what; returns the share."""

@@ -11,5 +11,6 @@ from .loader import Loader as Loader
 from .loader import make_loader as make_loader
 from .names import class_names as class_names
 from .transforms import eval_transform as eval_transform
+from .transforms import image_mode as image_mode
 from .transforms import input_channels as input_channels
 from .transforms import sharp_view as sharp_view

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from io import IOBase
+from io import BytesIO, IOBase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import LTMPError, UsageError
-from .images import decode, reason
+from .folders import class_folders, describe_others, list_images, natural_key
+from .images import EXTENSIONS, Broken, decode, reason
+from .tars import Content, read_content, tar_images
+
+log = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image], Any]
 ClassMap = Mapping[str, int] | str | Path
@@ -30,11 +35,34 @@ _NO_FOLDER = {"", "."}
 
 
 @dataclass(frozen=True)
-class Broken:
-    """Stands where an image should be that could not be read."""
+class Listed:
+    """Encoded images with their labels, as `Images` reads them.
 
-    name: str
-    reason: str
+    Attributes:
+        root: the folder or tar that they lie in.
+        names: in it; `contents` is where their bytes are, and `labels` what they are of.
+        class_to_idx: class name to label.
+    """
+
+    root: Path
+    names: Sequence[str]
+    contents: Sequence[Content | Broken]
+    labels: Sequence[int]
+    class_to_idx: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[IOBase, int]:
+        content = self.contents[index]
+        if isinstance(content, Broken):
+            raise ValueError(content.reason)
+        return BytesIO(read_content(content)), self.labels[index]
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """The name of image `index`; that of a file with its folder, where `absolute`."""
+        name = self.names[index]
+        return f"{self.root}/{name}" if absolute and self.root.is_dir() else name
 
 
 class Images(Dataset):
@@ -140,9 +168,12 @@ def check_classes(dataset: Dataset, num_classes: int, class_map: ClassMap | None
     highest = max(classes.values()) + 1
     if highest > num_classes or (class_map is None and len(classes) != num_classes):
         what = f"{len(classes)} classes" if class_map is None else f"class indices up to {highest - 1}"
+        root = getattr(getattr(dataset, "source", None), "root", None)
+        where = "the data have" if root is None else f"{root} has"
         raise LTMPError(
-            f"the data have {what} but the model's head has {num_classes}: use the model fine-tuned on these classes, "
-            "or give a class map (a .txt file with the model's class names, one a line, in the order of its outputs)"
+            f"{where} {what} but the model's head has {num_classes} (the folders are {_some(list(classes))}): use the "
+            "model fine-tuned on these classes, or give a class map (a .txt file with the model's class names, one a "
+            "line, in the order of its outputs)"
         )
 
 
@@ -150,34 +181,68 @@ def read_names(path: str | Path) -> list[str]:
     """The class names in a text file, one a line.
 
     Raises:
-        UsageError: no such file, or not text.
+        UsageError: no such file, not text, or a line without a name.
     """
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"class map {path}: expected a .txt file with one class name a line") from error
+    names = [line.strip() for line in lines]
+    if not all(names):
+        raise UsageError(f"class map {path}: line {1 + names.index('')} is empty; expected one class name a line")
+    return names
 
 
-def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Any:
-    from timm.data import create_dataset
-
-    if path.is_file() and path.suffix.lower() != ".tar":
+def _open_path(path: Path, split: str, class_map: ClassMap | None) -> Listed:
+    """The images of a folder or a tar, in timm's natural order of their paths, which are labelled by their folders."""
+    if path.is_dir():
+        path = _split_folder(path, split)
+        listing = list_images(path)
+        found: list[tuple[str, Content | Broken]] = [(name, f"{path}/{name}") for name, _ in listing.images]
+        if listing.others:
+            log.warning("%s: left out %s", path, describe_others(listing.others))
+    elif path.is_file() and path.suffix.lower() == ".tar":
+        found = _in_tar(path)
+    else:
         raise UsageError(f"{path} is a file but not a .tar: give a folder of images or an uncompressed .tar of them")
-    # Opening the tar anew for each image keeps the file's position out of the hands of forked workers.
-    options: dict[str, Any] = {"cache_tarfiles": False} if path.is_file() else {}
-    try:
-        root = str(path if path.is_file() else _split_folder(path, split))
-        reader = create_dataset("", root=root, search_split=False, class_map=_class_map(class_map), **options).reader
-    except tarfile.TarError as error:
-        raise LTMPError(f"{path} is not a readable, uncompressed .tar: {error}") from error
-    # timm's word for "no image found": a RuntimeError for a folder, a failing unpacking for a tar.
-    except (RuntimeError, ValueError) as error:
-        kept = " of the classes in the class map" if class_map else ""
+    if not found:
         raise LTMPError(
-            f"{path} holds no images{kept}: expected a folder or .tar with one folder of images a class, "
-            "or a flat one of unlabelled images"
-        ) from error
-    return reader
+            f"{path} holds no images: expected a folder or .tar with one folder of images a class, or a flat one of "
+            f"unlabelled images (endings: {', '.join(sorted(EXTENSIONS))})"
+        )
+    found.sort(key=lambda one: natural_key(f"/{one[0]}"))
+    classes = class_folders([name for name, _ in found])
+    numbers = _class_map(class_map)
+    if numbers is None:
+        numbers = {name: number for number, name in enumerate(sorted(set(classes), key=natural_key))}
+    unknown = sorted(set(classes) - numbers.keys(), key=natural_key)
+    if len(unknown) == len(set(classes)):
+        raise LTMPError(
+            f"{path} holds no images of the classes in the class map: its folders are {_some(unknown)}; give the names "
+            "of these"
+        )
+    if unknown:
+        log.warning("%s: left out the folders %s, which are not in the class map", path, _some(unknown))
+    kept = [(image, content, numbers[of]) for (image, content), of in zip(found, classes, strict=True) if of in numbers]
+    names, contents, labels = zip(*kept, strict=True)
+    return Listed(path, names, contents, labels, numbers)
+
+
+def _in_tar(path: Path) -> list[tuple[str, Content | Broken]]:
+    """The images of a tar; one that is truncated or damaged is refused, as half of the data is another data set."""
+    found: list[tuple[str, Content | Broken]] = []
+    try:
+        for member in tar_images(str(path)):
+            if not member.name and isinstance(member.content, Broken):
+                raise LTMPError(f"{path}: {member.content.reason}; copy or make it again")
+            found.append((member.name.removeprefix("./").lstrip("/"), member.content))
+    except (tarfile.TarError, OSError) as error:
+        raise LTMPError(f"{path} is not a readable, uncompressed .tar: {error}") from error
+    return found
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -185,7 +250,7 @@ def _split_folder(path: Path, split: str) -> Path:
 
     A class may be called "train", too: a split has folders in it, or nothing but splits beside it.
     """
-    folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
+    folders = {folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
     named = folders & {*TRAIN, *EVALUATION, split}
     only = folders <= {*named, "test"}
     splits = {name for name in named if only or any(inner.is_dir() for inner in (path / name).iterdir())}
@@ -231,16 +296,19 @@ def _open_timm(
     return Images(getattr(dataset, "reader", dataset), transform=transform, mode=mode, labelled=labelled)
 
 
-def _class_map(class_map: ClassMap | None) -> Any:
-    """The class map in the form timm takes."""
-    if class_map is None:
-        return None
-    if isinstance(class_map, Mapping):
-        return dict(class_map)
-    path = Path(class_map)
-    if not path.is_file() or path.suffix != ".txt":
-        raise UsageError(f"class map {path}: expected a .txt file with one class name a line, in the model's order")
-    return str(path)
+def _class_map(class_map: ClassMap | None) -> dict[str, int] | None:
+    """Class name to number.
+
+    Raises:
+        UsageError: it is no text file with one name a line, or one without names.
+    """
+    if class_map is None or isinstance(class_map, Mapping):
+        return None if class_map is None else dict(class_map)
+    if Path(class_map).suffix != ".txt":
+        raise UsageError(
+            f"class map {class_map}: expected a .txt file with one class name a line, in the model's order"
+        )
+    return {name: number for number, name in enumerate(read_names(class_map))}
 
 
 def _class_to_index(source: Any) -> dict[str, int] | None:

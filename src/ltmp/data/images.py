@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from io import BytesIO
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import LTMPError, UsageError
 
@@ -17,18 +20,54 @@ LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
 # Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
 MAX_ASPECT = 50
+# Encoded images beyond this are not read: nothing that a ViT sees needs as much, and sparse files cost nothing to make.
+MAX_BYTES = 2**30
+# Each scan of a JPEG is a pass over all of its pixels, however few bytes it has; encoders write about ten.
+MAX_SCANS = 100
 # Pillow reads these by starting other programs.
 _UNSAFE = {"EPS", "WMF"}
 # What counts as an image among other files, by its name; whether it is one shows when it is decoded.
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
-)
+    (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+        ".pbm", ".pnm", ".avif", ".jp2", ".tga",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands where an image should be that could not be read."""
+
+    name: str
+    reason: str
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image; hidden files are not."""
-    _, _, file = name.rpartition("/")
-    return not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS
+    """Whether a file of this name is taken for an image; what is hidden, or lies in a hidden folder, is not."""
+    *folders, file = name.split("/")
+    if any(part.startswith(".") and part not in (".", "..") for part in (*folders, file)):
+        return False
+    return os.path.splitext(file)[1].lower() in EXTENSIONS
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The whole file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file (a pipe would be waited for, a device read for ever), or over 1 GB.
+    """
+    # without O_NONBLOCK opening a pipe waits until somebody writes to it
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a regular file, but a pipe, a device or a socket")
+        if about.st_size > MAX_BYTES:
+            raise ValueError(
+                f"{about.st_size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image"
+            )
+        return file.read()
 
 
 def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
@@ -36,14 +75,16 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
 
     Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not
     clipped; JPEGs over 50 megapixels are decoded at reduced size. Raises what Pillow raises for bytes that are
-    no image, and ValueError for floating-point pixels, whose range no file states, and for stripes.
+    no image, and ValueError for floating-point pixels, whose range no file states, for stripes, and for JPEGs of
+    hundreds of scans, which take minutes.
     """
     image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
+    _check_scans(image)
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels: convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -62,8 +103,7 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
         LTMPError: it cannot be read as an image; the message says why.
     """
     try:
-        with Path(path).open("rb") as file:
-            return decode(file, mode)
+        return decode(BytesIO(read_bytes(path)), mode)
     except FileNotFoundError as error:
         raise UsageError(f"no image {path}: check the path") from error
     # what Pillow raises for broken files depends on the format
@@ -73,6 +113,8 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
 
 def reason(error: Exception) -> str:
     """Why an image could not be read, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     if isinstance(error, Image.DecompressionBombError):
         return f"over the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -84,6 +126,60 @@ def reason(error: Exception) -> str:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.OPEN if name not in _UNSAFE)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientations, and how to undo them."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says; unlike Pillow's function this never writes EXIF, which may fail."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+    # damaged EXIF is no reason to lose the pixels
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_START_OF_SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
+
+
+def _check_scans(image: Image.Image) -> None:
+    """Refuse a JPEG whose decoding would take minutes; raises ValueError."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or file is None:
+        return
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    # counted properly only where there may be too many: thumbnails and videos behind the image hold such bytes, too
+    if data.count(b"\xff\xda") > MAX_SCANS and _count_scans(data) > MAX_SCANS:
+        raise ValueError(f"over {MAX_SCANS} scans, which no camera or program writes")
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end, or to one more than are allowed; segments of other kinds are passed over."""
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, at)):
+        marker, at = data[found.start() + 1], found.end()
+        if marker == _END:
+            break
+        scans += marker == _START_OF_SCAN
+        if marker not in _ALONE:
+            at += int.from_bytes(data[at : at + 2], "big")
+    return scans
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

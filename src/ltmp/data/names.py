@@ -13,20 +13,23 @@ from .dataset import read_names
 _WORDNET = re.compile(r"n\d{8}")
 
 
-def class_names(model: nn.Module, dataset: Any = None, file: str | Path | None = None) -> list[str]:
+def class_names(
+    model: nn.Module, dataset: Any = None, file: str | Path | None = None, *, pretrained: bool = True
+) -> list[str]:
     """Class names in the order of the model's outputs; empty where nobody knows them.
 
     Args:
-        model: one of transformers with `id2label`, or of timm with an ImageNet head, brings its own.
+        model: one of transformers brings its `id2label`, one of timm the names of ImageNet's classes or of its own.
         dataset: its folder names go before the model's; those of ImageNet are put into words.
         file: a text file with one name a line, which goes before everything.
+        pretrained: whether a model of timm has timm's weights: the names belong to these, not to the architecture.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or holds no names.
     """
     if file is not None:
         return read_names(file)
-    return _folders(dataset) or _own(model)
+    return _folders(dataset) or _labels(model) or (_timms(model) if pretrained else [])
 
 
 def _folders(dataset: Any) -> list[str]:
@@ -38,12 +41,21 @@ def _folders(dataset: Any) -> list[str]:
     return _in_words(names) if any(map(_WORDNET.fullmatch, names)) else names
 
 
-def _own(model: nn.Module) -> list[str]:
+def _labels(model: nn.Module) -> list[str]:
+    """Names in the config of a model of transformers; those that the library makes up do not count."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
-    if labels and not all(str(name).startswith("LABEL_") for name in labels.values()):
-        return [str(labels[index]) for index in sorted(labels)]
-    if not getattr(model, "pretrained_cfg", None):
+    if not labels or all(str(name).startswith("LABEL_") for name in labels.values()):
         return []
+    return [str(labels[index]) for index in sorted(labels)]
+
+
+def _timms(model: Any) -> list[str]:
+    """Names that timm knows of its own weights; none for a head of another size."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if not config or config.get("num_classes") != getattr(model, "num_classes", None):
+        return []
+    if isinstance(config.get("label_names"), list | tuple):
+        return [str(name) for name in config["label_names"]]
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(model)
@@ -63,16 +75,3 @@ def _in_words(names: list[str]) -> list[str]:
             return name
 
     return [words(name) for name in names]
-
-
-def known_names(model: nn.Module, pretrained: bool) -> tuple[str, ...] | None:
-    """The class names that came with the weights."""
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    if not pretrained or config.get("num_classes") != getattr(model, "num_classes", None):
-        return None
-    if isinstance(config.get("label_names"), list | tuple):
-        return tuple(map(str, config["label_names"]))
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset(model)
-    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else None

@@ -82,6 +82,11 @@ def input_channels(model: nn.Module) -> int:
     return int(getattr(projection, "in_channels", None) or getattr(config, "num_channels", None) or 3)
 
 
+def image_mode(model: nn.Module) -> str:
+    """Pillow's name of what the model takes: "RGB", or "L" for a greyscale model."""
+    return "L" if input_channels(model) == 1 else "RGB"
+
+
 def _config(model: Any) -> dict[str, Any]:
     """How images are prepared for a model, in timm's words."""
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}

@@ -59,7 +59,7 @@ class Blockwise:
 
     def _start(self, x: Tensor, positions: Positions | None) -> None:
         self.active = self.stack.active(x)
-        if self.active[-1][1] and self.stack.thresholds.empties(-1):
+        if self.active[-1][1] and self.stack.thresholds.prunes_all(-1):
             # learned for a head that reads none of the last block's patches; here they are read
             self.active = (*self.active[:-1], (self.active[-1][0], False))
         trains = self.stack.thresholds.training and any(map(any, self.active))

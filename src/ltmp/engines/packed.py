@@ -50,13 +50,13 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
     weight = thresholds.weight(i, tokens.size)
-    y, received = attend_to(q, k, v, weight, tokens.keep, counts, thresholds.config.by_received and "prune" in steps)
+    y, received = attend_to(q, k, v, weight, tokens.keep, counts, thresholds.config.scores.needs_received(steps))
     x = x + half.out(y.flatten(-2))
     if steps:
         state = state.attended(x)
         attended = None
-        if thresholds.config.asks_class:
-            # of the queries only the class token's is read
+        if thresholds.config.needs_class_attention:
+            # only the class token's query is read
             first = q[_first_rows(counts, x.device)][:, None]
             attended = attended_for(thresholds, i, first, pad(k, counts), tokens)
         received = None if received is None else pad(received, counts)

@@ -15,7 +15,7 @@ from ..method import reduction, scores
 from ..method.policy import Policy
 from ..method.tokens import Tokens
 from ..ops.match import reference, triton
-from ..ops.plan.triton import Plan
+from ..ops.plan.triton import RowPlan
 from .rows import Padding, _where, tokens_of
 
 if TYPE_CHECKING:
@@ -23,29 +23,31 @@ if TYPE_CHECKING:
 
 
 def slots(plan: reduction.Plan) -> Tensor:
-    """int64 [B, N], a plan of one merge step as the kernels write it: `ops.plan.triton.Plan.slot`."""
+    """int64 [B, N], a plan of one merge step as the kernels write it: `ops.plan.triton.RowPlan.slot`."""
     place = torch.arange(plan.order.shape[1], device=plan.order.device).expand_as(plan.order)
     stays = torch.zeros_like(place).scatter(1, plan.order, torch.where(plan.tokens.live, place, -1))
     return torch.where(plan.merged, -2 - plan.into, stays)
 
 
 def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
-    """float32 [T, D], or [T, H D] where all heads count, of length one: what is compared of keys [T, H, D]."""
-    kind = policy.config.similarity
-    return triton.similarity_metric(k, cu).flatten(1) if kind == "mean" else reference.similarity_metric(k, kind)
+    """float32 [T, D], or [T, H D] where all heads count: unit vectors whose dot product is the similarity."""
+    if policy.config.scores.averages_keys:
+        return triton.similarity_metric(k, cu).flatten(1)
+    # the metric of a probe comes as the keys of one head
+    return reference.similarity_metric(k, "heads")
 
 
 def plan_rows(
     policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor,
-    received: Tensor | None, protected: int, stats: Tensor, room: int | None, reluctance: Tensor | None = None,
-) -> tuple[Plan, reduction.Plan]:  # fmt: skip
+    received: Tensor | None, protected: int, stats: Tensor, room: int | None, penalty: Tensor | None = None,
+) -> tuple[RowPlan, reduction.Plan]:  # fmt: skip
     """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
 
     Args:
-        q, k: [T, H, D]; read only where tokens are dropped by the class token's attention.
-        keys: [T, H, D], what similarity is measured on.
-        received: float32 [H, T], or [1, T] with the class token's say in it, or None. The others are as in the kernel.
-        reluctance: float32 [T], from `ops.match.triton.class_rows` or `ops.probe.triton.matter_rows`, or None.
+        q, k: [T, H, D]; read only to prune by class-token attention.
+        keys: [T, H, D], keys of the similarity.
+        received: float32 [H, T], or [1, T] of `ops.weigh.triton`, or None. The others are as in the kernel.
+        penalty: float32 [T], merge penalty of `ops.weigh.triton`, or None.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
@@ -54,9 +56,9 @@ def plan_rows(
         metric = padding.pad(metric_rows(policy, keys, rows.cu))
     if steps != ("merge",):
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
-    if reluctance is not None:
-        reluctance = padding.pad(reluctance, 1.0)
-    given = scores.Scores(metric, importance, reluctance)
+    if penalty is not None:
+        penalty = padding.pad(penalty, 1.0)
+    given = scores.BlockScores(metric, importance, penalty)
     plan = reduction.make_plan(tokens, given, policy, block, steps, protected)
     counts = plan.tokens.counts().int()
     stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
@@ -67,7 +69,7 @@ def plan_rows(
     if "fuse" in steps:
         slot = torch.where(plan.merged, -1, slot)
     image, place = _where(rows)
-    return Plan(slot[image, place].int(), size[image, place], cu), plan
+    return RowPlan(slot[image, place].int(), size[image, place], cu), plan
 
 
 def fuse_rows(x: Tensor, rows: Rows, plan: reduction.Plan) -> Tensor:
@@ -87,7 +89,7 @@ def _importance(
     if received is not None:
         return padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
     attended = None
-    if policy.config.asks_class:
-        # of the queries only the class token's is read
+    if policy.config.needs_class_attention:
+        # only the class token's query is read
         attended = scores.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
-    return scores.importance_for(policy, block, None, attended, tokens)
+    return scores.importance(policy, block, scores.Signals(tokens, attended=attended))

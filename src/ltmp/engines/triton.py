@@ -19,11 +19,11 @@ from ..method import reduction
 from ..method.thresholds import Thresholds
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
-from ..ops.match.triton import candidates
+from ..ops.match.triton import candidates, similarity_metric
 from ..ops.norm.triton import Norm, add_norm
-from ..ops.plan.triton import Plan, plan
+from ..ops.plan.triton import RowPlan, plan
 from ..ops.probe.triton import probe_rows
-from ..ops.weigh.triton import class_rows, matter_rows
+from ..ops.weigh.triton import class_attention_rows, saliency_rows
 from .capacity import Capacity
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
@@ -176,8 +176,7 @@ class Pass:
         self.stack, self.x, self.active, self.capacity, self.positions = stack, x, active, capacity, positions
         self.branches = branches(stack)
         self.policy = stack.thresholds
-        self.received = self.policy.config.by_received
-        self.plans: list[Plan | None] = [None] * len(active)
+        self.plans: list[RowPlan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
 
     @torch.no_grad()
@@ -199,7 +198,7 @@ class Pass:
         if self.positions is not None:
             q, k = self.positions.rotate(i, self.stack.blocks[i], q, k, rows.origin)
         weight = self.policy.weight(i, rows.size)
-        y, received = _attend(q, k, v, rows, weight, "prune" in steps and self.received)
+        y, received = _attend(q, k, v, rows, weight, self.policy.config.scores.needs_received(steps))
         y = block.out(y)
         if steps:
             rows = self._reduce(i, steps, rows, y, q, k, received)
@@ -225,20 +224,20 @@ class Pass:
         block = self.branches[i]
         scale = block.scales[0]
         config = self.policy.config
-        keys, reluctance, received = self._score(i, steps, rows, y, q, k, received)
+        keys, penalty, received = self._score(i, steps, rows, y, q, k, received)
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
             dropped, _ = self._plan(i, ("prune",), rows, q, k, keys, received, spare)
             metric, *_ = _fold(rows, metric_rows(self.policy, keys, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
-            if reluctance is not None:
-                reluctance = _fold(rows, reluctance[:, None], None, None, None, dropped)[0][:, 0]
+            if penalty is not None:
+                penalty = _fold(rows, penalty[:, None], None, None, None, dropped)[0][:, 0]
             rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
-            heads = (1, -1) if config.similarity == "mean" else keys.shape[1:]
+            heads = (1, -1) if config.scores.averages_keys else keys.shape[1:]
             keys, y, scale, steps = metric.unflatten(1, heads), None, None, ("merge",)
         limit = None if self.capacity is None else self.capacity.rows[i]
-        planned, defined = self._plan(i, steps, rows, q, k, keys, received, self.stats[i], limit, reluctance)
+        planned, defined = self._plan(i, steps, rows, q, k, keys, received, self.stats[i], limit, penalty)
         self.plans[i] = planned
         if steps == ("fuse",):
             assert defined is not None
@@ -249,7 +248,7 @@ class Pass:
             room, longest, _ = self.stats[i].tolist()
         else:
             room, longest = self.capacity.rows[i], self.capacity.longest[i]
-        bipartite = config.matching == "bipartite"
+        bipartite = not config.scores.mutual
         x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room, bipartite)
         return Rows(x, normed, size, origin, planned.cu, longest, False)
 
@@ -257,55 +256,56 @@ class Pass:
         self, i: int, steps: tuple[str, ...], rows: Rows, y: Tensor | None, q: Tensor, k: Tensor,
         received: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """What decides beside attention received: the class token's say, and a probe's.
+        """Scores beyond the paper's, from class-token attention and from a probe.
 
         Returns:
-            What similarity is measured on [T, H, D], how little tokens want to merge [T] or None, and `received` or
-            what stands in for it.
+            Keys of the similarity [T, H, D], merge penalty [T] or None, and the importance to prune by, laid out like
+            `received`.
         """
-        policy, config, reluctance = self.policy, self.policy.config, None
+        policy, config, penalty = self.policy, self.policy.config, None
         weight, power = policy.weight(i, rows.size), policy.class_power(i)
-        blends = received if config.goes_by == "received" else None
+        blends = received if config.scores.blends_class_attention else None
         if power and ("merge" in steps or blends is not None):
-            reluctance, blended = class_rows(q, k, weight, rows.size, blends, rows.cu, rows.longest, power)
+            penalty, blended = class_attention_rows(q, k, weight, rows.size, blends, rows.cu, rows.longest, power)
             received = received if blended is None else blended
-        if not config.asks_probe:
-            return k, reluctance, received
+        if not config.needs_probe:
+            return k, penalty, received
         assert isinstance(policy, Thresholds)
         scale, protected = self.branches[i].scales[0], self.stack.protected
-        metric, logarithm = probe_rows(rows.x, y, scale, policy.probe_of(i), rows.cu)
-        blends = received if config.goes_by == "probe" else None
-        own, blended = matter_rows(
-            logarithm, weight, rows.size, blends, rows.origin, rows.cu, rows.longest, protected
+        metric, log_saliency = probe_rows(rows.x, y, scale, policy.probe_of(i), rows.cu)
+        blends = received if config.scores.probes_importance else None
+        own, blended = saliency_rows(
+            log_saliency, weight, rows.size, blends, rows.origin, rows.cu, rows.longest, protected
         )  # fmt: skip
         received = received if blended is None else blended
-        if config.similarity == "probe":
-            k, reluctance = metric[:, None], own if reluctance is None else own * reluctance
-        return k, reluctance, received
+        if config.scores.probes_similarity:
+            k, penalty = metric[:, None], own if penalty is None else own * penalty
+        return k, penalty, received
 
     def _plan(
         self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor, received: Tensor | None,
-        stats: Tensor, room: int | None = None, reluctance: Tensor | None = None,
-    ) -> tuple[Plan, reduction.Plan | None]:  # fmt: skip
+        stats: Tensor, room: int | None = None, penalty: Tensor | None = None,
+    ) -> tuple[RowPlan, reduction.Plan | None]:  # fmt: skip
         """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
         policy, protected, config = self.policy, self.stack.protected, self.policy.config
-        unknown = "prune" in steps and not self.received
-        if not isinstance(policy, Thresholds) or policy.bounded or unknown:
-            return plan_rows(policy, i, steps, rows, q, k, keys, received, protected, stats, room, reluctance)
+        if not isinstance(policy, Thresholds) or policy.bounded:
+            return plan_rows(policy, i, steps, rows, q, k, keys, received, protected, stats, room, penalty)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
-        found, scores = None, (config.similarity, config.matching)
-        if merge is not None and (scores != ("mean", "bipartite") or reluctance is not None):
-            found = candidates(keys, rows.origin, rows.cu, rows.longest, protected, *scores, reluctance)
+        found = None
+        if merge is not None and (not config.scores.paper_matching or penalty is not None):
+            if config.scores.averages_keys:
+                keys = similarity_metric(keys, rows.cu)
+            mutual = config.scores.mutual
+            found = candidates(keys, rows.origin, rows.cu, rows.longest, protected, mutual, penalty)
         done = plan(
-            keys, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room,
-            found, config.matching == "mutual",
-        )  # fmt: skip
+            keys, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room, found
+        )
         return done, None
 
 
 def _fold(
-    rows: Rows, x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm | None, planned: Plan,
+    rows: Rows, x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm | None, planned: RowPlan,
     room: int | None = None, bipartite: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     room = x.shape[0] if room is None else room

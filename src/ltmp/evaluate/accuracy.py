@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import Record, dense, record
-from ..deploy import deployed
+from ..deploy import deployed, policy_of
 from ..distributed import exchange, merge, my_batches, rank
 from ..errors import LTMPError
 from ..hosts.attach import is_attached, stack_of
@@ -146,7 +146,7 @@ def evaluate(
     if not is_attached(model):
         raise LTMPError("nothing to evaluate: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
     seen = (lambda _, rows: on_images(rows)) if on_images else None
-    mine = {"reduced": stack_of(model).thresholds}
+    mine = {"reduced": policy_of(model)}
     return evaluate_policies(model, loader, mine, on_images=seen, **how)["reduced"]
 
 

@@ -112,8 +112,8 @@ def fixed_entry(model: nn.Module, wanted: Wanted, images: Tensor, target: float 
         UsageError: not for this model, or not down to `target`.
     """
     stack = stack_of(model)
-    if VARIANTS[wanted.variant].importance == "class" and not stack.recipe.class_first(stack.host):
-        raise UsageError(f"method {wanted.variant} goes by the class token's attention, and this model has none")
+    if LTMPConfig(wanted.variant).needs_class_attention and not stack.recipe.class_first(stack.host):
+        raise UsageError(f"method {wanted.variant} needs a class token's attention, and this model has no class token")
     if wanted.r is not None:
         return Entry(f"{wanted.variant}:{wanted.r}", wanted.variant, None, _rates(model, wanted.variant, wanted.r))
     assert target is not None

@@ -153,7 +153,7 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
     attended = attended_for(policy, i, q, k, tokens)
     scores = score(policy, i, ("merge",), tokens, stack.protected, x, k, None, attended)
     assert scores.metric is not None
-    _, best, _ = candidates(scores.metric, tokens.live, policy.config.matching, scores.reluctance)
+    _, best, _ = candidates(scores.metric, tokens.live, policy.config.scores.mutual, scores.merge_penalty)
     found = best[:, 1:][best[:, 1:].isfinite()]
     policy.merge[i] = found.quantile(1 - MERGED) if len(found) else 0.999
     policy.prune[i] = torch.finfo(torch.float32).tiny

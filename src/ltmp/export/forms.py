@@ -18,9 +18,9 @@ from torch import Tensor
 from ..engines.positions import Positions
 from ..engines.request import Active
 from ..engines.state import Reduced
-from ..method.scores import Scores, score
+from ..method.scores import BlockScores, score
 from ..method.tokens import Tokens
-from ..ops.match.reference import match_halves, match_mutual, weighed
+from ..ops.match.reference import match_halves, match_mutual, penalise
 
 if TYPE_CHECKING:
     from ..hosts.stack import ReducedStack
@@ -119,12 +119,12 @@ class _Scored:
     origin: Tensor
     keep: Tensor
     importance: Tensor | None
-    reluctance: Tensor | None
+    merge_penalty: Tensor | None
     metric: Tensor | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Scored:
         """Every tensor changed alike."""
-        maybe = (self.importance, self.reluctance, self.metric)
+        maybe = (self.importance, self.merge_penalty, self.metric)
         some = (None if values is None else change(values) for values in maybe)
         return _Scored(*(change(values) for values in (self.x, self.size, self.origin, self.keep)), *some)
 
@@ -133,7 +133,7 @@ class _Scored:
         return self.each(lambda values: values.index_select(1, index))
 
     def then(self, other: _Scored) -> _Scored:
-        """These places and those of `other` behind them, without what merging goes by."""
+        """These places, then those of `other`; without merge penalty and metric."""
         importance = None
         if self.importance is not None and other.importance is not None:
             importance = torch.cat([self.importance, other.importance], 1)
@@ -198,18 +198,18 @@ class Form:
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
                 scores = _scores(stack, i, steps, state, k, p)
-                state = self._reduce(stack.protected, i, steps, state, scores, stack.thresholds.config.matching)
+                state = self._reduce(stack.protected, i, steps, state, scores, stack.thresholds.config.scores.mutual)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
 
     def _reduce(
-        self, protected: int, i: int, steps: tuple[str, ...], state: _State, scores: Scores, matching: str
+        self, protected: int, i: int, steps: tuple[str, ...], state: _State, scores: BlockScores, mutual: bool
     ) -> _State:
         """The steps of block `i` (paper, section 3.2), as `reduction.make_plan` and `fold` have them."""
         layout = state.layout
         scored = _Scored(
             layout.pad(state.x), state.size, state.origin, _there(state),
-            scores.importance, scores.reluctance, scores.metric,
+            scores.importance, scores.merge_penalty, scores.metric,
         )  # fmt: skip
         for step in steps:
             if step == "prune":
@@ -220,7 +220,7 @@ class Form:
                 source, layout = self.compact(scored.keep, layout.length)
                 scored = scored.each(partial(_moved, source=source, layout=layout))
                 scored = scored if layout.live is None else replace(scored, keep=layout.live)
-            scored = (_merge if matching == "bipartite" else _merge_pairs)(scored, self.merge[i], protected)
+            scored = (_merge_pairs if mutual else _merge)(scored, self.merge[i], protected)
         source, layout = self.compact(scored.keep, layout.length)
         size, origin = (_moved(values, source, layout) for values in (scored.size, scored.origin))
         return _State(_rows(scored.x, source), size, origin, layout, state.weighed or "merge" in steps)
@@ -279,12 +279,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (p @ v).transpose(1, 2).flatten(2), p
 
 
-def _scores(stack: ReducedStack, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor) -> Scores:
-    """What a block decides by, from keys [T, H, D] and the attention map [B, H, N, N]."""
+def _scores(
+    stack: ReducedStack, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor
+) -> BlockScores:
+    """Scores of a block's tokens from keys [T, H, D] and the attention map [B, H, N, N]."""
     policy, layout = stack.thresholds, state.layout
     tokens = Tokens(state.size, _there(state).float(), state.origin)
     received = _received_mean(p, layout.live) if "prune" in steps else None
-    attended = p[:, :, 0].mean(1) if policy.config.asks_class else None
+    attended = p[:, :, 0].mean(1) if policy.config.needs_class_attention else None
     return score(policy, block, steps, tokens, stack.protected, state.x, k, received, attended, layout.pad)
 
 
@@ -321,8 +323,8 @@ def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
     assert odd.metric is not None
     free_even, free_odd = (side.keep & (side.origin >= protected) for side in (even, odd))
     best, partner = match_halves(even.metric, odd.metric, free_even, free_odd)
-    if even.reluctance is not None and odd.reluctance is not None:
-        best = weighed(best, even.reluctance, odd.reluctance.gather(1, partner))
+    if even.merge_penalty is not None and odd.merge_penalty is not None:
+        best = penalise(best, even.merge_penalty, odd.merge_penalty.gather(1, partner))
     moved = best > threshold
     odd = _received(odd, even, (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :])
     even = replace(even, keep=even.keep & ~moved)
@@ -333,8 +335,8 @@ def _merge_pairs(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Fold the later of each mutual pair above the threshold into the earlier one; see `reduction`."""
     assert scored.metric is not None
     best, partner = match_mutual(scored.metric, scored.keep & (scored.origin >= protected))
-    if scored.reluctance is not None:
-        best = weighed(best, scored.reluctance, scored.reluctance.gather(1, partner))
+    if scored.merge_penalty is not None:
+        best = penalise(best, scored.merge_penalty, scored.merge_penalty.gather(1, partner))
     moved = best > threshold
     place = torch.arange(scored.keep.shape[1], device=scored.keep.device)
     after = _received(scored, scored, (partner[:, None, :] == place[:, None]) & moved[:, None, :])

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from ..errors import LTMPError, MissingExtraError, UsageError
-from .program import INPUT, OUTPUTS, first_line
+from ..errors import LTMPError, MissingExtraError, UsageError, first_line
+from .program import INPUT, OUTPUTS
 
 OPSET = 20
 """The first with a GELU of its own; LayerNormalization came with 17."""

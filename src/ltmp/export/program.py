@@ -13,9 +13,9 @@ from torch.export import Dim, ExportedProgram
 
 from ..calls import dense as run_dense
 from ..calls import record
-from ..deploy import evaluating
+from ..deploy import evaluating, policy_of
 from ..engines.request import Request, requested
-from ..errors import LTMPError, UsageError
+from ..errors import LTMPError, UsageError, first_line
 from ..hosts.attach import is_attached, stack_of
 from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
@@ -112,7 +112,7 @@ def learned_thresholds(model: nn.Module) -> Thresholds:
     Raises:
         LTMPError: it runs at fixed rates, or with a floor or a ceiling, which the exported forms do not know.
     """
-    policy = stack_of(model).thresholds
+    policy = policy_of(model)
     if not isinstance(policy, Thresholds):
         raise LTMPError(
             f"the method {policy.config.variant!r} runs at fixed rates; only learned thresholds are exported"
@@ -168,7 +168,3 @@ def write_package(program: ExportedProgram, path: Path, metadata: dict[str, str]
 def has_compiler() -> bool:
     """Whether there is a C++ compiler that inductor can find."""
     return any(shutil.which(name) for name in ("g++", "clang++"))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..errors import LTMPError, MissingExtraError
-from .program import first_line
+from ..errors import LTMPError, MissingExtraError, first_line
 
 
 def quantize(source: Path, target: Path) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from ..calls import dense as run_dense
 from ..calls import is_dense, record, recording
-from ..errors import LTMPError, MissingExtraError
-from ..evaluate import deployed
-from ..hosts.attach import stack_of
+from ..deploy import deployed, policy_of
+from ..errors import LTMPError, MissingExtraError, first_line
 from ..hosts.outputs import logits_of
 from ..method.flops import Geometry
-from .program import INPUT, first_line
+from .program import INPUT
 
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images [B, C, H, W] to logits [B, K] and tokens after each block [B, L]."""
@@ -162,7 +161,7 @@ class ExportedModel(nn.Module):
         """Raises LTMPError where a session is of another model."""
         super().__init__()
         # `evaluate` knows an attached model by its thresholds, and finds its stack inside
-        self.ltmp, self.model = stack_of(model).thresholds, model
+        self.ltmp, self.model = policy_of(model), model
         self.reduced, self.dense_model = reduced, dense
         self.geometry = self._geometry(model)
 
@@ -170,7 +169,7 @@ class ExportedModel(nn.Module):
         """What an image costs, after checking that the sessions are of this model."""
         blank = torch.zeros(1, *self.reduced.shape)
         with deployed(model, blank.device), record() as calls, run_dense():
-            wanted = (tuple(logits_of(model(blank)).shape), stack_of(model).thresholds.depth)
+            wanted = (tuple(logits_of(model(blank)).shape), policy_of(model).depth)
         for session in (self.reduced, self.dense_model):
             logits, counts = session(blank)
             found = (tuple(logits.shape), counts.shape[1])

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import dense as run_dense
-from ..calls import record
+from ..deploy import deployed, run
 from ..errors import LTMPError
-from ..evaluate import deployed
-from ..hosts.outputs import logits_of
 from .program import image_shape
 from .runtimes import Session
 
@@ -88,9 +86,10 @@ def expect(model: nn.Module, images: Tensor, *, dense: bool = False) -> Expected
 
 
 def _run(model: nn.Module, images: Tensor, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
-    with deployed(model, images.device), record() as calls, run_dense() if dense else nullcontext():
-        logits = logits_of(model(images))
-    return logits, torch.cat(calls.kept).long(), calls.share()
+    with deployed(model, images.device), run_dense() if dense else nullcontext():
+        found = run(model, images)
+    assert found.kept is not None
+    return found.logits, found.kept.long(), found.share
 
 
 def verify(session: Session, expected: Expected) -> Verification:

@@ -85,8 +85,11 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         )
     host, recipe = find_host(model)
     problems = _find_problems(host, recipe)
-    if config.asks_class and not recipe.class_first(host):
-        problems.append(f"{config.asks_class} goes by the class token's attention, and this model has none")
+    if config.needs_class_attention and not recipe.class_first(host):
+        problems.append(
+            f"variant {config.variant} with scores {config.scores} needs a class token's attention, and this model has "
+            "no class token"
+        )
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
     if is_attached(model):

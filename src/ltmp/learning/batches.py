@@ -1,9 +1,10 @@
-"""What learning looks at: some images to keep apart, then endless batches."""
+"""Batches to learn from: the first images, which are kept apart, then endless ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,53 @@ from ..distributed import rank, world
 from ..errors import LTMPError
 from .heldout import Progress
 
-Batch = tuple[Tensor, Tensor]
+Batch = Sequence[Any] | Mapping[str, Any] | Tensor
+"""What loaders give: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""
+
+_IMAGES = ("pixel_values", "images", "image")
+_LABELS = ("labels", "label")
+
+
+def pair(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Images [B, 3, H, W] and labels of a batch, None where it has no tensor of labels.
+
+    Args:
+        batch: (images, labels), of which more is ignored; images alone; or a mapping, as transformers and datasets have
+            them, with images under `pixel_values`, `images` or `image` and labels under `labels` or `label`.
+
+    Raises:
+        LTMPError: there are no images in it, or not as floating-point numbers.
+    """
+    images: Any = batch
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        images, labels = (next((batch[n] for n in names if n in batch), None) for names in (_IMAGES, _LABELS))
+    elif not isinstance(batch, Tensor) and isinstance(batch, Sequence):
+        images, labels = (*batch, None, None)[:2]
+    if not isinstance(images, Tensor):
+        held = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise LTMPError(
+            f"a batch of the loader is {held} without a tensor of images: expected (images, labels), images "
+            f"[B, 3, H, W] alone, or a dict with {_IMAGES[0]} and {_LABELS[0]}"
+        )
+    if images.ndim < 4 or not images.is_floating_point():
+        raise LTMPError(
+            f"the images of a batch are {images.dtype} {list(images.shape)}: expected floating-point numbers "
+            "[B, 3, H, W], resized and normalised for the model"
+        )
+    return images, labels if isinstance(labels, Tensor) else None
+
+
+def batch_size(loader: Iterable[Batch]) -> int:
+    """Images in a batch of the loader."""
+    return getattr(loader, "batch_size", None) or len(pair(next(iter(loader)))[0])
 
 
 def first(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Tensor, Tensor | None]:
     """The first `count` images of the loader and their labels, or all where there are fewer.
 
     Returns:
-        [N, 3, H, W], and int64 [N], or None where the loader gives something else.
+        [N, 3, H, W], and [N, ...], or None where the loader has no labels.
 
     Raises:
         LTMPError: there are none, or fewer than ranks, or one holds NaN or infinity.
@@ -29,11 +69,11 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
     known: list[Tensor] = []
     have = 0
     expected = min(count, getattr(loader, "images", 0) or count)
-    for images, labels in loader:
+    for images, labels in map(pair, loader):
         if not images.isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
         found.append(images)
-        if isinstance(labels, Tensor):
+        if labels is not None:
             known.append(labels)
         have += len(images)
         if progress is not None:
@@ -52,7 +92,7 @@ def count(loader: Iterable[Batch]) -> int:
     if isinstance(loader, Loader):
         return loader.images
     dataset = getattr(loader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else sum(len(images) for images, _ in loader)
+    return len(dataset) if isinstance(dataset, Sized) else sum(len(images) for images, _ in map(pair, loader))
 
 
 def apart(loader: Iterable[Batch], kept: int) -> int:
@@ -63,11 +103,11 @@ def apart(loader: Iterable[Batch], kept: int) -> int:
     return kept if count(loader) >= 2 * kept else 0
 
 
-def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[Batch]:
+def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """This rank's endless batches, from those after the first `done` of all ranks."""
     if isinstance(loader, Loader):
-        return loader.stream(done * batch, 1 << 62, rank(), world())
-    return islice(_again(loader), done + rank(), None, world())
+        return map(pair, loader.stream(done * batch, 1 << 62, rank(), world()))
+    return map(pair, islice(_again(loader), done + rank(), None, world()))
 
 
 def _again(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ from ..hosts.attach import stack_of, thresholds_of
 from ..method.flops import Geometry
 from ..method.thresholds import Thresholds
 from .probe import learn_probe
+from .randomness import preserved_random_state
 from .schedule import Schedule, Shape, usual
 
 
@@ -43,7 +44,7 @@ class Calibrating(Thresholds):
         count = scores.numel()
         if step == "merge":
             # only some of the tokens may merge, so that of these more than the wanted part must
-            count = 2 * count if self.config.matching == "bipartite" else self.there
+            count = self.there if self.config.scores.mutual else 2 * count
         wanted = min(round(count * (1 - math.exp(-rate))), scores.numel() - 1)
         if wanted > 0:
             # halfway between the last that goes and the first that stays
@@ -59,6 +60,7 @@ def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
     return calls.geometry[0]
 
 
+@preserved_random_state()
 def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
     """Set an attached model's thresholds so that `images` cost about `target`, block after block in one pass.
 
@@ -69,9 +71,9 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
         target: FLOPs share.
     """
     thresholds = thresholds_of(model)
-    if thresholds.config.asks_probe and thresholds.probe is None:
+    if thresholds.config.needs_probe and thresholds.probe is None:
         learn_probe(model, images)
-    follow(model, images, usual(target, thresholds.config.matching), target, geometry_of(model, images))
+    follow(model, images, usual(target, thresholds.config.scores.matching), target, geometry_of(model, images))
 
 
 @torch.inference_mode()

@@ -18,14 +18,14 @@ from ..calls import record
 from ..distributed import exchange, rank
 from ..errors import UsageError
 from ..hosts.attach import stack_of, thresholds_of
-from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
-from .batches import first
+from .batches import first, pair
 from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress
-from .objective import task_loss, teacher
+from .objective import Distribution, answers_in, distribution_of, task_loss, teacher
 from .probe import PROBED, learn_probe
+from .randomness import preserved_random_state
 from .resume import load_run, save_run
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
@@ -51,14 +51,17 @@ class DialResult:
         shapes: at each share that was searched.
         views: images looked at.
         seconds: wall time of this process.
+        distribution: how answers are compared: as "categorical" ones, or as "bernoulli" ones of independent outputs.
     """
 
     divergence: list[float]
     shapes: dict[float, Shape]
     views: int
     seconds: float
+    distribution: Distribution = "categorical"
 
 
+@preserved_random_state()
 def learn_dial(
     model: nn.Module,
     loader: Any,
@@ -84,7 +87,7 @@ def learn_dial(
 
     Args:
         model: attached, with learned thresholds; left in eval mode on `device`.
-        loader: batches of images [B, 3, H, W] and anything; the first `calibration` images are used.
+        loader: batches as `ltmp.learn` takes them, labels or not; the first `calibration` images are used.
         low, high: ends of the dial, shares of the dense model's multiply-adds.
         knots: rows of the dial.
         views: images to search on, in passes over `SEARCHED` at a time; 0 takes the usual shapes. The table adds
@@ -118,7 +121,7 @@ def learn_dial(
     generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
     anchors = anchors_of(low, high)
     settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
-                "variant": thresholds.config.variant, **thresholds.config.scores}  # fmt: skip
+                "variant": thresholds.config.variant, **asdict(thresholds.config.scores)}  # fmt: skip
     saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
     state = exchange(saved)[0] or {"shapes": {}, "views": 0}
     shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
@@ -126,7 +129,7 @@ def learn_dial(
     # a streaming source does not say how many it has
     more = min(checked, getattr(loader, "images", 0) or checked)
     more = more if more > len(images) else 0
-    probed = min(PROBED, len(images)) if thresholds.config.asks_probe else 0
+    probed = min(PROBED, len(images)) if thresholds.config.needs_probe else 0
     maker.expected = probed + views + (knots + 2 * ANCHORS + 1) * len(images) + ANCHORS * more
     for i, share in enumerate(anchors):
         if generations and share not in shapes:
@@ -140,7 +143,7 @@ def learn_dial(
         dial = maker.corrected(dial, anchors, loader, more)
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
-    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start)
+    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.distribution)
 
 
 def anchors_of(low: float, high: float) -> list[float]:
@@ -170,12 +173,13 @@ class _Maker:
     def __init__(self, model: nn.Module, images: Tensor, amp: torch.dtype | None, progress: Progress | None) -> None:
         self.model, self.images, self.amp, self.progress = model, images, amp, progress
         self.geometry = geometry_of(model, images)
-        self.usual = partial(usual, matching=thresholds_of(model).config.matching)
+        self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
         self.views = self.expected = 0
         # again where there is one: a run is of its own images alone, resumed or not
-        if thresholds_of(model).config.asks_probe:
+        if thresholds_of(model).config.needs_probe:
             self.views = learn_probe(model, images, amp=amp, progress=progress)
         self.answers = torch.cat([teacher(model, part) for part in images.split(SEARCHED)])
+        self.distribution = distribution_of(model, self.answers)
         self._looked(len(images), "reading the dense model's answers")
 
     def _looked(self, images: int, text: str) -> None:
@@ -188,9 +192,10 @@ class _Maker:
         """Calibrate on some of the images."""
         own = thresholds_of(self.model)
         with record() as calls:
-            answers = logits_of(follow(self.model, self.images[part], shape, share, self.geometry))
+            answers = answers_in(follow(self.model, self.images[part], shape, share, self.geometry))
         self._looked(len(answers), text)
-        divergence = task_loss(answers, None, self.answers[part]).clamp_min(0).sqrt().mean()
+        loss = task_loss(answers, None, self.answers[part], distribution=self.distribution)
+        divergence = loss.clamp_min(0).sqrt().mean()
         values = (own.merge.detach().clone(), own.prune.detach().clone())
         return _Row(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
 
@@ -244,7 +249,7 @@ class _Maker:
         knots = dial.share.tolist()
         at = sorted({min(knots, key=lambda knot: abs(knot - budget)) for budget in budgets})
         cost, seen = torch.zeros(len(at), dtype=torch.float64), 0
-        for batch, _ in loader:
+        for batch, _ in map(pair, loader):
             batch = batch[: images - seen].to(self.images.device)
             for i, budget in enumerate(at):
                 thresholds.set_budget(budget)

@@ -1,4 +1,4 @@
-"""The images kept apart from optimisation: thresholds are moved onto the budget there, and judged."""
+"""Images kept apart from optimisation, on which thresholds are moved onto the budget and judged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..distributed import mean
 from ..hosts.attach import thresholds_of
-from ..hosts.outputs import logits_of
-from .objective import task_loss, teacher
+from .objective import Distribution, answers_in, task_loss, teacher
 
 Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and what it is."""
@@ -41,14 +40,15 @@ class Candidate:
 
 
 class HeldOut:
-    """An attached model and images that it is not optimised on, of several ranks each its own.
+    """An attached model and images that it is not optimised on; every rank has its own images.
 
     Args:
         images: [N, 3, H, W] on the model's device; batch: how many to run at once.
-        taught_by: whose answers with nothing removed are the right ones; None is the model itself.
-        labels: int64 [N], and `part`: how much of what candidates are judged by is from them; the rest is the
-            divergence from the dense model's answers.
-        progress: told of each batch while a candidate is made.
+        taught_by: the model whose answers with nothing removed are the right ones; None is `model` itself.
+        labels: [N, ...] or None, and `part`: the weight of their cross-entropy in the loss; the rest is the divergence
+            from the dense model's answers.
+        progress: called for each batch while a candidate is made.
+        distribution: of the model's answers.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class HeldOut:
         taught_by: nn.Module | None = None,
         labels: Tensor | None = None,
         part: float = 0.0,
+        distribution: Distribution = "categorical",
     ) -> None:
         self.model = model
         self.taught_by = taught_by or model
@@ -67,6 +68,7 @@ class HeldOut:
         self.parts = images.split(batch)
         self.labels = [None] * len(self.parts) if labels is None else labels.split(batch)
         self.part = part
+        self.distribution = distribution
         self.progress = progress
         self._done = 0
 
@@ -95,7 +97,8 @@ class HeldOut:
         """Mean loss of the deployed model's answers."""
         losses = []
         for part, labels, answer in zip(self.parts, self.labels, self._answers, strict=True):
-            losses.append(task_loss(logits_of(self.model(part)), labels, answer, self.part).double())
+            logits = answers_in(self.model(part))
+            losses.append(task_loss(logits, labels, answer, self.part, self.distribution).double())
             self._tick(part)
         return float(mean(torch.cat(losses)))
 

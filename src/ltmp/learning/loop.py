@@ -17,14 +17,15 @@ from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..hosts.attach import stack_of, thresholds_of
 from ..method.thresholds import Thresholds
-from .batches import Batch, apart, first, stream
+from .batches import Batch, apart, batch_size, first, stream
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
 from .heldout import HeldOut, Progress
 from .log import Journal, Logger
-from .objective import Objective
+from .objective import Distribution, Objective, distribution_of, teacher
 from .optimiser import Run, Step
 from .probe import learn_probe
+from .randomness import preserved_random_state
 from .resume import load_run, save_run
 from .weights import Tuning, cut, tuned
 
@@ -42,6 +43,8 @@ class LearnResult:
         seconds: wall time of this process.
         history: one entry an optimisation step.
         tuned: whether the model has weights that were tuned along.
+        distribution: how answers are read in the loss: as "categorical" ones, or as "bernoulli" ones of independent
+            outputs (binary and multi-label heads).
     """
 
     target: float
@@ -50,6 +53,7 @@ class LearnResult:
     seconds: float
     history: list[Step] = field(default_factory=list)
     tuned: bool = False
+    distribution: Distribution = "categorical"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class _Settings:
     tuning: dict[str, Any] | None
 
 
+@preserved_random_state()
 def learn(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -105,8 +110,10 @@ def learn(
 
     Args:
         model: attached; left in eval mode on `device`.
-        loader: shuffled batches of images [B, 3, H, W] and labels [B]; a `ltmp.data.Loader`, or any iterable that can
-            be iterated again and again. A run resumes exactly where the loader gives the same batches again.
+        loader: shuffled batches: (images [B, 3, H, W], labels, ...), images alone (with `distill`), or a dict with
+            `pixel_values` and `labels`; a `ltmp.data.Loader`, or any iterable that can be iterated again and again. A
+            run resumes exactly where the loader gives the same batches again. Labels are class numbers [B]; [B, K] of
+            0 and 1 for multi-label heads, whose outputs, like a single logit, are then compared one by one.
         target: share of the dense model's multiply-adds, in (0, 1).
         views: images to optimise on, 0 for the calibrated start alone; calibration and the final adjustment add at most
             `23 * calibration`, and a probe, where the scores ask for one, at most 512.
@@ -144,11 +151,12 @@ def learn(
     check_target(target, geometry_of(model, images), stack_of(model).protected)
 
     # again where there is one: a run is of its own images alone, resumed or not
-    probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.asks_probe else 0
-    batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
+    probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.needs_probe else 0
+    batch = batch_size(loader)
+    distribution = distribution_of(model, teacher(model, images[:1]), labels)
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
-                         thresholds.config.variant, thresholds.config.scores, thresholds.depth,
+                         thresholds.config.variant, asdict(thresholds.config.scores), thresholds.depth,
                          asdict(tuning) if tuning else None)  # fmt: skip
     run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
     # the teacher: weights that train are no longer those of the model as it was
@@ -160,7 +168,7 @@ def learn(
     judged = part if tuning is not None else 0.0
     mine = slice(rank(), None, world())
     known = None if labels is None else labels[mine].to(place)
-    held_out = HeldOut(model, images[mine].contiguous(), batch, progress, original, known, judged)
+    held_out = HeldOut(model, images[mine].contiguous(), batch, progress, original, known, judged, distribution)
 
     def save() -> None:
         if checkpoint is not None and rank() == 0:
@@ -190,7 +198,7 @@ def learn(
             run.begin(held_out.candidate(target))
             journal.deployed(0, run.start)
     torch.manual_seed(seed + run.step)
-    objective = Objective(model, target, budget_weight, part, original, cast)
+    objective = Objective(model, target, budget_weight, part, original, cast, distribution)
     skipped = 0 if tuning is None else -(-apart(loader, len(images)) // batch)
     batches = stream(loader, skipped + run.step * accumulate * world(), batch)
     with _only(model, thresholds), tuned(model, original, tuning, run.steps) as weights:
@@ -229,7 +237,8 @@ def learn(
     looked = len(images) * (1 + looks) + probed
     seen = len(run.history) * views_a_step + looked
     stayed = tuning is not None and best is not run.start
-    return LearnResult(target, best.share, seen, time.perf_counter() - start, run.history, stayed)
+    seconds = time.perf_counter() - start
+    return LearnResult(target, best.share, seen, seconds, run.history, stayed, distribution)
 
 
 @contextmanager
@@ -248,11 +257,13 @@ def _only(model: nn.Module, thresholds: Thresholds) -> Iterator[None]:
 
 @contextmanager
 def _learning(thresholds: Thresholds) -> Iterator[None]:
-    """Masked form inside; the host stays in eval mode, without dropout."""
-    thresholds.train()
+    """Masked form inside, with gradients to the thresholds; the host stays in eval mode, without dropout."""
+    trained = {parameter: parameter.requires_grad for parameter in thresholds.parameters()}
+    thresholds.train().requires_grad_(True)
     try:
         yield
     finally:
         thresholds.eval()
-        for parameter in thresholds.parameters():
+        for parameter, before in trained.items():
             parameter.grad = None
+            parameter.requires_grad_(before)

@@ -1,10 +1,10 @@
-"""A probe of each block: from the dense model's gradients, what of a token matters to the answer, and how much.
+"""Learn a linear probe per block from the dense model's gradients: which differences between tokens change its answer.
 
-Merging two tokens moves both by a part of their difference, and to first order the answer moves by the gradient's
-product with that. So tokens are far apart where they differ along directions that gradients have (the square root of
-their second moment, as in a natural gradient: Amari, Neural Computation 1998), and a token matters by how large its
-gradient is. That is known only after a backward pass; but of most it can be foretold by a linear map of the token's
-own features, which costs a deployed block 66 columns of a matrix product (docs/accuracy.md).
+Merging moves two tokens by a part of their difference, and to first order the answer changes by the product of the
+gradient with that. So the probe maps tokens to a metric in which distance is taken along the directions of gradients
+(the square root of their second moment, as in a natural gradient: Amari, Neural Computation 1998), and predicts how
+large a token's gradient is, its saliency. A deployed model has no gradients, but a linear map of a token's features
+predicts most of that, for 66 columns of a matrix product per block (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from ..config import LTMPConfig
 from ..distributed import exchange
 from ..errors import LTMPError
 from ..hosts.attach import stack_of, thresholds_of
-from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
 from .heldout import Progress
+from .objective import Distribution, answers_in, distribution_of
+from .randomness import preserved_random_state
 
 PROBED = 512
 """Images that a probe is learned from."""
@@ -33,7 +34,7 @@ _TINY = 1e-6
 
 
 class _Watching(Thresholds):
-    """Removes nothing, and keeps what a backward pass is to look at: each block's features, and whether tokens stay."""
+    """Removes nothing, and records the tensors to differentiate by: each block's features and its keep mask."""
 
     def __init__(self, depth: int) -> None:
         super().__init__(depth, LTMPConfig("ltp"))
@@ -41,7 +42,7 @@ class _Watching(Thresholds):
         self.stays: dict[int, Tensor] = {}
         self.train()
 
-    # a host that checkpoints its gradients runs blocks twice, and must find the same again
+    # setdefault: under gradient checkpointing blocks run twice, and must find the same tensors
 
     def probed(self, block: int, x: Tensor) -> None:
         self.features.setdefault(block, x)
@@ -50,6 +51,7 @@ class _Watching(Thresholds):
         return self.stays.setdefault(block, torch.ones_like(score).requires_grad_())
 
 
+@preserved_random_state()
 def learn_probe(
     model: nn.Module,
     images: Tensor,
@@ -57,10 +59,11 @@ def learn_probe(
     amp: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Learn what an attached model's tokens are read through, and set it: `model.ltmp.probe`.
+    """Learn the probe that an attached model scores tokens with, and set it: `model.ltmp.probe`.
 
-    Needs no labels: what is asked is what would change the dense model's own answer. One forward and backward pass over
-    the images; nothing of the model trains.
+    Needs no labels: gradients are those of the dense model's own answer. One forward and backward pass over the images;
+    no weight of the model changes. A dial of the model is removed, because it belongs to the probe that it had before
+    (see `Thresholds.set_probe`).
 
     Args:
         images: [B, 3, H, W] on the model's device; the first `PROBED` are used.
@@ -68,10 +71,10 @@ def learn_probe(
         progress: called with (done, of how many, what).
 
     Returns:
-        How many images were looked at.
+        Number of images used.
 
     Raises:
-        LTMPError: the model is no classifier, its answers or gradients are not finite, or no patch has any.
+        LTMPError: the model is no classifier, its answers or gradients are not finite, or no gradient reaches a patch.
     """
     thresholds, stack = thresholds_of(model), stack_of(model)
     moments: list[_Moments] = []
@@ -83,8 +86,8 @@ def learn_probe(
             with stack.using(watching):
                 with cast:
                     # gradients of the images, so that they reach the first block of a frozen model
-                    logits = logits_of(model(part.clone().requires_grad_()))
-                sure = _sureness(logits.float())
+                    logits = answers_in(model(part.clone().requires_grad_()))
+                sure = _sureness(logits.float(), distribution_of(model, logits))
                 if not sure.isfinite().all():
                     raise LTMPError("an answer is not finite: look for NaN or infinity in the images and the weights")
                 looks = _gradients(sure.sum(), watching)
@@ -92,35 +95,38 @@ def learn_probe(
             for own, (x, grad, staying) in zip(moments, looks, strict=True):
                 own.add(x[:, stack.protected :], grad[:, stack.protected :], staying[:, stack.protected :])
             if progress is not None:
-                progress(min(count, own.images), count, "reading what matters")
+                progress(min(count, own.images), count, "learning the probe")
     if not moments[0].tokens:
         raise LTMPError("the model's answers do not depend on any patch: no gradient reaches the first block")
     found: list[Tensor] = []
     for own in moments:
-        # behind the last attention of a head that reads the class token nothing else matters
+        # after the last attention, no patch of a class-token head has a gradient: such a block takes the one before
         found.append(own.probe() if own.tokens else found[-1])
     probe = torch.stack(found)
     if not probe.isfinite().all():
         raise LTMPError("a gradient is not finite: look for infinity in the model's weights, or learn without amp")
-    # ranks on unlike hardware may round unlike; and a file holds it in half precision
+    # rank 0's, because other hardware may round differently; in half precision, as files hold it
     thresholds.set_probe(exchange(probe.half().float().cpu())[0])
     return count
 
 
-def _sureness(logits: Tensor) -> Tensor:
-    """[B], the log-odds of each image's answer against all others: its gradient is large for sure images, too."""
-    if logits.shape[1] == 1:
-        return logits[:, 0]
+def _sureness(logits: Tensor, distribution: Distribution = "categorical") -> Tensor:
+    """[B], log-odds of each image's own answer against all others: unlike probabilities, they do not saturate.
+
+    Independent outputs each have an answer of their own, yes or no, whose log-odds are summed.
+    """
+    if distribution == "bernoulli":
+        return logits.abs().sum(1)
     answer = logits.argmax(1, keepdim=True)
     others = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, answer, True), float("-inf"))
     return logits.gather(1, answer)[:, 0] - others.logsumexp(1)
 
 
 def _gradients(of: Tensor, watching: _Watching) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each block its features [B, N, C], their gradient, and [B, N]: what it does that a token stays.
+    """For each block its features [B, N, C], their gradient [B, N, C], and the effect of keeping each token [B, N].
 
-    A token that stays is read by all later blocks. What they make of it may cancel, so that their parts, which are the
-    differences between blocks, are added up by size.
+    A token that is kept is read by all later blocks. Their contributions, the differences of the mask's gradient
+    between successive blocks, may cancel, so that their absolute values are summed.
     """
     features = list(watching.features.values())
     asked = [*features, *watching.stays.values()]
@@ -134,14 +140,14 @@ def _gradients(of: Tensor, watching: _Watching) -> list[tuple[Tensor, Tensor, Te
 
 
 class _Moments:
-    """Sums over the tokens of a block that its probe is solved from.
+    """Sums over the tokens of a block that its probe is computed from.
 
     Attributes:
-        images, tokens: how many.
-        inside: second moments within images, of normed features, then of two logarithms: of the gradient's length and
-            of what it does that a token stays.
-        whole: second moments of the features alone; mean: their sum.
-        pull: second moments of the gradients, each image's of one mean length.
+        images, tokens: their numbers.
+        inside: second moments, centred within each image, of the normed features and of two log saliencies: the length
+            of the gradient, and the effect of keeping the token.
+        whole: second moments of the normed features; mean: their sum.
+        pull: second moments of the gradients, scaled to the same mean length in each image.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -153,7 +159,7 @@ class _Moments:
         self.pull, self.mean = zeros(width, width), zeros(width)
 
     def add(self, x: Tensor, grad: Tensor, staying: Tensor) -> None:
-        """Features and their gradients [B, N, C], and [B, N]; in float32, also where the caller casts."""
+        """Add features and their gradients [B, N, C], and effects of keeping [B, N]; float32 even under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             self._add(x.float(), grad, staying)
 
@@ -178,7 +184,7 @@ class _Moments:
 
     @staticmethod
     def _log(values: Tensor) -> Tensor:
-        """Of values that are not negative, against their mean."""
+        """Logarithm of non-negative values relative to their mean."""
         return (values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(_TINY).log()
 
     def probe(self) -> Tensor:
@@ -186,14 +192,14 @@ class _Moments:
         width = len(self.mean)
         moment = self.inside[:width, :width]
         ridge = _RIDGE * moment.diagonal().mean().clamp_min(_TINY) * torch.eye(width, device=moment.device)
-        matters = torch.linalg.solve(moment + ridge, self.inside[:width, width:])
+        saliency = torch.linalg.solve(moment + ridge, self.inside[:width, width:])
         values, directions = torch.linalg.eigh(self.pull)
         kept = min(width, WIDTH - 1)
-        apart = directions[:, -kept:] * values[-kept:].clamp_min(0).sqrt()
-        square = (apart * (self.whole @ apart)).sum() / self.tokens
-        apart = F.pad(apart / (LIFT * square).clamp_min(_TINY**2).sqrt(), (0, WIDTH - kept))
-        added = torch.zeros(WIDTH + 2, dtype=torch.float64, device=moment.device)
-        added[WIDTH - 1] = 1.0
-        # a mean of nothing: what a token matters is against others
-        added[WIDTH:] = -(self.mean / self.tokens) @ matters
-        return torch.cat([torch.cat([apart, matters], 1), added[None]]).float()
+        metric = directions[:, -kept:] * values[-kept:].clamp_min(0).sqrt()
+        square = (metric * (self.whole @ metric)).sum() / self.tokens
+        metric = F.pad(metric / (LIFT * square).clamp_min(_TINY**2).sqrt(), (0, WIDTH - kept))
+        bias = torch.zeros(WIDTH + 2, dtype=torch.float64, device=moment.device)
+        bias[WIDTH - 1] = 1.0
+        # saliency is relative to other tokens: log saliencies have mean 0
+        bias[WIDTH:] = -(self.mean / self.tokens) @ saliency
+        return torch.cat([torch.cat([metric, saliency], 1), bias[None]]).float()

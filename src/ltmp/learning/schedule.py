@@ -1,4 +1,4 @@
-"""How fast tokens go, block by block: what thresholds are calibrated to follow."""
+"""Removal rates block by block, which thresholds are calibrated to follow."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from ..method.flops import Geometry, flops_share
 
 MOST = 0.8 * math.log(2)
-"""The fastest rate at which tokens may merge: half of them could, each into its partner."""
+"""Highest merge rate. At most half of the tokens, rate log 2, can merge, each into its partner."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rates at which the steps of each block remove tokens: of n that enter a step, n exp(-rate) stay.
+    """Rates at which the steps of each block remove tokens: of n that enter a step, n exp(-rate) are left.
 
     Attributes:
-        merge, prune: float64 [L]; 0 turns a step off, and a block that prunes at rate infinity keeps what it must.
+        merge, prune: float64 [L]; rate 0 turns a step off, and pruning at rate infinity keeps only protected tokens.
     """
 
     merge: Tensor
@@ -32,15 +32,15 @@ class Schedule:
         return left.clamp(min=float(max(1, protected)))
 
     def share(self, geometry: Geometry, protected: int) -> float:
-        """FLOPs share of an image that follows it."""
+        """FLOPs share of an image that is reduced at these rates."""
         return float(flops_share(self.kept(geometry, protected), geometry))
 
     def times(self, factor: float) -> Schedule:
-        """All rates by a common factor."""
+        """All rates multiplied by `factor`; merge rates are capped at `MOST`."""
         return Schedule((self.merge * factor).clamp(max=MOST), self.prune * factor)
 
     def to_cost(self, target: float, geometry: Geometry, protected: int) -> Schedule:
-        """The same schedule sped up or slowed down until it costs `target`."""
+        """The schedule scaled by the factor at which it costs `target`, by bisection."""
         low, high = 0.0, 1.0
         while self.times(high).share(geometry, protected) > target and high < 1e6:
             low, high = high, 2 * high
@@ -53,15 +53,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a schedule is spread over a network, whatever its depth and budget: parabolas of the rates' logarithms.
+    """How removal is spread over the blocks, for any depth and budget: log rates are parabolas of the block's place.
 
-    Five numbers, because single blocks' rates hardly matter near a good shape, and noise in what a few hundred images
-    tell would be learned as if they did.
+    Only five numbers: near a good shape the rates of single blocks make little difference, and a search on a few
+    hundred images would fit noise.
 
     Attributes:
-        merge_slope, prune_slope: from the middle of the network to its end.
-        merge_bend, prune_bend: at both ends against the middle.
-        prune_level: of pruning against merging.
+        merge_slope, prune_slope: change of the log rate from the middle of the network to its end.
+        merge_bend, prune_bend: log rate at both ends relative to the middle.
+        prune_level: log rate of pruning relative to merging.
     """
 
     merge_slope: float
@@ -71,12 +71,12 @@ class Shape:
     prune_bend: float
 
     def schedule(self, depth: int, steps: tuple[str, ...], last_free: bool = False) -> Schedule:
-        """A schedule of this shape; `Schedule.to_cost` gives it a size.
+        """A schedule of this shape, to be scaled by `Schedule.to_cost`.
 
         Args:
-            steps: of "merge" and "prune", those that there are.
-            last_free: nothing reads the tokens after the last attention, so that the last block keeps only the
-                protected.
+            depth: number of blocks, L.
+            steps: of "merge" and "prune", the steps that the variant has.
+            last_free: whether the head reads the prefix tokens only, so that the last block prunes all others.
         """
         z = torch.linspace(-1, 1, depth, dtype=torch.float64) if depth > 1 else torch.zeros(1, dtype=torch.float64)
         bow, off = z * z - 0.4, torch.zeros_like(z)
@@ -87,16 +87,16 @@ class Shape:
         return Schedule(merge, prune)
 
     def plus(self, other: Shape, times: float = 1.0) -> Shape:
-        """Number by number."""
+        """The sum with `times` the numbers of `other`."""
         return Shape(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def towards(self, other: Shape, part: float) -> Shape:
-        """The shape `part` of the way to another one."""
+        """Linear interpolation to another shape; `part` 1 is that one."""
         return self.plus(other.plus(self, -1), part)
 
 
 def between(shapes: dict[float, Shape], share: float) -> Shape:
-    """The shape for a share, in proportion between its neighbours, or the nearest beyond the ends."""
+    """The shape for a share, interpolated between its neighbours; constant beyond the ends."""
     below = max((s for s in shapes if s <= share), default=min(shapes))
     above = min((s for s in shapes if s >= share), default=max(shapes))
     part = (share - below) / (above - below) if above > below else 0.0
@@ -116,18 +116,18 @@ USUAL: dict[str, dict[float, Shape]] = {
         0.79: Shape(1.35, -1.2, -4.0, 3.6, 0.1),
     },
 }
-"""What served best wherever we searched (docs/accuracy.md), by matching and share: with a large budget merging works
-past the middle of the network and pruning grows towards its end, the less of it the larger; a small one is better
-spread evenly. Mutual pairs lose less by merging, so that less is left to pruning."""
+"""Shapes that did best in searches (docs/accuracy.md), by matching and FLOPs share. At large budgets merging peaks past
+the middle of the network and the little pruning there is grows towards its end; at small ones removal is spread evenly.
+Mutual pairs lose less by merging, so that less is pruned."""
 
 
 def usual(share: float, matching: str = "bipartite") -> Shape:
-    """The shape to start from."""
+    """The shape to start from, of those in `USUAL`; `matching` as in `config.Scores`."""
     return between(USUAL[matching], share)
 
 
 def searched(usual: Callable[[float], Shape], found: dict[float, Shape], share: float) -> Shape:
-    """The usual shape, moved as searches at the shares of `found` moved it: what is usual changes beyond them, too."""
+    """The usual shape at `share`, changed as the searches at the shares of `found` changed it there."""
     if not found:
         return usual(share)
     moves = {at: shape.plus(usual(at), -1) for at, shape in found.items()}

@@ -1,4 +1,4 @@
-"""Search of a schedule's shape by evolution: a few numbers, judged by noisy measurements that have no gradient."""
+"""Evolution strategy for the shape of a schedule: a few numbers, judged by noisy measurements without gradients."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch import Tensor
 from .schedule import Shape
 
 SPREAD = (0.4, 0.4, 0.6, 0.7, 0.4)
-"""Standard deviation of the first generation, of each number of a shape."""
+"""Standard deviations of the first generation, for each number of a shape."""
 
 POPULATION = 8
 PARENTS = 4
 
 _STAY = 0.3
-"""How far the mean stays where it was: one generation is judged on few images."""
+"""Weight of the previous mean in the new one: a generation is judged on few images."""
 
 
 def evolve(judge: Callable[[Shape], float], start: Shape, generations: int, generator: torch.Generator) -> Shape:
     """Improve `start` by a small evolution strategy with covariance adaptation (after Hansen, arXiv 1604.00772).
 
     Args:
-        judge: the lower the better; asked `POPULATION` times a generation.
-        generator: what is random; on the CPU.
+        judge: called `POPULATION` times a generation; lower is better.
+        start: mean of the first generation.
+        generator: of the random steps; on the CPU.
 
     Returns:
-        The mean after the last generation, which is less of a lucky draw than the best shape seen.
+        The mean after the last generation: less noisy than the best shape seen.
     """
     mean = torch.tensor(astuple(start), dtype=torch.float64)
     spread = torch.diag(torch.tensor(SPREAD, dtype=torch.float64).square())
@@ -44,7 +45,7 @@ def evolve(judge: Callable[[Shape], float], start: Shape, generations: int, gene
 
 
 def _draw(mean: Tensor, spread: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """A generation: pairs mirrored at the mean, so that it is balanced."""
+    """A generation in pairs mirrored at the mean (antithetic sampling)."""
     root = torch.linalg.cholesky(spread)
     for _ in range(POPULATION // 2):
         step = root @ torch.randn(len(mean), dtype=torch.float64, generator=generator)

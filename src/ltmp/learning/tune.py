@@ -10,9 +10,11 @@ from torch import nn
 from ..errors import UsageError
 from .batches import Batch, apart, count
 from .loop import LearnResult, learn
+from .randomness import preserved_random_state
 from .weights import Tuning
 
 
+@preserved_random_state()
 def tune(
     model: nn.Module,
     loader: Iterable[Batch],

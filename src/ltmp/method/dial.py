@@ -1,4 +1,4 @@
-"""A budget dial: thresholds for a whole range of budgets, as a table, and the values between its rows."""
+"""A budget dial: a table of thresholds for a range of budgets, and interpolation between its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UsageError
 
 PREFIX = "dial."
-"""Before the names of its tensors in files and state dicts."""
+"""Prefix of its tensors in files and state dicts."""
 
 _ALMOST_ONE = 1 - 1e-6
 _ALMOST_ZERO = torch.finfo(torch.float32).tiny
@@ -22,20 +22,21 @@ _ALMOST_ZERO = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, eq=False)
 class Dial:
-    """Thresholds at K budgets; between two neighbours they are mixed in proportion.
+    """Thresholds at K budgets, linearly interpolated between neighbours.
 
-    A step that is on at one budget is on at all of them, and one that is off is off at all: a merge step that is on
-    reorders the tokens even where it selects none, so that switching it would be a jump between two functions, and a
-    recorded CUDA graph is for one set of steps. `keep_on` makes values so. The numbers that a dial gives therefore mean
-    the same wherever they come from.
+    Each block's steps are the same at all budgets: a merge step reorders the tokens even if it selects none, so that
+    turning it on or off would make the output jump, and a recorded CUDA graph is for one set of steps. `keep_on` makes
+    a table so.
 
     Args:
-        share: [K] FLOPs shares in (0, 1), rising; K is 2 or more. All tensors end in float32 on the CPU.
+        share: [K] FLOPs shares in (0, 1), ascending; K is 2 or more.
         merge, prune: [K, L].
         kept: [K, L], mean tokens after each block.
 
+    All tensors are copied to float32 on the CPU.
+
     Raises:
-        ValueError: shapes that do not fit, shares that do not rise, numbers that are not finite, or a step that is on
+        ValueError: shapes that do not fit, shares that do not ascend, numbers that are not finite, or a step that is on
             at some budgets only.
     """
 
@@ -49,7 +50,7 @@ class Dial:
             values = torch.as_tensor(getattr(self, field.name)).detach().to("cpu", torch.float32, copy=True)
             object.__setattr__(self, field.name, values.contiguous())
         self._check()
-        # float64: rounded once, at the end, so that a knot's own values come back to the bit
+        # float64, rounded once at the end: a knot's own values come back to the bit
         rows = torch.cat([self.merge, self.prune, self.kept], 1).double().numpy()
         object.__setattr__(self, "_knots", self.share.double().tolist())
         object.__setattr__(self, "_rows", rows)
@@ -78,7 +79,7 @@ class Dial:
             if len(mixed):
                 raise ValueError(
                     f"a dial's {name} step of block {int(mixed[0])} is on at some budgets and off at others: give "
-                    "ltmp.dial.keep_on(merge, prune), which keeps it on"
+                    "ltmp.method.dial.keep_on(merge, prune), which keeps it on"
                 )
 
     @property
@@ -88,16 +89,16 @@ class Dial:
 
     @property
     def lowest(self) -> float:
-        """The smallest share that can be asked for."""
+        """The smallest share of its range."""
         return _shortest(self.share[0])
 
     @property
     def highest(self) -> float:
-        """The largest share that can be asked for, but for 1."""
+        """The largest share of its range; 1 (all off) is possible, too."""
         return _shortest(self.share[-1])
 
     def nearest(self, share: float) -> float:
-        """`share`, or the end of the dial that is nearest to it."""
+        """`share` clamped to the range of the dial."""
         return min(max(share, self.lowest), self.highest)
 
     def at(self, share: float) -> tuple[Tensor, Tensor]:
@@ -115,15 +116,15 @@ class Dial:
         """float32 [L], mean tokens after each block at a share between the dial's ends.
 
         Raises:
-            UsageError: another share; what 1 keeps is every token, whose number a dial does not know.
+            UsageError: another share. At 1 all tokens are kept, but a dial does not know how many that is.
         """
         return self._between(share)[2 * self.depth :]
 
     def _between(self, share: float) -> Tensor:
-        """float32 [3 L], the row at `share`. Plain numbers: this runs while a server waits."""
+        """float32 [3 L], the row at `share`. Plain numbers, because servers call this between batches."""
         knots: list[float] = vars(self)["_knots"]
         rows: np.ndarray[Any, np.dtype[np.float64]] = vars(self)["_rows"]
-        # as the knots were rounded, so that 0.3 is the knot at 0.3
+        # rounded like the knots, so that 0.3 is the knot at 0.3
         at = float(np.float32(float(share)))
         if not knots[0] <= at <= knots[-1]:
             raise UsageError(
@@ -134,7 +135,7 @@ class Dial:
         return torch.from_numpy((rows[low] + part * (rows[low + 1] - rows[low])).astype(np.float32))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors under the names they have in a file."""
+        """Its tensors, named as in a file."""
         return {f"{PREFIX}{field.name}": getattr(self, field.name) for field in fields(self)}
 
     @classmethod
@@ -154,10 +155,10 @@ class Dial:
 
 
 def keep_on(merge: Tensor, prune: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds [K, L] with every step that is on at one budget on at all of them, as `Dial` wants them.
+    """Thresholds [K, L] with every step that is on at one budget turned on at all of them, as `Dial` requires.
 
-    Where it was off its threshold ends a hair inside its range and selects next to nothing, but a merge step that is on
-    puts even tokens first: measure a row's share and accuracy after this, not before.
+    A threshold that was off moves just inside its range and selects next to nothing. A merge step that is on still puts
+    even tokens first, so measure a row's share and accuracy after this.
     """
     merges, prunes = (merge < 1).any(0), (prune > 0).any(0)
     return (
@@ -167,7 +168,7 @@ def keep_on(merge: Tensor, prune: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shortest(value: Tensor) -> float:
-    """The shortest number that is `value` in float32: 0.3, not 0.30000001192092896."""
+    """The shortest decimal that rounds to `value` in float32: 0.3, not 0.30000001192092896."""
     return float(str(np.float32(value.item())))
 
 

@@ -1,4 +1,4 @@
-"""What decides which tokens go: learned thresholds or fixed rates, behind one small interface."""
+"""The interface of learned thresholds and fixed rates: which tokens a block merges and prunes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config import LTMPConfig
 
 
 class Policy(nn.Module, ABC):
-    """Decides for each block; a model's is under its name `ltmp`.
+    """Selects the tokens that each block removes; `model.ltmp` of an attached model.
 
     Args:
         depth: number of blocks, L.
@@ -19,7 +19,7 @@ class Policy(nn.Module, ABC):
     """
 
     learns = False
-    """Whether a step that selects nothing now may learn to, so that training must run it."""
+    """Whether it trains, so that training must also run steps that select nothing yet."""
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def on(self) -> Tensor:
-        """bool [L, 2] on the device, whether the merge and the prune step of each block can select anything."""
+        """bool [L, 2] on the device: whether the merge and the prune step of each block can select anything."""
 
     @abstractmethod
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        """Like `select`, without regard to floor and ceiling."""
+        """`select` without floor and ceiling."""
 
     def active(self) -> tuple[tuple[bool, bool], ...]:
-        """`on` for the host, with one read of the device."""
+        """`on` as Python values, read from the device at once."""
         return tuple((merge, prune) for merge, prune in self.on().tolist())
 
     def steps(self, active: tuple[tuple[bool, bool], ...], block: int) -> tuple[str, ...]:
@@ -43,27 +43,27 @@ class Policy(nn.Module, ABC):
         merge, prune = active[block]
         return tuple(step for step in self.config.steps if (merge if step == "merge" else prune))
 
-    def empties(self, block: int) -> bool:
-        """Whether `block` drops all that it may, as no mean of attention weights is above the threshold."""
+    def prunes_all(self, block: int) -> bool:
+        """Whether `block` prunes every unprotected token (threshold >= 1)."""
         return False
 
     def size_power(self, block: int) -> float:
-        """The power of a token's size that it counts as in `block`'s attention."""
-        first = self.config.size_power
+        """Power of a token's size in `block`'s attention, see `config.Scores.size_power`."""
+        first = self.config.scores.size_power
         return first + (1 - first) * block / max(1, self.depth - 1)
 
     def weight(self, block: int, size: Tensor) -> Tensor:
-        """How much tokens of these sizes, of any shape, count in `block`'s attention."""
-        return size if self.config.size_power == 1 else size ** self.size_power(block)
+        """Weight in `block`'s attention of tokens of these sizes; any shape."""
+        return size if self.config.scores.size_power == 1 else size ** self.size_power(block)
 
     def class_power(self, block: int) -> float:
-        """The power of the class token's attention that `block`'s merging goes by: early ones look at nothing yet."""
-        return self.config.class_power * (block + 1) / self.depth
+        """Power of class-token attention in `block`, see `config.Scores.class_power`."""
+        return self.config.scores.class_power * (block + 1) / self.depth
 
     def probed(self, block: int, x: Tensor) -> Tensor | None:
-        """What a learned probe reads of the tokens x [..., C] that `block`'s attention left; None where none is asked.
+        """float32 [..., WIDTH + 2], the probe of `block` applied to its features x [..., C] after attention.
 
-        See `ops.probe.reference.probe`.
+        None where the scores need no probe. See `ops.probe.reference.probe`.
         """
         return None
 
@@ -77,12 +77,12 @@ class Policy(nn.Module, ABC):
 
         Args:
             step: "merge", "prune" or "fuse".
-            score: float32 [B, M], cosine to the best partner, or importance.
-            free: bool [B, M], the tokens that the step may choose from; no other may merge, and pruning does not ask.
-            tokens: [B], what each image has left.
+            score: float32 [B, M], the score of each token with its best partner, or its importance.
+            free: bool [B, M], tokens that the step may remove.
+            tokens: [B], tokens that each image has left.
 
         Returns:
-            float32 [B, M], 1 selected and 0 not, with the gradient of a threshold.
+            float32 [B, M], 1 selected and 0 not; carries the threshold's gradient.
         """
         decision = self.decide(step, block, score, free)
         if not self.bounded:
@@ -99,7 +99,7 @@ class Policy(nn.Module, ABC):
 
 
 def rank(score: Tensor, free: Tensor) -> Tensor:
-    """int64 [B, M], each free token's place by falling score, the first of equals first; the others come after them."""
+    """int64 [B, M], rank of each free token by descending score, ties in order; M for tokens that are not free."""
     order = score.masked_fill(~free, float("-inf")).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(score.shape[1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place).masked_fill_(~free, score.shape[1])

@@ -1,4 +1,4 @@
-"""Fixed rates: the schedules that learned thresholds are compared with, as policies of the same engines."""
+"""Fixed rates: the baselines of learned thresholds, as policies for the same engines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from .policy import Policy, rank
 
 
 class Rates(Policy):
-    """Removes the same number of tokens from every image.
+    """Removes the same number of tokens from every image (Bolya et al., Token Merging, ICLR 2023, sections 3 and 4.1).
 
-    The rates of Bolya et al., Token Merging (ICLR 2023), sections 3 and 4.1; merging removes no more than the even
-    tokens that have a partner, so at most half.
+    Merging removes at most the even tokens that have a partner, so at most half of the tokens.
 
     Raises:
-        LTMPError: there are rates for another number of blocks.
+        LTMPError: the config has rates for another number of blocks.
     """
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
@@ -40,21 +39,25 @@ class Rates(Policy):
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         rate = self.rates[step][block]
         if isinstance(rate, float):
-            # a part of the tokens that there are: for merging, of both parities, though only the evens are asked
-            there = free.sum(1, keepdim=True) * (2 if step == "merge" else 1)
-            wanted = (there * rate).floor()
+            # a fraction of all tokens; only those at even places are candidates of merging
+            present = free.sum(1, keepdim=True) * (2 if step == "merge" else 1)
+            removed = (present * rate).floor()
         else:
-            wanted = torch.full_like(free[:, :1], rate, dtype=torch.int64)
+            removed = torch.full_like(free[:, :1], rate, dtype=torch.int64)
         if step == "merge":
-            return (free & (rank(score, free) < wanted)).to(score.dtype)
-        return (rank(-score, free) >= wanted).to(score.dtype)
+            return (free & (rank(score, free) < removed)).to(score.dtype)
+        return (rank(-score, free) >= removed).to(score.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.config.variant}, r={self.config.r}, depth={self.depth}"
 
 
 def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate, ...]:
-    """The rate of each block."""
+    """The rate of each block.
+
+    Raises:
+        LTMPError: `r` has rates for another number of blocks.
+    """
     if isinstance(r, tuple):
         if len(r) != depth:
             raise LTMPError(f"r has rates for {len(r)} blocks, but this model has {depth}: give one, or {depth}")
@@ -66,9 +69,9 @@ def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate,
 
 
 def noise(origin: Tensor, block: int, seed: int) -> Tensor:
-    """float32 like `origin`, numbers in [0, 1) that a place, a block and a seed always have: a hash, not a generator.
+    """float32 like `origin`, in [0, 1): a hash of place, block and seed.
 
-    So each engine, batch size and device draws the same, and all images lose the same places.
+    Not a generator, so that every engine, batch size and device removes the same tokens.
     """
     mask = 0xFFFFFFFF
     x = (origin.long() * 0x9E3779B1 + (block + 1) * 0x85EBCA6B + (seed + 1) * 0xC2B2AE35) & mask

@@ -1,8 +1,8 @@
-"""The method itself: which tokens merge, which are dropped, and the order of those that stay.
+"""The method itself: which tokens merge, which are pruned, and the order of those that stay.
 
-Everything here works on what is known of a token in a few numbers, [B, N]; the features follow the plan in whatever
-layout an engine keeps them. The same plan is made in training, where the gone stay behind as a masked tail, and in
-deployment, where the tail is cut: parity sees the same sequence either way (paper, section 3).
+A plan is made from a few numbers per token, [B, N]; engines apply it to the features in their own layout. Training and
+deployment make the same plan: training keeps removed tokens as a masked tail and deployment cuts the tail, so that the
+parity of the live tokens is the same in both (paper, section 3).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops.match.reference import candidates
 from .policy import Policy, rank
-from .scores import Scores
+from .scores import BlockScores
 from .tokens import Tokens, follow, take, take_all
 
 
@@ -24,9 +24,9 @@ class Plan:
 
     Attributes:
         tokens: the state after it, live tokens first.
-        order: int64 [B, N], for each new place the old place whose token moves there.
-        into: int64 [B, N], for each old place the old place it is folded into: itself unless it merged.
-        weight: float32 [B, N], by old place: a new token is the mean of its group by these.
+        order: int64 [B, N], for each new place the old place that its token comes from.
+        into: int64 [B, N], for each old place the old place it is merged into; itself unless it merged.
+        weight: float32 [B, N], by old place: the weights of the mean that a group of tokens becomes.
     """
 
     tokens: Tokens
@@ -36,37 +36,37 @@ class Plan:
 
     @property
     def merged(self) -> Tensor:
-        """bool [B, N], the old places whose token was folded into another."""
+        """bool [B, N], the old places whose token merged into another."""
         return self.into != torch.arange(self.into.shape[1], device=self.into.device)
 
     @property
     def part(self) -> Tensor:
-        """float32 [B, N], by old place: how much of its new token each old one makes up, 1 where it is alone."""
+        """float32 [B, N], by old place: the old token's weight in its new token, 1 where nothing merged."""
         total = self.weight.scatter_add(1, self.into, self.weight * self.merged)
         return self.weight / total.gather(1, self.into)
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """Tokens on their way through a plan, [B, N] each; the metric is [B, N, D]."""
+class _Draft:
+    """Tokens while their plan is made, [B, N] each; the metric is [B, N, E]."""
 
     size: Tensor
     keep: Tensor
     origin: Tensor
     importance: Tensor
-    reluctance: Tensor | None
+    merge_penalty: Tensor | None
     metric: Tensor
 
 
 def make_plan(
-    tokens: Tokens, scores: Scores, policy: Policy, block: int, steps: tuple[str, ...], protected: int
+    tokens: Tokens, scores: BlockScores, policy: Policy, block: int, steps: tuple[str, ...], protected: int
 ) -> Plan:
     """Decide what happens to every token of a block (paper, section 3.2).
 
     Args:
         tokens: state at this block, [B, N].
-        scores: what decides: to merge needs a metric, to prune importance; reluctance None is 1.
-        policy: decides; `block` says for which block.
+        scores: a metric to merge by, importance to prune by; a merge penalty of None is 1.
+        policy: selects the tokens of block number `block`.
         steps: which of "merge", "prune" and "fuse", in order.
         protected: the first `protected` tokens of the input are never merged away, never receive, are never pruned.
 
@@ -79,7 +79,7 @@ def make_plan(
     there = tokens.keep.detach()
     importance = there if scores.importance is None else scores.importance.detach()
     metric = there[..., None] if scores.metric is None else scores.metric
-    state = _Scored(tokens.size, tokens.keep, tokens.origin, importance, scores.reluctance, metric)
+    state = _Draft(tokens.size, tokens.keep, tokens.origin, importance, scores.merge_penalty, metric)
     weight, turn = tokens.size, place
     for step in steps:
         if step == "prune":
@@ -93,8 +93,8 @@ def make_plan(
                 state = take_all(state, order)
             state, receiver = _merge(state, policy, block, protected)
             into = into.scatter(1, order, order.gather(1, receiver))
-            if policy.config.matching == "bipartite":
-                # evens, then odds; but a block that cannot merge keeps its order, because deployment skips it
+            if not policy.config.scores.mutual:
+                # evens, then odds; but a block that cannot merge keeps its order, because deployment skips the step
                 evens_first = place // 2 + place % 2 * ((length + 1) // 2)
                 turn = torch.where(policy.on()[block, 0], evens_first, place)
     last = _live_first(state.keep, turn)
@@ -110,14 +110,14 @@ def _live_first(keep: Tensor, turn: Tensor) -> Tensor:
     return (turn + len(turn) * (keep <= 0)).argsort(dim=1)
 
 
-def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor]:
-    """Fold each selected token into the one most like it: even tokens into odd ones, or the later of a pair.
+def _merge(state: _Draft, policy: Policy, block: int, protected: int) -> tuple[_Draft, Tensor]:
+    """Merge each selected token into its partner: even tokens into odd ones, or the later of a pair into the earlier.
 
     Returns:
-        The state, every token still in its place, and int64 [B, N]: the place that each is folded into, or its own.
+        The state, every token still in its place, and int64 [B, N]: the place that each merges into, or its own.
     """
     free = (state.keep > 0) & (state.origin >= protected)
-    asked, best, receiver = candidates(state.metric, free, policy.config.matching, state.reluctance)
+    asked, best, receiver = candidates(state.metric, free, policy.config.scores.mutual, state.merge_penalty)
     gone = policy.select("merge", block, best, best > float("-inf"), state.keep.detach().sum(1))
     moved = gone.detach()
     size = state.size.scatter_add(1, receiver, state.size[:, asked] * moved)
@@ -130,11 +130,11 @@ def _merge(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[
     return replace(state, size=size, importance=importance, keep=state.keep * (1 - leaving)), into
 
 
-def _prune(state: _Scored, policy: Policy, block: int, protected: int, step: str = "prune") -> _Scored:
-    """Drop the tokens that are not important enough; those that stay keep their order."""
+def _prune(state: _Draft, policy: Policy, block: int, protected: int, step: str = "prune") -> _Draft:
+    """Remove the tokens that `policy` does not keep; the others stay in order (paper, section 3.3)."""
     spared = state.origin < protected
     if protected == 0:
-        # without a class token nothing else would keep an image from losing every token
+        # without a prefix token an image could lose every token: its most important one stays
         top = state.importance.masked_fill(state.keep <= 0, float("-inf")).argmax(1, keepdim=True)
         spared = spared.scatter(1, top, True)
     free = (state.keep > 0) & ~spared
@@ -142,8 +142,8 @@ def _prune(state: _Scored, policy: Policy, block: int, protected: int, step: str
     return replace(state, keep=state.keep * kept.masked_fill(spared, 1.0))
 
 
-def _fuse(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_Scored, Tensor, Tensor]:
-    """Fold what pruning would drop into the most important of it, by importance (Liang et al., ICLR 2022, equation 5).
+def _fuse(state: _Draft, policy: Policy, block: int, protected: int) -> tuple[_Draft, Tensor, Tensor]:
+    """Fuse what pruning would drop into one token, weighted by importance (Liang et al., ICLR 2022, equation 5).
 
     Returns:
         The state, and `into` and `weight` of the plan.
@@ -160,13 +160,13 @@ def _fuse(state: _Scored, policy: Policy, block: int, protected: int) -> tuple[_
 
 
 def fold(x: Tensor, plan: Plan) -> Tensor:
-    """Features after a plan: a receiver becomes the weighted mean of its group, by sizes (paper, section 3.2).
+    """Apply a plan to features: a receiver becomes the size-weighted mean of its group (paper, section 3.2).
 
     Args:
         x: [B, N, C] features before.
 
     Returns:
-        [B, N, C] in the new order; a token that merged away also stays, as itself, in the masked tail.
+        [B, N, C] in the new order; a token that merged away stays unchanged in the masked tail.
     """
     merged, part = plan.merged[..., None], plan.part[..., None].to(x.dtype)
     arriving = torch.where(merged, x * part, 0)

@@ -1,35 +1,64 @@
-"""What tokens are scored by: how alike two are, how little each wants to merge, and how important each is.
+"""Scores of a block's tokens: how alike two are, what merging each is penalised by, and how important each is.
 
-The paper's are the cosine of mean keys and the mean attention received; the others are beyond it (docs/method.md).
+The paper's are the cosine of mean keys (section 3.2) and the mean attention received (section 3.3); `config.Scores`
+lists the others (docs/method.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import Scores
 from ..ops.match.reference import similarity_metric
 from ..ops.probe.reference import LIFT, WIDTH
-from ..ops.weigh.reference import MERGES, PRUNES, class_attention, importance_by, matter, reluctance_by
+from ..ops.weigh import reference as weigh
 from .policy import Policy
 from .rates import noise
 from .tokens import Tokens
 
 
-class Scores(NamedTuple):
-    """What a block's plan goes by; None where nothing does.
+class BlockScores(NamedTuple):
+    """Scores of the tokens of a block; None where no step needs them.
 
     Attributes:
-        metric: float32 [B, N, E], vectors of length one.
-        importance, reluctance: float32 [B, N].
+        metric: float32 [B, N, E], unit vectors whose dot product is the similarity of two tokens.
+        importance: float32 [B, N]; tokens above the prune threshold are kept.
+        merge_penalty: float32 [B, N], positive: a pair's score is 1 - (1 - similarity) times both penalties.
     """
 
     metric: Tensor | None = None
     importance: Tensor | None = None
-    reluctance: Tensor | None = None
+    merge_penalty: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What importance and merge penalty are computed from; None where the scores do not need it.
+
+    Attributes:
+        tokens: state at the block, [B, N].
+        protected: number of prefix tokens, which a probe knows nothing about.
+        received: float32 [B, N], mean attention received (paper, section 3.3).
+        attended: float32 [B, N], attention from the class token, see `attended_for`.
+        probed: float32 [B, N, WIDTH + 2], see `Policy.probed`.
+    """
+
+    tokens: Tokens
+    protected: int = 0
+    received: Tensor | None = None
+    attended: Tensor | None = None
+    probed: Tensor | None = None
+
+    def saliency(self, policy: Policy, block: int, column: int) -> Tensor:
+        """float32 [B, N], each token's share of what a column of the probe predicts for its image."""
+        assert self.probed is not None
+        patch = self.tokens.live & (self.tokens.origin >= self.protected)
+        return weigh.saliency(self.probed[..., column], policy.weight(block, self.tokens.size), patch)
 
 
 def score(
@@ -43,100 +72,80 @@ def score(
     received: Tensor | None,
     attended: Tensor | None,
     pad: Callable[[Tensor], Tensor] = lambda values: values,
-) -> Scores:
-    """Score the tokens of a block for what `steps` decide, after its attention.
+) -> BlockScores:
+    """Score the tokens of a block for `steps`, after its attention.
 
     Args:
         steps: as in `make_plan`; `protected`, too.
         tokens: state at this block, [B, N].
-        x: [..., C], the features that attention left; k: [..., H, D], keys.
-        received: float32 [B, N], mean attention received; needed to prune where the variant goes by it.
-        attended: float32 [B, N], see `attended_for`.
-        pad: to [B, N, ...] from how `x` and `k` are laid out.
+        x: [..., C], features after the attention's residual; k: [..., H, D], keys.
+        received, attended: float32 [B, N], see `Signals`.
+        pad: from the layout of `x` and `k` to [B, N, ...].
     """
-    merges, prunes = "merge" in steps, steps != ("merge",)
     probed = policy.probed(block, x)
-    metric = pad(metric_for(policy, k, probed)) if merges else None
-    probed = None if probed is None else pad(probed)
-    importance = importance_for(policy, block, received, attended, tokens, probed, protected) if prunes else None
-    reluctance = reluctance_for(policy, block, attended, tokens, probed, protected) if merges else None
-    return Scores(metric, importance, reluctance)
+    signals = Signals(tokens, protected, received, attended, None if probed is None else pad(probed))
+    merges, prunes = "merge" in steps, steps != ("merge",)
+    return BlockScores(
+        pad(metric(policy.config.scores, k, probed)) if merges else None,
+        importance(policy, block, signals) if prunes else None,
+        merge_penalty(policy, block, signals) if merges else None,
+    )
 
 
 def attended_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
-    """float32 [B, N], the class token's attention, or None where nothing goes by it.
+    """float32 [B, N], attention from the class token, or None where the scores do not need it.
 
     Args:
-        q, k: [B, N, H, D]; the class token is first, and of q only its row is read.
+        q, k: [B, N, H, D]; the class token is first, and only its query is read.
     """
-    if not policy.config.asks_class:
+    if not policy.config.needs_class_attention:
         return None
-    return class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
+    return weigh.class_attention(q, k, policy.weight(block, tokens.size), tokens.keep)
 
 
-def metric_for(policy: Policy, k: Tensor, probed: Tensor | None) -> Tensor:
-    """float32 [..., E], vectors of length one that similarity is measured on (paper, section 3.2).
+def metric(scores: Scores, k: Tensor, probed: Tensor | None) -> Tensor:
+    """float32 [..., E], unit vectors whose dot product is the similarity (paper, section 3.2).
 
     Args:
         k: [..., H, D], keys.
         probed: float32 [..., WIDTH + 2], see `Policy.probed`.
     """
-    if policy.config.similarity == "probe" and probed is not None:
+    if scores.probes_similarity:
+        assert probed is not None
         return F.normalize(probed[..., :WIDTH], dim=-1)
-    return similarity_metric(k, policy.config.similarity)
+    return similarity_metric(k, scores.similarity)
 
 
-def importance_for(
-    policy: Policy,
-    block: int,
-    received: Tensor | None,
-    attended: Tensor | None,
-    tokens: Tokens,
-    probed: Tensor | None = None,
-    protected: int = 0,
-) -> Tensor | None:
-    """float32 [B, N], what pruning goes by in `policy`'s variant; see `LTMPConfig.class_power`, too.
+def importance(policy: Policy, block: int, signals: Signals) -> Tensor | None:
+    """float32 [B, N], the importance that a block prunes by; see `config.Scores`.
 
-    Args:
-        received, attended: float32 [B, N]; with `protected`, see `score`.
-        probed: float32 [B, N, WIDTH + 2], see `Policy.probed`.
+    Raises:
+        ValueError: the scores have an importance that is not known here.
     """
-    kind = policy.config.goes_by
+    kind, received = policy.config.scores.importance, signals.received
     if kind == "random":
-        return noise(tokens.origin, block, policy.config.seed)
+        return noise(signals.tokens.origin, block, policy.config.seed)
     if kind == "class":
-        return attended
-    if kind == "probe" and received is not None and probed is not None:
-        return importance_by(received, _matter(probed[..., WIDTH + 1], policy, block, tokens, protected), PRUNES)
-    if received is None or attended is None:
+        return signals.attended
+    if kind == "probe":
+        assert received is not None
+        return weigh.blend(received, signals.saliency(policy, block, WIDTH + 1), weigh.PRUNE_POWER)
+    if kind != "received":
+        raise ValueError(f"unknown importance {kind!r}")
+    if received is None or signals.attended is None:
         return received
-    return importance_by(received, attended, policy.class_power(block))
+    return weigh.blend(received, signals.attended, policy.class_power(block))
 
 
-def reluctance_for(
-    policy: Policy,
-    block: int,
-    attended: Tensor | None,
-    tokens: Tokens,
-    probed: Tensor | None = None,
-    protected: int = 0,
-) -> Tensor | None:
-    """float32 [B, N], how little tokens want to merge, or None where only cosines count; see `LTMPConfig.class_power`.
-
-    Args:
-        attended: float32 [B, N]; with `protected`, see `score`.
-        probed: float32 [B, N, WIDTH + 2], see `Policy.probed`.
-    """
-    power, found, patches = policy.class_power(block), None, tokens.size * tokens.live
-    if power and attended is not None:
-        found = reluctance_by(attended, patches, power)
-    if policy.config.similarity == "probe" and probed is not None:
-        own = reluctance_by(_matter(probed[..., WIDTH], policy, block, tokens, protected), patches, MERGES)
+def merge_penalty(policy: Policy, block: int, signals: Signals) -> Tensor | None:
+    """float32 [B, N], positive, see `BlockScores`; None where only the similarity counts."""
+    power, found = policy.class_power(block), None
+    patches = signals.tokens.size * signals.tokens.live
+    if power and signals.attended is not None:
+        found = weigh.merge_penalty(signals.attended, patches, power)
+    if policy.config.scores.probes_similarity:
+        own = weigh.merge_penalty(signals.saliency(policy, block, WIDTH), patches, weigh.MERGE_POWER)
+        # cosines of lifted tokens are that much closer to 1
         own = own * (1 + LIFT) ** 0.5
         found = own if found is None else found * own
     return found
-
-
-def _matter(logarithm: Tensor, policy: Policy, block: int, tokens: Tokens, protected: int) -> Tensor:
-    """float32 [B, N], see `ops.probe.reference.matter`."""
-    return matter(logarithm, policy.weight(block, tokens.size), tokens.live & (tokens.origin >= protected))

@@ -1,8 +1,7 @@
-"""The 2 L learned numbers, and the decision they make."""
+"""Learned thresholds: two numbers per block, the dial and the probe that belong to them, and their decisions."""
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable
 
 import torch
@@ -14,13 +13,15 @@ from ..ops.probe.reference import WIDTH, probe
 from .dial import PREFIX, Dial
 from .policy import Policy
 
+PRUNE_TAU = 0.5
+"""Temperature of the prune decision's gradient, in units of log importance."""
+
 
 def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """1 where `score > threshold`, else 0, exactly; its gradient is that of a sigmoid of temperature `tau`.
 
     The forward value is the hard decision in float32 (paper, equation 8, straight-through). `soft + (hard - soft)`
-    in this order is exactly 0 or 1; `hard + soft - soft` is not. The sigmoid is taken on a `scale` of both numbers,
-    where one is given.
+    in this order is exactly 0 or 1; `hard + soft - soft` is not. `scale` transforms both numbers before the sigmoid.
     """
     hard = (score > threshold).to(score.dtype)
     if not (threshold.requires_grad and torch.is_grad_enabled()):
@@ -34,186 +35,44 @@ def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor],
 def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     """`over` for positive scores, with the sigmoid taken in log space.
 
-    Importance lives near 1/N, so a sigmoid in its own units gives every token the same gradient; in log space one
-    temperature fits every token count. The decision itself compares the plain numbers, like deployment.
+    Importance is near 1/N, so that a sigmoid in its own units would give every token the same gradient; in log space
+    one temperature fits every token count. The decision itself compares the plain numbers, as deployment does.
     """
     return over(score, threshold, tau, lambda values: values.clamp_min(torch.finfo(values.dtype).tiny).log())
 
 
-class Dialled(nn.Module, ABC):
-    """What a dial turns: the two threshold vectors of a model. Abstract: `Thresholds` decides by them.
+class Thresholds(Policy):
+    """The learned thresholds of a model, `model.ltmp`, with the dial and the probe that belong to them.
 
-    Attributes:
-        merge, prune: float32 [L].
-        depth: number of blocks, L.
-        dial: thresholds for a range of budgets, or None.
-        asked: the budget that was set last; a hint where `budget` would have to wait for a device.
-    """
+    A block whose merge threshold is >= 1 and whose prune threshold is <= 0 selects nothing and is skipped; thresholds
+    start at these values.
 
-    merge: nn.Parameter
-    prune: nn.Parameter
-    depth: int
-    dial: Dial | None = None
-    asked: float | None = None
-
-    def set_dial(self, dial: Dial | None) -> None:
-        """Give the model a dial, or take it away; its thresholds stay as they are until `set_budget`.
-
-        Raises:
-            ValueError: it is for another number of blocks.
-        """
-        if dial is not None and dial.depth != self.depth:
-            raise ValueError(
-                f"a dial for {dial.depth} blocks, but this model has {self.depth}: use one learned on this architecture"
-            )
-        self.dial, self.asked = dial, None
-
-    @torch.no_grad()
-    def set_budget(self, share: float) -> None:
-        """Turn the dial: thresholds for this FLOPs share, in microseconds and without waiting for a device.
-
-        Calls of the model that are queued on a GPU keep the thresholds that they were queued with. A call that another
-        thread is in the middle of may see both.
-
-        >>> model.ltmp.set_budget(0.55)
-
-        Args:
-            share: between the dial's ends, or 1 for all off.
-
-        Raises:
-            UsageError: there is no dial, or it does not go so far; the thresholds stay as they are.
-        """
-        if self.dial is None:
-            raise UsageError(
-                "these thresholds are for one budget and have no dial: make one with `ltmp dial` (docs/dial.md)"
-            )
-        for parameter, values in zip((self.merge, self.prune), self.dial.at(share), strict=True):
-            # from pinned memory a copy waits for nothing
-            parameter.copy_(values.pin_memory() if parameter.is_cuda else values, non_blocking=True)
-        self.asked = float(share)
-
-    @property
-    def budget(self) -> float | None:
-        """The share that the dial set these thresholds for; None where they are others by now. Reads the device."""
-        if self.dial is None or self.asked is None:
-            return None
-        pairs = zip((self.merge, self.prune), self.dial.at(self.asked), strict=True)
-        return self.asked if all(torch.equal(mine.detach().cpu(), dials) for mine, dials in pairs) else None
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        """The dial goes along; not as buffers, which `model.half()` would round."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.dial is not None:
-            destination.update({f"{prefix}{name}": tensor for name, tensor in self.dial.tensors().items()})
-
-    def _load_from_state_dict(  # type: ignore[no-untyped-def]
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        """The dial comes along, or goes where the thresholds that are loaded had none."""
-        if f"{prefix}merge" in state_dict:
-            try:
-                self.set_dial(Dial.find(state_dict, prefix))
-            except ValueError as error:
-                error_msgs.append(str(error))
-        rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-class Probing(nn.Module, ABC):
-    """What holds a probe: a linear map of each block, learned from gradients. Abstract: `Thresholds` decides by it.
-
-    Attributes:
-        merge: float32 [L], on the model's device.
-        depth: number of blocks, L.
-        probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
-    """
-
-    merge: nn.Parameter
-    depth: int
-    config: LTMPConfig
-    probe: Tensor | None
-
-    def set_probe(self, probe: Tensor | None) -> None:
-        """Give the model what its tokens are read through, or take it away.
-
-        Raises:
-            ValueError: it is for another number of blocks, or not a probe at all.
-        """
-        if probe is None:
-            self.probe = None
-            return
-        if probe.ndim != 3 or probe.shape[0] != self.depth or probe.shape[2] != WIDTH + 2:
-            raise ValueError(
-                f"a probe of shape {tuple(probe.shape)}, but this model's is [{self.depth}, width + 1, {WIDTH + 2}]: "
-                "use one learned on this architecture"
-            )
-        if not probe.isfinite().all():
-            raise ValueError("a probe holds NaN or infinity: the file or the run that made it is broken")
-        self.probe = probe.detach().to(self.merge.device, torch.float32, copy=True).contiguous()
-
-    def probed(self, block: int, x: Tensor) -> Tensor | None:
-        """See `Policy.probed`."""
-        return probe(x, self.probe_of(block)) if self.config.asks_probe else None
-
-    def probe_of(self, block: int) -> Tensor:
-        """float32 [C + 1, WIDTH + 2], the probe of a block.
-
-        Raises:
-            LTMPError: there is none.
-        """
-        if self.probe is None:
-            raise LTMPError(
-                "these thresholds go by a probe, and there is none: learn one (`ltmp dial`, `ltmp learn` or "
-                "ltmp.learning.learn_probe), or load the file that has it"
-            )
-        return self.probe[block]
-
-    def _load_from_state_dict(  # type: ignore[no-untyped-def]
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        """The probe comes along, or goes where the thresholds that are loaded had none."""
-        if f"{prefix}merge" in state_dict:
-            try:
-                self.set_probe(state_dict.get(f"{prefix}probe"))
-            except ValueError as error:
-                error_msgs.append(str(error))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-class Thresholds(Dialled, Probing, Policy):
-    """The learned thresholds of a model, under its name `ltmp`; everything here trains and is saved, nothing else.
-
-    A block whose merge threshold is 1 or more and whose prune threshold is 0 or less selects nothing and is skipped:
-    that is where both start.
+    Thresholds, dial and probe are in the state dict; all stay float32 under `model.half()`.
 
     Args:
         depth: number of blocks, L.
-        config: the variant and the temperatures.
+        config: variant, scores and temperature.
 
     Attributes:
-        merge: float32 [L]; tokens merge above this cosine similarity.
-        prune: float32 [L]; tokens are kept above this mean attention received.
+        merge: float32 [L]; tokens merge if their score with their partner is above it.
+        prune: float32 [L]; tokens are kept if their importance is above it.
+        dial: thresholds for a range of budgets, or None; see `set_dial`.
+        asked: the budget last set on the dial; `budget` also checks that the thresholds are still those.
+        probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
     """
 
     learns = True
+    probe: Tensor | None
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__(depth, config)
         self.merge = nn.Parameter(torch.ones(depth))
         self.prune = nn.Parameter(torch.zeros(depth))
+        self.dial: Dial | None = None
+        self.asked: float | None = None
         self.register_buffer("probe", None)
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follow the model to another device, but keep every float32 bit: `model.half()` must not move a decision."""
-        exact, probe = {name: parameter.data for name, parameter in self.named_parameters()}, self.probe
-        super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters():
-            parameter.data = exact[name].to(parameter.device)
-        if probe is not None:
-            self.probe = probe.to(self.merge.device)
-        return self
+    # -- values
 
     @torch.no_grad()
     def set(self, merge: Tensor | list[float] | None = None, prune: Tensor | list[float] | None = None) -> None:
@@ -241,18 +100,110 @@ class Thresholds(Dialled, Probing, Policy):
             getattr(self, name).copy_(values)
         self.asked = None
 
+    def set_dial(self, dial: Dial | None) -> None:
+        """Set the dial, or remove it with None; the thresholds stay as they are until `set_budget`.
+
+        A dial belongs to the probe that is set: set the probe first, as a new one removes the dial.
+
+        Raises:
+            ValueError: it is for another number of blocks.
+        """
+        if dial is not None and dial.depth != self.depth:
+            raise ValueError(
+                f"a dial for {dial.depth} blocks, but this model has {self.depth}: use one learned on this architecture"
+            )
+        self.dial, self.asked = dial, None
+
+    @torch.no_grad()
+    def set_budget(self, share: float) -> None:
+        """Set the thresholds to the dial's at this FLOPs share, in microseconds and without waiting for a device.
+
+        Calls of the model that are queued on a GPU keep the thresholds that they were queued with. A call that another
+        thread is in the middle of may see both.
+
+        >>> model.ltmp.set_budget(0.55)
+
+        Args:
+            share: between the dial's ends, or 1 for all off.
+
+        Raises:
+            UsageError: there is no dial, or the share is outside its range; the thresholds stay as they are.
+        """
+        if self.dial is None:
+            raise UsageError(
+                "these thresholds are for one budget and have no dial: make one with `ltmp dial` (docs/dial.md)"
+            )
+        for parameter, values in zip((self.merge, self.prune), self.dial.at(share), strict=True):
+            # from pinned memory a copy waits for nothing
+            parameter.copy_(values.pin_memory() if parameter.is_cuda else values, non_blocking=True)
+        self.asked = float(share)
+
+    @property
+    def budget(self) -> float | None:
+        """The share that the dial set these thresholds for; None if they have changed since. Reads the device."""
+        if self.dial is None or self.asked is None:
+            return None
+        pairs = zip((self.merge, self.prune), self.dial.at(self.asked), strict=True)
+        return self.asked if all(torch.equal(mine.detach().cpu(), dials) for mine, dials in pairs) else None
+
+    def set_probe(self, probe: Tensor | None) -> None:
+        """Set the probe that tokens are scored with, or remove it with None.
+
+        Any other probe than the one that is set removes the dial, whose thresholds were calibrated on scores of the
+        old one; `ltmp.learn_dial` makes a new dial.
+
+        Raises:
+            ValueError: it is for another number of blocks, or not a probe at all.
+        """
+        if probe is not None:
+            probe = self._checked_probe(probe)
+        same = self.probe is probe or (self.probe is not None and probe is not None and torch.equal(self.probe, probe))
+        if not same:
+            self.set_dial(None)
+        self.probe = probe
+
+    def _checked_probe(self, probe: Tensor) -> Tensor:
+        """An own float32 copy of a probe, on the device of the thresholds."""
+        if probe.ndim != 3 or probe.shape[0] != self.depth or probe.shape[2] != WIDTH + 2:
+            raise ValueError(
+                f"a probe of shape {tuple(probe.shape)}, but this model's is [{self.depth}, width + 1, {WIDTH + 2}]: "
+                "use one learned on this architecture"
+            )
+        if not probe.isfinite().all():
+            raise ValueError("a probe holds NaN or infinity: the file or the run that made it is broken")
+        return probe.detach().to(self.merge.device, torch.float32, copy=True).contiguous()
+
+    # -- decisions
+
+    def probed(self, block: int, x: Tensor) -> Tensor | None:
+        """See `Policy.probed`."""
+        return probe(x, self.probe_of(block)) if self.config.needs_probe else None
+
+    def probe_of(self, block: int) -> Tensor:
+        """float32 [C + 1, WIDTH + 2], the probe of a block.
+
+        Raises:
+            LTMPError: there is none.
+        """
+        if self.probe is None:
+            raise LTMPError(
+                "these thresholds need a probe, and there is none: learn one (`ltmp dial`, `ltmp learn` or "
+                "ltmp.learning.learn_probe), or load the file that has it"
+            )
+        return self.probe[block]
+
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        """1 above the block's threshold and 0 not."""
+        """1 above the block's threshold, else 0."""
         if step == "merge":
             return over(score, self.merge[block], self.config.tau)
-        return log_over(score, self.prune[block], self.config.prune_tau)
+        return log_over(score, self.prune[block], PRUNE_TAU)
 
-    def empties(self, block: int) -> bool:
-        """Whether `block` drops all that it may, as no mean of attention weights is above the threshold."""
+    def prunes_all(self, block: int) -> bool:
+        """Whether `block` prunes every unprotected token: importance, a mean of attention weights, is never above 1."""
         return bool(self.prune[block] >= 1) and not self.config.floor
 
     def on(self) -> Tensor:
-        """No cosine is above 1, and every importance is above 0; but a ceiling may always ask for more."""
+        """A cosine is at most 1 and importance above 0; but with a ceiling any step may have to remove tokens."""
         if self.config.ceiling is not None:
             here = [torch.full_like(self.merge, step in self.config.steps) for step in ("merge", "prune")]
             return torch.stack(here, 1) > 0
@@ -269,6 +220,37 @@ class Thresholds(Dialled, Probing, Policy):
         if any(merge or prune for merge, prune in flags[self.depth :]):
             raise LTMPError("a threshold is NaN: the run or the file that it came from is broken, use another")
         return tuple((merge, prune) for merge, prune in flags[: self.depth])
+
+    # -- copies
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Follow the model to another device, but keep float32: `model.half()` must not change a decision."""
+        exact, probe = {name: parameter.data for name, parameter in self.named_parameters()}, self.probe
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            parameter.data = exact[name].to(parameter.device)
+        if probe is not None:
+            self.probe = probe.to(self.merge.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        """Add the dial, whose tensors are no buffers."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.dial is not None:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self.dial.tensors().items()})
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Take probe and dial of the thresholds that are loaded; remove both where those have none."""
+        if f"{prefix}merge" in state_dict:
+            try:
+                self.set_probe(state_dict.get(f"{prefix}probe"))
+                self.set_dial(Dial.find(state_dict, prefix))
+            except ValueError as error:
+                error_msgs.append(str(error))
+        rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         return f"{self.config.variant}, depth={self.depth}"

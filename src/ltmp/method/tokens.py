@@ -1,4 +1,4 @@
-"""What is known of the tokens between two blocks."""
+"""The state of an image's tokens between two blocks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is known of each token of each image, live tokens first. Frozen: a call shares nothing with another.
+    """The tokens of each image, live tokens first. Frozen, so that calls share no state.
 
     Attributes:
         size: float32 [B, N], patches merged into the token.
-        keep: float32 [B, N], 1 live and 0 gone; carries the straight-through gradient.
+        keep: float32 [B, N], 1 live and 0 removed; carries the straight-through gradient.
         origin: int64 [B, N], the token's place when it entered the first block.
-        source: int32 [B, tokens at the start], the place where each of those is now, or -1 - l where block l pruned it;
-            None where nobody asks.
+        source: int32 [B, tokens at the start], the current place of each of those, or -1 - l where block l pruned it;
+            None unless the call is traced.
     """
 
     size: Tensor
@@ -50,20 +50,20 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def take_all(state, index: Tensor):  # type: ignore[no-untyped-def]
-    """The same frozen dataclass with every tensor that it has reordered by `index` [B, M]."""
+    """A frozen dataclass of tensors, each reordered by `index` [B, M]."""
     values = {f.name: getattr(state, f.name) for f in fields(state)}
     return replace(state, **{name: take(value, index) for name, value in values.items() if value is not None})
 
 
 def follow(source: Tensor, into: Tensor, order: Tensor, live: Tensor, block: int) -> Tensor:
-    """One block further.
+    """`Tokens.source` after one more block.
 
     Args:
         source: int32 [B, N] before, places of live tokens or negative.
-        into: int64 [B, M], for each old place the one it is folded into.
+        into: int64 [B, M], for each old place the place it is merged into.
         order: int64 [B, M], for each new place the old one.
         live: bool [B, M], which new places hold a token.
-        block: its number, for those that it pruned.
+        block: number of the block, recorded for tokens that it pruned.
 
     Returns:
         int32 [B, N] after.
@@ -75,13 +75,13 @@ def follow(source: Tensor, into: Tensor, order: Tensor, live: Tensor, block: int
 
 
 def spread(rows: Tensor, first: Tensor, source: Tensor, other: Tensor) -> Tensor:
-    """Give every patch the features of the token that it is part of.
+    """Give every patch the features of the token that it was merged into.
 
     Args:
         rows: [T, C], the tokens of all images.
         first: int64 [B], the row of each image's first token.
         source: int32 [B, N], places of tokens in their image, or negative.
-        other: [B, N, C], what patches of negative source get.
+        other: [B, N, C], features of patches whose source is negative.
 
     Returns:
         [B, N, C].

@@ -1,1 +1,1 @@
-"""What a kernel can speed up: plain tensors in, plain tensors out. Each op's `reference` defines its result."""
+"""Operations with kernels: plain tensors in and out. The `reference` of each defines its result."""

@@ -1,4 +1,4 @@
-"""What the Triton kernels share.
+"""Helpers that the Triton kernels share.
 
 Packed layout: the live tokens of all images in rows, image b owning rows cu[b]:cu[b + 1], in its current order. Rows
 past cu[B] are room that a fixed capacity leaves; kernels neither read nor write them.
@@ -32,12 +32,12 @@ def mean_received(RECEIVED, token, live, n, rows, H: tl.constexpr):
 
 @triton.jit
 def to_power(x, power):
-    """x ** power; x is at least the least normal float32, as nothing has no logarithm."""
+    """x ** power; x is clamped to the smallest normal float32, so that its logarithm is finite."""
     return tl.exp2(tl.log2(tl.maximum(x, 1.1754943508222875e-38)) * power)
 
 
 def pow2(n: int) -> int:
-    """Smallest power of two >= n and >= 16, the least that a matrix unit takes."""
+    """Smallest power of two >= n and >= 16, the smallest that matrix units take."""
     return max(16, triton.next_power_of_2(n))
 
 
@@ -45,7 +45,7 @@ def strides(heads: Tensor) -> tuple[int, int]:
     """Row and head stride of a [T, H, D] view.
 
     Raises:
-        ValueError: the numbers of a head do not lie side by side.
+        ValueError: D does not have unit stride.
     """
     if heads.stride(-1) != 1:
         raise ValueError(f"kernels need a unit stride inside a head, got strides {heads.stride()}")
@@ -53,5 +53,5 @@ def strides(heads: Tensor) -> tuple[int, int]:
 
 
 def precision(heads: Tensor) -> str:
-    """How a product of this dtype is taken: full float32 for float32, never a shortened one."""
+    """Precision of matrix products of this dtype: full float32 for float32, never tf32."""
     return "ieee" if heads.element_size() == 4 else "tf32"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..deploy import policy_of
 from ..errors import LTMPError, UsageError
 from ..files import atomic_path
-from ..hosts.attach import is_attached, thresholds_of
 from .predictor import Predictor
 from .shards import Shard
 from .writer import ERRORS
@@ -28,16 +28,17 @@ _NAMES = {"batch_size": "batch size", "class_names": "class names", "amp": "--am
 
 def settings_of(predictor: Predictor) -> dict[str, Any]:
     """What decides what is written, down to rounding, but for the device; what only speed depends on is left out."""
-    scoring, model = predictor.scoring, predictor.model
-    attached = thresholds_of(model) if is_attached(model) else None
-    names = None if scoring.embeddings else predictor.class_names
+    scoring, deployment = predictor.scoring, predictor.deployment
+    model = deployment.model
+    attached = policy_of(model) if deployment.attached else None
+    names = None if scoring.embeddings else deployment.names
     return {
         "model": type(model).__name__,
         **scoring.about,
         "weights": _digest((name, value) for name, value in model.state_dict().items() if not name.startswith("ltmp.")),
         "thresholds": _digest(attached.state_dict().items()) if attached else None,
         "method": attached.config.to_dict() if attached else None,
-        "transform": " ".join(str(predictor.transform).split()),
+        "transform": " ".join(str(deployment.transform).split()),
         "embeddings": scoring.embeddings,
         "top": None if scoring.embeddings else predictor.top,
         "class_names": sha256("\n".join(names).encode()).hexdigest()[:16] if names else None,

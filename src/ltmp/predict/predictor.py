@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from ..calls import record
-from ..data import eval_transform, input_channels
-from ..data.names import known_names
+from ..data import class_names
+from ..deploy import Deployment
 from ..errors import LTMPError, UsageError
-from ..hosts.outputs import logits_of
 from .reading import Batch, End, LostWorkerError, Unreadable, default_workers, naming_lost_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard
@@ -98,7 +95,7 @@ class Predictor:
     """
 
     def __init__(self, scoring: Scoring, out: str | Path) -> None:
-        """Build the model.
+        """Build the model, and call it on a blank image: what cannot work is said before anything is written.
 
         Raises:
             UsageError: more classes are asked for than the model has, or it has none, or no embeddings.
@@ -106,31 +103,27 @@ class Predictor:
         """
         self.scoring = scoring
         self.out = Path(out)
-        self.device = torch.device(scoring.device)
-        self.model = scoring.build().to(self.device).eval()
-        self.transform = eval_transform(self.model, **scoring.transform)
-        self.class_names = scoring.class_names or known_names(self.model, scoring.pretrained)
-        self.mode = "L" if input_channels(self.model) == 1 else "RGB"
-        outputs = self._probe()
-        self.top = min(5, outputs) if scoring.top is None else scoring.top
+        model = scoring.build()
+        self.deployment = Deployment(
+            model,
+            options=scoring.transform,
+            device=scoring.device,
+            amp=torch.bfloat16 if scoring.amp else None,
+            names=scoring.class_names or class_names(model, pretrained=scoring.pretrained),
+        )
         if scoring.embeddings:
+            if not hasattr(model, "forward_head"):
+                raise UsageError(
+                    f"{type(model).__name__} has no forward_head, where embeddings are taken: use a timm model"
+                )
+            self.scores(self.deployment.blank[None])
             return
+        if getattr(model, "num_classes", None) == 0:
+            raise UsageError("the model has no classifier: give weights that have one, or --embeddings")
+        outputs = self.deployment.classes
+        self.top = min(5, outputs) if scoring.top is None else scoring.top
         if not 1 <= self.top <= outputs:
             raise UsageError(f"top is {self.top}: expected 1 to {outputs}, the model's number of classes")
-        if self.class_names and len(self.class_names) != outputs:
-            raise LTMPError(
-                f"{len(self.class_names)} class names for a model with {outputs} classes: give one a class, in order"
-            )
-
-    def _probe(self) -> int:
-        """The number of outputs, from a blank image: what cannot work is said before anything is written."""
-        if self.scoring.embeddings and not hasattr(self.model, "forward_head"):
-            raise UsageError(
-                f"{type(self.model).__name__} has no forward_head, where embeddings are taken: use a timm model"
-            )
-        if not self.scoring.embeddings and getattr(self.model, "num_classes", None) == 0:
-            raise UsageError("the model has no classifier: give weights that have one, or --embeddings")
-        return self._run(self.transform(Image.new(self.mode, (64, 64)))[None]).shape[-1]
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> dict[str, Tensor]:
@@ -140,26 +133,19 @@ class Predictor:
             Column name to numbers, on the device: `embedding` [B, C], or `classes` and `probabilities` [B, k]; `share`
             [B], the image's FLOPs share, and `tokens` [B], those it ends with, where thresholds are attached.
         """
-        with record() as calls:
-            output = self._run(images)
-        share = calls.share().float() if calls.kept else torch.ones(len(images), device=self.device)
-        values = {"share": share}
-        if calls.kept:
-            values["tokens"] = torch.cat(calls.kept)[:, -1].int()
+        found = self.deployment(images, self._embed if self.scoring.embeddings else None)
+        values = {"share": found.share}
+        if found.kept is not None:
+            values["tokens"] = found.kept[:, -1].int()
         if self.scoring.embeddings:
-            return {"embedding": output, **values}
-        probabilities, classes = output.softmax(-1).topk(self.top)
+            return {"embedding": found.logits, **values}
+        probabilities, classes = found.logits.softmax(-1).topk(self.top)
         return {"classes": classes.int(), "probabilities": probabilities, **values}
 
-    @torch.inference_mode()
-    def _run(self, images: Tensor) -> Tensor:
-        """Logits [B, K] or embeddings [B, C], float32 on the device."""
-        model: Any = self.model
-        images = images.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scoring.amp):
-            if self.scoring.embeddings:
-                return model.forward_head(model.forward_features(images), pre_logits=True).float().flatten(1)
-            return logits_of(model(images)).float()
+    def _embed(self, images: Tensor) -> Tensor:
+        """[B, C], what enters the classifier."""
+        model: Any = self.deployment.model
+        return model.forward_head(model.forward_features(images), pre_logits=True).float().flatten(1)
 
     def score(self, shards: Iterable[Shard], on_batch: OnBatch | None = None) -> Iterator[Written]:
         """Score the shards in order and write each when it is done, while the images of the next are being decoded.
@@ -171,14 +157,14 @@ class Predictor:
             yield from self._score(shards, on_batch)
 
     def _score(self, shards: Iterable[Shard], on_batch: OnBatch | None) -> Iterator[Written]:
-        workers = self.scoring.workers
+        workers, device = self.scoring.workers, self.deployment.device
         entries = read_batches(
             shards,
-            self.transform,
-            mode=self.mode,
+            self.deployment.transform,
+            mode=self.deployment.mode,
             batch_size=self.scoring.batch_size,
-            workers=default_workers(self.device) if workers is None else workers,
-            pin_memory=self.device.type == "cuda",
+            workers=default_workers(device) if workers is None else workers,
+            pin_memory=device.type == "cuda",
         )
         scored = Scored()
         for entry in entries:
@@ -198,7 +184,7 @@ class Predictor:
             columns,
             scored.broken,
             embeddings=self.scoring.embeddings,
-            class_names=self.class_names,
+            class_names=self.deployment.names,
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

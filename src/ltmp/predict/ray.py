@@ -19,10 +19,21 @@ from .predictor import Predictor, Scoring
 from .shards import Shard
 from .writer import Written
 
-pass
-
 OBJECT_STORE = 200 * 2**20
 """Bytes for a cluster of our own: only names of shards and counts pass through it."""
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """How to run on Ray.
+
+    Args:
+        actors: models that work at once; None is one a GPU, or one a CPU where there is no GPU.
+        address: of a running cluster, "auto" for the one of this machine; None starts a local one for this run.
+    """
+
+    actors: int | None = None
+    address: str | None = None
 
 
 def score_on_ray(scoring: Scoring, out: Path, shards: Sequence[Shard], options: RayOptions) -> Iterator[Written]:
@@ -132,16 +143,3 @@ def _check_there(address: str) -> None:
         socket.create_connection((url.hostname or "", url.port), timeout=10).close()
     except OSError as error:
         raise LTMPError(f"no Ray cluster at {address} ({error}): check --ray-address, or leave it out") from error
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """How to run on Ray.
-
-    Args:
-        actors: models that work at once; None is one a GPU, or one a CPU where there is no GPU.
-        address: of a running cluster, "auto" for the one of this machine; None starts a local one for this run.
-    """
-
-    actors: int | None = None
-    address: str | None = None

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import Broken
 from ..data.dataset import Transform
 from ..data.images import decode, reason
+from ..data.tars import read_content
 from ..errors import LTMPError
-from .shards import Item, Shard, Slice
+from .shards import Item, Shard
 
 SIGNAL_WITHIN = 1.0
 """Seconds in which the signal of a killed process comes after whatever else shows that it is gone."""
@@ -77,27 +78,10 @@ class Decoder(Dataset):
         if isinstance(item, End) or isinstance(item.content, Broken):
             return item if isinstance(item, End) else (item, item.content)
         try:
-            encoded = _read(item.content)
-            if not encoded:
-                raise ValueError("the file is empty")
-            return item, self.transform(decode(BytesIO(encoded), self.mode))
+            return item, self.transform(decode(BytesIO(read_content(item.content)), self.mode))
         # Decoders fail in many ways on damaged bytes; each means that this image cannot be read.
         except Exception as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-            return item, Broken(item.key, why)
-
-
-def _read(content: str | Slice | bytes) -> bytes:
-    """The encoded image. A tar is opened anew for each: a position in a file cannot be shared by several processes."""
-    if isinstance(content, bytes):
-        return content
-    path, offset, size = content if isinstance(content, Slice) else (content, 0, -1)
-    with open(path, "rb") as file:
-        file.seek(offset)
-        encoded = file.read(size)
-    if len(encoded) < size:
-        raise ValueError("the .tar ends inside this image")
-    return encoded
+            return item, Broken(item.key, reason(error))
 
 
 class Plan:

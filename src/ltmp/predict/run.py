@@ -10,7 +10,7 @@ from time import perf_counter
 from ..errors import LTMPError
 from . import manifest
 from .predictor import Predictor, Scoring
-from .ray import RayOptions
+from .ray import RayOptions, score_on_ray
 from .shards import Shard
 from .sources import find_shards
 from .writer import Written, finished, merge_errors
@@ -87,8 +87,6 @@ def predict(
         left = [shard for shard in shards if shard.name not in names]
         meter = Meter(left, report)
         if left and ray:
-            from .ray import score_on_ray
-
             del predictor
             now = [meter.shard(written) for written in score_on_ray(scoring, out, left, ray)]
         else:

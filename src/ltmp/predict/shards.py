@@ -13,16 +13,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ..data import Broken
-from ..data.images import is_image_name
-from ..errors import LTMPError, MissingExtraError
-
-
-class Slice(NamedTuple):
-    """Bytes `offset` to `offset + size` of a file."""
-
-    path: str
-    offset: int
-    size: int
+from ..data.tars import Content, tar_images
+from ..errors import LTMPError, MissingExtraError, first_line
 
 
 class Item(NamedTuple):
@@ -31,13 +23,13 @@ class Item(NamedTuple):
     Attributes:
         row: its place in the shard, broken images counted.
         key: what the source calls it.
-        content: a file, a part of one, the encoded image itself, or why there is none.
+        content: where the encoded image is, or why there is none.
         position: share of the shard that is behind it, in [0, 1].
     """
 
     row: int
     key: str
-    content: str | Slice | bytes | Broken
+    content: Content | Broken
     position: float
 
 
@@ -95,31 +87,11 @@ class TarShard(Shard):
     def items(self) -> Iterator[Item]:
         row = 0
         try:
-            with tarfile.open(self.path, "r:") as archive:
-                for member in archive:
-                    # nobody asks for the former ones again, and they may be millions
-                    archive.members = []  # type: ignore[attr-defined]
-                    if member.isreg() and is_image_name(member.name):
-                        content = Slice(self.path, member.offset_data, member.size)
-                        yield Item(row, member.name, content, member.offset_data / self.size)
-                        row += 1
-                fault = self._fault_at(archive.offset)
+            for member in tar_images(self.path):
+                yield Item(row, member.name or self.source, member.content, min(1.0, member.offset / self.size))
+                row += 1
         except (tarfile.TarError, OSError) as error:
-            what = "the .tar is truncated or damaged, images after this point are missing" if row else "no plain .tar"
-            fault = f"{what}: {error}"
-        if fault:
-            yield _unread(self, row, fault)
-
-    def _fault_at(self, offset: int) -> str | None:
-        """What is wrong where the last member ended: an archive closes with a block of zeros."""
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            block = file.read(tarfile.BLOCKSIZE)
-        if block == tarfile.NUL * tarfile.BLOCKSIZE:
-            return None
-        if len(block) < tarfile.BLOCKSIZE:
-            return f"the .tar is truncated at byte {self.size}: images after this point are missing"
-        return f"the .tar is damaged at byte {offset}: images after this point could not be found"
+            yield _unread(self, row, f"no plain .tar: {error}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +112,7 @@ class ParquetShard(Shard):
             file = parquet().ParquetFile(self.path)
         # damaged files make pyarrow fail in many ways; each means that nothing, or no further row, can be read
         except Exception as error:
-            yield _unread(self, 0, f"not a whole Parquet file: {_first_line(error)}")
+            yield _unread(self, 0, f"not a whole Parquet file: {first_line(error)}")
             return
         with file:
             for group in range(file.num_row_groups):
@@ -150,7 +122,7 @@ class ParquetShard(Shard):
                         yield self._item(row, value, key)
                         row += 1
                 except Exception as error:
-                    yield _unread(self, row, f"rows {row} to {end - 1} cannot be read: {_first_line(error)}")
+                    yield _unread(self, row, f"rows {row} to {end - 1} cannot be read: {first_line(error)}")
                 start = end
 
     def _rows(self, file: Any, group: int) -> Iterator[tuple[Any, Any]]:
@@ -166,7 +138,7 @@ class ParquetShard(Shard):
             value = value.get("bytes") or path
         if key is None:
             key = path if path is not None else value if isinstance(value, str) else f"row {row}"
-        content: str | bytes | Broken
+        content: Content | Broken
         if isinstance(value, str):
             try:
                 content = str(Path(self.path).parent / local_path(value))
@@ -205,7 +177,3 @@ def _hash(*parts: str) -> str:
     for part in parts:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

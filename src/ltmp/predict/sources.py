@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..data.images import is_image_name
+from ..data.folders import describe_others, list_images
 from ..errors import LTMPError, UsageError
 from .shards import FolderShard, ParquetShard, Shard, TarShard, local_path, parquet
+
+log = logging.getLogger(__name__)
 
 TARS, PARQUETS, COMPRESSED = (".tar",), (".parquet", ".pq"), (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # Columns that are looked for where none is named, in this order.
@@ -83,49 +86,18 @@ def _choices(braces: str) -> list[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Folders below `folder`, as paths in it, with their files; links are followed, but no folder is entered twice."""
-    seen = set()
-    waiting = [""]
-    while waiting:
-        inside = waiting.pop()
-        try:
-            with os.scandir(folder / inside) as entries:
-                found = [entry for entry in entries if not entry.name.startswith(".")]
-            real = os.path.realpath(folder / inside)
-        except OSError as error:
-            raise LTMPError(f"cannot list {folder / inside}: {error.strerror}; its images would be missing") from error
-        if real in seen:
-            continue
-        seen.add(real)
-        prefix = f"{inside}/" if inside else ""
-        yield prefix, [entry for entry in found if not entry.is_dir()]
-        waiting += [prefix + entry.name for entry in found if entry.is_dir()]
-
-
 def _images_below(folder: Path) -> list[tuple[str, int]]:
-    """Paths and sizes of the images of a folder, sorted; a size of -1 says that the file cannot be looked at."""
-    found = []
-    others = set()
-    for prefix, entries in _walk(folder):
-        for entry in entries:
-            if is_image_name(entry.name):
-                found.append((prefix + entry.name, _size(entry)))
-            elif entry.name.lower().endswith((*TARS, *PARQUETS)):
-                others.add(prefix + entry.name)
-    if found and others:
+    """Paths and sizes of the images of a folder, sorted."""
+    listing = list_images(folder)
+    shards = [name for name in listing.others if name.lower().endswith((*TARS, *PARQUETS))]
+    if listing.images and shards:
         raise UsageError(
-            f"{folder} holds image files and also {min(others)}: give either the folder of the images, or the shards "
-            f"by a pattern, such as '{folder}/*{Path(min(others)).suffix}'"
+            f"{folder} holds image files and also {shards[0]}: give either the folder of the images, or the shards "
+            f"by a pattern, such as '{folder}/*{Path(shards[0]).suffix}'"
         )
-    return sorted(found)
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return -1
+    if listing.images and listing.others:
+        log.warning("%s: left out %s", folder, describe_others(listing.others))
+    return listing.images
 
 
 def _folder_shards(folder: Path, images: list[tuple[str, int]], shard_size: int) -> list[Shard]:
@@ -138,7 +110,7 @@ def _folder_shards(folder: Path, images: list[tuple[str, int]], shard_size: int)
 
 def _shards_in(folder: Path) -> list[Path]:
     """The tars or the Parquet files of a folder."""
-    names = sorted(prefix + entry.name for prefix, entries in _walk(folder) for entry in entries)
+    names = list_images(folder).others
     tars, parquets = ([folder / name for name in names if name.lower().endswith(kind)] for kind in (TARS, PARQUETS))
     if tars and parquets:
         raise UsageError(f"{folder} holds .tar and .parquet files: give one kind, such as '{folder}/*.tar'")

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..deploy import policy_of
 from ..evaluate import Evaluation, ImageRows, evaluate, tables
-from ..hosts.attach import thresholds_of
+from ..method.thresholds import Thresholds
 
 LEARNED = "learned thresholds"
 DENSE = "dense"
@@ -36,7 +37,7 @@ class Budget:
 
     Attributes:
         images: what became of each image, None where only the figures are known.
-        merge, prune: thresholds a block, None where they are not known.
+        merge, prune: thresholds a block, None where there are none, or they are not known.
         about: what the thresholds file says of itself.
     """
 
@@ -102,6 +103,7 @@ def evaluate_budget(
     rows = ImageRows(
         *(torch.cat([getattr(part, what) for part in parts]) for what in ("label", "dense", "reduced", "share", "kept"))
     )
-    thresholds = thresholds_of(model)
-    merge, prune = thresholds.merge.tolist(), thresholds.prune.tolist()
+    policy = policy_of(model)
+    # fixed rates have none to draw
+    merge, prune = (policy.merge.tolist(), policy.prune.tolist()) if isinstance(policy, Thresholds) else (None, None)
     return Budget(name, evaluation, rows, merge, prune, about or {})

@@ -1,9 +1,9 @@
 """A reduced model behind HTTP: batches by a time window, limits on everything a client decides.
 
->>> from ltmp.serve import Limits, Predictor, create_app, run
->>> run(create_app(Predictor(model), Limits(max_queue=64)), port=8000)
+>>> from ltmp.serve import Deployment, Limits, create_app, run
+>>> run(create_app(Deployment(model), Limits(max_queue=64)), port=8000)
 
-The last two need the extra `serve`.
+create_app and run need the extra `serve`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..data import read_names as read_names
+from ..deploy import Deployment as Deployment
 from ..errors import MissingExtraError
 from .limits import Limits as Limits
-from .predictor import Predictor as Predictor
 
 if TYPE_CHECKING:
     from .endpoints import create_app as create_app
@@ -26,6 +26,11 @@ _LATE = {"create_app": "endpoints", "bind": "server", "log_to_stderr": "server",
 
 def __getattr__(name: str) -> Any:
     """FastAPI and uvicorn are imported by the names that need them, not by `import ltmp.serve`."""
+    if name == "Predictor":
+        import warnings
+
+        warnings.warn("ltmp.serve.Predictor is now ltmp.serve.Deployment", DeprecationWarning, stacklevel=2)
+        return Deployment
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

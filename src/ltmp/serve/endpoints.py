@@ -6,6 +6,7 @@ import math
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -17,13 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
-from ..hosts.attach import thresholds_of
-from . import problems
+from ..deploy import Deployment, policy_of
+from . import answers, problems
+from .answers import Answer
 from .batching import Batcher
 from .bodies import read_body, unless_gone
 from .limits import MEDIA_TYPES, UNNAMED, Limits, check_media_type
 from .metrics import GONE, Metrics, Watch
-from .predictor import Answer, Predictor
 from .problems import ProblemError
 
 _DESCRIPTION = "Classifies images with a vision transformer whose tokens are merged and pruned image by image."
@@ -68,13 +69,14 @@ class Info(BaseModel):
 class Service:
     """A model thread, threads that decode, and how many requests are inside."""
 
-    def __init__(self, predictor: Predictor, limits: Limits) -> None:
-        self.predictor = predictor
+    def __init__(self, deployment: Deployment, limits: Limits) -> None:
+        answers.check(deployment)
+        self.deployment = deployment
         self.limits = limits
         self.metrics = Metrics()
         self.batcher: Batcher[Any, Answer] = Batcher(
-            predictor.answer,
-            inside=predictor.running,
+            partial(answers.answer, deployment),
+            inside=deployment.running,
             max_batch=limits.max_batch,
             max_wait=limits.max_wait,
             on_batch=self.metrics.on_batch,
@@ -87,7 +89,7 @@ class Service:
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         """Ready when the model has run its smallest and its largest batch; ends when everything queued is answered."""
-        blank = self.predictor.blank
+        blank = self.deployment.blank
         warm_up = [[blank] * size for size in sorted({1, self.limits.max_batch})]
         await asyncio.to_thread(self.batcher.start, warm_up)
         try:
@@ -121,7 +123,8 @@ class Service:
         loop = asyncio.get_running_loop()
         end = loop.time() + self.limits.timeout
         # never given up half-way: what a thread still works on, or has before it, keeps its place inside
-        image = await loop.run_in_executor(self.decoders, self.predictor.prepare, body, self.limits.max_pixels)
+        work = partial(answers.prepare, self.deployment, body, self.limits.max_pixels)
+        image = await loop.run_in_executor(self.decoders, work)
         try:
             answer = unless_gone(request, self.batcher.submit(image))
             return await asyncio.wait_for(answer, end - loop.time())
@@ -139,7 +142,7 @@ class Service:
     def named(self, answer: Answer, top_k: int) -> Predictions:
         """The likeliest `top_k` classes."""
         scores, classes = answer.scores.topk(top_k)
-        names = self.predictor.names
+        names = self.deployment.names
         found = [
             Prediction(index=index, label=names[index] if names else None, score=min(score, 1.0))
             for index, score in zip(classes.tolist(), scores.tolist(), strict=True)
@@ -148,29 +151,33 @@ class Service:
 
     def info(self, about: dict[str, Any]) -> Info:
         """What is served, without any path of this machine."""
-        config = thresholds_of(self.predictor.model).config
+        config = policy_of(self.deployment.model).config
         return Info(
             version=__version__,
             model=about.get("model_name") or about.get("architecture"),
-            classes=self.predictor.classes,
-            input_size=list(self.predictor.blank.shape),
+            classes=self.deployment.classes,
+            input_size=list(self.deployment.blank.shape),
             engine=config.engine,
             variant=config.variant,
-            device=str(self.predictor.device),
+            device=str(self.deployment.device),
             about=about,
             limits=vars(self.limits),
         )
 
 
-def create_app(predictor: Predictor, limits: Limits | None = None, *, about: dict[str, Any] | None = None) -> FastAPI:
+def create_app(deployment: Deployment, limits: Limits | None = None, *, about: dict[str, Any] | None = None) -> FastAPI:
     """The service as an ASGI application; its OpenAPI is under /openapi.json.
 
     Args:
-        predictor: the model.
+        deployment: the model, attached, with its preprocessing and class names.
         limits: the default are `Limits()`.
         about: what /v1/info tells of the thresholds: `ltmp.load(...).metadata`.
+
+    Raises:
+        LTMPError: nothing is attached, or the model is no classifier.
+        UsageError: another number of names than classes.
     """
-    service = Service(predictor, limits or Limits())
+    service = Service(deployment, limits or Limits())
     app = FastAPI(
         title="ltmp", version=__version__, description=_DESCRIPTION, lifespan=service.lifespan, redoc_url=None
     )
@@ -187,7 +194,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     refusals = problems.documented(
         *(code for code in problems.STATUS if code not in ("not-found", "method-not-allowed"))
     )
-    classes = service.predictor.classes
+    classes = service.deployment.classes
 
     @app.post(
         "/v1/predict",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoint import load, read
-from ..data import eval_transform, input_channels, read_image, sharp_view
+from ..deploy import Deployment
 from ..errors import UsageError
 from ..files import atomic_path
 from ..hosts.attach import detach
@@ -67,13 +67,12 @@ def show_images(
         LTMPError: an image or a thresholds file cannot be read, or a picture not written.
     """
     targets = _targets(images, out, formats)
-    mode = "L" if input_channels(model) == 1 else "RGB"
-    transform = eval_transform(model, **data_options)
+    deployment = Deployment(model, options=data_options, device=device or "cpu")
     done = []
     for image, files in zip(images, targets, strict=True):
-        photograph = read_image(image, mode)
-        seen = see_budgets(model, transform(photograph)[None], thresholds, device or torch.device("cpu"), budgets)
-        view = sharp_view(model, photograph, width, **data_options)
+        photograph = deployment.read(image)
+        seen = see_budgets(model, deployment.prepare(photograph)[None], thresholds, deployment.device, budgets)
+        view = deployment.view(photograph, width)
         written = []
         for file in files:
             written += _write(file, view, seen, blocks, width)

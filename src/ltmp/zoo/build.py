@@ -83,7 +83,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         LTMPError: unreadable, not finite, or made for another shape; the message names the first parameter at fault.
     """
-    state = split_thresholds(read_state_dict(path))[1]
+    state = split_thresholds(read_state_dict(path), str(path))[1]
     _check_finite(state, path)
     _check_fit(model, state, path)
     model.load_state_dict(state)

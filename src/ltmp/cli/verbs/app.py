@@ -2,64 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from PIL import Image
-from torch import nn
 
-from ...app import Budgets, Explorer, build_page, serving_options
-from ...data import class_names, eval_transform, input_channels, read_image
 from ...errors import LTMPError, UsageError, first_line
-from .. import options as o
-from ..progress import console, progress_bar
-from ..runs import name_in
-from ..setup import ModelOptions, pick_device
+from ..options import DATA, MODEL, Device, ModelOptions, Preprocessing, name_in, pick_device, verb
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ...app import Explorer
 
 
-def app_verb(
+@dataclass(frozen=True, kw_only=True)
+class AppModel(ModelOptions):
+    """A model at one budget or several, or the demo's."""
+
     model: Annotated[
         str | None,
-        typer.Option(help="timm model name, or hf:NAME_OR_FOLDER; default: the demo's.", rich_help_panel="Model"),
-    ] = None,
+        typer.Option(help="timm model name, or hf:NAME_OR_FOLDER; default: the demo's.", rich_help_panel=MODEL),
+    ] = None
     thresholds: Annotated[
         list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
-    ] = None,
+    ] = None
     budget: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="FLOPs share that the slider begins at; default: one in the middle."),
-    ] = None,
+    ] = None
+    demo_out: Annotated[Path, typer.Option(help="Where `ltmp demo` wrote its model.")] = Path("ltmp-demo")
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppData(Preprocessing):
+    """Pictures to try, and what they may show."""
+
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures to choose from and calibrate on.", rich_help_panel="Data"),
-    ] = None,
+        typer.Option(help="Folder of pictures to choose from and calibrate on.", rich_help_panel=DATA),
+    ] = None
     class_names_file: Annotated[
         Path | None,
-        typer.Option("--class-names", help="Names of the model's classes, one a line (.txt).", rich_help_panel="Data"),
-    ] = None,
-    demo_out: Annotated[Path, typer.Option(help="Where `ltmp demo` wrote its model.")] = Path("ltmp-demo"),
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody.")] = "127.0.0.1",
+        typer.Option("--class-names", help="Names of the model's classes, one a line (.txt).", rich_help_panel=DATA),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Where the page is."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody.")] = "127.0.0.1"
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port; default: the first free one from 7860 on.")
-    ] = None,
-    browser: Annotated[bool, typer.Option(help="Open a browser.")] = False,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    device: o.Device = "auto",
-    debug: o.Debug = False,
-) -> None:
+    ] = None
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = False
+
+
+@verb
+def app_verb(model: AppModel, data: AppData, page: Page) -> None:
     """Open a page to try it: drop a picture, slide the budget, watch patches and answers change block by block.
 
     Without options it shows the demo's digits, offline; a first start trains a small model in less than a minute.
@@ -67,52 +70,56 @@ def app_verb(
     Example: ltmp app --thresholds runs/60/thresholds.safetensors --thresholds runs/50/thresholds.safetensors
     --pretrained --images photographs/
     """
-    if model is None and not thresholds:
-        if weights or pretrained or images or budget is not None:
-            raise UsageError("for which model? give --model NAME or --thresholds FILE, or no options for the demo's")
-        from ...app.default import demo_explorer
+    from ...app import build_page, serving_options
+    from ..progress import console
 
-        explorer = demo_explorer(demo_out, progress_bar)
-    else:
-        name = model or name_in((thresholds or [])[0])
-        network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-        settings: dict[str, Any] = {"interpolation": interpolation, "mean": mean, "std": std}
-        settings |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
-        network = network.to(pick_device(device))
-        explorer = _explorer(network, thresholds or [], budget, images, class_names_file, settings)
-    page = build_page(explorer)
-    where = {"server_name": host, "server_port": port, "inbrowser": browser}
+    built = build_page(_demo(model, data) if model.model is None and not model.thresholds else _explorer(model, data))
+    where = {"server_name": page.host, "server_port": page.port, "inbrowser": page.browser}
     try:
-        page.launch(**serving_options(), **where, quiet=True, prevent_thread_lock=True)
+        built.launch(**serving_options(), **where, quiet=True, prevent_thread_lock=True)
     except OSError as error:
-        raise LTMPError(f"cannot listen on {host}, port {port}: {first_line(error)}") from error
-    console.print(f"Open {page.local_url} in a browser; Ctrl-C stops.", markup=False)
-    page.block_thread()
+        raise LTMPError(f"cannot listen on {page.host}, port {page.port}: {first_line(error)}") from error
+    console.print(f"Open {built.local_url} in a browser; Ctrl-C stops.", markup=False)
+    built.block_thread()
 
 
-def _explorer(
-    network: nn.Module,
-    files: list[Path],
-    budget: float | None,
-    folder: Path | None,
-    names: Path | None,
-    settings: dict[str, Any],
-) -> Explorer:
+def _demo(model: AppModel, data: AppData) -> Explorer:
+    """The demo's model and digits."""
+    from ...app.default import demo_explorer
+    from ..progress import progress_bar
+
+    if model.weights or model.pretrained or data.images or model.budget is not None:
+        raise UsageError("for which model? give --model NAME or --thresholds FILE, or no options for the demo's")
+    return demo_explorer(model.demo_out, progress_bar)
+
+
+def _explorer(model: AppModel, data: AppData) -> Explorer:
     """A model of one's own, with the pictures of a folder."""
-    mode = "L" if input_channels(network) == 1 else "RGB"
-    samples = _pictures(folder, mode) if folder else []
-    transform = eval_transform(network, **settings)
+    import torch
+
+    from ...app import Budgets, Explorer
+    from ...data import class_names, eval_transform, image_mode
+
+    thresholds = model.thresholds or []
+    network = model.build(model.model or name_in(thresholds[0])).to(pick_device(model.device))
+    mode = image_mode(network)
+    samples = _pictures(data.images, mode) if data.images else []
+    transform = eval_transform(network, **data.transform)
     tensors = torch.stack([transform(image) for image in samples[:16]]) if samples else None
     tensors = None if tensors is None else tensors.to(next(network.parameters()))
-    budgets = Budgets.from_files(network, files, tensors, budget)
-    return Explorer(network, budgets, classes=class_names(network, None, names), samples=samples, data_options=settings)
+    budgets = Budgets.from_files(network, thresholds, tensors, model.budget)
+    names = class_names(network, None, data.class_names_file)
+    return Explorer(network, budgets, classes=names, samples=samples, data_options=data.transform)
 
 
 def _pictures(folder: Path, mode: str, most: int = 24) -> list[Image.Image]:
     """The first pictures of a folder, in the order of their names."""
+    from ...data import read_image
+    from ...data.images import is_image_name
+
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: --images takes a folder of pictures")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    files = sorted(path for path in folder.rglob("*") if is_image_name(path.name))
     if not files:
-        raise UsageError(f"{folder} holds no pictures: expected files that end in {', '.join(sorted(ENDINGS))}")
+        raise UsageError(f"{folder} holds no pictures: expected files such as cat.jpg or dog.png")
     return [read_image(path, mode) for path in files[:most]]

@@ -2,70 +2,129 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import Tensor, nn
 
-from ... import LTMPConfig, attach, load
-from ...data import input_channels
 from ...errors import UsageError
-from ...evaluate import tables
-from ...evaluate.bench import Bench, Row, table
-from ...evaluate.synthetic import lively, smooth
-from ...hosts.attach import thresholds_of
-from ...learning.calibrate import calibrate
-from .. import options as o
-from ..options import ModelName, settings_of
-from ..progress import progress_bar
-from ..runs import name_in
-from ..setup import DataOptions, ModelOptions, pick_device
-from ..timing import Target, say_measured
+from ..options import (
+    DATA,
+    RUN,
+    ClassMap,
+    DataOptions,
+    Device,
+    SavedModel,
+    Source,
+    SpeedOptions,
+    TableOptions,
+    config_of,
+    name_in,
+    pick_device,
+    verb,
+)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ...evaluate.bench import Row
+    from ..timing import Target
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def bench_verb(
-    model: ModelName = None,
+@dataclass(frozen=True, kw_only=True)
+class BenchModel(SavedModel):
+    """Which model, and which thresholds."""
+
     thresholds: Annotated[
         Path | None, typer.Option(help="The file that `ltmp learn` wrote; without it, see --share.")
-    ] = None,
-    budget: o.Budget = None,
-    milliseconds: o.Milliseconds = None,
-    images_per_second: o.ImagesPerSecond = None,
-    share: Annotated[
-        float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")
-    ] = 0.55,
+    ] = None
+    share: Annotated[float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")] = (
+        0.55
+    )
     scores: Annotated[
         str, typer.Option(help="paper, attention or best, like --scores of learn, where no file is given.")
-    ] = "paper",
+    ] = "paper"
+
+    def check(self, target: Target | None, budget: float | None) -> None:
+        """Refuse what does not go together."""
+        if not 0 < self.share < 1:
+            raise UsageError(f"--share {self.share}: expected a number between 0 and 1")
+        if self.model is None and self.thresholds is None:
+            raise UsageError("which model? give --model NAME, or --thresholds FILE of one that was learned")
+        if self.thresholds is None and (target or budget is not None):
+            raise UsageError(
+                "which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE"
+            )
+        if self.thresholds is not None and self.scores != "paper":
+            raise UsageError("--scores is for thresholds of --share: those of a file know their own")
+
+    def network(self, name: str) -> nn.Module:
+        """The model, frozen; without weights of its own with random ones that are as varied as learned ones."""
+        from ...evaluate.synthetic import lively
+
+        network = self.build(name, random=True).requires_grad_(False)
+        return network if self.has_weights(name) else lively(network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchData(Source):
+    """What is timed on."""
+
     data: Annotated[
         str | None,
-        typer.Option(help="Images to time on, like --data of eval; default: smooth noise.", rich_help_panel="Data"),
-    ] = None,
+        typer.Option(help="Images to time on, like --data of eval; default: smooth noise.", rich_help_panel=DATA),
+    ] = None
+    class_map: ClassMap = None
+
+    def images(self, network: nn.Module, count: int) -> Tensor:
+        """[count, C, H, W], made where no data is given."""
+        from ...data import input_channels
+        from ...evaluate.synthetic import smooth
+
+        if self.data is not None:
+            reading = DataOptions(data_root=self.data_root, class_map=self.class_map, batch_size=count)
+            return next(iter(reading.open(self.data, network, split=self.split or "validation")))[0]
+        size = getattr(getattr(network, "patch_embed", None), "img_size", None) or (224, 224)
+        return smooth(count, tuple(size), input_channels(network))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Which ways are timed, for how long."""
+
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="May be repeated; default: 1, 8 and 32.", rich_help_panel="Running")
-    ] = None,
+        list[int] | None, typer.Option(min=1, help="May be repeated; default: 1, 8 and 32.", rich_help_panel=RUN)
+    ] = None
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: of weights and images.", rich_help_panel="Running")
-    ] = "float32",
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time each way for about so long.")] = 2.0,
-    compile: Annotated[bool, typer.Option(help="Time torch.compile of the dense model, too.")] = True,
-    baseline: Annotated[bool, typer.Option(help="Time fixed-rate merging at the same share, too.")] = True,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    split: o.Split = None,
-    data_root: o.DataRoot = None,
-    class_map: o.ClassMap = None,
-    device: o.Device = "auto",
-    json: o.Json = None,
-    csv: o.Csv = None,
-    debug: o.Debug = False,
+        str, typer.Option(help="float32, bfloat16 or float16: of weights and images.", rich_help_panel=RUN)
+    ] = "float32"
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time each way for about so long.")] = 2.0
+    compile: Annotated[bool, typer.Option(help="Time torch.compile of the dense model, too.")] = True
+    baseline: Annotated[bool, typer.Option(help="Time fixed-rate merging at the same share, too.")] = True
+    device: Device = "auto"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images a batch, ascending."""
+        return sorted(set(self.batch_size or (1, 8, 32)))
+
+    @property
+    def type(self) -> torch.dtype:
+        """Of weights and images."""
+        import torch
+
+        if self.dtype not in DTYPES:
+            raise UsageError(f"no dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        return getattr(torch, self.dtype)
+
+
+@verb
+def bench_verb(
+    model: BenchModel, budget: SpeedOptions, data: BenchData, options: BenchOptions, output: TableOptions
 ) -> None:
     """Time every way to run a model, in turns: dense (eager, compiled, in graphs), fixed-rate merging, engines.
 
@@ -75,67 +134,83 @@ def bench_verb(
 
     Example: ltmp bench --model deit_small_patch16_224 --share 0.55 --batch-size 32 --csv bench.csv
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if not 0 < share < 1:
-        raise UsageError(f"--share {share}: expected a number between 0 and 1")
-    if model is None and thresholds is None:
-        raise UsageError("which model? give --model NAME, or --thresholds FILE of one that was learned")
-    target = Target.of(milliseconds, images_per_second, budget)
-    if thresholds is None and (target or budget is not None):
-        raise UsageError("which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE")
-    if thresholds is not None and scores != "paper":
-        raise UsageError("--scores is for thresholds of --share: those of a file know their own")
-    config = LTMPConfig(**settings_of(scores))
-    name = model or name_in(Path(thresholds or ""), budget)
-    sizes, place = sorted(set(batch_size or (1, 8, 32))), pick_device(device)
-    if target and len(sizes) != 1:
+    from ...evaluate import tables
+    from ..timing import Target
+
+    dtype, target = options.type, Target.of(budget)
+    model.check(target, budget.budget)
+    if target and len(options.sizes) != 1:
         raise UsageError("a time or a speed is for one batch size: give one --batch-size")
-    options = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or [])
-    network = _network(options).to(place, DTYPES[dtype])
-    images = _images(network, max(sizes), data, split, DataOptions(data_root, class_map, batch_size=max(sizes)))
-    images = images.to(place, DTYPES[dtype])
-    if thresholds is not None:
-        load(network, thresholds, budget=budget)
-        if target:
-            budget = target.meet(network, images[: sizes[0]], quiet="-" in (json, csv))
-    else:
-        few = images if data else smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images)
-        calibrate(attach(network, config), few, share)
-    where = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = []
-    with progress_bar("timing", len(sizes)) as advance:
-        for size in sizes:
-            found = Bench(network, images[:size], compiled=compile, baseline=baseline).run(seconds)
-            rows += [_plain(row, size) for row in found]
-            if "-" not in (json, csv):
-                pixels = "x".join(map(str, images.shape[-2:]))
-                typer.echo(f"{name}, batch {size}, {pixels}, {dtype}, {where}\n{table(found)}\n")
-                speeds = {row.way: row.images_per_second for row in found}
-                if target and (own := speeds.get("auto", speeds.get("packed"))):
-                    say_measured(size, own)
-            advance()
-    if json:
-        file = str(thresholds) if thresholds else None
-        about: dict[str, Any] = {"model": name, "thresholds": file, "budget": budget, "device": where, "dtype": dtype}
-        about |= {"torch": torch.__version__, "scores": thresholds_of(network).config.scores}
-        tables.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, json)
-    if csv:
-        tables.write_csv(rows, csv)
+    name, place = model.model or name_in(Path(model.thresholds or ""), budget.budget), pick_device(options.device)
+    network = model.network(name).to(place, dtype)
+    images = data.images(network, options.sizes[-1]).to(place, dtype)
+    share = _reduce(network, images, model, budget.budget, made=data.data is None)
+    if target:
+        share = target.meet(network, images[: options.sizes[0]], quiet=output.quiet)
+    about = _about(name, model, place, options.dtype) | {"budget": share}
+    rows = _timed(network, images, options, timed=target is not None, title=None if output.quiet else about)
+    if output.json:
+        about["scores"] = _scores(network)
+        tables.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, output.json)
+    if output.csv:
+        tables.write_csv(rows, output.csv)
     if any(row["note"] and row["way"] != "dense, compiled" for row in rows):
         raise typer.Exit(1)
 
 
-def _network(options: ModelOptions) -> nn.Module:
-    network = options.build(random=True).requires_grad_(False)
-    return network if options.has_weights else lively(network)
+def _reduce(network: nn.Module, images: Tensor, model: BenchModel, budget: float | None, *, made: bool) -> float | None:
+    """Attach the thresholds of the file, or calibrated ones; returns the budget asked for."""
+    from ... import attach, load
+    from ...evaluate.synthetic import smooth
+    from ...learning import calibrate
+
+    if model.thresholds is not None:
+        load(network, model.thresholds, budget=budget)
+        return budget
+    few = smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images) if made else images
+    calibrate(attach(network, config_of(model.scores)), few, model.share)
+    return None
 
 
-def _images(network: nn.Module, count: int, data: str | None, split: str | None, reading: DataOptions) -> Tensor:
-    if data is not None:
-        return next(iter(reading.open(data, network, split=split or "validation")))[0]
-    size = getattr(getattr(network, "patch_embed", None), "img_size", None) or (224, 224)
-    return smooth(count, tuple(size), input_channels(network))
+def _timed(
+    network: nn.Module, images: Tensor, options: BenchOptions, *, timed: bool, title: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """A row each way and batch size, shown under a title as they are found."""
+    from ...evaluate.bench import Bench, table
+    from ..progress import progress_bar
+    from ..timing import say_measured
+
+    rows = []
+    with progress_bar("timing", len(options.sizes)) as advance:
+        for size in options.sizes:
+            found = Bench(network, images[:size], compiled=options.compile, baseline=options.baseline).run(
+                options.seconds
+            )
+            rows += [_plain(row, size) for row in found]
+            if title is not None:
+                pixels = "x".join(map(str, images.shape[-2:]))
+                typer.echo(
+                    f"{title['model']}, batch {size}, {pixels}, {title['dtype']}, {title['device']}\n{table(found)}\n"
+                )
+                speeds = {row.way: row.images_per_second for row in found}
+                if timed and (own := speeds.get("auto", speeds.get("packed"))):
+                    say_measured(size, own)
+            advance()
+    return rows
+
+
+def _about(name: str, model: BenchModel, place: torch.device, dtype: str) -> dict[str, Any]:
+    import torch
+
+    where = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    file = str(model.thresholds) if model.thresholds else None
+    return {"model": name, "thresholds": file, "device": where, "dtype": dtype, "torch": torch.__version__}
+
+
+def _scores(network: nn.Module) -> Any:
+    from ...deploy import policy_of
+
+    return asdict(policy_of(network).config.scores)
 
 
 def _plain(row: Row, size: int) -> dict[str, Any]:

@@ -2,95 +2,107 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import Tensor, nn
 
-from ... import load
-from ...data.transforms import eval_settings
 from ...errors import UsageError
-from ...evaluate import tables
-from .. import options as o
-from ..options import ModelName, Thresholds
-from ..progress import progress_bar
-from ..runs import name_in
-from ..setup import DataOptions, ModelOptions
+from ..options import (
+    DATA,
+    Budget,
+    DataOptions,
+    FormOptions,
+    OutputOptions,
+    Preprocessing,
+    ReducedModel,
+    Source,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...export import Plan
 
 
-def export_verb(
-    thresholds: Thresholds,
-    out: Annotated[
-        Path | None, typer.Option(help="The file; default: MODEL_FORM.onnx (or .pt2) in this folder.")
-    ] = None,
-    form: o.Form = "batch",
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(FormOptions):
+    """Which file."""
+
     format: Annotated[
         str, typer.Option(help="onnx, program (torch.export) or aoti (AOTInductor, compiled for this CPU).")
-    ] = "onnx",
-    opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
-    int8: o.Int8 = False,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Export the model without its reduction, to compare with.")
-    ] = False,
-    static_batch: Annotated[int, typer.Option(min=1, help="Images a batch of the static form.")] = 1,
+    ] = "onnx"
+    opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20
+    dense: Annotated[bool, typer.Option("--dense", help="Export the model without its reduction, to compare with.")] = (
+        False
+    )
+    static_batch: Annotated[int, typer.Option(min=1, help="Images a batch of the static form.")] = 1
+    budget: Budget = None
+    out: Annotated[Path | None, typer.Option(help="The file; default: MODEL_FORM.onnx (or .pt2) in this folder.")] = (
+        None
+    )
+
+    def plan(self) -> Plan:
+        """The same, checked."""
+        from ...export import Plan
+
+        return Plan(self.format, self.form, self.opset, self.int8, self.dense, self.static_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportData(Source, Preprocessing):
+    """Images that the file is verified on."""
+
     data: Annotated[
         str | None,
-        typer.Option(help="Images to verify on, as for `ltmp eval`; default: made ones.", rich_help_panel="Data"),
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many images to verify on.", rich_help_panel="Data")] = 8,
-    model: ModelName = None,
-    budget: o.Budget = None,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    split: o.Split = None,
-    data_root: o.DataRoot = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    json: o.Json = None,
-    debug: o.Debug = False,
-) -> None:
+        typer.Option(help="Images to verify on, as for `ltmp eval`; default: made ones.", rich_help_panel=DATA),
+    ] = None
+    images: Annotated[int, typer.Option(min=1, help="How many images to verify on.", rich_help_panel=DATA)] = 8
+
+    def first(self, network: nn.Module) -> Tensor | None:
+        """The first batch of the dataset, if there is one; its labels do not matter."""
+        if self.data is None:
+            return None
+        reading = DataOptions(data_root=self.data_root, batch_size=self.images, **self.transform)
+        split = self.split or "validation"
+        for images, _ in reading.open(self.data, network, split=split, labelled=False, shuffle=True):
+            return images
+        raise UsageError(f"{self.data} holds no images that can be read: give others, or no --data")
+
+
+@verb
+def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, output: OutputOptions) -> None:
     """Write the reduced model for another runtime, after checking that the file gives what the model gives.
 
     Example: ltmp export --thresholds runs/deit/thresholds.safetensors --pretrained --form batch --out deit.onnx
     """
-    from ...export import FORMATS, Plan, export
+    from ... import load
+    from ...data.transforms import eval_settings
+    from ...evaluate import tables
+    from ...export import FORMATS, export
+    from ..progress import progress_bar
 
-    plan = Plan(format, form, opset, int8, dense, static_batch)
-    name = model or name_in(thresholds, budget)
-    path = out or Path(f"{name}_{form}{'_int8' if int8 else ''}{FORMATS[format]}")
-    network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    load(network, thresholds, budget=budget)
-    options = DataOptions(data_root, None, interpolation, mean, std, crop_pct, crop_mode, batch_size=images)
-    with progress_bar("exporting", 4 if int8 else 3) as bar:
+    plan, name = options.plan(), model.name(options.budget)
+    path = options.out or Path(f"{name}_{plan.form}{'_int8' if plan.int8 else ''}{FORMATS[plan.format]}")
+    network = model.build(name)
+    load(network, model.thresholds, budget=options.budget)
+    with progress_bar("exporting", 4 if plan.int8 else 3) as bar:
         found = export(
             network,
             path,
             plan,
-            images=first_images(options, data, network, split) if data else None,
-            metadata={"model": name, "preprocessing": eval_settings(network, options.transform)},
+            images=data.first(network),
+            metadata={"model": name, "preprocessing": eval_settings(network, data.transform)},
             progress=lambda stage: bar(0, stage) if stage == "tracing" else bar(1, stage),
         )
         bar(1, "done")
-    values = {"path": str(path), "format": format, "form": form, "opset": opset, "int8": int8, **found.to_dict()}
-    if json != "-":
+    if not output.quiet:
         typer.echo(
-            f"{path}: {form}, verified on {found.images} images with {found.counts} different token counts "
+            f"{path}: {plan.form}, verified on {found.images} images with {found.counts} different token counts "
             f"(largest difference of a logit {found.difference:.1e}, share {found.share:.3f})"
         )
-    if json:
-        tables.write_json(values, json)
-
-
-def first_images(options: DataOptions, data: str, network: nn.Module, split: str | None) -> Tensor:
-    """The first batch of a dataset; its labels do not matter."""
-    loader = options.open(data, network, split=split or "validation", labelled=False, shuffle=True)
-    for images, _ in loader:
-        return images
-    raise UsageError(f"{data} holds no images that can be read: give others, or no --data")
+    if output.json:
+        about = {"path": str(path), "format": plan.format, "form": plan.form, "opset": plan.opset, "int8": plan.int8}
+        tables.write_json({**about, **found.to_dict()}, output.json)

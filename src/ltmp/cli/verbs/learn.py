@@ -3,60 +3,30 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
-from ... import LearnResult, attach, distributed, save
-from ... import learn as run_learning
-from ...data import Loader
 from ...errors import UsageError
-from ...evaluate import Evaluation, tables
-from ...learning import Tuning, open_log, views_of
-from ...zoo.build import save_weights
-from ...zoo.hugging_face import is_of_transformers
-from .. import options as o
-from ..options import config_of
-from ..progress import console, progress_bar
-from ..runs import base_model, evaluate_with_bar, prepare, report_skipped, resumable, short_name, validation_folder
-from ..setup import DataOptions, ModelOptions, autocast_type, pick_device
+from ..options import OUTPUT, LearningData, NamedModel, OutputOptions, Resume, RunOptions, ScoreOptions, Seed, verb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...data import Loader
+    from ...evaluate import Evaluation
+    from ...learning import LearnResult, Tuning
 
 VIEWS = 20_000
 _TUNING = "Tuning"
 
 
-def learn_verb(
-    data: o.Data,
-    model: o.Model,
-    target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6,
-    variant: o.Variant = "ltmp",
-    scores: o.Scores = "paper",
-    similarity: o.Similarity = None,
-    matching: o.Matching = None,
-    importance: o.Importance = None,
-    size_power: o.SizePower = None,
-    class_power: o.ClassPower = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel="Output")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
-    ] = False,
-    views: Annotated[
-        int | None,
-        typer.Option(min=0, help="Images to optimise on; 0: calibrate only. [default: 20000; one epoch with --tune]"),
-    ] = None,
-    calibration: Annotated[int, typer.Option(min=2, help="Images to set the start and to meet the budget on.")] = 512,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0,
-    distill: Annotated[
-        bool, typer.Option("--distill", help="Learn from the dense model's answers instead of labels.")
-    ] = False,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Ignore folder names; implies --distill.")] = False,
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """Which weights train along."""
+
     tune: Annotated[
         str | None,
         typer.Option(
@@ -64,139 +34,189 @@ def learn_verb(
             help="Train a few weights along, taught by the dense model: norms (norms, biases, layer scales) or lora.",
             rich_help_panel=_TUNING,
         ),
-    ] = None,
+    ] = None
     tuned_weights: Annotated[
         Path | None,
         typer.Option(
             help="Where the tuned model goes; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
             rich_help_panel=_TUNING,
         ),
-    ] = None,
+    ] = None
     tune_lr: Annotated[
         float | None, typer.Option(help="Rate of the weights' AdamW.", rich_help_panel=_TUNING, show_default=False)
-    ] = None,
+    ] = None
     labels: Annotated[
         float,
         typer.Option(help="Part of the loss from labels; the rest is from the dense model.", rich_help_panel=_TUNING),
-    ] = Tuning.labels,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the updates of lora.", rich_help_panel=_TUNING)] = Tuning.rank,
-    val: Annotated[
-        str | None,
-        typer.Option(help="Data to report accuracy on; default: val/ of the data folder.", rich_help_panel="Data"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the images.")] = 0,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    split: o.Split = None,
-    data_root: o.DataRoot = None,
-    class_map: o.ClassMap = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    strict: o.Strict = False,
-    batch_size: o.BatchSize = 64,
-    workers: o.Workers = 0,
-    device: o.Device = "auto",
-    amp: o.Amp = False,
-    json: o.Json = None,
+    ] = 0.0
+    lora_rank: Annotated[int, typer.Option(help="Rank of the updates of lora.", rich_help_panel=_TUNING)] = 8
+
+    def tuning(self) -> Tuning | None:
+        """The settings, or None where no weights train."""
+        from ...learning import Tuning
+
+        if self.tune is not None:
+            return Tuning(self.tune, lr=self.tune_lr, labels=self.labels, rank=self.lora_rank)
+        if self.tuned_weights is not None:
+            raise UsageError(
+                "--tuned-weights says where a tuned model goes: add --tune norms or --tune lora, or leave it out"
+            )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions(TuningOptions):
+    """What to learn for, and from how much."""
+
+    target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6
+    resume: Resume = False
+    views: Annotated[
+        int | None,
+        typer.Option(min=0, help="Images to optimise on; 0: calibrate only. [default: 20000; one epoch with --tune]"),
+    ] = None
+    calibration: Annotated[int, typer.Option(min=2, help="Images to set the start and to meet the budget on.")] = 512
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1
+    lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Learn from the dense model's answers instead of labels.")
+    ] = False
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Ignore folder names; implies --distill.")] = False
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnOutput(OutputOptions):
+    """Where the run goes."""
+
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel=OUTPUT)
+    ] = None
     log: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
             help="Write events for TensorBoard; wandb:PROJECT logs to Weights & Biases instead.",
-            rich_help_panel="Output",
+            rich_help_panel=OUTPUT,
         ),
-    ] = None,
-    debug: o.Debug = False,
+    ] = None
+
+
+@verb
+def learn_verb(
+    data: LearningData,
+    model: NamedModel,
+    scores: ScoreOptions,
+    learning: LearningOptions,
+    run: RunOptions,
+    output: LearnOutput,
 ) -> None:
     """Learn the thresholds of a model for a FLOPs budget; unless --tune is given, the model itself is not changed.
 
-    Writes OUT/thresholds.safetensors (under 10 KB). Ctrl-C saves the run; --resume goes on with it.
+    Writes OUT/thresholds.safetensors: a few KB, and with --scores best also a probe, 0.6 MB for a ViT-S. Ctrl-C saves
+    the run; --resume goes on with it.
 
     Example: ltmp learn --data imagenet/ --model deit_small_patch16_224 --pretrained --target 0.6
     """
-    folder = out or Path("runs") / f"{short_name(model)}-{variant}-{target:g}"
-    tuning = Tuning(tune, lr=tune_lr, labels=labels, rank=lora_rank) if tune is not None else None
-    if tuning is None and tuned_weights is not None:
-        raise UsageError(
-            "--tuned-weights says where a tuned model goes: add --tune norms or --tune lora, or leave it out"
-        )
-    run_file = prepare(folder, resume)
-    network = attach(
-        ModelOptions(model, weights, pretrained, num_classes, img_size, model_kwargs or []).build(),
-        config_of(scores, variant, similarity, matching, importance, size_power, class_power),
-    )
-    reading = DataOptions(
-        data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
-    )
-    loader = reading.open(data, network, split=split or "train", labelled=not unlabelled, shuffle=True, seed=seed)
-    distill = distill or not getattr(loader.dataset, "labelled", True)
-    held_out = val or validation_folder(data)
-    checking = reading.open(held_out, network, split="validation") if held_out else None
-    place, cast = pick_device(device), autocast_type(amp)
-    logger = open_log(log) if log and distributed.is_first() else None
-    if views is None:
-        views = VIEWS if tuning is None else views_of(loader, 1, calibration)
-    with distributed.group(place), resumable(run_file):
+    from ... import attach, distributed, save
+    from ...evaluate import tables
+    from ..runs import base_model, prepare, report_skipped, resumable, run_folder
+
+    folder = output.out or run_folder(model.model, scores.variant, f"{learning.target:g}")
+    tuning = learning.tuning()
+    run_file = prepare(folder, learning.resume)
+    network = attach(model.build(model.model), scores.config())
+    loader = data.open(
+        data.data, network, split=data.split or "train",
+        labelled=not learning.unlabelled, shuffle=True, seed=learning.seed,
+    )  # fmt: skip
+    checking = data.open_held_out(network)
+    with distributed.group(run.place), resumable(run_file):
         # of the weights as they are now: afterwards nobody has them any more
-        original = _evaluated(network, checking, place, cast) if tuning else None
-        with closing(logger) if logger else nullcontext(), progress_bar("learning", None) as bar:
-            result = run_learning(
-                network,
-                loader,
-                target,
-                views=views,
-                calibration=calibration,
-                accumulate=accumulate,
-                lr=lr,
-                distill=distill,
-                seed=seed,
-                device=place,
-                amp=cast,
-                checkpoint=run_file,
-                on_step=lambda step: bar.reach(
-                    step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
-                ),
-                progress=bar.reach,
-                log=logger,
-                tuning=tuning,
-            )
-        evaluation = _evaluated(network, checking, place, cast)
+        original = _evaluated(network, checking, run) if tuning else None
+        result = _learned(network, loader, learning, tuning, run, run_file, output.log)
+        evaluation = _evaluated(network, checking, run)
         distributed.merge(loader.skipped)
         if distributed.rank() > 0:
             return
     path = folder / "thresholds.safetensors"
-    about = _about(model, result, evaluation)
+    about = _about(model.model, result, evaluation)
     if tuning is None:
-        about |= base_model(network, pretrained and not weights)
+        about |= base_model(network, model.pretrained and not model.weights)
     else:
         about |= _about_tuning(tuning.parts if result.tuned else None, original, evaluation)
-        model_file = tuned_weights or folder / ("model" if is_of_transformers(network) else "model.safetensors")
-        save_weights(network, model_file)
-        about["weights"] = str(model_file)
+        about["weights"] = str(_write_weights(network, learning.tuned_weights, folder))
     save(network, path, **about)
     run_file.unlink(missing_ok=True)
     report_skipped(loader.skipped)
-    if json != "-":
+    if not output.quiet:
         tables.show([about], f"thresholds in {path}")
-    if json:
-        tables.write_json(
-            {**about, "thresholds": str(path), "history": [asdict(step) for step in result.history]}, json
+    if output.json:
+        history = [asdict(step) for step in result.history]
+        tables.write_json({**about, "thresholds": str(path), "history": history}, output.json)
+
+
+def _learned(
+    network: nn.Module,
+    loader: Loader,
+    options: LearningOptions,
+    tuning: Tuning | None,
+    run: RunOptions,
+    run_file: Path,
+    log: str | None,
+) -> LearnResult:
+    """The run itself, with a bar."""
+    from ... import distributed
+    from ...learning import learn, open_log, views_of
+    from ..progress import progress_bar
+
+    logger = open_log(log) if log and distributed.is_first() else None
+    views = options.views
+    if views is None:
+        views = VIEWS if tuning is None else views_of(loader, 1, options.calibration)
+    with closing(logger) if logger else nullcontext(), progress_bar("learning", None) as bar:
+        return learn(
+            network,
+            loader,
+            options.target,
+            views=views,
+            calibration=options.calibration,
+            accumulate=options.accumulate,
+            lr=options.lr,
+            distill=options.distill or not getattr(loader.dataset, "labelled", True),
+            seed=options.seed,
+            device=run.place,
+            amp=run.cast,
+            checkpoint=run_file,
+            on_step=lambda step: bar.reach(
+                step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
+            ),
+            progress=bar.reach,
+            log=logger,
+            tuning=tuning,
         )
 
 
-def _evaluated(network: nn.Module, checking: Loader | None, place: torch.device, cast: Any) -> Evaluation | None:
+def _evaluated(network: nn.Module, checking: Loader | None, run: RunOptions) -> Evaluation | None:
     """How good the model is, where there is something to check it on."""
-    return evaluate_with_bar(network, checking, device=place, amp=cast, speed=False) if checking else None
+    from ..runs import evaluate_with_bar
+
+    return evaluate_with_bar(network, checking, device=run.place, amp=run.cast, speed=False) if checking else None
+
+
+def _write_weights(network: nn.Module, path: Path | None, folder: Path) -> Path:
+    """Write the tuned model, of Hugging Face as a folder; returns where it is."""
+    from ...zoo.build import save_weights
+    from ...zoo.hugging_face import is_of_transformers
+
+    path = path or folder / ("model" if is_of_transformers(network) else "model.safetensors")
+    save_weights(network, path)
+    return path
 
 
 def _about_tuning(parts: str | None, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """What a thresholds file says of the weights that belong to it; `top1_dense` is that of those before."""
+    from ..progress import console
+
     if parts is None:
         console.print("tuning did not lower the loss on the images kept apart: the model keeps the weights it had")
     if before is None or after is None:

@@ -2,106 +2,162 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...config import ENGINES
-from ...data import read_names
 from ...errors import UsageError
-from ...evaluate import tables
-from ...predict import RayOptions, Scoring, Summary, predict
-from .. import options as o
-from ..options import ModelName
-from ..progress import console, progress_bar
-from ..runs import InterruptedRunError, name_in
-from ..setup import ModelOptions, build_reduced, pick_device
+from ..options import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    RUN,
+    BatchSize,
+    Budget,
+    ClassMap,
+    OutputOptions,
+    Preprocessing,
+    RunOptions,
+    SavedModel,
+    name_in,
+    verb,
+)
 
-_OUTPUT, _DATA, _RUN, _RAY = "Output", "Data", "Running", "Ray"
+if TYPE_CHECKING:
+    from torch import nn
 
-Source = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SOURCE",
-        help="A folder of images at any depth, or tars (WebDataset shards) or Parquet files, by name, folder or "
-        "pattern, such as 'shards/{000..099}.tar'.",
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Output folder; an interrupted run there goes on.", rich_help_panel=_OUTPUT)]
-Top = Annotated[
-    int | None,
-    typer.Option(min=1, help="Classes to keep for each image; default: 5, or all of fewer.", rich_help_panel=_OUTPUT),
-]
-Embeddings = Annotated[
-    bool,
-    typer.Option("--embeddings", help="Keep what enters the classifier instead of classes.", rich_help_panel=_OUTPUT),
-]
-ShardSize = Annotated[
-    int, typer.Option(min=1, help="Images a file where SOURCE is a folder of images.", rich_help_panel=_OUTPUT)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Remove the run in --out and start anew.", rich_help_panel=_OUTPUT)
-]
-Column = Annotated[str | None, typer.Option(help="Parquet column of images or their paths.", rich_help_panel=_DATA)]
-KeyColumn = Annotated[str | None, typer.Option(help="Parquet column that names the rows.", rich_help_panel=_DATA)]
-Thresholds = Annotated[
-    Path | None,
-    typer.Option(help="The file that `ltmp learn` wrote; without it the model runs dense.", rich_help_panel="Model"),
-]
-Engine = Annotated[
-    str | None,
-    typer.Option(help="auto, packed, triton or graph; ray is short for --runner ray.", rich_help_panel=_RUN),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=0, help="Processes that decode ahead; default: 1, with a GPU up to 8.", rich_help_panel=_RUN),
-]
-Runner = Annotated[str, typer.Option(help="local: this process; ray: a Ray cluster.", rich_help_panel=_RAY)]
-Actors = Annotated[
-    int | None, typer.Option(min=1, help="Models at once; default: one a GPU, or else a CPU.", rich_help_panel=_RAY)
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(help="Of a running cluster; default: RAY_ADDRESS, or a local one for this run.", rich_help_panel=_RAY),
-]
+    from ...predict import RayOptions, Scoring, Summary
+
+_RAY = "Ray"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictModel(SavedModel):
+    """A model, reduced where there are thresholds."""
+
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(help="The file that `ltmp learn` wrote; without it the model runs dense.", rich_help_panel=MODEL),
+    ] = None
+    budget: Budget = None
+
+    def name(self, engine: str | None) -> str:
+        """The model's name; refuses options of reduced models for a dense one."""
+        if engine is not None and engine not in ENGINES:
+            raise UsageError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}, or ray")
+        if self.thresholds is not None:
+            return self.model or name_in(self.thresholds, self.budget)
+        for option, value in (("--engine", engine), ("--budget", self.budget)):
+            if value is not None:
+                raise UsageError(f"{option} is for reduced models: give --thresholds FILE, or leave it out")
+        if self.model is None:
+            raise UsageError("which model? give --thresholds FILE, or --model NAME for a dense one")
+        return self.model
+
+    def absolute(self) -> PredictModel:
+        """The same for a process in another folder."""
+        return replace(
+            self,
+            weights=self.weights and self.weights.absolute(),
+            thresholds=self.thresholds and self.thresholds.absolute(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictData(Preprocessing):
+    """From a source to images."""
+
+    class_map: ClassMap = None
+    column: Annotated[
+        str | None, typer.Option(help="Parquet column of images or their paths.", rich_help_panel=DATA)
+    ] = None
+    key_column: Annotated[
+        str | None, typer.Option(help="Parquet column that names the rows.", rich_help_panel=DATA)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRun(RunOptions):
+    """What runs the model, and where."""
+
+    batch_size: BatchSize = 64
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that decode ahead; default: 1, with a GPU up to 8.", rich_help_panel=RUN),
+    ] = None
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, packed, triton or graph; ray is short for --runner ray.", rich_help_panel=RUN),
+    ] = None
+    runner: Annotated[str, typer.Option(help="local: this process; ray: a Ray cluster.", rich_help_panel=_RAY)] = (
+        "local"
+    )
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Models at once; default: one a GPU, or else a CPU.", rich_help_panel=_RAY)
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a running cluster; default: RAY_ADDRESS, or a local one for this run.", rich_help_panel=_RAY
+        ),
+    ] = None
+
+    def ray(self) -> RayOptions | None:
+        """The cluster; None runs here."""
+        from ...predict import RayOptions
+
+        if self.runner not in ("local", "ray"):
+            raise UsageError(f"unknown runner {self.runner!r}: expected local or ray")
+        if self.runner == "ray" or self.engine == "ray":
+            return RayOptions(self.actors, self.ray_address)
+        if self.actors is not None or self.ray_address is not None:
+            raise UsageError("--actors and --ray-address are for --runner ray: add it, or leave them out")
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOutput(OutputOptions):
+    """What is written."""
+
+    out: Annotated[Path, typer.Option(help="Output folder; an interrupted run there goes on.", rich_help_panel=OUTPUT)]
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Classes to keep for each image; default: 5, or all of fewer.", rich_help_panel=OUTPUT
+        ),
+    ] = None
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings", help="Keep what enters the classifier instead of classes.", rich_help_panel=OUTPUT
+        ),
+    ] = False
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Images a file where SOURCE is a folder of images.", rich_help_panel=OUTPUT)
+    ] = 1024
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run in --out and start anew.", rich_help_panel=OUTPUT)
+    ] = False
+
+
+@verb
 def predict_verb(
-    source: Source,
-    out: Out,
-    model: ModelName = None,
-    thresholds: Thresholds = None,
-    budget: o.Budget = None,
-    top: Top = None,
-    embeddings: Embeddings = False,
-    shard_size: ShardSize = 1024,
-    overwrite: Overwrite = False,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    class_map: o.ClassMap = None,
-    column: Column = None,
-    key_column: KeyColumn = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    batch_size: o.BatchSize = 64,
-    workers: Workers = None,
-    device: o.Device = "auto",
-    amp: o.Amp = False,
-    engine: Engine = None,
-    runner: Runner = "local",
-    actors: Actors = None,
-    ray_address: RayAddress = None,
-    json: o.Json = None,
-    debug: o.Debug = False,
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images at any depth, or tars (WebDataset shards) or Parquet files, by name, folder or "
+            "pattern, such as 'shards/{000..099}.tar'.",
+        ),
+    ],
+    model: PredictModel,
+    data: PredictData,
+    run: PredictRun,
+    output: PredictOutput,
 ) -> None:
     """Score every image of a large collection: top classes or embeddings, to Parquet.
 
@@ -109,73 +165,71 @@ def predict_verb(
 
     Example: ltmp predict images/ --out scores --thresholds runs/deit/thresholds.safetensors --pretrained
     """
-    ray = _ray_options(runner, engine, actors, ray_address)
-    engine = None if engine == "ray" else engine
-    name = _model_name(model, thresholds, engine, budget)
-    options = ModelOptions(
-        name, weights.absolute() if weights else None, pretrained, num_classes, img_size, model_kwargs or []
-    )
-    scoring = Scoring(
-        partial(build_reduced, options, thresholds.absolute() if thresholds else None, engine, budget),
-        top=top,
-        embeddings=embeddings,
-        class_names=tuple(read_names(class_map)) if class_map else None,
-        pretrained=pretrained and weights is None,
-        transform={
-            "interpolation": interpolation, "mean": mean, "std": std, "crop_pct": crop_pct, "crop_mode": crop_mode
-        },
-        batch_size=batch_size,
-        workers=workers,
-        device=device if ray and device != "auto" else str(pick_device(device)),
-        amp=amp,
-        about={"name": name, "model_kwargs": model_kwargs, "img_size": img_size},
-    )  # fmt: skip
+    from ...evaluate import tables
+    from ...predict import predict
+    from ..progress import progress_bar
+    from ..runs import InterruptedRunError
+
+    ray, scoring = run.ray(), _scoring(model, data, run, output)
     with progress_bar("scoring", None) as bar:
         try:
             summary = predict(
                 source,
-                out,
+                output.out,
                 scoring,
-                shard_size=shard_size,
-                column=column,
-                key_column=key_column,
-                overwrite=overwrite,
+                shard_size=output.shard_size,
+                column=data.column,
+                key_column=data.key_column,
+                overwrite=output.overwrite,
                 ray=ray,
                 report=bar.reach,
             )
         except KeyboardInterrupt:
-            raise InterruptedRunError(f"interrupted: the same command goes on with the shards left in {out}") from None
-    if json != "-":
+            raise InterruptedRunError(
+                f"interrupted: the same command goes on with the shards left in {output.out}"
+            ) from None
+    if not output.quiet:
         _show(summary)
-    if json:
-        tables.write_json(asdict(summary), json)
+    if output.json:
+        tables.write_json(asdict(summary), output.json)
 
 
-def _ray_options(runner: str, engine: str | None, actors: int | None, address: str | None) -> RayOptions | None:
-    """None runs here."""
-    if runner not in ("local", "ray"):
-        raise UsageError(f"unknown runner {runner!r}: expected local or ray")
-    if runner == "ray" or engine == "ray":
-        return RayOptions(actors, address)
-    if actors is not None or address is not None:
-        raise UsageError("--actors and --ray-address are for --runner ray: add it, or leave them out")
-    return None
+def _scoring(model: PredictModel, data: PredictData, run: PredictRun, output: PredictOutput) -> Scoring:
+    from ...data import read_names
+    from ...predict import Scoring
+
+    ray = run.ray()
+    engine = None if run.engine == "ray" else run.engine
+    name = model.name(engine)
+    return Scoring(
+        partial(build_reduced, model.absolute(), name, engine),
+        top=output.top,
+        embeddings=output.embeddings,
+        class_names=tuple(read_names(data.class_map)) if data.class_map else None,
+        pretrained=model.pretrained and model.weights is None,
+        transform=data.transform,
+        batch_size=run.batch_size,
+        workers=run.workers,
+        device=run.device if ray and run.device != "auto" else str(run.place),
+        amp=run.amp,
+        about={"name": name, "model_kwargs": model.model_kwargs, "img_size": model.img_size},
+    )
 
 
-def _model_name(model: str | None, thresholds: Path | None, engine: str | None, budget: float | None) -> str:
-    if engine is not None and engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}, or ray")
-    if thresholds is not None:
-        return model or name_in(thresholds, budget)
-    for option, value in (("--engine", engine), ("--budget", budget)):
-        if value is not None:
-            raise UsageError(f"{option} is for reduced models: give --thresholds FILE, or leave it out")
-    if model is None:
-        raise UsageError("which model? give --thresholds FILE, or --model NAME for a dense one")
-    return model
+def build_reduced(model: PredictModel, name: str, engine: str | None) -> nn.Module:
+    """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
+    from ... import load
+
+    network = model.build(name)
+    if model.thresholds is not None:
+        load(network, model.thresholds, engine=engine, budget=model.budget)
+    return network
 
 
 def _show(summary: Summary) -> None:
+    from ...evaluate import tables
+    from ..progress import console
+
     row: dict[str, Any] = {
         "images": summary.images,
         "broken": summary.broken,

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ...errors import UsageError
-from ...hub import push_to_hub
-from .. import options as o
+from ..options import verb
 
 
-def push_verb(
-    thresholds: Annotated[str, typer.Argument(help="The file that `ltmp learn` wrote, or its folder.")],
-    repo: Annotated[str, typer.Argument(help="USER/REPO on the Hugging Face Hub; made where it does not exist.")],
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """What the repository says, and how it is made."""
+
     evaluation: Annotated[
         Path | None, typer.Option(help="What `ltmp eval --json FILE` wrote: accuracy and speed for the card.")
-    ] = None,
+    ] = None
     base_model: Annotated[
         str | None,
         typer.Option(help="Repository of the model's own weights, e.g. timm/deit_small_patch16_224.fb_in1k."),
-    ] = None,
+    ] = None
     budget: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE", help="What a file's dial is set to for those who ask for no budget; default: as saved."
         ),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    debug: o.Debug = False,
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None
+
+
+@verb
+def push_verb(
+    thresholds: Annotated[str, typer.Argument(help="The file that `ltmp learn` wrote, or its folder.")],
+    repo: Annotated[str, typer.Argument(help="USER/REPO on the Hugging Face Hub; made where it does not exist.")],
+    options: PushOptions,
 ) -> None:
     """Share thresholds on the Hugging Face Hub, with a model card; one repository may hold several budgets.
 
@@ -40,15 +47,17 @@ def push_verb(
 
     Example: ltmp push runs/deit/thresholds.safetensors user/deit-small-ltmp --evaluation result.json
     """
+    from ...hub import push_to_hub
+
     url = push_to_hub(
         thresholds,
         repo,
-        base_model=base_model,
-        evaluation=_read(evaluation) if evaluation else None,
-        private=private or None,
-        revision=revision,
-        message=message,
-        budget=budget,
+        base_model=options.base_model,
+        evaluation=_read(options.evaluation) if options.evaluation else None,
+        private=options.private or None,
+        revision=options.revision,
+        message=options.message,
+        budget=options.budget,
     )
     typer.echo(url)
 

@@ -3,71 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
-from ... import detach, load
-from ...data import Images, Loader, class_names
 from ...errors import UsageError
-from ...evaluate import describe_machine
-from ...report import Budget, Report, evaluate_budget, read_result, write_report
-from ...visualize.showing import named_budgets
-from .. import options as o
-from ..options import ModelName
-from ..progress import progress_bar
-from ..runs import name_in, report_skipped
-from ..setup import DataOptions, ModelOptions, autocast_type, pick_device
+from ..options import DATA, OUTPUT, Budgets, DataOptions, Engine, EvaluationOptions, SavedModel, name_in, verb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...data import Loader
+    from ...report import Budget, Report
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportModel(SavedModel):
+    """A model at several budgets."""
+
+    thresholds: Annotated[
+        list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
+    ] = None
+    budget: Budgets = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData(DataOptions):
+    """Images to evaluate on, and what they show."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images to evaluate the thresholds on, as in `ltmp eval`.", rich_help_panel=DATA),
+    ] = None
+    class_names_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--class-names", help="Names to show for the model's classes, one a line (.txt).", rich_help_panel=DATA
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRun(EvaluationOptions):
+    """How it is evaluated."""
+
+    engine: Engine = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """The page."""
+
+    out: Annotated[Path, typer.Option(help="The page.", rich_help_panel=OUTPUT)] = Path("report.html")
+    title: Annotated[str | None, typer.Option(help="Of the page.", rich_help_panel=OUTPUT)] = None
+
+
+@verb
 def report_verb(
+    model: ReportModel,
+    data: ReportData,
+    run: ReportRun,
+    output: PageOptions,
     results: Annotated[
         list[Path] | None,
         typer.Argument(help="JSON files that `ltmp eval`, `ltmp learn` or `ltmp compare` wrote with --json."),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to evaluate the thresholds on, as in `ltmp eval`.", rich_help_panel="Data"),
-    ] = None,
-    thresholds: Annotated[
-        list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The page.", rich_help_panel="Output")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Of the page.", rich_help_panel="Output")] = None,
-    class_names_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--class-names", help="Names to show for the model's classes, one a line (.txt).", rich_help_panel="Data"
-        ),
-    ] = None,
-    model: ModelName = None,
-    budget: o.Budgets = None,
-    engine: o.Engine = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None,
-    speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    split: o.Split = None,
-    data_root: o.DataRoot = None,
-    class_map: o.ClassMap = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    strict: o.Strict = False,
-    batch_size: o.BatchSize = 64,
-    workers: o.Workers = 0,
-    device: o.Device = "auto",
-    amp: o.Amp = False,
-    debug: o.Debug = False,
 ) -> None:
     """Write one self-contained HTML page: accuracy against compute and speed, tokens kept, easy images, new answers.
 
@@ -76,52 +79,63 @@ def report_verb(
     Example: ltmp report --data imagenet/ --pretrained --thresholds runs/60/thresholds.safetensors
     --thresholds runs/50/thresholds.safetensors --out report.html
     """
-    files = list(thresholds or ())
-    if bool(files) != bool(data):
+    from ...evaluate import describe_machine
+    from ...report import Report, write_report
+
+    if bool(model.thresholds) != bool(data.data):
         raise UsageError("evaluating needs both --data and --thresholds: give the other one, too, or neither")
-    if not files and not results:
+    if not model.thresholds and not results:
         raise UsageError("nothing to report: give --data and --thresholds FILE, or JSON files of other verbs")
-    page = Report(title=title or "Dense against reduced", settings={"written": _now(), **describe_machine()})
-    if data:
-        name = model or name_in(files[0])
-        network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-        loader = DataOptions(
-            data_root, class_map, interpolation, mean, std, crop_pct, crop_mode, strict, batch_size, workers
-        ).open(data, network, split=split or "validation")
-        place = pick_device(device)
-        how = {"device": place, "amp": autocast_type(amp), "limit": limit, "speed": speed}
-        budgets = _evaluate_all(network, loader, named_budgets(files, budget or ()), engine, how)
-        run: dict[str, Any] = {"model": name, "weights": weights or "timm's pretrained", "data": data, "device": place}
-        run |= {"batch size": batch_size, "bfloat16 autocast": amp, "images not readable": len(loader.skipped)}
-        page = replace(
-            page,
-            title=title or f"{name}: dense against reduced",
-            budgets=budgets,
-            classes=class_names(network, loader.dataset, class_names_file),
-            settings=run | _settings_of(budgets) | page.settings,
-            **_lookups(loader),
-        )
-    page = _with_results(page, results or [])
-    write_report(page, out)
-    typer.echo(f"{out}: the report ({out.stat().st_size / 1e6:.1f} MB)")
+    page = Report(title="Dense against reduced", settings={"written": _now(), **describe_machine()})
+    if data.data and model.thresholds:
+        page = _evaluated(page, data.data, model.thresholds, model, data, run)
+    page = _with_results(replace(page, title=output.title or page.title), results or [])
+    write_report(page, output.out)
+    typer.echo(f"{output.out}: the report ({output.out.stat().st_size / 1e6:.1f} MB)")
 
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(" ", "minutes")
 
 
+def _evaluated(
+    page: Report, source: str, files: list[Path], model: ReportModel, data: ReportData, run: ReportRun
+) -> Report:
+    """The page with each file at its budgets, evaluated here."""
+    from ...data import class_names
+    from ...visualize.showing import named_budgets
+
+    name = model.model or name_in(files[0])
+    network = model.build(name)
+    loader = data.open(source, network, split=data.split or "validation")
+    budgets = _evaluate_all(network, loader, named_budgets(files, model.budget or ()), run)
+    about: dict[str, Any] = {"model": name, "weights": model.weights or "timm's pretrained", "data": source}
+    about |= {"device": run.place, "batch size": data.batch_size, "bfloat16 autocast": run.amp}
+    about |= {"images not readable": len(loader.skipped)}
+    return replace(
+        page,
+        title=f"{name}: dense against reduced",
+        budgets=budgets,
+        classes=class_names(network, loader.dataset, data.class_names_file, pretrained=model.weights is None),
+        settings=about | _settings_of(budgets) | page.settings,
+        **_lookups(loader),
+    )
+
+
 def _evaluate_all(
-    network: nn.Module,
-    loader: Loader,
-    files: Mapping[str, tuple[Path, float | None]],
-    engine: str | None,
-    how: Mapping[str, Any],
+    network: nn.Module, loader: Loader, files: Mapping[str, tuple[Path, float | None]], run: ReportRun
 ) -> list[Budget]:
     """Each thresholds file at its budget, by name, with a progress bar; they may be of different variants."""
+    from ... import detach, load
+    from ...report import evaluate_budget
+    from ..progress import progress_bar
+    from ..runs import report_skipped
+
     budgets = []
-    total = min(how["limit"] or loader.images, loader.images)
+    total = min(run.limit or loader.images, loader.images)
+    how = {"device": run.place, "amp": run.cast, "limit": run.limit, "speed": run.speed}
     for name, (path, share) in files.items():
-        file = load(detach(network), path, engine=engine, budget=share)
+        file = load(detach(network), path, engine=run.engine, budget=share)
         about = {"file": path, "variant": file.config.variant, **file.metadata}
         with progress_bar(f"evaluating {name}", total) as advance:
             budgets.append(evaluate_budget(network, loader, name, about=about, progress=advance, **how))
@@ -141,6 +155,8 @@ def _short(value: Any) -> str:
 
 def _lookups(loader: Loader) -> dict[str, Any]:
     """How a report finds the images again: rows are in the dataset's order, without those that cannot be read."""
+    from ...data import Images
+
     dataset = loader.dataset
     if not isinstance(dataset, Images):
         return {}
@@ -155,6 +171,8 @@ def _lookups(loader: Loader) -> dict[str, Any]:
 
 def _with_results(page: Report, paths: Sequence[Path]) -> Report:
     """The page with what other verbs wrote."""
+    from ...report import read_result
+
     if not paths:
         return page
     read = [read_result(path) for path in paths]

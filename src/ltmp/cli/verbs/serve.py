@@ -3,72 +3,90 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ... import load
-from ...data import eval_transform
-from .. import options as o
-from ..options import ModelName, Thresholds
-from ..runs import name_in
-from ..setup import ModelOptions, autocast_type, pick_device
+from ..options import Budget, Engine, Preprocessing, ReducedModel, RunOptions, verb
+
+if TYPE_CHECKING:
+    from ...serve import Limits
 
 _SERVICE, _LIMITS = "Service", "Limits"
 
 
-def serve_verb(
-    thresholds: Thresholds,
-    model: ModelName = None,
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Where the service listens, and how much it takes on."""
+
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine's.", rich_help_panel=_SERVICE)
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_SERVICE)] = 8000,
-    json_logs: Annotated[
-        bool, typer.Option("--json-logs", help="Log in lines of JSON.", rich_help_panel=_SERVICE)
-    ] = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a call of the model.", rich_help_panel=_LIMITS)] = 32,
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_SERVICE)] = 8000
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log in lines of JSON.", rich_help_panel=_SERVICE)] = (
+        False
+    )
+    max_batch: Annotated[int, typer.Option(min=1, help="Images a call of the model.", rich_help_panel=_LIMITS)] = 32
     max_wait: Annotated[
         float, typer.Option(min=0, help="Milliseconds that an image waits for others.", rich_help_panel=_LIMITS)
-    ] = 5.0,
+    ] = 5.0
     max_queue: Annotated[
         int, typer.Option(min=1, help="Requests at once; more are answered 429.", rich_help_panel=_LIMITS)
-    ] = 128,
+    ] = 128
     max_connections: Annotated[
         int, typer.Option(min=1, help="Open connections; more are closed.", rich_help_panel=_LIMITS)
-    ] = 512,
-    max_body: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request.", rich_help_panel=_LIMITS)] = 10.0,
+    ] = 512
+    max_body: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request.", rich_help_panel=_LIMITS)] = 10.0
     max_pixels: Annotated[
         float, typer.Option(min=0.001, max=178, help="Megapixels of an image.", rich_help_panel=_LIMITS)
-    ] = 25.0,
+    ] = 25.0
     read_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds a client has to send its request.", rich_help_panel=_LIMITS)
-    ] = 10.0,
+    ] = 10.0
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds from a whole request to its answer.", rich_help_panel=_LIMITS)
-    ] = 30.0,
-    decoders: Annotated[int, typer.Option(min=1, help="Threads that decode.", rich_help_panel=_LIMITS)] = 2,
-    budget: o.Budget = None,
-    engine: o.Engine = None,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
+    ] = 30.0
+    decoders: Annotated[int, typer.Option(min=1, help="Threads that decode.", rich_help_panel=_LIMITS)] = 2
+
+    def limits(self) -> Limits:
+        """In bytes, pixels and seconds."""
+        from ...serve import Limits
+
+        return Limits(
+            max_body=int(self.max_body * 1e6),
+            max_pixels=int(self.max_pixels * 1e6),
+            max_queue=self.max_queue,
+            max_connections=self.max_connections,
+            max_batch=self.max_batch,
+            max_wait=self.max_wait / 1e3,
+            read_timeout=self.read_timeout,
+            timeout=self.timeout,
+            decoders=self.decoders,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(ReducedModel):
+    """The model at a budget, on an engine."""
+
+    budget: Budget = None
+    engine: Engine = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions(Preprocessing):
+    """From a request's image to its answer."""
+
     class_map: Annotated[
         Path | None,
         typer.Option(help="Class names for the answers, one a line (.txt); default: the weights' own."),
-    ] = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    device: o.Device = "auto",
-    amp: o.Amp = False,
-    debug: o.Debug = False,
-) -> None:
+    ] = None
+
+
+@verb
+def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOptions, run: RunOptions) -> None:
     """Classify images over HTTP, with the reduced model in batches; POST /v1/predict takes an image's bytes.
 
     Example: ltmp serve --thresholds runs/deit/thresholds.safetensors --pretrained
@@ -77,38 +95,26 @@ def serve_verb(
 
     SIGTERM and Ctrl-C stop it when everything is answered.
     """
-    from ...data.names import known_names
-    from ...serve import Limits, Predictor, bind, create_app, log_to_stderr, read_names, run
+    from ... import load, serve
+    from ...data import class_names, read_names
 
-    limits = Limits(
-        max_body=int(max_body * 1e6),
-        max_pixels=int(max_pixels * 1e6),
-        max_queue=max_queue,
-        max_connections=max_connections,
-        max_batch=max_batch,
-        max_wait=max_wait / 1e3,
-        read_timeout=read_timeout,
-        timeout=timeout,
-        decoders=decoders,
-    )
-    names = tuple(read_names(class_map)) if class_map else None
-    log_to_stderr(as_json=json_logs)
+    limits = service.limits()
+    names = read_names(reading.class_map) if reading.class_map else None
+    serve.log_to_stderr(as_json=service.json_logs)
     # before the model is built: a taken port is the most likely mistake
-    bound = bind(host, port)
-    name = model or name_in(thresholds, budget)
-    network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
-    file = load(network, thresholds, engine=engine, budget=budget)
-    predictor = Predictor(
+    bound = serve.bind(service.host, service.port)
+    name = model.name(model.budget)
+    network = model.build(name)
+    file = load(network, model.thresholds, engine=model.engine, budget=model.budget)
+    deployment = serve.Deployment(
         network,
-        transform=eval_transform(
-            network, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode
-        ),
-        device=pick_device(device),
-        amp=autocast_type(amp),
-        names=names or known_names(network, pretrained),
+        options=reading.transform,
+        device=run.place,
+        amp=run.cast,
+        names=names or class_names(network, pretrained=model.pretrained),
     )
-    app = create_app(predictor, limits, about={"model_name": name, **file.metadata})
-    address = f"[{host}]" if ":" in host else host
+    app = serve.create_app(deployment, limits, about={"model_name": name, **file.metadata})
+    address = f"[{service.host}]" if ":" in service.host else service.host
     typer.echo(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
     sys.stdout.flush()
-    run(app, bound=bound)
+    serve.run(app, bound=bound)

@@ -3,93 +3,93 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...checkpoint import read
-from ...data.images import is_image_name
 from ...errors import UsageError
-from ...evaluate import tables
-from ...visualize.showing import FORMATS, Shown, show_images
-from .. import options as o
-from ..options import ModelName
-from ..progress import progress_bar
-from ..runs import name_in
-from ..setup import ModelOptions, pick_device
+from ..options import OUTPUT, Budgets, Device, OutputOptions, Preprocessing, SavedModel, name_in, pick_device, verb
 
-_OUTPUT = "Output"
+if TYPE_CHECKING:
+    from ...evaluate.tables import Row
+    from ...visualize.showing import Shown
 
 
-def show_verb(
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="IMAGE")],
+@dataclass(frozen=True, kw_only=True)
+class ShowModel(SavedModel):
+    """A model at several budgets."""
+
     thresholds: Annotated[
         list[Path], typer.Option(help="A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
-    ],
-    budget: o.Budgets = None,
+    ]
+    budget: Budgets = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(OutputOptions):
+    """What is drawn."""
+
     out: Annotated[
-        Path, typer.Option(help="Folder, or for one image a .png, .gif or .mp4.", rich_help_panel=_OUTPUT)
-    ] = Path("ltmp-show"),
+        Path, typer.Option(help="Folder, or for one image a .png, .gif or .mp4.", rich_help_panel=OUTPUT)
+    ] = Path("ltmp-show")
     formats: Annotated[
         list[str] | None,
         typer.Option(
             "--format",
             help="png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.  [default: png]",
-            metavar="|".join(FORMATS),
-            rich_help_panel=_OUTPUT,
+            metavar="png|gif|mp4|blocks",
+            rich_help_panel=OUTPUT,
         ),
-    ] = None,
+    ] = None
     blocks: Annotated[
         str | None,
         typer.Option(
-            help="Which blocks, counted from 1: 4,8,11 or 1-6, or all.", metavar="LIST", rich_help_panel=_OUTPUT
+            help="Which blocks, counted from 1: 4,8,11 or 1-6, or all.", metavar="LIST", rich_help_panel=OUTPUT
         ),
-    ] = None,
-    width: Annotated[int, typer.Option(min=32, help="Of one picture in pixels.", rich_help_panel=_OUTPUT)] = 224,
-    model: ModelName = None,
-    weights: o.Weights = None,
-    pretrained: o.Pretrained = False,
-    num_classes: o.NumClasses = None,
-    img_size: o.ImageSize = None,
-    model_kwargs: o.ModelKwargs = None,
-    interpolation: o.Interpolation = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    crop_pct: o.CropPct = None,
-    crop_mode: o.CropMode = None,
-    device: o.Device = "auto",
-    json: o.Json = None,
-    debug: o.Debug = False,
+    ] = None
+    width: Annotated[int, typer.Option(min=32, help="Of one picture in pixels.", rich_help_panel=OUTPUT)] = 224
+
+
+@verb
+def show_verb(
+    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="IMAGE")],
+    model: ShowModel,
+    reading: Preprocessing,
+    pictures: Pictures,
 ) -> None:
     """Draw which patches of photographs survive, block by block: merged ones in one colour, pruned ones hatched.
 
     Example: ltmp show cat.jpg --thresholds runs/deit/thresholds.safetensors --pretrained --format png --format gif
     """
-    name = model or name_in(thresholds[0])
-    network = ModelOptions(name, weights, pretrained, num_classes, img_size, model_kwargs or []).build()
+    from ...checkpoint import read
+    from ...evaluate import tables
+    from ...visualize.showing import show_images
+    from ..progress import progress_bar
+
+    name = model.model or name_in(model.thresholds[0])
+    network = model.build(name)
     images = [file for path in images for file in _files(path)]
+    blocks = pictures.blocks
     with progress_bar("drawing", len(images)) as advance:
         shown = show_images(
             network,
             images,
-            thresholds,
-            out,
-            budgets=budget or (),
-            formats=formats or ["png"],
-            blocks=None if blocks is None else parse_blocks(blocks, read(thresholds[0]).merge.numel()),
-            width=width,
-            device=pick_device(device),
+            model.thresholds,
+            pictures.out,
+            budgets=model.budget or (),
+            formats=pictures.formats or ["png"],
+            blocks=None if blocks is None else parse_blocks(blocks, read(model.thresholds[0]).merge.numel()),
+            width=pictures.width,
+            device=pick_device(model.device),
             progress=advance,
-            interpolation=interpolation,
-            mean=mean,
-            std=std,
-            crop_pct=crop_pct,
-            crop_mode=crop_mode,
+            **reading.transform,
         )
-    if json:
-        tables.write_json([_as_json(one) for one in shown], json)
-    if json != "-":
+    if pictures.json:
+        tables.write_json([_as_json(one) for one in shown], pictures.json)
+    if not pictures.quiet:
         tables.show(_rows(shown), f"{name}: tokens that enter and those that are left")
         for file in (file for one in shown for file in one.files):
             typer.echo(file)
@@ -97,6 +97,8 @@ def show_verb(
 
 def _files(path: Path) -> list[Path]:
     """The path itself, or the images in a folder."""
+    from ...data.images import is_image_name
+
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if is_image_name(file.name))
@@ -118,7 +120,7 @@ def parse_blocks(text: str, depth: int) -> list[int]:
     return chosen
 
 
-def _rows(shown: list[Shown]) -> list[tables.Row]:
+def _rows(shown: list[Shown]) -> list[Row]:
     return [
         {"image": one.image.name, "budget": name, "tokens": seen.tokens, "left": seen.left, "share": seen.share}
         for one in shown

@@ -1,4 +1,4 @@
-"""Attention that counts a merged token by its size, and says how much attention each token received."""
+"""Proportional attention, and the attention that each token receives, in plain torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _scores(q: Tensor, k: Tensor, size: Tensor) -> Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps no [N, N] map between forward and backward: both are as cheap in memory as fused attention."""
+    """Keeps no [N, N] map between forward and backward, to need no more memory than fused attention."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ class _Attend(torch.autograd.Function):
             lse = score.logsumexp(-1, keepdim=True)
             p = score.sub_(lse).exp_()
             out = (p.to(v.dtype) @ v).transpose(1, 2)
-            # queries that are gone do not vote
+            # removed queries do not count
             votes = live[:, None, None, :].to(p.dtype) @ p
             importance = votes.sum((1, 2)) / (q.shape[1] * live.sum(1, keepdim=True))
         ctx.save_for_backward(q, k, v, size, keep, lse, out)
@@ -42,7 +42,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, size, keep, lse, out = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             live = (keep > 0)[:, None, None, :]
-            # what each token's weight is, and for a token that is gone what it would be: that is keep's gradient
+            # the weight of each token, and the weight that a removed one would have: the gradient of keep
             weight = _scores(q, k, size).sub_(lse).exp_()
             grad = grad.transpose(1, 2)
             delta = (grad.float() * out.transpose(1, 2).float()).sum(-1, keepdim=True)
@@ -58,8 +58,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple
 
     Args:
         q, k, v: [B, N, H, D].
-        size: float32 [B, N], what each token counts as: its patches, see `Policy.weight`.
-        keep: float32 [B, N], 1 live and 0 gone; its gradient at a gone token is that of bringing it back.
+        size: float32 [B, N], weight of each token: its patches, or see `Policy.weight`.
+        keep: float32 [B, N], 1 live and 0 removed; its gradient at a removed token is that of restoring it.
 
     Returns:
         out: [B, N, H, D] in v's type.
@@ -72,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple
 def attend_rows(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor, counts: list[int], need_importance: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` on packed rows, one image after the other: no padding, and the map of one image stays in cache.
+    """`attend` on packed rows, image by image: no padding, and the attention map of one image fits the cache.
 
     Args:
         q, k, v: [T, H, D], the live tokens of all images one after the other.

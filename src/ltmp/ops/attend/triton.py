@@ -1,7 +1,7 @@
 """Packed attention with a bias by token size, and the attention that each token receives.
 
-The column sums that importance needs exist in no stock fused kernel. Where the keys of an image fit on chip, one pass
-makes both: a query tile's softmax is final before it leaves the registers. Longer images take a second pass over the
+No stock fused kernel gives the column sums that importance needs. Where the keys of an image fit on chip, one pass
+computes both: a query tile's softmax is final before it leaves the registers. Longer images take a second pass over the
 keys. No atomics: the same bits every run.
 """
 
@@ -15,13 +15,20 @@ from torch import Tensor
 from .._triton import LOG2E, image_rows, pow2, precision, strides
 
 _ON_CHIP = 64 * 1024
-"""Bytes of keys and values of one head that one program may hold; two programs then share a Hopper multiprocessor, and
-with what else the kernel keeps in shared memory one fits on any since Ampere. Float32 products need twice the rest."""
+"""Bytes of keys and values of one head that one program may hold. Two programs then share a multiprocessor of Hopper,
+and with the kernel's other shared memory one fits on any GPU since Ampere. Float32 products need twice the rest."""
+
+
+@triton.jit
+def _image_head(CU, program, H: tl.constexpr):
+    """First row and token count of an image, and a head, of a program number that counts heads of images."""
+    first, n = image_rows(CU, program // H)
+    return first, n, program % H
 
 
 @triton.jit
 def _load_tile(POINTER, row, n, stride, D: tl.constexpr, DB: tl.constexpr):
-    """[rows, DB] of one head; rows past the image repeat its last one, which needs no mask, columns past D are zero."""
+    """[rows, DB] of one head. Rows past the image repeat its last one, which needs no mask; columns past D are zero."""
     column = tl.arange(0, DB)
     at = POINTER + tl.minimum(row, n - 1)[:, None] * stride + column[None, :]
     return tl.load(at, mask=(column < D)[None, :], other=0.0) if D < DB else tl.load(at)
@@ -36,7 +43,7 @@ def _store_tile(OUT, tile, row, n, stride, D: tl.constexpr, DB: tl.constexpr):
 
 @triton.jit
 def _votes(weight, dtype: tl.constexpr):
-    """[16, rows] whose rows sum to `weight` [rows]: two halves, so that a matrix unit loses none of its precision."""
+    """[16, rows] whose rows sum to `weight` [rows]: high and low halves, so that a matrix unit loses no precision."""
     high = weight.to(dtype)
     low = (weight - high.to(tl.float32)).to(dtype)
     row = tl.arange(0, 16)[:, None]
@@ -47,7 +54,7 @@ def _votes(weight, dtype: tl.constexpr):
 def _head(
     Q, K, V, SIZE, OUT, RECEIVED, n, scale, q_row, k_row, v_row, out_row,
     D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, UNITS: tl.constexpr,
-    WANT: tl.constexpr, PRECISION: tl.constexpr,
+    NEED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head of one image of at most 64 x UNITS keys, all held on chip: chunks of 128, an odd unit as one of 64."""
     CHUNKS: tl.constexpr = (UNITS + 1) // 2
@@ -83,14 +90,14 @@ def _head(
             top = highest
         share = tl.where(query < n, 1 / total, 0.0)
         _store_tile(OUT, out * share[:, None], query, n, out_row, D, DB)
-        if WANT:
-            # the sum over queries is a matrix product too: across threads it would cost more than the softmax
+        if NEED:
+            # the sum over queries as a matrix product: across threads it would cost more than the softmax
             added = ()
             for c in tl.static_range(CHUNKS):
                 votes = _votes(tl.exp2(tops[c] - top) * share, values[c].dtype)
                 added = added + (tl.dot(votes, weights[c], received[c], input_precision=PRECISION),)
             received = added
-    if WANT:
+    if NEED:
         for c in tl.static_range(CHUNKS):
             key = c * 128 + tl.arange(0, 64 if c * 2 + 1 == UNITS else 128)
             tl.store(RECEIVED + key, tl.sum(received[c], 0), mask=key < n)
@@ -101,19 +108,17 @@ def _one_pass_kernel(
     Q, K, V, SIZE, OUT, RECEIVED, CU, scale, rows,
     q_row, q_head, k_row, k_head, v_row, v_head,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, UNITS: tl.constexpr,
-    WANT: tl.constexpr, PRECISION: tl.constexpr,
+    NEED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program = one head of one image."""
-    image = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    first, n = image_rows(CU, image)
+    first, n, head = _image_head(CU, tl.program_id(0), H)
     # images of one batch differ in length: each runs with the units that it fills
     for units in tl.static_range(1, UNITS + 1):
         if (n > (units - 1) * 64) & ((n <= units * 64) | (units == UNITS)):
             _head(
                 Q + first * q_row + head * q_head, K + first * k_row + head * k_head, V + first * v_row + head * v_head,
                 SIZE + first, OUT + first * (H * D) + head * D, RECEIVED + head.to(tl.int64) * rows + first,
-                n, scale, q_row, k_row, v_row, H * D, D, DB, BM, units, WANT, PRECISION,
+                n, scale, q_row, k_row, v_row, H * D, D, DB, BM, units, NEED, PRECISION,
             )  # fmt: skip
 
 
@@ -125,9 +130,7 @@ def _flash_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention and its log-sum-exp in base 2; one program = one query tile of one head of one image."""
-    image = tl.program_id(1) // H
-    head = tl.program_id(1) % H
-    first, n = image_rows(CU, image)
+    first, n, head = _image_head(CU, tl.program_id(1), H)
     m0 = tl.program_id(0) * BM
     if m0 < n:
         Q += first * q_row + head * q_head
@@ -162,9 +165,7 @@ def _received_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention received, by keys: one program = one key tile of one head of one image."""
-    image = tl.program_id(1) // H
-    head = tl.program_id(1) % H
-    first, n = image_rows(CU, image)
+    first, n, head = _image_head(CU, tl.program_id(1), H)
     n0 = tl.program_id(0) * BN
     if n0 < n:
         Q += first * q_row + head * q_head
@@ -184,10 +185,12 @@ def _received_kernel(
 
 
 def units_on_chip(longest: int, width: int, number_bytes: int) -> int | None:
-    """Units of 64 keys that the one-pass kernel holds for the longest image, or None where they do not fit on chip.
+    """Units of 64 keys that the one-pass kernel holds for the longest image, or None if they do not fit on chip.
 
     Args:
-        width: of a head; number_bytes: of one of its numbers.
+        longest: tokens of the longest image.
+        width: of a head, D.
+        number_bytes: bytes per element of the keys.
     """
     units = triton.cdiv(longest, 64)
     room = _ON_CHIP if number_bytes == 2 else _ON_CHIP // 2
@@ -195,21 +198,21 @@ def units_on_chip(longest: int, width: int, number_bytes: int) -> int | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor, cu: Tensor, longest: int, want_received: bool = True
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor, cu: Tensor, longest: int, need_received: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention within each image, a merged token counting by its size (paper, section 3.1).
+    """Proportional attention within each image of packed rows (paper, section 3.1).
 
     Args:
         q, k, v: [T, H, D] views with unit stride in D, for example of one [T, 3, H, D] tensor. D up to 256.
-        size: float32 [T], what each token counts as: its patches, see `Policy.weight`.
+        size: float32 [T], weight of each token: its patches, or see `Policy.weight`.
         cu: int32 [B + 1] on the device; image b owns rows cu[b]:cu[b + 1].
         longest: a bound on the tokens of an image.
-        want_received: whether to return the attention received.
+        need_received: whether to return the attention received.
 
     Returns:
         out: [T, H * D] in v's dtype; rows past cu[B] are not written.
-        received: float32 [H, T], each token's attention summed over its image's queries, head by head, or None. Its
-            sum over heads, over H times the image's token count, is the paper's importance (section 3.3).
+        received: float32 [H, T], attention received, summed over the image's queries, for each head, or None. Its sum
+            over heads, divided by H times the image's token count, is the paper's importance (section 3.3).
     """
     rows, heads, width = q.shape
     images = cu.shape[0] - 1
@@ -219,11 +222,11 @@ def attend(
     block = pow2(width)
     shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
     units = units_on_chip(longest, width, q.element_size())
-    received = torch.empty(heads, rows, device=q.device) if want_received else None
+    received = torch.empty(heads, rows, device=q.device) if need_received else None
     if units is not None:
         _one_pass_kernel[(images * heads,)](
             q, k, v, size, out, size if received is None else received, cu, scale, rows, *of_q, *of_k, *of_v,
-            BM=64, UNITS=units, WANT=want_received, num_warps=4, num_stages=1, **shape,
+            BM=64, UNITS=units, NEED=need_received, num_warps=4, num_stages=1, **shape,
         )  # fmt: skip
         return out, received
     bias = size.log2()

@@ -1,4 +1,4 @@
-"""Move surviving tokens to their new rows, fold merged ones in, and take the norm that follows, in one pass."""
+"""Apply a plan to packed rows: move, merge, and the layer norm that follows, in one pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._triton import image_rows, pow2
 from ..norm.triton import Norm, norm_row, residual_row
-from ..plan.triton import Plan
+from ..plan.triton import RowPlan
 
 
 @triton.jit(do_not_specialize=["room"])
@@ -32,7 +32,7 @@ def _fold_kernel(
             before = tl.load(SIZE + first + token)
             if size > before:
                 x *= before
-                # with evens and odds matched, all that arrive are even
+                # in bipartite matching only even tokens merge
                 giver = STEP * tl.arange(0, GIVERS)
                 arrives = tl.load(SLOT + first + giver, mask=giver < n, other=-1) == -2 - token
                 left = tl.sum(arrives.to(tl.int32), 0)
@@ -57,7 +57,7 @@ def fold(
     y: Tensor | None,
     layer_scale: Tensor | None,
     norm: Norm | None,
-    plan: Plan,
+    plan: RowPlan,
     size: Tensor,
     origin: Tensor,
     cu: Tensor,
@@ -65,7 +65,7 @@ def fold(
     room: int,
     bipartite: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """`x + layer_scale * y` folded by a plan, and its layer norm.
+    """`x + layer_scale * y` merged by a plan (size-weighted means), and its layer norm.
 
     Args:
         x: [T, C] residual stream; y: [T, C] branch or None; layer_scale: [C] or None.

@@ -1,52 +1,64 @@
-"""What tokens are compared by, and the best partners of them, in plain torch."""
+"""Similarity of tokens and the most similar partner of each, in plain torch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda k: k.mean(-2),
+    "heads": lambda k: F.normalize(k, dim=-1).flatten(-2),
+}
+
 
 def similarity_metric(k: Tensor, kind: str = "mean") -> Tensor:
-    """What similarity is measured on: a vector of length one, in float32.
+    """Unit vectors whose dot product is the similarity of two tokens (paper, section 3.2).
 
     Args:
         k: [..., H, D], keys.
-        kind: "mean" for their mean over heads, or "heads" for all of them, each of the same length.
+        kind: "mean" for their mean over heads, or "heads" for all of them, each normalised.
 
     Returns:
-        float32 [..., D], or [..., H D] for "heads", whose cosine is the mean of the heads' cosines.
+        float32 [..., D], or [..., H D] for "heads": the dot product is then the mean of the heads' cosines.
+
+    Raises:
+        ValueError: another kind.
     """
-    k = k.detach().float()
-    return F.normalize(k.mean(-2) if kind == "mean" else F.normalize(k, dim=-1).flatten(-2), dim=-1)
+    if kind not in _METRICS:
+        raise ValueError(f"unknown similarity of keys {kind!r}: expected {' or '.join(_METRICS)}")
+    return F.normalize(_METRICS[kind](k.detach().float()), dim=-1)
 
 
 def candidates(
-    metric: Tensor, free: Tensor, matching: str, reluctance: Tensor | None = None
+    metric: Tensor, free: Tensor, mutual: bool, penalty: Tensor | None = None
 ) -> tuple[slice, Tensor, Tensor]:
-    """The tokens that may merge, by `bipartite` or `mutual` matching.
+    """The tokens that may merge: even ones into odd ones, or the later of each mutual pair into the earlier.
 
     Args:
         metric, free: as in `match`.
-        reluctance: float32 [B, N], positive, see `weighed`; None is 1.
+        mutual: whether pairs are matched by `match_mutual`.
+        penalty: float32 [B, N], merge penalty, positive, see `penalise`; None is 1.
 
     Returns:
-        asked: the places that may have one.
-        best: float32 [B, M], of each of these places the score with what it would merge into, -inf where it may not.
-        receiver: int64 [B, M], the place of that.
+        asked: the places that may have a partner.
+        best: float32 [B, M], the score of each of these places with its partner, -inf where it may not merge.
+        receiver: int64 [B, M], the place of the partner.
     """
-    if matching == "mutual":
+    if mutual:
         asked, (best, receiver) = slice(None), match_mutual(metric, free)
     else:
         best, odd = match(metric, free)
         asked, receiver = slice(None, None, 2), 2 * odd + 1
-    if reluctance is not None:
-        best = weighed(best, reluctance[:, asked], reluctance.gather(1, receiver))
+    if penalty is not None:
+        best = penalise(best, penalty[:, asked], penalty.gather(1, receiver))
     return asked, best, receiver
 
 
-def weighed(cosine: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """A pair's score: its cosine where both tokens' reluctance to merge is 1, and further from 1 the higher it is."""
+def penalise(cosine: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """A pair's score, `1 - (1 - cosine) * one * other`, from the merge penalties of its two tokens."""
     return 1 - (1 - cosine) * one * other
 
 
@@ -67,21 +79,21 @@ def match(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ROUNDS = 3
-"""How often tokens look for their pair: those whose nearest is in another find one later (docs/accuracy.md)."""
+"""Rounds of mutual matching: tokens whose most similar one is in another pair look again (docs/accuracy.md)."""
 
 
 @torch.no_grad()
 def match_mutual(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of tokens that are each other's most similar one, then such pairs among the others, in `ROUNDS` rounds.
 
-    Nothing depends on a token's rank, so that one decision more or less elsewhere shifts none here.
+    A pair does not depend on the tokens' order, so that a change elsewhere in the image does not shift it.
 
     Args:
         metric, free: as in `match`.
 
     Returns:
         best: float32 [B, N], for the later token of each pair its cosine to the earlier one, -inf for all others.
-        partner: int64 [B, N], the place of the most similar token that was left when it was last asked for.
+        partner: int64 [B, N], the place of the most similar token, of those unpaired when the token was last matched.
     """
     with torch.autocast(metric.device.type, enabled=False):
         cosine = metric @ metric.transpose(1, 2)
@@ -97,7 +109,7 @@ def match_mutual(metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def match_halves(even: Tensor, odd: Tensor, free_even: Tensor, free_odd: Tensor) -> tuple[Tensor, Tensor]:
-    """`match` of tokens that are split already: metrics [B, E, D] and [B, O, D], free [B, E] and [B, O]."""
+    """`match` of tokens already split by parity: metrics [B, E, D] and [B, O, D], free [B, E] and [B, O]."""
     with torch.autocast(even.device.type, enabled=False):
         cosine = even @ odd.transpose(1, 2)
     possible = free_even[:, :, None] & free_odd[:, None, :]

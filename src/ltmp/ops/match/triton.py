@@ -1,6 +1,8 @@
-"""What tokens are compared by, and the best partners of them, on packed rows."""
+"""Similarity of tokens and the most similar partner of each, on packed rows."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,10 +13,26 @@ from .._triton import image_rows, pow2, strides
 from .reference import ROUNDS
 
 
-def tile_of(width: int) -> tuple[int, int]:
-    """Even tokens that a program finds partners for, and odd ones it compares them with at a time.
+class Partners(NamedTuple):
+    """The partner that each token may merge into.
 
-    Each is in shared memory twice, as the halves of float32; together they take the 96 KiB of any GPU since Ampere.
+    Attributes:
+        best: float32 [T], the score with the partner, -inf where the token may not merge.
+        partner: int32 [T]. Bipartite: row cu[b] + i belongs to the even token at place 2 i of image b, whose partner is
+            at place 2 partner + 1; other rows are not written. Mutual: row cu[b] + i belongs to the token at place i,
+            and is the place of the most similar token, of those unpaired when it was last matched, mutual or not.
+        mutual: whether tokens merge in mutual pairs, or even ones into odd ones.
+    """
+
+    best: Tensor
+    partner: Tensor
+    mutual: bool
+
+
+def tile_of(width: int) -> tuple[int, int]:
+    """Even tokens per program, and odd tokens that it compares them with at a time.
+
+    Both tiles are in shared memory twice, as the halves of float32; together they fit the 96 KiB of GPUs since Ampere.
     """
     block = pow2(width)
     return min(128, 8192 // block), min(64, 4096 // block)
@@ -41,7 +59,7 @@ def best_partner(
     K, ORIGIN, even, n, k_row, k_head, protected,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
-    """Cosine and number of the most similar odd token for a tile of even tokens; -inf where none may be taken."""
+    """Cosine and number of the most similar odd token for a tile of even tokens; -inf where there is none."""
     is_even = 2 * even < n
     free_even = is_even & (tl.load(ORIGIN + 2 * even, mask=is_even, other=-1) >= protected)
     a = metric_tile(K, 2 * even, is_even, k_row, k_head, H, D, DB)
@@ -52,7 +70,7 @@ def best_partner(
         is_odd = 2 * odd + 1 < n
         free_odd = is_odd & (tl.load(ORIGIN + 2 * odd + 1, mask=is_odd, other=-1) >= protected)
         b = metric_tile(K, 2 * odd + 1, is_odd, k_row, k_head, H, D, DB)
-        # three tf32 products: decisions are taken in float32, and a shortened product flips them
+        # three tf32 products: decisions need float32, and fewer bits would flip some
         cosine = tl.dot(a, tl.trans(b), input_precision="tf32x3")
         cosine = tl.where(free_even[:, None] & free_odd[None, :], cosine, -float("inf"))
         highest = tl.max(cosine, 1)
@@ -80,20 +98,20 @@ def _match_kernel(
 
 @triton.jit
 def _paired(PARTNER, place, live):
-    """Whether tokens found each other in an earlier round."""
+    """Whether tokens were paired in an earlier round."""
     partner = tl.load(PARTNER + place, mask=live, other=0)
     return live & (tl.load(PARTNER + partner, mask=live, other=-1) == place)
 
 
 @triton.jit(do_not_specialize=["protected"])
 def _candidates_kernel(
-    K, RELUCTANCE, ORIGIN, CU, EARLIER_BEST, EARLIER, BEST, PARTNER, k_row, k_head, protected,
+    K, PENALTY, ORIGIN, CU, EARLIER_BEST, EARLIER, BEST, PARTNER, k_row, k_head, protected,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TILE: tl.constexpr, OTHER: tl.constexpr,
-    MUTUAL: tl.constexpr, WEIGHED: tl.constexpr, AGAIN: tl.constexpr,
+    MUTUAL: tl.constexpr, PENALISED: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """One program = one tile of the tokens of one image that may have a partner: all if MUTUAL, or the even ones.
+    """One program = one tile of the tokens of one image that may have a partner: all if MUTUAL, else the even ones.
 
-    AGAIN asks those alone that were not paired by EARLIER; the others' answers are copied.
+    AGAIN matches only those not paired in EARLIER, and copies the results of the others.
     """
     first, n = image_rows(CU, tl.program_id(0))
     STEP: tl.constexpr = 1 if MUTUAL else 2
@@ -125,10 +143,10 @@ def _candidates_kernel(
             highest = tl.max(cosine, 1)
             partner = tl.where(highest > best, start + tl.argmax(cosine, 1), partner)
             best = tl.maximum(best, highest)
-        if WEIGHED:
-            one = tl.load(RELUCTANCE + first + place, mask=is_asked, other=1.0)
+        if PENALISED:
+            one = tl.load(PENALTY + first + place, mask=is_asked, other=1.0)
             there = partner * STEP + (STEP - 1)
-            best = 1 - (1 - best) * one * tl.load(RELUCTANCE + first + there, mask=there < n, other=1.0)
+            best = 1 - (1 - best) * one * tl.load(PENALTY + first + there, mask=there < n, other=1.0)
         if AGAIN:
             best = tl.where(paired, tl.load(EARLIER_BEST + first + place, mask=paired, other=0.0), best)
             partner = tl.where(paired, tl.load(EARLIER + first + place, mask=paired, other=0), partner)
@@ -158,7 +176,7 @@ def similarity_metric(k: Tensor, cu: Tensor) -> Tensor:
     return metric
 
 
-def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -> tuple[Tensor, Tensor]:
+def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -> Partners:
     """For each even token of each image the odd token with the most similar mean key (paper, section 3.2).
 
     Args:
@@ -168,14 +186,13 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
         longest: a bound on the tokens of an image.
 
     Returns:
-        best: float32 [T] and partner: int32 [T]; row cu[b] + i speaks of the even token at place 2 i of image b and
-        names its partner at place 2 partner + 1; -inf where there is none. Other rows are not written.
+        Bipartite partners.
     """
     half = (longest + 1) // 2
     most, odd = tile_of(k.shape[2])
     tile = min(pow2(half), most)
     if half > tile and k.shape[1] > 1:
-        # several tiles read each key several times: take the mean over heads once
+        # several tiles read each key: take the mean over heads once
         k = similarity_metric(k, cu)
     rows, heads, width = k.shape
     best = torch.empty(rows, device=k.device)
@@ -184,28 +201,20 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
         k, origin, cu, best, partner, *strides(k), protected,
         H=heads, D=width, DB=pow2(width), TILE=tile, ODD=odd, num_warps=8 if tile == 128 else 4, num_stages=1,
     )  # fmt: skip
-    return best, partner
+    return Partners(best, partner, mutual=False)
 
 
 def candidates(
-    k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int, similarity: str, matching: str,
-    reluctance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The partners that tokens may merge into, by any of the scores: `reference.candidates` on packed rows.
+    k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int, mutual: bool, penalty: Tensor | None = None
+) -> Partners:
+    """The partners that tokens may merge into, by any scores: `reference.candidates` on packed rows.
 
     Args:
-        k, origin, cu, longest, protected: as in `match`.
-        similarity, matching: as in `LTMPConfig`.
-        reluctance: float32 [T], see `reluctance_rows`; None is 1.
-
-    Returns:
-        best: float32 [T] and partner: int32 [T]; for "bipartite" as `match` has them; for "mutual" row cu[b] + i speaks
-        of the token at place i of image b and names the place of the one most like it, of those that were left when it
-        was last asked for, whether or not it is mutual.
+        k: [T, H, D], unit stride in D; similarity is the mean of the cosines of all heads.
+        origin, cu, longest, protected: as in `match`.
+        mutual: whether tokens merge in mutual pairs, or even ones into odd ones.
+        penalty: float32 [T], merge penalty, see `ops.weigh.triton`; None is 1.
     """
-    mutual = matching == "mutual"
-    if similarity == "mean":
-        k = similarity_metric(k, cu)
     rows, heads, width = k.shape
     asked = longest if mutual else (longest + 1) // 2
     most, other = tile_of(width)
@@ -214,11 +223,11 @@ def candidates(
     for number in range(ROUNDS if mutual else 1):
         earlier_best, earlier = best, partner
         best, partner = torch.empty_like(best), torch.empty_like(origin)
-        # a pointer that its constexpr flag leaves unread may be any tensor
+        # a pointer that a constexpr flag leaves unread may be any tensor
         _candidates_kernel[(cu.shape[0] - 1, triton.cdiv(asked, tile))](
-            k, best if reluctance is None else reluctance, origin, cu, earlier_best, earlier, best, partner,
+            k, best if penalty is None else penalty, origin, cu, earlier_best, earlier, best, partner,
             *strides(k), protected,
-            H=heads, D=width, DB=pow2(width), TILE=tile, OTHER=other, MUTUAL=mutual, WEIGHED=reluctance is not None,
+            H=heads, D=width, DB=pow2(width), TILE=tile, OTHER=other, MUTUAL=mutual, PENALISED=penalty is not None,
             AGAIN=number > 0, num_warps=8 if tile == 128 else 4, num_stages=1,
         )  # fmt: skip
-    return best, partner
+    return Partners(best, partner, mutual)

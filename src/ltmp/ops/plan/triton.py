@@ -1,4 +1,4 @@
-"""Which tokens merge, which are dropped, and where the others go: one program an image, nothing read by the host."""
+"""Which tokens merge, which are pruned, and where the others go: one program per image, nothing read by the host."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import image_rows, mean_received, pow2, strides
-from ..match.triton import best_partner, match, tile_of
+from ..match.triton import Partners, best_partner, match, tile_of
 
 _ANY = ["MERGE", "PRUNE", "STATS", "protected", "rows", "images", "room"]
 """Arguments whose value or alignment changes from block to block: one compilation serves all."""
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """One block's reduction on packed rows.
 
     Attributes:
-        slot: int32 [T], each token's place in its image's new order; -1 dropped; -2 - i merged into the token at
+        slot: int32 [T], each token's place in its image's new order; -1 if pruned; -2 - i if merged into the token at
             place i.
-        size: float32 [T], sizes by old place, receivers with what they received.
+        size: float32 [T], sizes by old place, after merging.
         cu: int32 [B + 1], row bounds of the images afterwards, never past the room given.
     """
 
@@ -37,7 +37,7 @@ def _merge_image(
     best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, IMPORTANCE, SLOT, n, rows, merge_theta, prune_theta, protected,
     H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Merge, then prune if PRUNES; returns how many tokens stay. `best` and `partner` are [HALF], for even tokens."""
+    """Merge, then prune if PRUNES; returns the number of tokens left. `best`, `partner`: [HALF], for even tokens."""
     place = tl.arange(0, HALF)
     even, odd = 2 * place, 2 * place + 1
     is_even, is_odd = even < n, odd < n
@@ -48,10 +48,10 @@ def _merge_image(
     if PRUNES:
         importance = mean_received(RECEIVED, even, is_even, n, rows, H)
         received = mean_received(RECEIVED, odd, is_odd, n, rows, H)
-        # of numbers that are not negative, the bits have their order
+        # non-negative floats compare like their bits
         tl.store(IMPORTANCE + odd, received.to(tl.int32, bitcast=True), mask=is_odd)
     tl.debug_barrier()
-    # sizes are whole numbers and a maximum knows no order: atomic or not, the same bits every run
+    # sums of whole numbers and maxima do not depend on the order: the same bits every run, atomics or not
     into = 2 * partner + 1
     tl.atomic_add(SIZE_OUT + into, size, mask=merged, sem="relaxed")
     stays_even = is_even & (merged == 0)
@@ -59,7 +59,7 @@ def _merge_image(
     if PRUNES:
         tl.atomic_max(IMPORTANCE + into, importance.to(tl.int32, bitcast=True), mask=merged, sem="relaxed")
         tl.debug_barrier()
-        # past the first-level cache, which atomics leave as it was
+        # past the first-level cache, which atomics do not update
         received = tl.load(IMPORTANCE + odd, mask=is_odd, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
         received = tl.where(is_odd, received, -1.0)
         if SPARES:
@@ -86,12 +86,12 @@ def _merge_pairs(
     BEST, PARTNER, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,
     H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the later of each mutual pair into the earlier, then prune if PRUNES; returns how many stay, in order."""
+    """Merge the later of each mutual pair into the earlier, then prune if PRUNES; returns the number of tokens left."""
     place = tl.arange(0, FULL)
     live = place < n
     partner = tl.load(PARTNER + place, mask=live, other=0)
     mutual = live & (tl.load(PARTNER + partner, mask=live, other=-1) == place)
-    # both ask the later one's score: the earlier one's could round otherwise
+    # both read the later one's score: the earlier one's may round differently
     merged = mutual & (partner < place) & (tl.load(BEST + place, mask=live, other=0.0) > merge_theta)
     receives = mutual & (partner > place) & (tl.load(BEST + partner, mask=live, other=0.0) > merge_theta)
     size = tl.load(SIZE + place, mask=live, other=0.0) + tl.load(SIZE + partner, mask=receives, other=0.0)
@@ -116,7 +116,7 @@ def _prune_image(
     RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,
     H: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Prune alone: survivors keep their order; returns how many stay."""
+    """Prune only: survivors keep their order; returns the number of tokens left."""
     token = tl.arange(0, FULL)
     live = token < n
     importance = mean_received(RECEIVED, token, live, n, rows, H)
@@ -131,7 +131,7 @@ def _prune_image(
 
 @triton.jit
 def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr):
-    """Publish an image's count; the program that comes last turns the counts into row bounds.
+    """Write an image's count; the last program to finish turns the counts into row bounds.
 
     STATS holds [tokens of the batch, longest image, programs done]: the last is zero before and after.
     """
@@ -145,7 +145,7 @@ def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr)
             which = start + tl.arange(0, SCAN)
             # past the first-level cache: other multiprocessors wrote these
             kept = tl.load(KEPT + which, mask=which < images, other=0, cache_modifier=".cg")
-            # an image that finds no room is cut short; the host sees the total and runs the batch again
+            # an image without room is cut short; the host sees the total and runs the batch again
             tl.store(CU_OUT + 1 + which, tl.minimum(total + tl.cumsum(kept, 0), room), mask=which < images)
             total += tl.sum(kept, 0)
             longest = tl.maximum(longest, tl.max(kept, 0))
@@ -161,7 +161,7 @@ def _match_plan_kernel(
     HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ODD: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
     SPARES: tl.constexpr, HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One program = one image short enough to match in one tile."""
+    """One program = one image that is short enough to be matched in one tile."""
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     even = tl.arange(0, HALF)
@@ -181,7 +181,7 @@ def _plan_kernel(
     H: tl.constexpr, MERGES: tl.constexpr, PAIRS: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
     HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One program = one image, whose partners were found before."""
+    """One program = one image whose partners are given."""
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     prune_theta = tl.load(PRUNE) if PRUNES else 0.0
@@ -217,25 +217,23 @@ def plan(
     protected: int,
     stats: Tensor,
     room: int | None = None,
-    found: tuple[Tensor, Tensor] | None = None,
-    pairs: bool = False,
-) -> Plan:
-    """Decide what happens to every token: merge, then prune; either alone where the other's threshold is None.
+    found: Partners | None = None,
+) -> RowPlan:
+    """Plan a block's reduction: merge, then prune; either alone where the other's threshold is None.
 
     Args:
-        k: [T, H, D] keys to match by; needed to merge, unless partners were found.
-        received: float32 [H, T] from `attend`; needed to prune.
+        k: [T, H, D] keys to match by; needed to merge, unless partners are given.
+        received: float32 [H, T], attention received, from `attend`; needed to prune.
         size: float32 [T]. origin: int32 [T], a token's place in its image's input.
         cu: int32 [B + 1] row bounds of the images. longest: a bound on the tokens of an image.
         merge_theta, prune_theta: float32 [1] on the device, read there: a changed threshold is never stale.
-        protected: tokens whose origin is below it never merge, receive or go.
-        stats: int32 [3], zero in its last place; receives the tokens kept in the batch and in its longest image.
+        protected: tokens whose origin is below it never merge, receive or are pruned.
+        stats: int32 [3], its last element zero; the tokens left in the batch and in its longest image are written here.
         room: rows that the result may take; None for as many as there are now.
         found: partners by other scores than the paper's, from `ops.match.triton.candidates`.
-        pairs: whether these merge only where they are mutual, and tokens keep their order.
 
-    Returns:
-        The plan.
+    Raises:
+        ValueError: a merge threshold with neither keys nor partners.
     """
     rows, images = size.shape[0], cu.shape[0] - 1
     slot = torch.empty(rows, dtype=torch.int32, device=size.device)
@@ -245,7 +243,7 @@ def plan(
     new_size = torch.empty_like(size) if merge_theta is not None else size
     importance = torch.empty_like(slot) if merge_theta is not None and prunes else slot
     half = pow2((longest + 1) // 2)
-    # a pointer that its constexpr flag leaves unread may be any tensor
+    # a pointer that a constexpr flag leaves unread may be any tensor
     pointers = (received if prunes else size, size, origin, cu,
                 merge_theta if merge_theta is not None else size, prune_theta if prunes else size,
                 new_size, importance, slot, kept, bounds, stats)  # fmt: skip
@@ -259,7 +257,7 @@ def plan(
     if merge_theta is None:
         _plan_kernel[(images,)](size, origin, *pointers, *numbers, MERGES=False, PAIRS=False, num_warps=4, **shape)
     elif found is not None:
-        matched(*found, *pointers, *numbers, MERGES=True, PAIRS=pairs)
+        matched(found.best, found.partner, *pointers, *numbers, MERGES=True, PAIRS=found.mutual)
     elif k is None:
         raise ValueError("merging needs the keys")
     elif half <= tile_of(k.shape[2])[0]:
@@ -271,5 +269,6 @@ def plan(
             num_warps=8 if wide else 4, maxnreg=128 if wide else None, num_stages=1, **shape,
         )  # fmt: skip
     else:
-        matched(*match(k, origin, cu, longest, protected), *pointers, *numbers, MERGES=True, PAIRS=False)
-    return Plan(slot, new_size, bounds)
+        best, partner, _ = match(k, origin, cu, longest, protected)
+        matched(best, partner, *pointers, *numbers, MERGES=True, PAIRS=False)
+    return RowPlan(slot, new_size, bounds)

@@ -1,4 +1,4 @@
-"""What a learned probe reads from a token: where it stands in a space of what matters, and how much it matters."""
+"""A learned probe of a block's tokens: a metric for similarity, and how much the answer depends on each token."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WIDTH = 64
-"""Columns of a probe that similarity is measured on; two more say how much a token matters."""
-
+"""Columns of a probe that similarity is measured on; two more predict a token's saliency."""
 
 LIFT = 64.0
-"""How far a probe lifts tokens off the plane that it maps them to, in mean squares of their length there: so cosines go
-by distance. They are near 1, and count this much more."""
+"""Square of a constant coordinate that a probe adds to its metric, over the mean square of the other coordinates.
+
+It makes cosines a function of distance: they all lie near 1, and 1 - cosine is scaled up by 1 + LIFT.
+"""
 
 EPS = 1e-6
-"""Of the norm."""
+"""Of the layer norm."""
 
 
 @torch.no_grad()
 def probe(x: Tensor, weight: Tensor) -> Tensor:
-    """Read tokens through a block's probe: an affine map of their features, each token's normed by itself.
+    """Apply a block's probe: a layer norm of each token's features without affine, then a linear map.
 
     Args:
-        x: [..., C], the features that a block's attention left.
-        weight: float32 [C + 1, WIDTH + 2], the last row is added.
+        x: [..., C], features after the block's attention and its residual.
+        weight: float32 [C + 1, WIDTH + 2]; the last row is the bias.
 
     Returns:
-        float32 [..., WIDTH + 2]: the columns that similarity is measured on, then the logarithms of how much it matters
-        that a patch of the token is moved and that it is dropped, against others of the same image.
+        float32 [..., WIDTH + 2]: WIDTH columns that similarity is measured on, then two log saliencies: how much the
+        answer depends on a patch of the token being moved, and being dropped, relative to others of the image.
     """
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x.float(), x.shape[-1:], eps=EPS) @ weight[:-1] + weight[-1]

@@ -1,4 +1,4 @@
-"""A probe on packed rows, and what its answers come to in each image."""
+"""A probe on packed rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .reference import EPS, WIDTH
 def _attended_tile(
     X, Y, LAYER_SCALE, row, live, column, C: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr
 ):  # fmt: skip
-    """float32 [rows, columns] of `x + layer_scale * y`, rounded as the features are kept."""
+    """float32 [rows, columns] of `x + layer_scale * y`, rounded to the type of `x`."""
     at = row[:, None] * C + column[None, :]
     mask = live[:, None] & (column < C)[None, :]
     x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
@@ -29,11 +29,11 @@ def _attended_tile(
 
 @triton.jit(do_not_specialize=["images", "rows"])
 def _probe_kernel(
-    X, Y, LAYER_SCALE, W, CU, METRIC, LOGARITHM, images, rows, eps,
+    X, Y, LAYER_SCALE, W, CU, METRIC, LOG_SALIENCY, images, rows, eps,
     C: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     ADDS: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """One program = some rows, a few columns at a time: twice, as a norm needs the mean first."""
+    """One program = a tile of rows, a few columns at a time, in two passes: the norm needs the mean first."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.load(CU + images)
     wide = tl.arange(0, E)
@@ -54,7 +54,7 @@ def _probe_kernel(
         square += tl.sum(x * x, 1)
         w = W + column * (E + 2)
         weight = tl.load(w[:, None] + wide[None, :], mask=there[:, None], other=0.0)
-        # three tf32 products: decisions are taken in float32, and a shortened product flips them
+        # three tf32 products: decisions need float32, and fewer bits would flip some
         metric += tl.dot(x, weight, input_precision="tf32x3")
         moved += tl.sum(x * tl.load(w + E, mask=there, other=0.0)[None, :], 1)
         dropped += tl.sum(x * tl.load(w + E + 1, mask=there, other=0.0)[None, :], 1)
@@ -62,8 +62,8 @@ def _probe_kernel(
     added = W + C * (E + 2)
     metric = metric * scale[:, None] + tl.load(added + wide)[None, :]
     tl.store(METRIC + row[:, None] * E + wide[None, :], metric, mask=live[:, None])
-    tl.store(LOGARITHM + row, moved * scale + tl.load(added + E), mask=live)
-    tl.store(LOGARITHM + rows + row, dropped * scale + tl.load(added + E + 1), mask=live)
+    tl.store(LOG_SALIENCY + row, moved * scale + tl.load(added + E), mask=live)
+    tl.store(LOG_SALIENCY + rows + row, dropped * scale + tl.load(added + E + 1), mask=live)
 
 
 def probe_rows(
@@ -77,17 +77,17 @@ def probe_rows(
         cu: int32 [B + 1] row bounds of the images.
 
     Returns:
-        What similarity is measured on, float32 [T, WIDTH], and the two logarithms, float32 [2, T]; rows past the last
+        The metric of similarity, float32 [T, WIDTH], and the two log saliencies, float32 [2, T]; rows past the last
         image are not written.
     """
     rows, width = x.shape
     metric = torch.empty(rows, WIDTH, device=x.device)
-    logarithm = torch.empty(2, rows, device=x.device)
+    log_saliency = torch.empty(2, rows, device=x.device)
     tile = 64
     _probe_kernel[(triton.cdiv(rows, tile),)](
-        x, x if y is None else y, x if layer_scale is None else layer_scale, weight, cu, metric, logarithm,
+        x, x if y is None else y, x if layer_scale is None else layer_scale, weight, cu, metric, log_saliency,
         cu.shape[0] - 1, rows, EPS,
         C=width, E=WIDTH, ROWS=tile, STEP=min(64, pow2(width)), ADDS=y is not None, SCALES=layer_scale is not None,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    return metric, logarithm
+    return metric, log_saliency

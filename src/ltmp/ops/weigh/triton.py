@@ -1,4 +1,4 @@
-"""The weights of `reference` on packed rows."""
+"""Merge penalties and importance of `reference` on packed rows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from torch import Tensor
 
 from .._triton import LOG2E, image_rows, mean_received, pow2, strides, to_power
 from ..probe.reference import LIFT
-from .reference import MERGES, PRUNES
+from .reference import MERGE_POWER, PRUNE_POWER
+
+
+@triton.jit
+def _store_blend(RECEIVED, IMPORTANCE, other, place, live, n, rows, power, H: tl.constexpr):
+    """Write `reference.blend` of attention received and `other`, times n: RECEIVED is a sum over queries, too."""
+    received = mean_received(RECEIVED, place, live, n, rows, H)
+    importance = to_power(received, 1 - power) * to_power(other, power)
+    tl.store(IMPORTANCE + place, importance * n, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _class_kernel(
-    Q, K, WEIGHT, SIZE, RECEIVED, CU, RELUCTANCE, IMPORTANCE, q_row, q_head, k_row, k_head, rows, scale, power,
+    Q, K, WEIGHT, SIZE, RECEIVED, CU, PENALTY, IMPORTANCE, q_row, q_head, k_row, k_head, rows, scale, power,
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, COLUMNS: tl.constexpr,
     PRUNES: tl.constexpr,
 ):  # fmt: skip
-    """One program = one image: its class token's attention, all at once but a few columns of the keys at a time."""
+    """One program = one image: attention from its class token to all tokens, a few columns of the keys at a time."""
     first, n = image_rows(CU, tl.program_id(0))
     place = tl.arange(0, FULL)
     live = place < n
@@ -37,94 +45,89 @@ def _class_kernel(
         attended += p / tl.sum(p, 0)
     patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
     attended /= H
-    tl.store(RELUCTANCE + first + place, to_power(attended * patches, power / 2), mask=live)
+    tl.store(PENALTY + first + place, to_power(attended * patches, power / 2), mask=live)
     if PRUNES:
-        received = mean_received(RECEIVED + first, place, live, n, rows, H)
-        importance = to_power(received, 1 - power) * to_power(attended, power)
-        # a sum over queries, as what it stands in for
-        tl.store(IMPORTANCE + first + place, importance * n, mask=live)
+        _store_blend(RECEIVED + first, IMPORTANCE + first, attended, place, live, n, rows, power, H)
 
 
-def class_rows(
+def class_attention_rows(
     q: Tensor, k: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, cu: Tensor, longest: int, power: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The class token's say: `reference.reluctance_by` and `attend.reference.importance_by` on packed rows.
+    """`reference.merge_penalty` and `reference.blend` of class-token attention on packed rows.
 
     Args:
         q, k: [T, H, D], unit stride in D; the class token is the first of each image.
-        weight: float32 [T], what each token counts as. size: float32 [T], its patches.
-        received: float32 [H, T] from `attend`, or None where nothing is pruned by it.
+        weight: float32 [T], weight of each token in attention. size: float32 [T], its patches.
+        received: float32 [H, T] from `attend`, or None if nothing is pruned by it.
         cu, longest: as in `match`.
-        power: as in `Policy.class_power`.
+        power: see `Policy.class_power`.
 
     Returns:
-        reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
-        received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
+        penalty: float32 [T], merge penalty; rows past the last image are not written.
+        received: float32 [1, T], to prune by instead of `received`; None if that is None.
     """
     rows, heads, width = k.shape
     full, padded = pow2(longest), pow2(width)
-    reluctance, importance = torch.empty(2, 1, rows, device=k.device)
+    penalty, importance = torch.empty(2, 1, rows, device=k.device)
     _class_kernel[(cu.shape[0] - 1,)](
-        q, k, weight, size, reluctance if received is None else received, cu, reluctance, importance,
+        q, k, weight, size, penalty if received is None else received, cu, penalty, importance,
         *strides(q), *strides(k), rows, width**-0.5 * LOG2E, power,
         H=heads, D=width, DB=padded, FULL=full, COLUMNS=min(padded, max(1, 32768 // full)),
         PRUNES=received is not None, num_warps=8,
     )  # fmt: skip
-    return reluctance[0], None if received is None else importance
+    return penalty[0], None if received is None else importance
 
 
 @triton.jit
-def _share(LOGARITHM, place, bias, counts):
-    """Each token's share of what matters in its image, 0 for those that do not count."""
-    score = tl.load(LOGARITHM + place, mask=counts, other=0.0) + bias
-    score = tl.where(counts, score, -float("inf"))
+def _saliency(LOG_SALIENCY, place, bias, patch):
+    """`reference.saliency` of one image: a softmax over its patches, 0 elsewhere."""
+    score = tl.load(LOG_SALIENCY + place, mask=patch, other=0.0) + bias
+    score = tl.where(patch, score, -float("inf"))
     p = tl.exp(score - tl.maximum(tl.max(score, 0), -1e30))
     return p / tl.maximum(tl.sum(p, 0), 1e-30)
 
 
 @triton.jit(do_not_specialize=["rows", "protected"])
-def _matter_kernel(
-    LOGARITHM, WEIGHT, SIZE, RECEIVED, ORIGIN, CU, RELUCTANCE, IMPORTANCE, rows, protected, spread, merges, prunes,
+def _saliency_kernel(
+    LOG_SALIENCY, WEIGHT, SIZE, RECEIVED, ORIGIN, CU, PENALTY, IMPORTANCE,
+    rows, protected, lift, merge_power, prune_power,
     H: tl.constexpr, FULL: tl.constexpr, PRUNES: tl.constexpr,
 ):  # fmt: skip
     """One program = one image."""
     first, n = image_rows(CU, tl.program_id(0))
     place = tl.arange(0, FULL)
     live = place < n
-    counts = live & (tl.load(ORIGIN + first + place, mask=live, other=-1) >= protected)
-    bias = tl.log(tl.load(WEIGHT + first + place, mask=counts, other=1.0))
+    patch = live & (tl.load(ORIGIN + first + place, mask=live, other=-1) >= protected)
+    bias = tl.log(tl.load(WEIGHT + first + place, mask=patch, other=1.0))
     patches = tl.sum(tl.load(SIZE + first + place, mask=live, other=0.0), 0)
-    moved = _share(LOGARITHM + first, place, bias, counts)
-    tl.store(RELUCTANCE + first + place, to_power(moved * patches, merges / 2) * spread, mask=live)
+    moved = _saliency(LOG_SALIENCY + first, place, bias, patch)
+    tl.store(PENALTY + first + place, to_power(moved * patches, merge_power / 2) * lift, mask=live)
     if PRUNES:
-        received = mean_received(RECEIVED + first, place, live, n, rows, H)
-        dropped = _share(LOGARITHM + rows + first, place, bias, counts)
-        importance = to_power(received, 1 - prunes) * to_power(dropped, prunes)
-        # a sum over queries, as what it stands in for
-        tl.store(IMPORTANCE + first + place, importance * n, mask=live)
+        dropped = _saliency(LOG_SALIENCY + rows + first, place, bias, patch)
+        _store_blend(RECEIVED + first, IMPORTANCE + first, dropped, place, live, n, rows, prune_power, H)
 
 
-def matter_rows(
-    logarithm: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, origin: Tensor, cu: Tensor, longest: int,
-    protected: int,
+def saliency_rows(
+    log_saliency: Tensor, weight: Tensor, size: Tensor, received: Tensor | None, origin: Tensor, cu: Tensor,
+    longest: int, protected: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A probe's say: `scores.reluctance_for` and `scores.importance_for` of it on packed rows.
+    """Merge penalty and importance from a probe on packed rows: as `method.scores` computes them with its saliency.
 
     Args:
-        logarithm: float32 [2, T], see `probe_rows`.
-        weight: float32 [T], what each token counts as. size: float32 [T], its patches.
-        received: float32 [H, T] from `attend`, or None where nothing is pruned by it.
+        log_saliency: float32 [2, T], see `probe_rows`.
+        weight: float32 [T], weight of each token in attention. size: float32 [T], its patches.
+        received: float32 [H, T] from `attend`, or None if nothing is pruned by it.
         origin, cu, longest, protected: as in `ops.match.triton.match`.
 
     Returns:
-        reluctance: float32 [T], how little tokens want to merge; rows past the last image are not written.
-        received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
+        penalty: float32 [T], merge penalty; rows past the last image are not written.
+        received: float32 [1, T], to prune by instead of `received`; None if that is None.
     """
     rows = size.shape[0]
-    reluctance, importance = torch.empty(2, 1, rows, device=size.device)
-    _matter_kernel[(cu.shape[0] - 1,)](
-        logarithm, weight, size, reluctance if received is None else received, origin, cu, reluctance, importance,
-        rows, protected, (1 + LIFT) ** 0.5, MERGES, PRUNES,
+    penalty, importance = torch.empty(2, 1, rows, device=size.device)
+    _saliency_kernel[(cu.shape[0] - 1,)](
+        log_saliency, weight, size, penalty if received is None else received, origin, cu, penalty, importance,
+        rows, protected, (1 + LIFT) ** 0.5, MERGE_POWER, PRUNE_POWER,
         H=1 if received is None else received.shape[0], FULL=pow2(longest), PRUNES=received is not None, num_warps=8,
     )  # fmt: skip
-    return reluctance[0], None if received is None else importance
+    return penalty[0], None if received is None else importance

@@ -1,0 +1,37 @@
+"""The options of verbs, in groups, and what they stand for. Nothing here imports torch before it is needed."""
+
+from .data import BatchSize as BatchSize
+from .data import ClassMap as ClassMap
+from .data import DataOptions as DataOptions
+from .data import GivenData as GivenData
+from .data import LearningData as LearningData
+from .data import Preprocessing as Preprocessing
+from .data import Source as Source
+from .groups import DATA as DATA
+from .groups import MODEL as MODEL
+from .groups import OUTPUT as OUTPUT
+from .groups import RUN as RUN
+from .groups import verb as verb
+from .model import ModelOptions as ModelOptions
+from .model import NamedModel as NamedModel
+from .model import ReducedModel as ReducedModel
+from .model import SavedModel as SavedModel
+from .model import name_in as name_in
+from .model import parse_kwargs as parse_kwargs
+from .output import OutputOptions as OutputOptions
+from .output import TableOptions as TableOptions
+from .run import Budget as Budget
+from .run import Budgets as Budgets
+from .run import Device as Device
+from .run import Engine as Engine
+from .run import EvaluationOptions as EvaluationOptions
+from .run import FormOptions as FormOptions
+from .run import Resume as Resume
+from .run import RunOptions as RunOptions
+from .run import Seed as Seed
+from .run import SpeedOptions as SpeedOptions
+from .run import autocast_type as autocast_type
+from .run import pick_device as pick_device
+from .scores import ScoreOptions as ScoreOptions
+from .scores import config_of as config_of
+from .scores import scores_of as scores_of

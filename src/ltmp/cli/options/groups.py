@@ -1,0 +1,61 @@
+"""Options in groups: a parameter of a verb that is a dataclass is one option a field."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+MODEL, DATA, RUN, OUTPUT = "Model", "Data", "Running", "Output"
+"""Panels of the help."""
+
+_DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)],
+)
+"""Every verb has it; `ltmp.cli.main` looks for it among the arguments."""
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """A function as Typer takes it: the fields of its dataclass parameters are parameters of their own.
+
+    >>> @verb
+    ... def show_verb(model: ModelOptions, run: RunOptions, width: int = 224) -> None: ...
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        parameters += _options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in [*parameters, _DEBUG]]
+
+    @wraps(function)
+    def run(*, debug: bool, **values: Any) -> None:
+        made = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**made, **values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def _options(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]

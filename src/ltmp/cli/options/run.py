@@ -1,0 +1,125 @@
+"""Where a model runs, how fast it is to be, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...errors import UsageError
+from .groups import RUN
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=RUN)]
+Engine = Annotated[
+    str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=RUN)
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.",
+        rich_help_panel=RUN,
+    ),
+]
+Budgets = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--budget",
+        metavar="SHARE",
+        help="FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
+        rich_help_panel=RUN,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Order of the images.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where, and in which precision."""
+
+    device: Device = "auto"
+    amp: Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=RUN)] = False
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        return pick_device(self.device)
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        """The type of --amp."""
+        return autocast_type(self.amp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """A budget, or the time or speed that one is to be found for."""
+
+    budget: Budget = None
+    milliseconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    images_per_second: Annotated[
+        float | None, typer.Option(help="Instead of --budget: the speed wanted here.", rich_help_panel=RUN)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormOptions:
+    """Which export."""
+
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Of exports: single (one image), batch (any number of images) or static (no data-dependent shapes).",
+            rich_help_panel=RUN,
+        ),
+    ] = "batch"
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise the linear layers (ONNX only).", rich_help_panel=RUN)
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(RunOptions):
+    """How much is evaluated."""
+
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None
+    speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; auto is the first CUDA device, or else the CPU. Under torchrun each process has its own GPU."""
+    import torch
+
+    from ... import distributed
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.started():
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"no device {name!r}: expected cpu, cuda, cuda:N or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"no device {name!r} here: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
+        )
+    return device
+
+
+def autocast_type(amp: bool) -> torch.dtype | None:
+    """The type that --amp computes in."""
+    import torch
+
+    return torch.bfloat16 if amp else None

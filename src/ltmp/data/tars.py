@@ -1,0 +1,189 @@
+"""Images in an uncompressed tar, found without unpacking; a damaged member costs itself and no other."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from typing import NamedTuple
+
+from .images import MAX_BYTES, Broken, is_image_name, read_bytes
+
+_CHUNK = 1 << 20
+
+
+class Slice(NamedTuple):
+    """Bytes `offset` to `offset + size` of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+
+Content = str | Slice | bytes
+"""An encoded image: a file, a part of one, or the bytes themselves."""
+
+
+class Member(NamedTuple):
+    """One image of a tar, or what became of one.
+
+    Attributes:
+        name: in the tar; empty where damage has destroyed it.
+        content: where its bytes are, or why they cannot be had.
+        offset: bytes of the tar that lie before it.
+    """
+
+    name: str
+    content: Slice | Broken
+    offset: int
+
+
+def read_content(content: Content) -> bytes:
+    """The encoded image. A tar is opened anew for each: a position in a file cannot be shared by several processes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no regular file, too large, empty, or ends inside the image.
+    """
+    if isinstance(content, Slice):
+        encoded = _read_slice(content)
+    else:
+        encoded = content if isinstance(content, bytes) else read_bytes(content)
+    if not encoded:
+        raise ValueError("the file is empty")
+    return encoded
+
+
+def _read_slice(part: Slice) -> bytes:
+    if part.offset + part.size > os.path.getsize(part.path):
+        raise ValueError("the .tar ends inside this image")
+    if part.size > MAX_BYTES:
+        raise ValueError(f"{part.size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image")
+    with open(part.path, "rb") as file:
+        file.seek(part.offset)
+        return file.read(part.size)
+
+
+def tar_images(path: str) -> Iterator[Member]:
+    """The images of a tar in its own order, by their names; links to other members are followed.
+
+    What is damaged is one `Broken` in its place, and whatever can be found behind it comes after.
+
+    Raises:
+        tarfile.TarError, OSError: no plain tar at all, or it cannot be read.
+    """
+    targets: dict[str, Slice | str] | None = None
+    for member in _members(path):
+        if isinstance(member, Member):
+            yield member
+        elif is_image_name(member.name):
+            content: Slice | Broken
+            if member.islnk() or member.issym():
+                targets = _targets(path) if targets is None else targets
+                content = _follow(member, targets)
+            elif member.issparse():
+                content = Broken(member.name, "a sparse member of the .tar, which is not read")
+            elif member.isreg():
+                content = Slice(path, member.offset_data, member.size)
+            else:
+                content = Broken(member.name, "not a regular file in the .tar")
+            yield Member(member.name, content, member.offset_data)
+
+
+def _members(path: str) -> Iterator[tarfile.TarInfo | Member]:
+    """Everything in a tar but folders, in order; a `Member` tells of damage."""
+    length = os.path.getsize(path)
+    with open(path, "rb") as file:
+        archive = _empty_archive()
+        archive.fileobj, start = file, 0
+        while True:
+            file.seek(start)
+            try:
+                member = archive.tarinfo.fromtarfile(archive)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+                return
+            # headers fail in as many ways as there are numbers in them
+            except Exception as error:
+                following = _next_header(path, start + tarfile.BLOCKSIZE, length)
+                if start == 0 and following is None and isinstance(error, tarfile.HeaderError):
+                    raise tarfile.ReadError(f"{error}") from error
+                yield Member("", Broken(path, _damage(start, length, following, error)), start)
+            else:
+                following = archive.offset
+                if member.size < 0 or not start < following < length + tarfile.BLOCKSIZE:
+                    following = _next_header(path, member.offset_data, length)
+                if not member.isdir():
+                    yield member
+                if following is None:
+                    yield Member("", Broken(path, _damage(length, length, None, None)), length)
+            if following is None:
+                return
+            start = following
+
+
+def _empty_archive() -> tarfile.TarFile:
+    """What headers are parsed with. Opened on the tar itself it would read the first one, and fail with it."""
+    return tarfile.TarFile(fileobj=BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
+
+
+def _damage(start: int, length: int, following: int | None, error: Exception | None) -> str:
+    if following is not None:
+        return f"the .tar is damaged at byte {start} ({error}): what lies before byte {following} is lost"
+    if length - start < tarfile.BLOCKSIZE:
+        return f"the .tar is truncated at byte {length}: images after this point are missing"
+    return f"the .tar is damaged at byte {start} ({error}): images after this point could not be found"
+
+
+def _next_header(path: str, offset: int, length: int) -> int | None:
+    """Where the next block from `offset` on begins that is a header by its magic word and its checksum."""
+    with open(path, "rb") as file:
+        for start in range(-(-offset // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, length, _CHUNK):
+            file.seek(start)
+            chunk = file.read(_CHUNK)
+            at = chunk.find(b"ustar")
+            while at >= 0:
+                block = at - 257
+                if block >= 0 and block % tarfile.BLOCKSIZE == 0 and _is_header(chunk[block : block + 512]):
+                    return start + block
+                at = chunk.find(b"ustar", at + 1)
+    return None
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except Exception:
+        return False
+    return True
+
+
+def _targets(path: str) -> dict[str, Slice | str]:
+    """What links may lead to: every regular member by its name, and every link by that of its target."""
+    found: dict[str, Slice | str] = {}
+    for member in _members(path):
+        if isinstance(member, tarfile.TarInfo):
+            name = posixpath.normpath(member.name)
+            if member.islnk() or member.issym():
+                found[name] = _target(member)
+            elif member.isreg() and not member.issparse():
+                found[name] = Slice(path, member.offset_data, member.size)
+    return found
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """The name that a link stands for: a symbolic one is relative to its own folder."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
+
+
+def _follow(link: tarfile.TarInfo, targets: dict[str, Slice | str], most: int = 16) -> Slice | Broken:
+    at: Slice | str | None = _target(link)
+    for _ in range(most):
+        if not isinstance(at, str):
+            break
+        at = targets.get(at)
+    if isinstance(at, Slice):
+        return at
+    return Broken(link.name, f"a link to {link.linkname}, which is no image in the .tar")

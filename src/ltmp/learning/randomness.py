@@ -1,0 +1,33 @@
+"""Learning leaves the caller's global random state as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and torch (CPU and CUDA) at the end, whatever happens inside.
+
+    Also a decorator. Loaders of other libraries, their transforms and new weights draw from these generators, and a run
+    seeds torch's so that it can be resumed.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    initialized = torch.cuda.is_initialized()
+    cuda = torch.cuda.get_rng_state_all() if initialized else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if initialized:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_available():
+            # as CUDA starts with it when it is used for the first time
+            torch.cuda.manual_seed_all(torch.initial_seed())

@@ -1,0 +1,320 @@
+#!/usr/bin/env python3
+"""Write the tables of figures in README.md and docs/ from benchmarks/*.csv; --check only compares.
+
+A table stands between `<!-- figures:NAME -->` and `<!-- /figures -->`; NAME is a key of `TABLES`. Means over seeds are
+computed here: a row of the file is one run, or, where only a mean was recorded, the mean of the seeds in its column.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(?P<begin><!-- figures:(?P<name>[\w-]+) -->\n).*?(?P<end><!-- /figures -->)", re.DOTALL)
+
+Row = dict[str, str]
+Table = list[list[str]]
+
+VIT_S = "vit_small_patch14_dinov2, Tiny-ImageNet-200"
+VALIDATION = {"model": VIT_S, "images": "validation, 2000"}
+BUDGETS = ("0.80", "0.60", "0.47", "0.37")
+SAME_NUMBER = "variant m, the same number of tokens a block"
+SAME_PART = "variant m, the same part of the tokens a block"
+
+
+def read(name: str) -> list[Row]:
+    """The rows of benchmarks/NAME.csv, oldest first."""
+    with (ROOT / "benchmarks" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Runs(list[Row]):
+    """Rows of one file."""
+
+    def where(self, **values: str) -> Runs:
+        """The rows that have these values; a table without rows is a mistake in its query."""
+        found = Runs(row for row in self if all(row[column] == value for column, value in values.items()))
+        if not found:
+            raise SystemExit(f"no row has {values}")
+        return found
+
+    def mean(self, column: str) -> Decimal | None:
+        """The mean of the cells that are not empty, None without any."""
+        cells = [Decimal(row[column]) for row in self if row[column]]
+        return sum(cells, Decimal()) / len(cells) if cells else None
+
+    def shown(self, column: str, digits: int = 2) -> str:
+        """The mean, rounded."""
+        return rounded(self.mean(column), digits)
+
+    def drop(self) -> str:
+        """Points of top-1 below the dense model of the same runs."""
+        top1, dense = self.mean("top1"), self.mean("dense_top1")
+        return rounded(None if top1 is None or dense is None else dense - top1, 2)
+
+
+def rounded(value: Decimal | None, digits: int) -> str:
+    if value is None:
+        return ""
+    shown = str(value.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+    return shown.removeprefix("-") if not float(shown) else shown
+
+
+def main_runs() -> Runs:
+    """Frozen weights in float32: the runs that the first table of every page shows."""
+    return Runs(read("accuracy")).where(**VALIDATION, dtype="float32")
+
+
+def dial(budget: str) -> Runs:
+    return main_runs().where(method="dial", scores="best", budget=budget)
+
+
+def fixed(budget: str) -> Runs:
+    return main_runs().where(method="fixed-rate merging", notes=SAME_NUMBER, budget=budget)
+
+
+def dense() -> str:
+    return main_runs().where(method="dense", machine="CPU").shown("top1")
+
+
+def accuracy() -> Table:
+    """Budgets against dense and fixed-rate merging, with what each seed gave."""
+    table = [
+        ["budget", "share", "top-1, mean of three seeds (each)", "below dense", "fixed-rate merging", "above it"],
+        ["dense", "1", dense(), "", "", ""],
+    ]
+    for budget in BUDGETS:
+        ours, other = dial(budget), fixed(budget)
+        top1 = ours.mean("top1")
+        assert top1 is not None
+        above = rounded(top1 - Decimal(other[0]["top1"]), 2)
+        seeds = ", ".join(row["top1"] for row in ours if row["top1"])
+        at = f"{other.shown('top1')} at {other.shown('share', 3)}"
+        table.append([budget, ours.shown("share", 3), f"{ours.shown('top1')} ({seeds})", ours.drop(), at, above])
+    return table
+
+
+def results() -> Table:
+    """Accuracy and speed in one table, for the first screen."""
+    table = [["measured", "share of FLOPs", "dense", "ltmp", "fixed-rate merging"]]
+    for budget in BUDGETS:
+        top1 = (dense(), dial(budget).shown("top1"), fixed(budget).shown("top1"))
+        table.append(["top-1, %", dial(budget).shown("share"), *top1])
+    for case in ("deit_s", "deit_b", "deit_s_16"):
+        best, _, graph = gpu_runs(case)
+        name = f"images/s, H100, {NAMES[case]}, batch {graph['batch']}"
+        table.append([name, share(graph), thousands(best), f"{thousands(graph)} ({ratio(graph, best)}x)", ""])
+    for processor in dict.fromkeys(row["processor"] for row in cpu_runs()):
+        rows = cpu_runs().where(processor=processor)
+        shares = sorted(rounded(Decimal(row["share"]), 2) for row in rows)
+        alone = [row["ratio_host_linear"] for row in rows if row["ratio_host_linear"]]
+        ratios = times(row["ratio"] for row in rows) + (f" (reduction alone: {times(alone)})" if alone else "")
+        name = f"speed, {processor}, batch {' / '.join(row['batch'] for row in rows)}"
+        table.append([name, f"{shares[0]} to {shares[-1]}", "1x", ratios, ""])
+    return table
+
+
+def times(ratios: Iterable[str]) -> str:
+    return " / ".join(ratios) + "x"
+
+
+ABLATION = (
+    ("fixed-rate merging, same number a block", {"notes": SAME_NUMBER, "machine": "CPU"}),
+    ("fixed-rate merging, same part a block", {"notes": SAME_PART}),
+    ("`--scores paper`", {"method": "dial", "scores": "paper"}),
+    ("`--similarity heads --matching mutual` *", {"method": "dial", "scores": "heads, mutual (1 round)"}),
+    ("and `--size-power 0.3` *", {"method": "dial", "scores": "heads, mutual (1 round), size power 0.3"}),
+    ("`--scores attention`", {"method": "dial", "scores": "attention"}),
+    ("`--scores best`", {"method": "dial", "scores": "best"}),
+    ("`ltmp learn --distill`, one budget (1 seed) *", {"method": "learn --distill"}),
+)
+
+
+def ablation() -> Table:
+    """Drop of top-1 and agreement with the dense model, by method and scores, in bfloat16."""
+    runs = Runs(read("accuracy")).where(**VALIDATION, dtype="bfloat16")
+    table = [["method"] + [f"{budget}: {what}" for budget in BUDGETS[1:] for what in ("drop", "agrees")]]
+    for name, query in ABLATION:
+        line = [name]
+        for budget in BUDGETS[1:]:
+            there = Runs(row for row in runs.where(**query) if row["budget"] == budget)
+            line += [there.drop(), there.shown("agreement", 1)]
+        table.append(line)
+    return table
+
+
+TUNED = (
+    ("paper", "rank 8, 4000 images, 249 steps of 16, no labels", "0.47"),
+    ("heads, mutual (1 round), size power 0.3", "--labels 0.3, 4000 views", "0.47"),
+    ("attention", "--labels 0.3, 4000 views", "0.47"),
+    ("attention", "--labels 0.3, 4000 views", "0.60"),
+    ("attention", "--labels 0.3, 8000 views", "0.60"),
+    ("best", "--labels 0.3, 4000 views", "0.60"),
+)
+
+
+def tuning() -> Table:
+    """Tuned against frozen weights, by scores and budget."""
+    runs = Runs(read("accuracy")).where(**VALIDATION, dtype="bfloat16")
+    table = [["scores", "budget", "labels, images", "seeds", "share", "frozen: drop", "tuned: drop", "tuned: agrees"]]
+    for scores, note, budget in TUNED:
+        tuned = Runs(
+            row for row in runs.where(method="tune lora", scores=scores, budget=budget) if row["notes"].startswith(note)
+        )
+        seeds = max(1, len({row["seed"] for row in tuned if row["top1"] and row["seed"]}))
+        frozen = runs.where(method="dial", scores=scores, budget=budget)
+        found = re.match(r"--labels (\S+), (\d+)", note)
+        how = f"{found[1]}, {found[2]}" if found else "none, 4000"
+        name = f"`--scores {scores}`" if "," not in scores else "heads, mutual, size power 0.3 *"
+        table.append(
+            [
+                name,
+                budget,
+                how,
+                str(seeds),
+                tuned.shown("share", 3),
+                frozen.drop(),
+                tuned.drop(),
+                tuned.shown("agreement", 1),
+            ]
+        )
+    return table
+
+
+def compare() -> Table:
+    """Methods at about equal shares, calibrated only."""
+    runs = Runs(row for row in read("accuracy") if row["method"].startswith("compare, "))
+    table = [["method", "share", "top-1", "agrees with dense"]]
+    for row in runs:
+        name = row["method"].removeprefix("compare, ")
+        table.append([name if name == "dense" else f"`{name}`", row["share"], row["top1"], row["agreement"]])
+    return table
+
+
+def int8() -> Table:
+    """Top-1 of exported models, float and quantised."""
+    runs = Runs(read("accuracy"))
+    return [["", "dense", "reduced"]] + [
+        [name, *(runs.where(method=f"export, {form}", dtype=dtype).shown("top1", 1) for form in ("dense", "reduced"))]
+        for name, dtype in (("float32", "float32"), ("INT8", "int8"))
+    ]
+
+
+NAMES = {
+    "deit_s": "DeiT-S",
+    "deit_b": "DeiT-B",
+    "vit_l": "ViT-L",
+    "vit_b_384": "ViT-B 384 px",
+    "vit_s_518": "ViT-S/14 518 px",
+    "deit_s_64": "DeiT-S",
+    "deit_s_16": "DeiT-S",
+    "deit_s_1": "DeiT-S",
+}
+
+
+def gpu_runs(case: str) -> tuple[Row, Row, Row]:
+    """The newest fastest dense form, form of exact sizes and single graph of one case of benchmarks/gpu.py."""
+    newest = {row["way"]: row for row in read("results") if row["case"] == case}
+    best = max((row for way, row in newest.items() if way.startswith("dense")), key=speed)
+    return best, newest["triton"], newest["graph"]
+
+
+def speed(row: Row) -> float:
+    return float(row["images_per_second"])
+
+
+def share(row: Row, digits: int = 2) -> str:
+    return rounded(Decimal(row["share"]), digits)
+
+
+def ratio(row: Row, dense: Row) -> str:
+    return rounded(Decimal(row["images_per_second"]) / Decimal(dense["images_per_second"]), 2)
+
+
+def thousands(row: Row) -> str:
+    return f"{speed(row):,.0f}"
+
+
+def gpu() -> Table:
+    """Images per second on one H100, against the fastest dense form."""
+    table = [["model, batch", "best dense, images/s", "exact sizes", "one graph", "share", "ideal", "ratio"]]
+    for case, name in NAMES.items():
+        best, exact, graph = gpu_runs(case)
+        ideal = rounded(1 / Decimal(graph["share"]), 2)
+        speeds = [thousands(row) for row in (best, exact, graph)]
+        table.append([f"{name}, {graph['batch']}", *speeds, share(graph, 3), ideal, ratio(graph, best)])
+    return table
+
+
+def cpu_runs() -> Runs:
+    """DeiT-S on two cores, each processor."""
+    return Runs(read("cpu")).where(model="deit_small_patch16_224", threads="2", scores="paper")
+
+
+def cpu() -> Table:
+    """Speed over dense on each processor."""
+    table = [["processor", "batch", "share", "ideal", "ratio", "with the host's own linear layers"]]
+    for row in cpu_runs():
+        ideal = rounded(1 / Decimal(row["share"]), 2)
+        table.append([row["processor"], row["batch"], row["share"], ideal, row["ratio"], row["ratio_host_linear"]])
+    return table
+
+
+def scores() -> Table:
+    """Speed over dense by the scores, on one processor."""
+    table = [["scores", "share", "ratio"]]
+    for row in Runs(read("cpu")).where(model="vit_small_patch14_dinov2, 224 px"):
+        table.append([f"`--scores {row['scores']}`", row["share"], row["ratio"]])
+    return table
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    table.__name__: table for table in (results, accuracy, ablation, tuning, compare, int8, gpu, cpu, scores)
+}
+
+
+def markdown(table: Table) -> str:
+    head, *rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(re.sub(r" {2,}", " ", f"| {' | '.join(line)} |\n") for line in lines)
+
+
+def rewrite(text: str) -> str:
+    """The page with all its tables as the files have them."""
+
+    def block(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise SystemExit(f"no table is named {match['name']}: there are {', '.join(TABLES)}")
+        return f"{match['begin']}\n{markdown(TABLES[match['name']]())}\n{match['end']}"
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> Iterator[Path]:
+    yield ROOT / "README.md"
+    yield from sorted((ROOT / "docs").glob("*.md"))
+
+
+def stale() -> list[Path]:
+    """Pages that differ from the files."""
+    return [page for page in pages() if rewrite(page.read_text()) != page.read_text()]
+
+
+def main(arguments: Iterable[str]) -> int:
+    found = stale()
+    if "--check" not in arguments:
+        for page in found:
+            page.write_text(rewrite(page.read_text()))
+        return 0
+    for page in found:
+        print(f"{page.relative_to(ROOT)} is stale: run python tools/figures.py", file=sys.stderr)
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
