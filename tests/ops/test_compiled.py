@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import assert_close, make_probe
-from ltmp.config import SCORES, VARIANTS, LTMPConfig
-from ltmp.engines.compiled import Rows, plans, reduce_rows
+from ltmp.config import SCORES, VARIANTS, LTMPConfig, Scores
+from ltmp.engines.compiled import Rows, block_steps, reduce_rows
 from ltmp.method.policy import Policy
 from ltmp.method.rates import Rates
 from ltmp.method.reduction import fold, make_plan
@@ -28,13 +28,12 @@ from .helpers import Batch
 pytest.importorskip("numba")
 
 WIDTH, BLOCK, DEPTH = 24, 1, 3
-MORE: dict[str, dict[str, Any]] = {
+MORE: dict[str, Scores] = {
     **SCORES,
-    "heads": {"similarity": "heads"},
-    "class": {"importance": "class"},
-    "class power, size power": {"class_power": 0.7, "size_power": 0.3},
-    "probe, class power": {"similarity": "probe", "matching": "mutual", "class_power": 0.5},
-    "importance by probe": {"importance": "probe", "size_power": 0.5},
+    "heads": Scores("heads"),
+    "class power, size power": Scores(class_power=0.7, size_power=0.3),
+    "probe, class power": Scores("probe", "mutual", class_power=0.5),
+    "importance by probe": Scores(importance="probe", size_power=0.5),
 }
 COMPILED = [name for name, method in VARIANTS.items() if "fuse" not in method.steps]
 COUNTS = [[1], [2], [7], [9, 1, 64, 65, 2, 3], [33, 30, 31, 32], [150, 3, 197]]
@@ -46,7 +45,7 @@ def policy_of(variant: str, seed: int = 0, merge: float = 0.3, prune: float = 0.
         return Rates(DEPTH, config)
     policy = Thresholds(DEPTH, config)
     policy.set([merge] * DEPTH, [prune] * DEPTH)
-    if config.asks_probe:
+    if config.needs_probe:
         policy.set_probe(make_probe(DEPTH, WIDTH, seed=seed))
     return policy
 
@@ -74,7 +73,7 @@ def check(batch: Batch, policy: Policy, protected: int, x: Tensor | None = None,
     size, origin = batch.size[: batch.live].numpy(), batch.origin[: batch.live].long().numpy()
     rows = Rows(x, size, origin, torch.tensor(batch.counts).numpy(), source.numpy())
     before = x.clone(), size.copy(), origin.copy(), source.clone()
-    plan = plans(policy, policy.active(), protected)[BLOCK]
+    plan = block_steps(policy, policy.active(), protected)[BLOCK]
     assert plan is not None
     sums = (None if t is None else batch.rows(t).numpy() for t in (received, attended))
     found = reduce_rows(policy, plan, rows, k, *sums)
@@ -114,17 +113,18 @@ def test_variants(counts: list[int], protected: int, variant: str) -> None:
 @pytest.mark.parametrize("scores", MORE)
 def test_scores(scores: str, counts: list[int], protected: int, variant: str) -> None:
     batch = Batch.random(counts)
-    merge = 0.0 if "probe" in MORE[scores].values() else 0.3
-    check(batch, policy_of(variant, merge=merge, prune=median_importance(batch), **MORE[scores]), protected)
+    merge = 0.0 if MORE[scores].probes_similarity else 0.3
+    check(batch, policy_of(variant, merge=merge, prune=median_importance(batch), scores=MORE[scores]), protected)
 
 
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("variant", ["ltmp", "ltpm", "mp"])
 @pytest.mark.parametrize("bounds", [{"floor": 9}, {"ceiling": 12}, {"floor": 10, "ceiling": 20}], ids=str)
 def test_floor_and_ceiling(bounds: dict[str, int], variant: str, scores: str) -> None:
-    fixed = variant == "mp"
-    named = {k: v for k, v in SCORES[scores].items() if not fixed or (k != "matching" and v != "probe" and k != "importance")}
-    settings_ = {"r": 4, **named} if fixed else named
+    if VARIANTS[variant].fixed:
+        settings_ = {"r": 4, "scores": Scores("heads") if scores == "attention" else "paper"}
+    else:
+        settings_ = {"scores": SCORES[scores]}
     batch = Batch.random([40, 7, 21, 12])
     for merge, prune in ((-0.5, 0.5), (0.9, 0.0)):
         left = check(batch, policy_of(variant, merge=merge, prune=prune, **settings_, **bounds), 1)
@@ -139,14 +139,14 @@ def test_everything_prunable_leaves_one_token(scores: str, variant: str, protect
         scores = "paper"
     batch = Batch.random([1, 2, 40, 33])
     # five prefix tokens are among those of each image, of which one is protected
-    assert check(batch, policy_of(variant, merge=0.2, prune=2.0, **SCORES[scores]), protected) == [1, 1, 1, 1]
+    assert check(batch, policy_of(variant, merge=0.2, prune=2.0, scores=SCORES[scores]), protected) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm"])
 def test_equal_tokens(variant: str, scores: str) -> None:
     """Every score is a tie: the first of equals is taken, as by the definition."""
-    check(Batch.random([9, 40, 2]), policy_of(variant, merge=0.5, prune=0.001, **SCORES[scores]), 1, torch.ones(51, WIDTH), True)
+    check(Batch.random([9, 40, 2]), policy_of(variant, merge=0.5, prune=0.001, scores=SCORES[scores]), 1, torch.ones(51, WIDTH), True)
 
 
 @settings(max_examples=150, deadline=None)
@@ -163,13 +163,13 @@ def test_any_batch(
     counts: list[int], variant: str, scores: str, protected: int, merge: float, prune: float, seed: int
 ) -> None:
     batch = Batch.random(counts, seed=seed)
-    check(batch, policy_of(variant, seed, merge, prune, **MORE[scores]), protected)
+    check(batch, policy_of(variant, seed, merge, prune, scores=MORE[scores]), protected)
 
 
 def test_an_image_is_reduced_alike_in_any_batch() -> None:
     """To the bit: every sum is over one image, in a fixed order."""
-    policy, batch = policy_of("ltmp", **SCORES["best"]), Batch.random([31, 8, 50])
-    plan = plans(policy, policy.active(), 1)[BLOCK]
+    policy, batch = policy_of("ltmp", scores=SCORES["best"]), Batch.random([31, 8, 50])
+    plan = block_steps(policy, policy.active(), 1)[BLOCK]
     generator = torch.Generator().manual_seed(0)
     k, x = batch.heads[1][: batch.live], torch.randn(batch.live, WIDTH, generator=generator)
     received = torch.rand(batch.live, generator=generator).numpy() / 20

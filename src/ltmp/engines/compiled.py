@@ -8,12 +8,14 @@ one purpose (calibration), and tokens that are unmerged block by block.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import Scores
 from ..method.policy import Policy
 from ..method.rates import Rates, noise
 from ..method.thresholds import Thresholds
@@ -21,7 +23,7 @@ from ..method.tokens import Tokens
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
 from ..ops.probe.reference import WIDTH
-from ..ops.scratch import Scratch, scratch
+from ..ops.scratch import scratch
 from .masked import finish
 from .onednn import halves, room, watched
 from .positions import Positions
@@ -95,7 +97,7 @@ class Rows:
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
     policy, state = stack.thresholds, State.start(x, packs=True, positions=positions)
-    i, planned = 0, plans(policy, active, stack.protected)
+    i, planned = 0, block_steps(policy, active, stack.protected)
     while i < policy.depth and planned[i] is None:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         state = state.after(stack.whole(i, state.x, positions), state.tokens, state.counts)
@@ -111,7 +113,9 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
     return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, stack.protected)
 
 
-def _block(stack: ReducedStack, i: int, rows: Rows, steps: Steps | None, positions: Positions | None) -> Rows:
+def _block(
+    stack: ReducedStack, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None
+) -> Rows:
     """Run block `i` on the live tokens."""
     block, policy, x, live = stack.blocks[i], stack.thresholds, rows.x, len(rows.size)
     half = halves(stack.recipe, block, x)
@@ -121,39 +125,73 @@ def _block(stack: ReducedStack, i: int, rows: Rows, steps: Steps | None, positio
     if positions is not None:
         q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
     bias = policy.weight(i, torch.from_numpy(rows.size)).log() if rows.merged else None
-    received = attended = None
-    if steps is not None:
-        received = _zeros("received", live) if steps.prunes and policy.config.by_received else None
-        attended = _zeros("attended", live) if policy.config.asks_class else None
-    sums = [None if found is None else found.tensor.as_strided((live,), (1,)) for found in (received, attended)]
-    y = attend_images(q, k, v, bias, rows.counts.tolist(), *sums)
+    received = scratch("received", live) if planned is not None and planned.needs.received else None
+    attended = scratch("attended", live) if planned is not None and planned.needs.attended else None
+    signals = [None if found is None else found.tensor.as_strided((live,), (1,)) for found in (received, attended)]
+    y = attend_images(q, k, v, bias, rows.counts.tolist(), *signals)
     if live < len(x):
         y = torch.cat([y, y.new_zeros(len(x) - live, y.shape[1])])
     x = x + half.out(y)
-    if steps is not None:
+    if planned is not None:
         arrays = [None if found is None else found.array[:live] for found in (received, attended)]
-        rows = reduce_rows(policy, steps, replace(rows, x=x), k, *arrays)
+        rows = reduce_rows(policy, planned, replace(rows, x=x), k, *arrays)
         x = rows.x
     return replace(rows, x=x + half.mlp(x))
 
 
-def _zeros(name: str, size: int) -> Scratch:
-    found = scratch(name, size)
-    found.array[:size] = 0
-    return found
+class Needs(NamedTuple):
+    """Which signals of `method.scores` a block's steps need, and what they make of them.
+
+    Attributes:
+        received, attended: attention received, and the class token's.
+        probe_merges, probe_prunes: whether a probe is part of the merge penalty, and of the importance.
+        penalised, blended: whether there is a merge penalty, and whether the importance is made of two signals.
+    """
+
+    received: bool
+    attended: bool
+    probe_merges: bool
+    probe_prunes: bool
+    penalised: bool
+    blended: bool
+
+    @classmethod
+    @cache
+    def of(cls, scores: Scores, all_steps: tuple[str, ...], steps: tuple[str, ...]) -> Needs:
+        """Those of `steps`, of which a variant has `all_steps`."""
+        merges, prunes = "merge" in steps, "prune" in steps
+        attended = scores.needs_class_attention(all_steps)
+        by_class = attended and scores.class_power > 0
+        probe_merges, probe_prunes = scores.probes_similarity and merges, scores.probes_importance and prunes
+        penalised = merges and (by_class or probe_merges)
+        blended = prunes and (probe_prunes or (by_class and scores.blends_class_attention))
+        received = scores.needs_received(steps)
+        return cls(received, attended, probe_merges, probe_prunes, penalised, blended)
 
 
-def plans(policy: Policy, active: Active, protected: int) -> list[Steps | None]:
+@dataclass(frozen=True)
+class BlockSteps:
+    """What a block does, as the kernels are told."""
+
+    steps: Steps
+    needs: Needs
+
+
+def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSteps | None]:
     """What each block does, None where that is nothing. Reads the thresholds once."""
     from ..ops.plan.numba import Steps
 
-    merges, prunes = _cuts(policy, "merge"), _cuts(policy, "prune")
-    steps = [policy.steps(active, i) for i in range(policy.depth)]
-    mutual = policy.config.matching == "mutual"
-    return [
-        Steps("merge" in s, "prune" in s, s[0] == "prune", mutual, merge, prune, protected, i) if s else None
-        for i, (s, merge, prune) in enumerate(zip(steps, merges, prunes, strict=True))
-    ]
+    config, merges, prunes = policy.config, _cuts(policy, "merge"), _cuts(policy, "prune")
+    found: list[BlockSteps | None] = []
+    for i, (merge, prune) in enumerate(zip(merges, prunes, strict=True)):
+        names = policy.steps(active, i)
+        if not names:
+            found.append(None)
+            continue
+        order = ("merge" in names, "prune" in names, names[0] == "prune", config.scores.mutual)
+        steps, needs = Steps(*order, merge, prune, protected, i), Needs.of(config.scores, config.steps, names)
+        found.append(BlockSteps(steps, needs))
+    return found
 
 
 def _cuts(policy: Policy, step: str) -> list[Cut]:
@@ -176,20 +214,21 @@ def _cuts(policy: Policy, step: str) -> list[Cut]:
 
 
 def reduce_rows(
-    policy: Policy, steps: Steps, rows: Rows, k: Tensor, received: Array | None, attended: Array | None
+    policy: Policy, block: BlockSteps, rows: Rows, k: Tensor, received: Array | None, attended: Array | None
 ) -> Rows:
     """Decide and fold: `method.reduction` on rows.
 
     Args:
-        rows: with the features that the block's attention left.
+        rows: with the features after attention.
         k: float32 [T, H, D], keys.
-        received, attended: float32 [T], mean attention received and the class token's, where they are asked for.
+        received, attended: float32 [T], mean attention received and the class token's, where they are needed.
     """
     from ..ops.plan.numba import plan_rows
 
+    steps = block.steps
     read = policy.probed(steps.block, rows.x[: len(rows.size)])
-    importance, penalty = _weigh(policy, steps, rows, received, attended, read)
-    cosine = _similarities(policy, steps, rows.counts, k, read) if steps.merges else _NOTHING
+    importance, penalty = _weigh(policy, block, rows, received, attended, read)
+    cosine = _similarities(policy.config.scores, steps, rows.counts, k, read) if steps.merges else _NOTHING
     x, size, origin = torch.empty_like(rows.x), np.empty_like(rows.size), np.empty_like(rows.origin)
     counts, source = np.empty_like(rows.counts), rows.source.copy()
     left = plan_rows(
@@ -199,62 +238,60 @@ def reduce_rows(
     kept = min(room(left, x.shape[1]), len(x))
     if left < kept:
         x[left:kept] = 0
-    return Rows(x.as_strided((kept, x.shape[1]), x.stride()), size[:left], origin[:left], counts, source, rows.merged or steps.merges)
+    x = x.as_strided((kept, x.shape[1]), x.stride())
+    return Rows(x, size[:left], origin[:left], counts, source, rows.merged or steps.merges)
 
 
 def _weigh(
-    policy: Policy, steps: Steps, rows: Rows, received: Array | None, attended: Array | None, read: Tensor | None
+    policy: Policy, block: BlockSteps, rows: Rows, received: Array | None, attended: Array | None, read: Tensor | None
 ) -> tuple[Array, Array]:
-    """Importance and penalties, float32 [T], see `method.scores`; empty where nothing asks."""
+    """Importance and merge penalties, float32 [T], see `method.scores`; empty where no step needs them."""
     from ..ops.weigh.numba import weigh_rows
 
-    config, power = policy.config, policy.class_power(steps.block) if attended is not None else 0.0
-    kind = config.goes_by if steps.prunes else None
-    importance = penalty = _NOTHING
-    if kind == "random":
-        importance = noise(torch.from_numpy(rows.origin), steps.block, config.seed).numpy()
-    elif kind is not None:
-        importance = attended if kind == "class" else received
-    probes = (config.similarity == "probe" and steps.merges, kind == "probe")
-    blends = kind == "probe" or (kind == "received" and power > 0)
-    if steps.merges and (power > 0 or probes[0]):
-        penalty = np.empty_like(rows.size)
-    if blends or len(penalty):
-        blended = np.empty_like(rows.size) if blends else _NOTHING
-        weight = policy.weight(steps.block, torch.from_numpy(rows.size)).numpy()
-        weigh_rows(
-            _NOTHING if received is None else received, _NOTHING if attended is None else attended,
-            _UNREAD if read is None else read.numpy(), rows.size, weight,
-            rows.origin, rows.counts, steps.protected, np.float32(power), probes, blended, penalty,
-        )  # fmt: skip
-        importance = blended if blends else importance
-    return importance, penalty
+    steps, needs, kind = block.steps, block.needs, policy.config.scores.importance
+    importance = _NOTHING
+    if steps.prunes and kind == "random":
+        importance = noise(torch.from_numpy(rows.origin), steps.block, policy.config.seed).numpy()
+    elif steps.prunes:
+        signal = attended if kind == "class" else received
+        assert signal is not None
+        importance = signal
+    if not (needs.penalised or needs.blended):
+        return importance, _NOTHING
+    blended = np.empty_like(rows.size) if needs.blended else _NOTHING
+    penalty = np.empty_like(rows.size) if needs.penalised else _NOTHING
+    weigh_rows(
+        _NOTHING if received is None else received, _NOTHING if attended is None else attended,
+        _UNREAD if read is None else read.numpy(), rows.size,
+        policy.weight(steps.block, torch.from_numpy(rows.size)).numpy(), rows.origin, rows.counts, steps.protected,
+        np.float32(policy.class_power(steps.block)), (needs.probe_merges, needs.probe_prunes), blended, penalty,
+    )  # fmt: skip
+    return blended if needs.blended else importance, penalty
 
 
-def _similarities(policy: Policy, steps: Steps, counts: Array, k: Tensor, read: Tensor | None) -> Array:
-    """Cosines of the tokens of each image as `plan_rows` takes them: its own product each, so that a batch changes none."""
+def _similarities(scores: Scores, steps: Steps, counts: Array, k: Tensor, read: Tensor | None) -> Array:
+    """Cosines of the tokens of each image as `plan_rows` takes them: a product per image, so that no batch changes them."""
     from ..ops.match.numba import metric_rows
 
-    kind = policy.config.similarity
-    vectors, width = k, k.shape[-1]
-    if kind == "probe":
+    vectors, width, each_head = k, k.shape[-1], not scores.averages_keys
+    if scores.probes_similarity:
         assert read is not None
-        vectors, width = read[:, None], WIDTH
-    heads = vectors.shape[1]
+        vectors, width, each_head = read[:, None], WIDTH, False
+    number, heads, _ = vectors.shape
     if vectors.stride(2) != 1 or (heads > 1 and vectors.stride(1) != width):
         vectors = vectors.contiguous()
-    size = width * heads if kind == "heads" else width
-    metric = scratch("metric", len(k) * size)
-    flat = vectors.as_strided(((len(k) - 1) * vectors.stride(0) + heads * width,), (1,))
-    metric_rows(flat.numpy(), vectors.stride(0), heads, kind == "heads", metric.array[: len(k) * size].reshape(len(k), size))
-    shapes = [(n, n) if steps.whole else (n // 2, n - n // 2) for n in counts.tolist()]
-    cosine, at, start = scratch("cosine", sum(rows * columns for rows, columns in shapes)), 0, 0
-    for rows, columns in shapes:
-        # the rows of all tokens, or of every other one
-        step = 1 if steps.whole else 2
-        odd = metric.tensor.as_strided((rows, size), (step * size, 1), start + (step - 1) * size)
-        even = metric.tensor.as_strided((size, columns), (1, step * size), start)
+    size, step = width * heads if each_head else width, vectors.stride(0)
+    metric = scratch("metric", number * size)
+    flat = vectors.as_strided(((number - 1) * step + heads * width,), (1,)).numpy()
+    metric_rows(flat, step, heads, each_head, metric.array[: number * size].reshape(number, size))
+    images = counts.tolist()
+    pairs = [n * n if steps.whole else (n // 2) * (n - n // 2) for n in images]
+    cosine, at, start = scratch("cosine", sum(pairs)), 0, 0
+    for n, number in zip(images, pairs, strict=True):
+        # the vectors of all tokens, or of every other one
+        rows, columns, skip = (n, n, 1) if steps.whole else (n // 2, n - n // 2, 2)
+        odd = metric.tensor.as_strided((rows, size), (skip * size, 1), start + (skip - 1) * size)
+        even = metric.tensor.as_strided((size, columns), (1, skip * size), start)
         torch.mm(odd, even, out=cosine.tensor.as_strided((rows, columns), (columns, 1), at))
-        at += rows * columns
-        start += (rows if steps.whole else rows + columns) * size
+        at, start = at + number, start + n * size
     return cosine.array

@@ -84,22 +84,21 @@ class _Known:
     """The parts of a block, for as long as it has the same children and weights."""
 
     def __init__(self, recipe: Recipe, block: nn.Module) -> None:
-        self._places = [
-            (place, name, value, value.data_ptr() if isinstance(value, Tensor) else 0)
-            for module in block.modules()
-            for place in (module._parameters, module._buffers, module._modules)
-            for name, value in place.items()
-        ]
+        modules = list(block.modules())
         parts = recipe.parts(block)
-        self._parts = parts if parts is not None and _plain(parts) else None
         self._layers = () if parts is None else (*parts.qkv, parts.proj, parts.fc1, parts.fc2, parts.norm1, parts.norm2)
+        self._parts = parts if parts is not None and _plain(parts) else None
+        # layers made of a host's own weights (`linear_of`) are of the memory that these had
+        places = () if set(self._layers) <= set(modules) else (m._parameters for m in modules)
+        self._names = [(p, name, v) for m in modules for p in (m._parameters, m._modules) for name, v in p.items()]
+        self._memory = [(value, value.data_ptr()) for place in places for value in place.values() if value is not None]
 
     def holds(self) -> bool:
         """Whether they are those of its block still."""
-        for place, name, value, at in self._places:
-            if place.get(name) is not value or (at and value.data_ptr() != at):
+        for place, name, value in self._names:
+            if place.get(name) is not value:
                 return False
-        return True
+        return all(value.data_ptr() == at for value, at in self._memory)
 
     def plain(self) -> Parts | None:
         """Its parts, if nothing but plain layers is there to be run: no hooks, no adapters."""

@@ -245,7 +245,7 @@ def plan_rows(
         cosine: float32, of one image after the other [n // 2, ceil(n / 2)] similarities of odd and even tokens, or
             [n, n] where `whole`; the diagonal of these is overwritten. Empty where nothing merges.
         importance: float32 [T]; empty where nothing is pruned; overwritten.
-        penalty: float32 [T], see `reference.weighed`; empty where there are none.
+        penalty: float32 [T], see `BlockScores`; empty where there are none.
         steps: what to do, a `Steps`; whole: its `whole`.
         out, out_size, out_origin, out_counts: as x, size, origin and counts; filled.
         source: int32 [B, N], see `Tokens`, brought up to date; [B, 0] where nobody asks.

@@ -6,16 +6,16 @@ import numpy as np
 
 from ..compiled import compiled, inlined
 from ..probe.reference import LIFT
-from .reference import MERGES, PRUNES
+from .reference import MERGE_POWER, PRUNE_POWER
 
 _TINY = np.finfo(np.float32).tiny
 _NONE = np.float32(-np.inf)
-_LIFT, _MERGES, _PRUNES = np.float32((1 + LIFT) ** 0.5), np.float32(MERGES / 2), np.float32(PRUNES)
+_LIFT, _MERGES, _PRUNES = np.float32((1 + LIFT) ** 0.5), np.float32(MERGE_POWER / 2), np.float32(PRUNE_POWER)
 
 
 @inlined
 def _share(read, column, weight, free, out):
-    """`matter` of one image: the softmax over its patches of a column of `read` and the logarithm of their weight."""
+    """`saliency` of one image: the softmax over its patches of a column of `read` and the logarithm of their weight."""
     top, total = _NONE, np.float32(0)
     for i in range(len(out)):
         out[i] = read[i, column] + np.log(weight[i]) if free[i] else _NONE
@@ -29,7 +29,7 @@ def _share(read, column, weight, free, out):
 
 @inlined
 def _blend(received, other, power, out):
-    """`importance_by` of one image."""
+    """`blend` of one image."""
     rest = np.float32(1) - power
     for i in range(len(out)):
         out[i] = max(received[i], _TINY) ** rest * max(other[i], _TINY) ** power
@@ -37,7 +37,7 @@ def _blend(received, other, power, out):
 
 @inlined
 def _penalise(share, size, power, factor, out):
-    """Multiply one image's penalties by `reluctance_by` of `share` to half of its power, times `factor`."""
+    """Multiply one image's penalties by `merge_penalty` of `share`, to `power`, times `factor`."""
     patches = np.float32(0)
     for i in range(len(out)):
         patches += size[i]
