@@ -105,7 +105,7 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
     rows = Rows.start(state.x, state.tokens.source is not None)
     kept, trail = [*state.kept], state.trail
     for i in range(i, policy.depth):
-        rows = _block(stack, i, rows, planned[i], positions)
+        rows = run_block(stack, i, rows, planned[i], positions)
         kept.append(rows.counts.tolist())
         trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
     done = replace(state, tokens=rows.tokens(), trail=trail)
@@ -113,7 +113,7 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
     return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, stack.protected)
 
 
-def _block(
+def run_block(
     stack: ReducedStack, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None
 ) -> Rows:
     """Run block `i` on the live tokens."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..calls import dense, record
 from ..deploy import deployed
-from ..engines import packed, select
+from ..engines import compiled, packed, select
 from ..engines.capacity import Capacity
 from ..engines.onednn import halves
 from ..engines.positions import Positions
@@ -163,6 +163,8 @@ def _packed_pieces(
     stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """Block `i` on [B, n, C] without its reduction, with it, and its MLP; and the tokens an image that it leaves."""
+    if compiled.applies(stack.thresholds, x):
+        return _compiled_pieces(stack, i, x, positions, active)
     off = ((False, False),) * len(active)
     start = State.start(x, packs=True, positions=positions)
     rows = replace(start, x=x.flatten(0, 1))
@@ -175,6 +177,21 @@ def _packed_pieces(
     counts = packed.step(stack, i, rows, active).counts
     assert counts is not None
     return calls, sum(counts) / len(counts)
+
+
+def _compiled_pieces(
+    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
+) -> tuple[dict[str, Call], float]:
+    """The same with a compiled plan."""
+    rows = compiled.Rows.start(x)
+    steps = compiled.block_steps(stack.thresholds, active, stack.protected)[i]
+    mlp = halves(stack.recipe, stack.blocks[i], rows.x).mlp
+    calls: dict[str, Call] = {
+        "plain": lambda: compiled.run_block(stack, i, rows, None, positions),
+        "reduced": lambda: compiled.run_block(stack, i, rows, steps, positions),
+        "mlp": lambda: rows.x + mlp(rows.x),
+    }
+    return calls, float(compiled.run_block(stack, i, rows, steps, positions).counts.mean())
 
 
 def _triton_pieces(
