@@ -23,7 +23,7 @@ from ..method.tokens import Tokens
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
 from ..ops.probe.reference import WIDTH
-from ..ops.scratch import scratch
+from ..ops.scratch import Scratch, scratch
 from .masked import finish
 from .onednn import halves, room, watched
 from .positions import Positions
@@ -125,8 +125,8 @@ def run_block(
     if positions is not None:
         q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
     bias = policy.weight(i, torch.from_numpy(rows.size)).log() if rows.merged else None
-    received = scratch("received", live) if planned is not None and planned.needs.received else None
-    attended = scratch("attended", live) if planned is not None and planned.needs.attended else None
+    received = _zeros("received", live) if planned is not None and planned.needs.received else None
+    attended = _zeros("attended", live) if planned is not None and planned.needs.attended else None
     signals = [None if found is None else found.tensor.as_strided((live,), (1,)) for found in (received, attended)]
     y = attend_images(q, k, v, bias, rows.counts.tolist(), *signals)
     if live < len(x):
@@ -137,6 +137,13 @@ def run_block(
         rows = reduce_rows(policy, planned, replace(rows, x=x), k, *arrays)
         x = rows.x
     return replace(rows, x=x + half.mlp(x))
+
+
+def _zeros(name: str, size: int) -> Scratch:
+    """Scratch memory whose first `size` values are 0."""
+    found = scratch(name, size)
+    found.array[:size] = 0
+    return found
 
 
 class Needs(NamedTuple):

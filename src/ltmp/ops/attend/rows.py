@@ -29,7 +29,7 @@ def attend_images(
         q, k, v: float32 [T, H, D], the live tokens of all images one after the other.
         bias: float32 [T], the logarithms of what each token counts as; None where every one counts as 1.
         counts: live tokens of each image; they sum to T.
-        received: float32 [T]; filled with the mean attention received. None where nobody asks.
+        received: float32 [T]; the mean attention received is added to it. None where nobody asks.
         attended: the same with the attention from each image's first token.
 
     Returns:
@@ -64,10 +64,6 @@ def _attend_image(
     heads, n, width = q.shape
     group, rows = max(1, min(heads, MAP // (n * n))), min(n, max(16, MAP // n))
     parts = [(h, i) for h in range(0, heads, group) for i in range(0, n, rows)]
-    if received is not None and len(parts) > 1:
-        received.zero_()
-    if attended is not None:
-        attended.zero_()
     for h, i in parts:
         qi, ki, vi, yi = (q, k, v, out) if len(parts) == 1 else (
             q[h : h + group, i : i + rows], k[h : h + group], v[h : h + group], out[h : h + group, i : i + rows]
@@ -78,9 +74,7 @@ def _attend_image(
         torch.baddbmm(start, qi, ki, beta=beta, alpha=width**-0.5, out=score)
         torch.softmax(score, -1, out=p)
         yi.copy_(torch.bmm(p, vi))
-        if received is not None and len(parts) == 1:
-            torch.mean(p, (0, 1), out=received)
-        elif received is not None:
+        if received is not None:
             received.add_(p.sum((0, 1)), alpha=1 / (heads * n))
         if attended is not None and i == 0:
             attended.add_(p[:, 0].sum(0), alpha=1 / heads)
