@@ -68,7 +68,7 @@ def fused(model: nn.Module, on: bool) -> Iterator[None]:
 
 
 def ways(model: nn.Module, dense: nn.Module | None) -> dict[str, Call]:
-    """Every way to run a batch, by name; those of `dense` in theirs. `dense` is the model without reduction, or None."""
+    """Every way to run a batch, by name. `dense` is the same model with nothing attached, to be compiled, or None."""
 
     def eager(on: bool) -> Call:
         def call(images: Tensor) -> object:
@@ -193,7 +193,9 @@ def main() -> None:
     calibrate(model, images, given.target)
     calls, rows = ways(model, dense), []
     if not given.json:
-        print(f"{given.model}, {given.scores} scores, {given.threads} threads of {processor()}, torch {torch.__version__}")
+        print(
+            f"{given.model}, {given.scores} scores, {given.threads} threads of {processor()}, torch {torch.__version__}"
+        )
     for batch in given.batch_sizes:
         rows.append(row(model, calls, images[: len(images) // batch * batch], batch, given.seconds))
         if not given.json:

@@ -77,12 +77,12 @@ def build(args: argparse.Namespace, folder: Path, bodies: list[bytes]) -> Any:
 
 
 @contextmanager
-def server(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, int]]:
+def server(args: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[str, int, int]]:
     """Host, port and process of `ltmp serve`, which must end with 0 when asked to."""
     files = ["--weights", folder / "model.safetensors", "--thresholds", folder / "thresholds.safetensors"]
     # what is left unfinished by its client is waited for, which need not take long here
     options = ["--port", "0", "--device", args.device, "--read-timeout", "1" if args.what == "malformed" else "10"]
-    command = [sys.executable, "-m", "ltmp.cli", "serve", *options, *map(str, files)]
+    command = [sys.executable, "-m", "ltmp.cli", "serve", *options, *more, *map(str, files)]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -143,10 +143,12 @@ def directly(model: Any, bodies: list[bytes], args: argparse.Namespace) -> dict[
     torch.set_num_threads(args.threads)
     deployment, pixels = Deployment(model, device=args.device), Limits().max_pixels
     bodies = (bodies * (Limits().max_batch // len(bodies) + 1))[: Limits().max_batch]
-    images = [prepare(deployment, body, pixels) for body in bodies]
+    images = [prepare(deployment.transform, deployment.mode, pixels, body) for body in bodies]
     calls = {
         "model images/s": lambda: answer(deployment, images),
-        "decode and model images/s": lambda: answer(deployment, [prepare(deployment, body, pixels) for body in bodies]),
+        "decode and model images/s": lambda: answer(
+            deployment, [prepare(deployment.transform, deployment.mode, pixels, body) for body in bodies]
+        ),
     }
     result = {}
     with deployment.running():

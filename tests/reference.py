@@ -84,11 +84,11 @@ class OneImage:
         seen = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() @ matrix + added
         power = torch.linspace(self.config.scores.size_power, 1, len(self.model.blocks), dtype=x.dtype)[i]
         free = torch.tensor([self.free(t) for t in self.tokens])
-        # how much each patch matters, as a share of all that are there
+        # saliency of each patch, as a share of the image
         shares = []
         for column in (64, 65):
-            matters = torch.where(free, seen[:, column].exp() * size**power, 0.0)
-            shares.append(matters / matters.sum() if free.any() else matters)
+            saliency = torch.where(free, seen[:, column].exp() * size**power, 0.0)
+            shares.append(saliency / saliency.sum() if free.any() else saliency)
         if self.config.scores.similarity == "probe":
             metric = seen[:, :64] / seen[:, :64].norm(dim=1, keepdim=True)
             attended = attended * 65**0.5 * (shares[0] * size.sum()) ** 0.25

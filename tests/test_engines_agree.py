@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from typing import Any
 

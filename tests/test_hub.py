@@ -279,10 +279,11 @@ def test_the_base_model_is_built(hub, tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.equal(built(images), model(images))
     asked = []
-    monkeypatch.setattr("ltmp.hub.build_model", lambda name, **how: asked.append((name, how)) or tiny_vit())
+    monkeypatch.setattr("ltmp.bundle.build_model", lambda name, **how: asked.append((name, how)) or tiny_vit())
     with pytest.raises(LTMPError, match="was learned for"):
         ltmp.from_pretrained(REPO)
-    assert asked == [("test_vit.r160_in1k", {"weights": None, "pretrained": True, "image_size": 96})]
+    how = {"weights": None, "pretrained": True, "num_classes": None, "image_size": 96, "model_kwargs": {}}
+    assert asked == [("test_vit.r160_in1k", how)]
 
 
 def test_an_unknown_base_model_is_not_guessed(hub, reduced):

@@ -60,6 +60,20 @@ def test_public_names_exist():
     assert all(getattr(ltmp, name) is not None for name in public)
 
 
+def test_lazy_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "src" / "ltmp" / "__init__.py").read_text())
+    (block,) = (node.body for node in tree.body if isinstance(node, ast.If))
+    assert {alias.asname: node.module for node in block for alias in node.names} == ltmp._HOMES
+    assert ltmp._HOMES.keys() <= set(dir(ltmp))
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    assert run("import ltmp, sys; dir(ltmp); print({'torch', 'numpy', 'PIL', 'timm'} & sys.modules.keys())") == "set()"
+    assert run("import ltmp; print(ltmp.evaluate.__name__, ltmp.LTMPConfig().tau, hasattr(ltmp, 'nothing'))") == (
+        "ltmp.evaluate 0.1 False"
+    )
+
+
 def test_version_is_the_same_everywhere():
     assert importlib.metadata.version("ltmp") == ltmp.__version__
     assert f"version: {ltmp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
@@ -72,16 +86,16 @@ LAYERS = (
     ("demo",),
     ("hub", "export", "serve", "report"),
     ("learning", "evaluate", "predict"),
-    ("deploy", "visualize", "distributed"),
+    ("bundle", "deploy", "visualize", "distributed"),
     ("data",),
     ("zoo",),
-    ("checkpoint", "schema"),
+    ("checkpoint", "describe", "schema"),
     ("hosts",),
     ("engines",),
     ("calls",),
     ("method",),
     ("ops", "config"),
-    ("about", "files", "fingerprint", "locate", "errors", "tensorfiles", "_version", "_moved"),
+    ("about", "files", "fingerprint", "locate", "errors", "tensorfiles", "text", "_version", "_moved"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -57,16 +57,38 @@ def test_asking_whether_timm_is_installed_does_not_use_up_the_hook() -> None:
 
 def test_the_rest_of_timm_is_as_it_was() -> None:
     code = (
-        "import timm; f = lambda: (timm.list_models('vit_*'), timm.list_models('deit*'), "
-        "timm.list_pretrained(), timm.list_modules()); before = f(); import ltmp; after = f()\n"
-        "assert before[:3] == after[:3]; print(set(after[3]) - set(before[3]))"
+        "import timm; f = lambda: (timm.list_models(), timm.list_models('*vit_*', pretrained=True), "
+        "timm.models.list_models('deit*'), timm.list_pretrained(), timm.list_modules())\n"
+        "before = f(); import ltmp; timm.create_model('ltmp_test_vit'); timm.list_models('ltmp_*')\n"
+        "print(before == f(), len(before[0]) > 1000)"
     )
-    assert python(code) == "{'registry'}"
+    assert python(code) == "True True"
+
+
+def test_names_are_listed_where_they_are_asked_for() -> None:
+    found = timm.list_models("ltmp_*")
+    assert len(found) > 150
+    assert {"ltmp_deit_small_patch16_224", "ltmp_beit_base_patch16_224"} <= set(found)
+    assert all(timm.is_model(name) and name.startswith("ltmp_") for name in found)
+    assert "ltmp_resnet50" not in found
+    assert "inference_ltm_test_vit" in timm.list_models(["inference_ltm_*", "resnet18"])
+    assert timm.list_models("m_test_vit", exclude_filters="*vit") == []
+    assert timm.list_models("ltmp_*", pretrained=True) == []
+
+
+@pytest.mark.parametrize("name", ["ltmp_resnet50", "ltmp_ltmp_test_vit", "inference_m_test_vit", "ltmp_"])
+def test_what_is_no_name_is_unknown(name: str) -> None:
+    assert not timm.is_model(name)
+    with pytest.raises(KeyError):
+        timm.model_entrypoint(name)
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.create_model(name)
 
 
 def test_every_vision_transformer_has_its_names() -> None:
-    own = [n for n in timm.list_models() if parse_name(n)[0] is None]
-    hosts = [n for n in own if timm.model_entrypoint(n).__annotations__.get("return") is VisionTransformer]
+    hosts = [
+        n for n in timm.list_models() if timm.model_entrypoint(n).__annotations__.get("return") is VisionTransformer
+    ]
     assert len(hosts) > 150
     assert {"deit_small_patch16_224", "vit_base_patch16_224", "vit_base_r50_s16_224"} <= set(hosts)
     for name in hosts:

@@ -19,15 +19,17 @@ from ._moved import names_moved_from
 from ._version import __version__
 from .about import MOST_BLOCKS, About
 from .config import LTMPConfig
+from .describe import MODEL_FACTS, facts_of, note
+from .describe import describe as describe
 from .errors import LTMPError, UsageError, first_line
 from .files import atomic_path
 from .hosts.attach import attach, detach, is_attached, stack_of, thresholds_of
-from .locate import file_name, locate
+from .locate import BUNDLE, file_name, locate
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
 from .method.thresholds import Thresholds
-from .schema import check_entries, config_in, is_part, said_in
-from .tensorfiles import read_header, read_tensors
+from .schema import MOST_SAID, check_entries, config_in, is_part, said_in
+from .tensorfiles import read_header, read_tensors, strict_json
 from .tensorfiles import read_state_dict as read_state_dict
 
 FORMAT = "ltmp-thresholds"
@@ -119,19 +121,15 @@ class ThresholdFile:
         )
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What thresholds of this model are bound to: its architecture's name and its shape."""
-    stack = stack_of(model)
-    known = {"depth": stack.thresholds.depth, **stack.recipe.describe(stack.host)}
-    return {name: value for name, value in known.items() if value is not None}
-
-
 def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
-    """Write the thresholds of an attached model, with its dial, or its fixed rates, with what they belong to.
+    """Write the thresholds of an attached model, with its dial, or its fixed rates, with all that the next one needs.
+
+    That is what the model says of itself (architecture, library, input size, class count and names, preprocessing), and
+    what learning or loading found out (target, share, the folders' class names, how images were prepared).
 
     Args:
         path: a `.safetensors` file; replaced whole or left alone.
-        metadata: more to keep, JSON types: `target`, `share`, `top1_dense`, `top1`.
+        metadata: more to keep, or other than was found: see `ltmp.about.About`; other names may have JSON values.
 
     Raises:
         UsageError: a path with another ending.
@@ -141,7 +139,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         raise UsageError(f"{path}: thresholds are saved as safetensors, give a name that ends in {SUFFIX}")
     policy = stack_of(model).thresholds
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
-    about = describe(model)
+    about = facts_of(model)
     if isinstance(policy, Thresholds) and policy.dial is not None:
         tensors |= policy.dial.tensors()
         about |= {"dial": [policy.dial.lowest, policy.dial.highest]}
@@ -200,9 +198,22 @@ def read(path: str | os.PathLike[str], *, budget: float | None = None) -> Thresh
         LTMPError: no such file, truncated, or no thresholds in it.
     """
     file = locate(path, budget=budget)
-    found = _read(file)
+    found = _with_bundle(_read(file), file.with_name(BUNDLE))
     named = found.dial is None and file.name == file_name(budget)
     return found if budget is None or named else found.at(budget, source=os.fspath(path))
+
+
+def _with_bundle(file: ThresholdFile, beside: Path) -> ThresholdFile:
+    """The same with what a bundle says of its model, which people may have changed since."""
+    if not beside.is_file():
+        return file
+    try:
+        if beside.stat().st_size > 4 * MOST_SAID:
+            raise ValueError("it is too large")
+        said = About.from_dict(strict_json(beside.read_bytes())).to_dict()
+        return replace(file, metadata={**file.metadata, **{k: v for k, v in said.items() if k in MODEL_FACTS}})
+    except (OSError, ValueError) as error:
+        raise LTMPError(f"{beside} is no description of a model ({first_line(error)[:200]}): pack it again") from error
 
 
 def _read(path: Path) -> ThresholdFile:
@@ -338,6 +349,7 @@ def load(
         if not attached:
             attach(model, file.config)
         apply(model, file, source=str(path), engine=engine)
+        note(model, file.metadata)
     # also a Ctrl-C: a model that is half attached could not be loaded again
     except BaseException:
         if not attached:

@@ -16,7 +16,7 @@ Rate = int | float
 
 @dataclass(frozen=True)
 class Method:
-    """What a variant does to the tokens of a block.
+    """The reduction that a variant applies to the tokens of a block.
 
     Attributes:
         steps: "merge", "prune" or "fuse" (prune, and fold the pruned tokens into one), in order.

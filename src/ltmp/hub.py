@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from .bundle import Bundle
 from .checkpoint import annotate, load, read, save
-from .errors import LTMPError
+from .errors import LTMPError, UsageError
 from .evaluate import Evaluation, tables
 from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
-from .zoo.build import build_model
+from .zoo.build import is_safe_name
+from .zoo.hugging_face import PREFIX as HF
 
 PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
 START, END = "<!-- ltmp: this part is written anew by each push -->", "<!-- /ltmp -->"
@@ -36,7 +38,8 @@ def from_pretrained(
 
     Args:
         source: USER/REPO, a folder or a file; see `locate`.
-        model: the model they were learned on; None builds the base model that the file states, with its weights.
+        model: the model they were learned on; None builds the one in a folder that `pack` wrote, or the base model that
+            the file states, with its weights.
         budget: what the dial is set to, or without a dial which file, where there are several.
         engine: overrides the file's engine.
         weights: a checkpoint for the model that is built, instead of the base model's own.
@@ -46,32 +49,43 @@ def from_pretrained(
         `model`, or the model built, in evaluation mode.
 
     Raises:
+        UsageError: the file names a repository of somebody else's weights.
         LTMPError: nothing there by that name, not for this model, or no base model is stated and none given.
     """
     path = locate(source, budget=budget, **hub)
     if model is None:
-        model = _build(read(path).metadata, weights, source=os.fspath(source))
+        model = _build(Bundle.open(path, budget=budget), weights, source=os.fspath(source))
     load(model, path, engine=engine, budget=budget)
     return model
 
 
-def _build(about: Mapping[str, Any], weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
-    """The model that thresholds with this metadata were learned on, at the image size they were learned at."""
-    # timm knows its own repositories by their models' names
-    base = str(about.get("base_model") or "")
-    base = base.removeprefix("timm/") if base.startswith("timm/") else base and f"{PREFIX}{base}"
-    name = base if weights is None else str(about.get("model_name") or base)
-    if not name:
+def _build(bundle: Bundle, weights: str | os.PathLike[str] | None, source: str) -> nn.Module:
+    """The model that thresholds were learned on, with the weights given, those beside it, or those that it names."""
+    about = bundle.about
+    if weights is not None or bundle.weights is not None:
+        return bundle.build(weights=weights)
+    if bundle.name is not None and bundle.name.startswith(HF):
+        return bundle.build()
+    if not about.base_model:
         raise LTMPError(
             f"{source} does not say whose weights its thresholds were learned on: give the model, "
             "ltmp.from_pretrained(source, model)"
         )
-    size = about.get("input_size") or (None,)
-    return build_model(
-        name,
-        weights=None if weights is None else Path(weights),
-        pretrained=weights is None,
-        image_size=size[0] if len(set(size)) == 1 else None,
+    return bundle.build(_built_as(about.base_model, about.library, source), pretrained=True)
+
+
+def _built_as(base_model: str, library: str | None, source: str) -> str:
+    """The name that a model in a repository is built by."""
+    # timm knows its own repositories by their models' names
+    name = base_model.removeprefix("timm/")
+    if name != base_model and is_safe_name(name):
+        return name
+    # of safetensors alone
+    if library == "transformers":
+        return f"{HF}{base_model}"
+    raise UsageError(
+        f"{source} is for the weights in {base_model}: a file of somebody else may not choose where weights are loaded "
+        "from; if you trust that repository, build its model and give it, ltmp.from_pretrained(source, model)"
     )
 
 

@@ -20,6 +20,9 @@ FILES = "thresholds*.safetensors"
 DIAL = "thresholds-dial.safetensors"
 """What a file with a dial, for a whole range of budgets, is called in a repository."""
 
+BUNDLE = "bundle.json"
+"""Beside thresholds: what is said of their model, for people to read and to change."""
+
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+\.safetensors))?")
 
 

@@ -244,6 +244,31 @@ def test_installed_command_reports_its_version():
     assert done.stdout == f"ltmp {package.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["lern"], 2),
+        (["learn", "--help"], 0),
+        (["learn", "--dta", "x"], 2),
+        (["predict", "images"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_quick_answers_import_no_torch(arguments, code):
+    script = (
+        f"import sys; from ltmp.cli import main; assert main({arguments}) == {code}; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_typo_is_answered_with_what_it_may_mean(capsys):
+    assert main(["lern"]) == 2
+    assert "Did you mean 'learn'" in error(capsys)
+
+
 def test_model_kwargs_are_literals_or_words():
     parsed = parse_kwargs(["img_size=224 qk_norm=True", "global_pool=avg"])
     assert parsed == {"img_size": 224, "qk_norm": True, "global_pool": "avg"}

@@ -141,3 +141,11 @@ def test_models_are_left_as_they_were(budgets, photo, tmp_path):
         show_images(model, [photo], budgets, tmp_path / "out", width=64)
         assert torch.equal(model(images), expected)
     assert not hasattr(model, "ltmp")
+
+
+def test_braces_and_markup_in_names_are_letters(ltmp, images, budgets, tmp_path, capsys):
+    photo = tmp_path / "a{1}[red]\x1b.png"
+    photo.write_bytes(next(images.rglob("*.png")).read_bytes())
+    assert ltmp("show", photo, *options(budgets[:1]), "--out", tmp_path / "out", "--format", "blocks") == 0
+    assert (tmp_path / "out" / "a{1}[red]\x1b-patches-01.png").exists()
+    assert "\x1b" not in capsys.readouterr().out

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,44 @@ def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LTMPError, match="cannot write"):
         tables.write_json({}, tmp_path / "file" / "result.json")
+
+
+HOSTILE = "o[/red]\x1b]0;title\x07\x9b31m\u202egnp.exe"
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_text_of_others_is_shown_and_not_obeyed(rich, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    screen = io.StringIO()
+    tables.show([{HOSTILE: HOSTILE}], HOSTILE, screen)
+    assert screen.getvalue().count("o[/red]?]0;title??31m?gnp.exe") == 3
+
+
+def test_titles_are_one_line():
+    screen = io.StringIO()
+    tables.show([{"a": 1}], "a dial from 0.349755 to 0.952338 of " + 20 * "a long name ", screen)
+    assert screen.getvalue().splitlines()[0].endswith("a long name ")
+
+
+def test_csv_holds_no_formulas_and_json_stays_exact(tmp_path):
+    values = ["=HYPERLINK(1)", "+1", "-1", "@x", "\tx", "fine", -1.5, None]
+    tables.write_csv([{"a": value} for value in values], tmp_path / "a.csv")
+    rows = [row["a"] for row in csv.DictReader((tmp_path / "a.csv").open(newline=""))]
+    assert rows == ["'=HYPERLINK(1)", "'+1", "'-1", "'@x", "'\tx", "fine", "-1.5", ""]
+    tables.write_json([*values, HOSTILE], tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == [*values, HOSTILE]
+
+
+def test_pipes_and_devices_are_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    tables.write_json({"a": 1}, pipe)
+    reader.join(5)
+    assert json.loads(read[0]) == {"a": 1}
+    assert pipe.is_fifo()
+    tables.write_csv([{"a": 1}], "/dev/null")
+    assert Path("/dev/null").is_char_device()

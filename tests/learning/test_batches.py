@@ -82,7 +82,7 @@ def test_every_form_is_learned_from(form: str) -> None:
 
 
 class Head(nn.Module):
-    """A tiny model with `outputs` logits that are far from sure; `shape` says how they are returned."""
+    """A tiny model with `outputs` logits ; `shape` changes how they are returned."""
 
     def __init__(self, outputs: int, shape: Any = lambda logits: logits) -> None:
         super().__init__()
@@ -120,13 +120,13 @@ def test_every_head_is_judged_by_what_it_answers(head: str) -> None:
     dial = ltmp.learn_dial(model, batches, 0.6, 0.9, knots=2, views=0, calibration=8, checked=0)
     # little is lost at 0.9
     assert dial.divergence[0] > 1e-3
-    # a dial asks for no labels: of several outputs it knows what the model itself says
+    # a dial needs no labels, and reads none: only the model tells whether several outputs are independent
     assert dial.distribution == ("bernoulli" if head.startswith("one logit") else "categorical")
     model.ltmp.config = ltmp.LTMPConfig(scores="best")
     assert learn_probe(model, IMAGES) == 8
 
 
-def test_a_multi_label_model_of_transformers_says_so() -> None:
+def test_multi_label_models_of_transformers_are_known() -> None:
     model = Head(5)
     model.config = type("Config", (), {"problem_type": "multi_label_classification"})()
     ltmp.attach(model)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from itertools import groupby, pairwise, product
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from helpers import random_images, tiny_vit
 from ltmp.config import MATCHINGS, Scores
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
-from ltmp.learning import calibrate, heldout, loop
+from ltmp.learning import calibrate, heldout
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import teacher
+from ltmp.learning.options import DialOptions, DialSettings, LearnOptions, LearnSettings
 from ltmp.learning.schedule import usual
 from ltmp.method.flops import Geometry, flops_share
 
@@ -107,7 +111,7 @@ def test_the_run_is_saved_every_few_steps_and_at_its_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, every: int, saved: list[int]
 ) -> None:
     found = []
-    monkeypatch.setattr(loop, "save_run", lambda path, settings, state: found.append(state["step"]))
+    monkeypatch.setattr("ltmp.learning.options.save_run", lambda path, settings, state: found.append(state["step"]))
     model, batches = model_and_batches()
     ltmp.learn(model, batches, TARGET, checkpoint=tmp_path / "run.pt", save_every=every, **SETTINGS)
     assert found == saved
@@ -247,3 +251,27 @@ def test_no_views_is_the_calibrated_start() -> None:
     assert result.history == []
     assert abs(result.share - TARGET) <= 0.01
     assert result.views <= 48 * 13
+
+
+def test_the_callers_random_numbers_stay() -> None:
+    model, batches = model_and_batches()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    ltmp.learn(model, batches, TARGET, views=32, calibration=32)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords", "settings"),
+    [(ltmp.learn, LearnSettings, LearnOptions), (ltmp.learn_dial, DialSettings, DialOptions)],
+    ids=["learn", "learn_dial"],
+)
+def test_keywords_are_shown_with_their_defaults(function: Any, keywords: Any, settings: Any) -> None:
+    shown = inspect.signature(function).parameters
+    assert {field.name: field.default for field in fields(settings)}.items() <= {
+        name: one.default for name, one in shown.items()
+    }.items()
+    assert get_type_hints(keywords) == get_type_hints(settings)
+    with pytest.raises(TypeError, match="eposh"):
+        function(*model_and_batches(), eposh=3)

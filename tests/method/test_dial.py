@@ -162,7 +162,7 @@ def test_budgets_out_of_reach_are_refused_and_change_nothing(share: float) -> No
     assert thresholds.budget == 0.5
 
 
-def test_a_model_without_a_dial_says_so() -> None:
+def test_a_model_without_a_dial_is_refused_a_budget() -> None:
     with pytest.raises(LTMPError, match=r"no dial: make one with `ltmp dial` \(docs/dial\.md\)"):
         Thresholds(3, LTMPConfig()).set_budget(0.5)
 
@@ -316,7 +316,7 @@ def test_checkpoints_without_a_dial_still_load() -> None:
     model.load_state_dict(plain.state_dict())
     assert model.ltmp.dial is None
     model.ltmp.set_dial(make_dial(3))
-    # the host's weights alone say nothing of thresholds
+    # a checkpoint of the host alone leaves thresholds and dial as they are
     model.load_state_dict(tiny_vit().state_dict(), strict=False)
     assert model.ltmp.dial is not None
 

@@ -54,7 +54,7 @@ def test_born_off() -> None:
     assert [thresholds.steps(thresholds.active(), i) for i in range(3)] == [()] * 3
 
 
-def test_active_says_what_can_select() -> None:
+def test_active_steps_are_those_that_can_select() -> None:
     thresholds = Thresholds(4, LTMPConfig(variant="ltpm"))
     thresholds.set([1.0, 0.999, 2.0, 0.5], [0.0, 0.0, 1e-6, 0.1])
     active = thresholds.active()
@@ -118,7 +118,7 @@ def test_sizes_count_for_more_from_block_to_block() -> None:
     assert Thresholds(1, LTMPConfig(scores=Scores(size_power=0.5))).size_power(0) == 0.5
 
 
-def test_the_class_token_says_more_from_block_to_block() -> None:
+def test_class_power_rises_with_the_block() -> None:
     rising = Thresholds(4, LTMPConfig(scores=Scores(class_power=0.5)))
     assert [rising.class_power(block) for block in range(4)] == [0.125, 0.25, 0.375, 0.5]
     assert Thresholds(1, LTMPConfig(scores=Scores(class_power=0.5))).class_power(0) == 0.5

@@ -14,16 +14,16 @@ COUNTS = [[1], [7], [33, 1, 64, 65, 17], [130, 3, 200], [197, 128, 192, 256]]
 LONG = [[257, 2], [300, 1, 129]]
 
 
-def check(batch: Batch, tolerance: float, longest: int | None = None, want: bool = True) -> None:
+def check(batch: Batch, tolerance: float, longest: int | None = None, need: bool = True) -> None:
     q, k, v = batch.heads
-    out, received = attend(q, k, v, batch.size, batch.cu, longest or batch.longest, want)
+    out, received = attend(q, k, v, batch.size, batch.cu, longest or batch.longest, need)
     tokens = batch.tokens()
     expected, importance = reference(*(batch.pad(t.float()) for t in (q, k, v)), tokens.size, tokens.keep)
     torch.testing.assert_close(
         out[: batch.live].float(), batch.rows(expected).flatten(1), atol=tolerance, rtol=tolerance
     )
     assert out.dtype == v.dtype
-    if not want:
+    if not need:
         assert received is None
         return
     votes = torch.tensor([n for n in batch.counts for _ in range(n)], device=DEVICE) * q.shape[1]
@@ -44,7 +44,7 @@ def test_any_head_width(width: int) -> None:
 @pytest.mark.parametrize("counts", [[65, 40], [300, 20]], ids=str)
 def test_bound_may_be_loose_and_importance_unwanted(counts: list[int]) -> None:
     check(Batch.random(counts), 1e-5, longest=max(counts) + 90)
-    check(Batch.random(counts), 1e-5, want=False)
+    check(Batch.random(counts), 1e-5, need=False)
 
 
 def test_separate_tensors_of_any_row_stride() -> None:

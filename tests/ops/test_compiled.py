@@ -146,7 +146,13 @@ def test_everything_prunable_leaves_one_token(scores: str, variant: str, protect
 @pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm"])
 def test_equal_tokens(variant: str, scores: str) -> None:
     """Every score is a tie: the first of equals is taken, as by the definition."""
-    check(Batch.random([9, 40, 2]), policy_of(variant, merge=0.5, prune=0.001, scores=SCORES[scores]), 1, torch.ones(51, WIDTH), True)
+    check(
+        Batch.random([9, 40, 2]),
+        policy_of(variant, merge=0.5, prune=0.001, scores=SCORES[scores]),
+        1,
+        torch.ones(51, WIDTH),
+        True,
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -188,7 +194,10 @@ def test_an_image_is_reduced_alike_in_any_batch() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=4), st.booleans(), st.booleans(), st.sampled_from([2**18, 64, 700])
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([2**18, 64, 700]),
 )
 def test_attend_images(counts: list[int], sized: bool, asked: bool, most: int) -> None:
     batch = Batch.random(counts)

@@ -20,9 +20,10 @@ from PIL import Image
 import ltmp
 from helpers import tiny_vit
 from ltmp.data import eval_transform
+from ltmp.data.workers import naming_lost_workers
 from ltmp.errors import LTMPError, UsageError
 from ltmp.predict import Predictor, find_shards, predictor
-from ltmp.predict.reading import naming_lost_workers, read_batches
+from ltmp.predict.reading import read_batches
 
 from .conftest import build, encoded, scoring, write_tar
 

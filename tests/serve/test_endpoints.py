@@ -83,7 +83,42 @@ def test_wrong_type_empty_and_broken(client):
     problem(client.post("/v1/predict", content=b"", headers=PNG), 400, "empty-body")
     problem(post(client, b"no image"), 422, "unreadable-image")
     problem(post(client, picture()[:-200]), 422, "unreadable-image")
-    problem(client.post("/v1/predict", files={"file": picture()}), 415, "unsupported-media-type")
+    for files in ([], [("a", picture()), ("b", picture())]):
+        answer = client.post("/v1/predict", files=files or {"x": (None, "no file")})
+        assert f"{len(files)} files" in problem(answer, 400, "bad-request")
+    form = {"content-type": "multipart/form-data"}
+    assert "no boundary" in problem(client.post("/v1/predict", content=b"x", headers=form), 400, "bad-request")
+
+
+def test_a_form_is_taken_and_so_is_whatever_clients_call_an_image(client):
+    wanted = post(client, picture(3)).json()
+    assert client.post("/v1/predict", files={"file": ("cat.jpg", picture(3))}).json() == wanted
+    assert (
+        client.post("/v1/predict", files={"x": (None, "1"), "file": ("c", picture(3), "text/plain")}).json() == wanted
+    )
+    for name in ("image/jpg", "application/x-www-form-urlencoded", "application/octet-stream", "image/webp"):
+        assert client.post("/v1/predict", content=picture(3), headers={"content-type": name}).json() == wanted
+    assert client.post("/v1/predict", content=picture(3)).json() == wanted
+
+
+def test_forms_of_any_bytes_are_answered(client):
+    noise = bytes(range(256)) * 40
+    for body in (noise, b"--x\r\n" + noise, b"--x\r\n\r\n\r\n--x--", b"\r\n--x" * 100_000, b""):
+        answer = client.post("/v1/predict", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+        assert answer.status_code == 400
+
+
+def test_the_start_page_points_to_the_docs(client):
+    assert client.get("/").json()["docs"] == "/docs"
+
+
+def test_too_many_headers_and_two_lengths_end_the_connection(client):
+    answer = client.get("/healthz", headers={f"x-{number}": "1" for number in range(200)})
+    problem(answer, 431, "too-many-headers")
+    assert answer.headers["connection"] == "close"
+    both = client.get("/none", headers={"content-length": "0", "transfer-encoding": "chunked"})
+    problem(both, 400, "bad-request")
+    assert both.headers["connection"] == "close"
 
 
 def test_a_name_or_url_is_bytes_like_any_other(client):
@@ -206,13 +241,15 @@ def test_info(client, deployment):
     assert (values["classes"], values["input_size"], values["variant"]) == (5, [3, 16, 16], "ltmp")
     assert values["about"] == {"target": 0.6}
     assert values["limits"]["max_queue"] == 128
+    assert values["units"].keys() == values["limits"].keys()
+    assert values["units"]["max_body"] == "bytes"
 
 
 def test_openapi_documents_every_answer(client):
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths) == {"/v1/predict", "/v1/info", "/healthz", "/readyz", "/metrics"}
     predict = paths["/v1/predict"]["post"]
-    assert {"200", "400", "408", "413", "415", "422", "429", "500", "503", "504"} == set(predict["responses"])
+    assert {"200", "400", "408", "413", "415", "422", "429", "431", "500", "503", "504"} == set(predict["responses"])
     assert "image/jpeg" in predict["requestBody"]["content"]
     assert predict["parameters"][0]["schema"]["maximum"] == 5
     for status, answer in predict["responses"].items():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -49,6 +49,13 @@ def say(host: str, port: int, *parts: bytes, pause: float = 0.0, patience: float
 def address(deployment):
     with serving(deployment, QUICK) as (host, port, _service):
         yield host, port
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < end
+        time.sleep(0.01)
 
 
 def still_fine(address) -> None:
@@ -148,12 +155,10 @@ def test_clients_that_leave_free_their_places(deployment):
             connections = [socket.create_connection((host, port)) for _ in range(4)]
             for connection in connections:
                 connection.sendall(request)
-            time.sleep(0.15)
-            assert service.inside == 4
+            wait_until(lambda: service.inside == 4)
             for connection in connections:
                 connection.close()
-            time.sleep(0.15)
-            assert service.inside == 0
+            wait_until(lambda: service.inside == 0)
         text = service.metrics.text().decode()
         assert 'ltmp_requests_total{path="/v1/predict",status="499"} 12.0' in text
         still_fine((host, port))
@@ -275,3 +280,80 @@ def save_model(folder):
     ltmp.save(ltmp.attach(model), folder / "thresholds.safetensors", model_name="vit_tiny_patch16_224")
     options = ["--img-size", 32, "--num-classes", 3, "--model-kwargs", " ".join(f"{k}={v}" for k, v in shape.items())]
     return options, folder / "model.safetensors", folder / "thresholds.safetensors"
+
+
+def flood(host: str, port: int, chunks: int) -> float:
+    """Seconds until the server has had enough of a body in chunks of one byte."""
+    start = time.perf_counter()
+    say(host, port, HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * chunks, patience=20)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_bodies_in_crumbs_delay_nobody(deployment, together):
+    with serving(deployment, Limits()) as (host, port, _service), ThreadPoolExecutor(16) as pool:
+        floods = [pool.submit(flood, host, port, 400_000) for _ in range(16)]
+        time.sleep(0.2 if together else 0)
+        start = time.perf_counter()
+        still_fine((host, port))
+        assert time.perf_counter() - start < 5
+        assert max(one.result(30) for one in floods) < 15
+
+
+def test_crumbs_behind_an_earlier_request_are_counted_too(address):
+    request = HEAD + b"content-length: %d\r\n\r\n" % len(picture()) + picture()
+    answer = say(*address, request + HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1 ") <= 2
+    still_fine(address)
+
+
+def test_bodies_in_chunks_of_a_sensible_size_are_taken(address):
+    body = picture()
+    chunks = b"".join(
+        b"%x\r\n%b\r\n" % (len(part), part) for part in (body[i : i + 200] for i in range(0, len(body), 200))
+    )
+    answer = say(*address, HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_requests_sent_at_once_are_answered_in_turn(address):
+    request = HEAD + b"content-length: %d\r\n\r\n" % len(picture()) + picture()
+    last = request.replace(b"host: x\r\n", b"host: x\r\nconnection: close\r\n")
+    assert say(*address, request * 5 + last).count(b"HTTP/1.1 200 ") == 6
+
+
+def test_clients_that_never_read_are_cut_off(deployment):
+    with serving(deployment, Limits(read_timeout=0.4, max_connections=4)) as (host, port, _service):
+        silent = []
+        for _ in range(4):
+            connection = socket.create_connection((host, port))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(0.3)
+            with suppress(OSError):
+                for _ in range(2000):
+                    connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 20)
+            silent.append(connection)
+        wait_until(lambda: not service_is_full(host, port))
+        for connection in silent:
+            connection.close()
+
+
+def service_is_full(host: str, port: int) -> bool:
+    return say(host, port, b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").startswith(
+        b"HTTP/1.1 503 "
+    )
+
+
+def test_two_lengths_close_the_connection(address):
+    both = b"POST /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+    answer = say(*address, both + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_headers_are_limited_in_number(address):
+    answer = say(*address, b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 2000 + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert say(*address, b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 10_000 + b"\r\n")[9:10] == b"4"
+    still_fine(address)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import tarfile
+
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import ltmp
+from ltmp.about import About
+from ltmp.cli import main
+from ltmp.data import open_dataset
 from ltmp.errors import LTMPError, UsageError
-from ltmp.zoo.build import build_model
+from ltmp.zoo.build import build_model, name_in_file
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"depth": 1, "embed_dim": 24}
@@ -123,3 +133,81 @@ def test_weights_that_are_not_finite(value, state, tmp_path):
     state["norm.bias"][0] = value
     save_file(state, path)
     assert "'norm.bias'" in raised(LTMPError, build, path)
+
+
+class Code:
+    """What unpickling would run."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A folder that is there once code of a pickle was run."""
+    yield tmp_path / "unpickled"
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.fixture
+def hostile(tmp_path, marker):
+    """A folder as `local-dir:` takes it, with a pickle for weights."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architecture": NAME, "pretrained_cfg": {}}))
+    torch.save({"head.weight": Code(marker)}, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_a_folder_that_the_user_names_runs_no_code(hostile):
+    assert "cannot get the pretrained weights" in raised(
+        LTMPError, build_model, f"local-dir:{hostile}", pretrained=True
+    )
+
+
+@pytest.mark.parametrize("way", ["learned", "architecture", "base"])
+def test_a_file_may_not_name_a_place_to_load_weights_from(way, hostile, tmp_path, capsys):
+    model, path = ltmp.attach(build()), tmp_path / "t.safetensors"
+    said = {"learned": "model_name", "architecture": "architecture", "base": "base_model"}[way]
+    for place in (f"local-dir:{hostile}", f"hf-hub:{hostile}", "hf-hub:someone/evil", f"file:{hostile}", str(hostile)):
+        ltmp.save(model, path, **{said: place})
+        if way == "base":
+            message = raised(UsageError, ltmp.from_pretrained, path)
+            assert "may not choose where weights are loaded from" in message
+        else:
+            assert main(["eval", "--data", str(tmp_path), "--thresholds", str(path), "--pretrained"]) == 2
+            message = " ".join(capsys.readouterr().err.split())
+            assert f"names the model {place}" in message
+            assert raised(UsageError, ltmp.from_pretrained, path, weights=hostile / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deit_small_patch16_224.fb_in1k", "torchvision:vit_b_16", "open_clip:ViT-B-32/openai", "hf:google/vit", "hf:/a"],
+)
+def test_names_of_models_that_run_no_code_are_taken(name):
+    assert name_in_file(About(model_name=name), "t.safetensors") == name
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights_only"])
+@pytest.mark.parametrize("name", [NAME, "torchvision:vit_b_16", "open_clip:ViT-B-32", "hf:someone/model"])
+def test_arguments_that_load_weights_are_refused(name, argument, marker, tmp_path):
+    torch.save({"head.weight": Code(marker)}, tmp_path / "evil.pth")
+    value = str(tmp_path / "evil.pth")
+    given = {"file": value} if argument.startswith("pretrained_cfg") else value
+    message = raised(UsageError, build_model, name, pretrained=True, model_kwargs={argument: given})
+    assert f"{argument} cannot be" in message
+
+
+def test_no_pickle_beside_a_large_tar_is_read(tmp_path, marker):
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+        tar.add(tmp_path / "0.png", "ant/0.png")
+    # as large as those that timm keeps an index of, and no room on the disk
+    os.truncate(tmp_path / "data.tar", 11 << 30)
+    (tmp_path / "data_tarinfos.pickle").write_bytes(pickle.dumps(Code(marker)))
+    (tmp_path / "_tarinfos.pickle").write_bytes(pickle.dumps(Code(marker)))
+    assert len(open_dataset(tmp_path / "data.tar")) == 1

@@ -199,3 +199,22 @@ def test_bench(folder: Path, images: Path, tmp_path: Path) -> None:
     quick = ["--seconds", "0.02", "--no-compile", "--no-baseline", "--json", str(tmp_path / "bench.json")]
     assert main(["bench", *own, *quick]) == 0
     assert json.loads((tmp_path / "bench.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("place", ["config", "argument", "inside"])
+def test_attention_by_code_of_the_hub_is_refused(folder: Path, place: str) -> None:
+    code = "kernels-community/evil"
+    config = json.loads((folder / "config.json").read_text())
+    if place == "config":
+        config["attn_implementation"] = code
+    elif place == "inside":
+        config["vision_config"] = {"_attn_implementation": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    kwargs = {"attn_implementation": code} if place == "argument" else {}
+    assert "by code from 'kernels-community/evil'" in raised(UsageError, f"hf:{folder}", model_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("argument", ["allow_all_kernels", "use_kernels", "trust_remote_code", "use_safetensors"])
+def test_arguments_that_let_code_in_are_refused(folder: Path, argument: str) -> None:
+    message = raised(UsageError, f"hf:{folder}", model_kwargs={argument: argument != "use_safetensors"})
+    assert f"{argument} cannot be set" in message

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .. import distributed
 from ..errors import LTMPError, MissingExtraError, UsageError
+from ..text import printable
 
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if distributed.started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
+    if _started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
         raise UsageError(f"`{arguments[0]}` runs in one process: start it without torchrun")
     try:
         import typer
@@ -56,10 +56,19 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"error{_whose()}: {message}", file=sys.stderr)
+    print(f"error{_whose()}: {printable(message)}", file=sys.stderr)
     return code
 
 
 def _whose() -> str:
     """Which of the processes that torchrun started this is: any of them may fail, and torchrun ends the others."""
-    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if distributed.started() else ""
+    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if _started() else ""
+
+
+def _started() -> bool:
+    """Whether torchrun started this process; asks torch only where that is possible, as importing it takes seconds."""
+    if "RANK" not in os.environ:
+        return False
+    from ..distributed import started
+
+    return started()

@@ -1,42 +1,53 @@
-"""The verbs."""
+"""The verbs, each imported when it is asked for."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
-from .verbs.app import app_verb
-from .verbs.bench import bench_verb
-from .verbs.compare import compare_verb
-from .verbs.demo import demo_verb
-from .verbs.dial import dial_verb
-from .verbs.eval import eval_verb
-from .verbs.export import export_verb
-from .verbs.info import info_verb
-from .verbs.learn import learn_verb
-from .verbs.predict import predict_verb
-from .verbs.push import push_verb
-from .verbs.report import report_verb
-from .verbs.serve import serve_verb
-from .verbs.show import show_verb
+
+PANELS = {
+    "Learn": ("learn", "dial"),
+    "Measure": ("eval", "bench", "compare", "report"),
+    "Look": ("demo", "show", "app", "info"),
+    "Deploy": ("pack", "export", "serve", "predict", "push"),
+}
+VERBS = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
+_STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
+_STYLE["context_settings"] = {"help_option_names": ["-h", "--help"]}
+
+
+class Verbs(TyperGroup):
+    """Finds verbs by name in `ltmp.cli.verbs`, whose modules import torch only when they run."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # for suggestions; the commands themselves are made by `get_command`
+        self.commands = dict.fromkeys(VERBS)  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module = import_module(f".verbs.{cmd_name}", __package__)
+        single = typer.Typer(**_STYLE)
+        single.command(cmd_name, rich_help_panel=VERBS[cmd_name])(getattr(module, f"{cmd_name}_verb"))
+        return typer.main.get_command(single)
+
 
 app = typer.Typer(
+    cls=Verbs,
     help="Learned Thresholds token Merging and Pruning: make a vision transformer cheaper, image by image.",
     epilog="Start with: ltmp demo",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_STYLE,
 )
-
-for verb in (
-    learn_verb, dial_verb, eval_verb, bench_verb, compare_verb, export_verb, serve_verb, push_verb, predict_verb,
-    show_verb, report_verb, app_verb, demo_verb, info_verb,
-):  # fmt: skip
-    app.command(verb.__name__.removesuffix("_verb"))(verb)
 
 
 @app.callback(invoke_without_command=True)

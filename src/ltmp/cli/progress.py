@@ -4,44 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..distributed import rank
+from ..text import printable
+from .screen import console, tell
 
-console = Console(stderr=True)
+STEADY = 600.0
+"""Seconds that the speed is taken over: with less, steps of many seconds would show no remaining time."""
 
 
 class Bar:
-    """One bar; call it with the steps done and, if wanted, a new text."""
+    """One bar; call it with the steps done and, if wanted, a new text. It is drawn when there is something to show.
 
-    def __init__(self, progress: Progress, text: str, total: int | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task(text, total=total or None)
+    Where the screen is a file or a pipe, a bar cannot move: there it is a line for every tenth.
+    """
+
+    def __init__(self, text: str, total: int | None) -> None:
+        self.text, self.done, self.total = text, 0.0, float(total or 0)
+        self._drawn: Progress | None = None
         self._tenth = 0.0
 
     def __call__(self, done: int = 1, text: str | None = None) -> None:
-        self._update(advance=done, description=text)
+        self._show(self.done + done, self.total, text or self.text)
 
-    def reach(self, completed: int, total: int, text: str) -> None:
+    def reach(self, completed: float, total: float, text: str) -> None:
         """Be at `completed` of `total`, for jobs that know themselves where they are, resumed ones too."""
-        self._update(completed=completed, total=total, description=text)
+        self._show(completed, total, text)
 
-    def _update(self, **values: Any) -> None:
-        self._progress.update(self._task, **values)
-        task = self._progress.tasks[0]
-        if console.is_terminal or not task.total or self._progress.disable:
-            return
-        # in a log file a bar cannot move: a line for every tenth instead
-        tenth = 10 * task.completed // task.total
+    def _show(self, done: float, total: float, text: str) -> None:
+        self.done, self.total, self.text = done, total, printable(text)
+        if console.is_terminal:
+            self._draw()
+        elif total:
+            self._log(10 * done // total)
+
+    def _draw(self) -> None:
+        if self._drawn is None:
+            self._drawn = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                speed_estimate_period=STEADY,
+            )
+            self._drawn.add_task(self.text, total=self.total or None)
+            self._drawn.start()
+        task = self._drawn.task_ids[0]
+        self._drawn.update(task, completed=self.done, total=self.total or None, description=self.text)
+
+    def _log(self, tenth: float) -> None:
         if tenth < self._tenth:
             # the next stage of the job has begun
             self._tenth = 0.0
         if tenth > self._tenth:
             self._tenth = tenth
-            console.print(f"{task.description} ({task.completed:g} of {task.total:g})", markup=False)
+            tell(f"{self.text} ({self.done:g} of {self.total:g})")
+
+    def stop(self) -> None:
+        """Leave the screen to others."""
+        if self._drawn is not None:
+            self._drawn.stop()
+
+
+class _Silent(Bar):
+    def _show(self, done: float, total: float, text: str) -> None:
+        pass
 
 
 @contextmanager
@@ -51,12 +81,10 @@ def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
     >>> with progress_bar("training", 100) as advance:
     ...     advance(1, "training, loss 0.3")
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=rank() > 0) as progress:
-        yield Bar(progress, text, total)
+    from ..distributed import rank
+
+    bar = _Silent(text, total) if rank() > 0 else Bar(text, total)
+    try:
+        yield bar
+    finally:
+        bar.stop()

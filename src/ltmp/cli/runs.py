@@ -14,7 +14,8 @@ from ..data import Loader
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, evaluate
 from ..files import atomic_path
-from .progress import console, progress_bar
+from .progress import progress_bar
+from .screen import tell
 
 
 def evaluate_with_bar(network: nn.Module, loader: Loader, *, limit: int | None = None, **how: Any) -> Evaluation:
@@ -30,7 +31,7 @@ def report_skipped(skipped: dict[str, str]) -> None:
     """Say how many images could not be read, and one of them."""
     if skipped:
         name, reason = next(iter(skipped.items()))
-        console.print(f"skipped {len(skipped)} images that cannot be read, the first: {name} ({reason})", markup=False)
+        tell(f"skipped {len(skipped)} images that cannot be read, the first: {name} ({reason})")
 
 
 class InterruptedRunError(LTMPError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from .. import distributed
@@ -15,6 +14,7 @@ from ..evaluate.latency import set_latency, speed
 from ..hosts.attach import thresholds_of
 from .options import SpeedOptions
 from .progress import progress_bar
+from .screen import say
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Target:
         seconds = costs.dense if share == 1 else float(costs.predict_seconds(dial.kept_at(share)))
         if not quiet:
             said = "dense is fast enough, all off" if share == 1 else f"budget {share:g}"
-            typer.echo(f"{said}: {speed(seconds, len(images))} predicted for batches of {len(images)}")
+            say(f"{said}: {speed(seconds, len(images))} predicted for batches of {len(images)}")
         return share
 
 
 def say_measured(images: int, images_per_second: float) -> None:
     """The time that came of it."""
-    typer.echo(f"measured: {speed(images / images_per_second, images)}")
+    say(f"measured: {speed(images / images_per_second, images)}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LTMPError
+from ..text import printable
 from .images import is_image_name
 
 
@@ -102,4 +103,4 @@ def describe_others(others: Sequence[str], most: int = 4) -> str:
     kinds = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(most))
     more = ", ..." if len(endings) > most else ""
     files = "1 file that is no image" if len(others) == 1 else f"{len(others)} files that are no images"
-    return f"{files} by name ({kinds}{more}), such as {others[0]}"
+    return f"{files} by name ({kinds}{more}), such as {printable(others[0])}"

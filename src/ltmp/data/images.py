@@ -35,6 +35,10 @@ EXTENSIONS = frozenset(
 )  # fmt: skip
 
 
+class UnfitImageError(ValueError):
+    """An image that Pillow could read, perhaps, and we do not; the message says why."""
+
+
 @dataclass(frozen=True)
 class Broken:
     """Stands where an image should be that could not be read."""
@@ -75,18 +79,18 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
 
     Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not
     clipped; JPEGs over 50 megapixels are decoded at reduced size. Raises what Pillow raises for bytes that are
-    no image, and ValueError for floating-point pixels, whose range no file states, for stripes, and for JPEGs of
+    no image, and `UnfitImageError` for floating-point pixels, whose range no file states, for stripes, and for JPEGs of
     hundreds of scans, which take minutes.
     """
     image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
+        raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
     _check_scans(image)
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
     image = _upright(image)
     if image.mode == "F":
-        raise ValueError("floating-point pixels: convert the image to 8 or 16 bits")
+        raise UnfitImageError("floating-point pixels: convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     if image.mode == "P":
@@ -156,7 +160,7 @@ _START_OF_SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
 
 
 def _check_scans(image: Image.Image) -> None:
-    """Refuse a JPEG whose decoding would take minutes; raises ValueError."""
+    """Refuse a JPEG whose decoding would take minutes; raises `UnfitImageError`."""
     file = getattr(image, "fp", None)
     if image.format not in ("JPEG", "MPO") or file is None:
         return
@@ -166,7 +170,7 @@ def _check_scans(image: Image.Image) -> None:
     file.seek(place)
     # counted properly only where there may be too many: thumbnails and videos behind the image hold such bytes, too
     if data.count(b"\xff\xda") > MAX_SCANS and _count_scans(data) > MAX_SCANS:
-        raise ValueError(f"over {MAX_SCANS} scans, which no camera or program writes")
+        raise UnfitImageError(f"over {MAX_SCANS} scans, which no camera or program writes")
 
 
 def _count_scans(data: bytes) -> int:
@@ -186,5 +190,5 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """Pillow clips integers above 255 when it converts; the high byte is what is wanted."""
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("integer pixels outside 0 to 65,535: convert the image to 8 or 16 bits")
+        raise UnfitImageError("integer pixels outside 0 to 65,535: convert the image to 8 or 16 bits")
     return Image.fromarray((pixels // 257).astype(np.uint8))

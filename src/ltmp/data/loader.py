@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from ..errors import LTMPError, UsageError
 from .dataset import Broken
+from .workers import handed_over, naming_lost_workers, received, start_worker
 
 
 class ViewOrder(Sampler[int]):
@@ -122,6 +124,7 @@ class Loader:
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: starting the workers must not move the global random state of the run.
             generator=torch.Generator().manual_seed(self.seed),
@@ -130,7 +133,7 @@ class Loader:
     def _take(self, batches: Iterable[_Batch], whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """Hand on what could be read; refuse or count the rest. `whole`: nobody else has more of these images."""
         found = False
-        for batch in batches:
+        for batch in _unless_lost(batches):
             for broken in batch.broken:
                 if self.strict:
                     raise LTMPError(
@@ -139,15 +142,27 @@ class Loader:
                 self.skipped[broken.name] = broken.reason
             if len(batch.broken) < batch.size:
                 found = True
-                yield batch.images, batch.labels
+                yield received(batch.images), received(batch.labels)
         if whole and not found and self.skipped:
             name, why = next(iter(self.skipped.items()))
             raise LTMPError(f"none of the {len(self.skipped)} images could be read; the first was {name} ({why})")
 
 
+def _unless_lost(batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches; only what goes wrong in getting them is a lost worker, not what is done with them."""
+    with naming_lost_workers():
+        waiting = iter(batches)
+    while True:
+        with naming_lost_workers():
+            batch = next(waiting, None)
+        if batch is None:
+            return
+        yield batch
+
+
 class _Batch(NamedTuple):
-    images: Tensor
-    labels: Tensor
+    images: Tensor | np.ndarray
+    labels: Tensor | np.ndarray
     broken: list[Broken]
     size: int
 
@@ -156,18 +171,16 @@ def _collate(samples: list[Any]) -> _Batch:
     """Runs in the worker: broken images travel beside the batch, because a worker's counters stay there."""
     broken = [sample for sample in samples if isinstance(sample, Broken)]
     readable = [sample for sample in samples if not isinstance(sample, Broken)]
-    images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0))
-    return _Batch(images, labels, broken, len(samples))
+    if readable and all(isinstance(image, Tensor) for image, _ in readable):
+        # default_collate would take shared memory without asking whether there is any
+        images, labels = (
+            torch.stack([image for image, _ in readable]),
+            torch.as_tensor([label for _, label in readable]),
+        )
+    else:
+        images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0))
+    return _Batch(handed_over(images), handed_over(labels), broken, len(samples))
 
 
-def make_loader(
-    dataset: Dataset,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    seed: int = 0,
-    workers: int = 0,
-    strict: bool = False,
-) -> Loader:
-    """A `Loader`; broken images are skipped and counted, or with `strict` refused by name (LTMPError)."""
-    return Loader(dataset, batch_size, shuffle=shuffle, seed=seed, workers=workers, strict=strict)
+make_loader = Loader
+"""Broken images are skipped and counted, or with `strict` refused by name (LTMPError)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..describe import about_of, labels_of
 from .dataset import read_names
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -19,7 +20,8 @@ def class_names(
     """Class names in the order of the model's outputs; empty where nobody knows them.
 
     Args:
-        model: one of transformers brings its `id2label`, one of timm the names of ImageNet's classes or of its own.
+        model: its thresholds may bring names; one of transformers brings its `id2label`, one of timm the names of
+            ImageNet's classes or of its own.
         dataset: its folder names go before the model's; those of ImageNet are put into words.
         file: a text file with one name a line, which goes before everything.
         pretrained: whether a model of timm has timm's weights: the names belong to these, not to the architecture.
@@ -29,24 +31,17 @@ def class_names(
     """
     if file is not None:
         return read_names(file)
-    return _folders(dataset) or _labels(model) or (_timms(model) if pretrained else [])
+    own = about_of(model).class_names or labels_of(model)
+    labelled = getattr(dataset, "labelled", True)
+    return (folder_names(dataset) if labelled else []) or list(own) or (_timms(model) if pretrained else [])
 
 
-def _folders(dataset: Any) -> list[str]:
+def folder_names(dataset: Any) -> list[str]:
+    """Names of a dataset's class folders in the order of their labels, those of ImageNet in words."""
     known = getattr(dataset, "class_to_index", None) or {}
-    if not getattr(dataset, "labelled", True):
-        return []
     found = {index: name for name, index in known.items()}
     names = [found.get(index, f"class {index}") for index in range(1 + max(found, default=-1))]
     return _in_words(names) if any(map(_WORDNET.fullmatch, names)) else names
-
-
-def _labels(model: nn.Module) -> list[str]:
-    """Names in the config of a model of transformers; those that the library makes up do not count."""
-    labels = getattr(getattr(model, "config", None), "id2label", None)
-    if not labels or all(str(name).startswith("LABEL_") for name in labels.values()):
-        return []
-    return [str(labels[index]) for index in sorted(labels)]
 
 
 def _timms(model: Any) -> list[str]:

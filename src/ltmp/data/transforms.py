@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
 
+from ..describe import about_of
 from ..errors import UsageError
 from ..zoo.hugging_face import data_config, is_of_transformers
 from .dataset import Transform
+
+log = logging.getLogger("ltmp")
 
 
 def eval_transform(
@@ -23,7 +29,7 @@ def eval_transform(
     crop_pct: float | None = None,
     crop_mode: str | None = None,
 ) -> Transform:
-    """timm's evaluation transform for `model`; each option left at None is as the model's config says.
+    """timm's evaluation transform for `model`; each option left at None is as its thresholds or its config say.
 
     For a model of transformers that is what its image processor does, which lies where the model was loaded from.
 
@@ -35,7 +41,11 @@ def eval_transform(
     options = {
         "interpolation": interpolation, "mean": mean, "std": std, "crop_pct": crop_pct, "crop_mode": crop_mode,
     }  # fmt: skip
-    return create_transform(**eval_settings(model, options, image_size), is_training=False)
+    settings = eval_settings(model, options, image_size)
+    transform = create_transform(**settings, is_training=False)
+    # what is learned from such images is of images that were prepared so
+    transform.settings = settings
+    return transform
 
 
 def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any) -> Tensor:
@@ -70,7 +80,12 @@ def eval_settings(
     crop_pct = options.get("crop_pct")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UsageError(f"crop_pct is {crop_pct}: expected a number in (0, 1], 1 crops nothing")
-    config = _config(model)
+    known = {name: value for name, value in asdict(about_of(model).preprocessing).items() if value is not None}
+    for name, value in known.items():
+        given = options.get(name)
+        if given is not None and _listed(given) != _listed(value):
+            _say(f"{name} {given} goes before {value}, with which the thresholds were made")
+    config = {**_config(model), **known}
     size = _pair(image_size or _built_size(model, config))
     return resolve_data_config({**options, "input_size": (input_channels(model), *size)}, config)
 
@@ -97,6 +112,16 @@ def _built_size(model: nn.Module, config: dict[str, Any]) -> int | tuple[int, in
     """The model's own size: its pretrained config may state another one than it was built with."""
     size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return size or tuple(config.get("input_size", (3, 224, 224))[-2:])
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+@cache
+def _say(text: str) -> None:
+    """Once: a transform is made more than once."""
+    log.warning(text)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

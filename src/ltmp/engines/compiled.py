@@ -97,14 +97,14 @@ class Rows:
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
     policy, state = stack.thresholds, State.start(x, packs=True, positions=positions)
-    i, planned = 0, block_steps(policy, active, stack.protected)
-    while i < policy.depth and planned[i] is None:
+    planned = block_steps(policy, active, stack.protected)
+    first = next(i for i, steps in enumerate((*planned, planned)) if steps is not None)
+    for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         state = state.after(stack.whole(i, state.x, positions), state.tokens, state.counts)
-        i += 1
     rows = Rows.start(state.x, state.tokens.source is not None)
     kept, trail = [*state.kept], state.trail
-    for i in range(i, policy.depth):
+    for i in range(first, policy.depth):
         rows = run_block(stack, i, rows, planned[i], positions)
         kept.append(rows.counts.tolist())
         trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
@@ -113,9 +113,7 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
     return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, stack.protected)
 
 
-def run_block(
-    stack: ReducedStack, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None
-) -> Rows:
+def run_block(stack: ReducedStack, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None) -> Rows:
     """Run block `i` on the live tokens."""
     block, policy, x, live = stack.blocks[i], stack.thresholds, rows.x, len(rows.size)
     half = halves(stack.recipe, block, x)
@@ -207,9 +205,10 @@ def _cuts(policy: Policy, step: str) -> list[Cut]:
 
     config = policy.config
     ceiling = config.ceiling if config.ceiling is not None and step == config.steps[-1] else -1
-    if not isinstance(policy, Rates):
-        values = (policy.merge if step == "merge" else policy.prune).tolist()  # type: ignore[union-attr]
+    if isinstance(policy, Thresholds):
+        values = (policy.merge if step == "merge" else policy.prune).tolist()
         return [Cut(np.float32(value), floor=config.floor, ceiling=ceiling) for value in values]
+    assert isinstance(policy, Rates)
     # a part for merging is one of the tokens of both parities, though only the even ones are asked
     halves_of = 2 if step == "merge" else 1
     return [
@@ -277,7 +276,7 @@ def _weigh(
 
 
 def _similarities(scores: Scores, steps: Steps, counts: Array, k: Tensor, read: Tensor | None) -> Array:
-    """Cosines of the tokens of each image as `plan_rows` takes them: a product per image, so that no batch changes them."""
+    """Cosines of tokens as `plan_rows` takes them: one product per image, so that no batch changes them."""
     from ..ops.match.numba import metric_rows
 
     vectors, width, each_head = k, k.shape[-1], not scores.averages_keys

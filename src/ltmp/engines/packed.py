@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`. On a CPU by `compiled` where it applies."""
+    """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`. By `compiled` where that applies."""
     if compiled.applies(stack.thresholds, x):
         return compiled.run(stack, x, active, positions)
     state = State.start(x, packs=True, positions=positions)

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..errors import LTMPError
 from ..files import atomic_path
+from ..text import printable, spreadsheet_cell
 from .accuracy import Evaluation
 
 Row = Mapping[str, object]
@@ -49,21 +51,25 @@ def tokens_line(evaluation: Evaluation) -> str:
 
 
 def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> None:
-    """Print rows as a table, with rich where it is installed."""
+    """Print rows as a table under a title, with rich where it is installed."""
     file = file or sys.stdout
     columns, cells = _cells(rows)
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError:
         print(_plain(columns, cells, title), file=file)
         return
-    table = Table(title=title or None)
+    # text of others is no markup, and a title is not as narrow as its table
+    table, console = Table(), Console(file=file)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in cells:
-        table.add_row(*row)
-    Console(file=file).print(table)
+        table.add_row(*map(Text, row))
+    if title:
+        console.print(Text(printable(title), style="italic"), soft_wrap=True)
+    console.print(table)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -79,11 +85,11 @@ def write_json(values: Any, path: str | Path) -> None:
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """Write rows to a CSV file with a header, or to the screen where `path` is "-"."""
+    """Write rows to a CSV file with a header, or to the screen where `path` is "-"; text is never a formula."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({column: spreadsheet_cell(value) for column, value in row.items()} for row in rows)
     _write(buffer.getvalue(), path)
 
 
@@ -96,13 +102,21 @@ def _write(text: str, path: str | Path) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # a device or a pipe is written to, not replaced
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise LTMPError(f"cannot write {path}: {error.strerror}") from error
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns = list(rows[0])
-    return columns, [[format_value(row.get(column)) for column in columns] for row in rows]
+    return [*map(printable, columns)], [[format_value(row.get(column)) for column in columns] for row in rows]
 
 
 def format_value(value: object) -> str:
@@ -111,7 +125,7 @@ def format_value(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    return str(value)
+    return printable(value)
 
 
 def _plain(columns: list[str], cells: list[list[str]], title: str) -> str:
@@ -119,4 +133,4 @@ def _plain(columns: list[str], cells: list[list[str]], title: str) -> str:
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [columns, *cells]
     ]
-    return "\n".join([title, *lines] if title else lines)
+    return "\n".join([printable(title), *lines] if title else lines)

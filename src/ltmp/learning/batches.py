@@ -7,15 +7,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Loader
+from ..data.names import folder_names
+from ..describe import classes_of
 from ..distributed import rank, world
 from ..errors import LTMPError
 from .heldout import Progress
 
 Batch = Sequence[Any] | Mapping[str, Any] | Tensor
-"""What loaders give: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""
+"""A batch of a loader: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""
 
 _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
@@ -87,8 +89,17 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
     return torch.cat(found)[:count], torch.cat(known)[:count] if len(known) == len(found) else None
 
 
+def described(model: nn.Module, loader: Any) -> dict[str, Any]:
+    """What a loader says of a model's classes and of how images are prepared for it, as `ltmp.save` keeps it."""
+    dataset = getattr(loader, "dataset", None)
+    # also where their labels are not looked at
+    names = folder_names(dataset)
+    settings = getattr(getattr(dataset, "transform", None), "settings", None)
+    return {"class_names": names if len(names) == classes_of(model) else None, "preprocessing": settings}
+
+
 def count(loader: Iterable[Batch]) -> int:
-    """Images in one pass; 0 where a streaming source does not say."""
+    """Images in one pass; 0 for a streaming source of unknown length."""
     if isinstance(loader, Loader):
         return loader.images
     dataset = getattr(loader, "dataset", None)
@@ -96,10 +107,7 @@ def count(loader: Iterable[Batch]) -> int:
 
 
 def apart(loader: Iterable[Batch], kept: int) -> int:
-    """How many images at the loader's beginning nothing else learns from, where `kept` are judged on.
-
-    None of them where less than half would be left: of so few, all are needed.
-    """
+    """Images at the beginning that are only judged on: `kept`, or 0 if less than half of all would be left."""
     return kept if count(loader) >= 2 * kept else 0
 
 

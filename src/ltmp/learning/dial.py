@@ -7,28 +7,30 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..distributed import exchange, rank
-from ..errors import UsageError
+from ..describe import note
+from ..distributed import exchange
 from ..hosts.attach import stack_of, thresholds_of
 from ..method.dial import Dial, keep_on
-from .batches import first, pair
+from .batches import described, first, pair
 from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress
 from .objective import Distribution, answers_in, distribution_of, task_loss, teacher
+from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
 from .randomness import preserved_random_state
-from .resume import load_run, save_run
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ANCHORS = 3
 """Budgets that shapes are searched at; between them they are mixed, and beyond them move as the usual one does."""
@@ -61,22 +63,14 @@ class DialResult:
     distribution: Distribution = "categorical"
 
 
+@with_keywords(DialOptions)
 @preserved_random_state()
 def learn_dial(
     model: nn.Module,
     loader: Any,
     low: float = 0.3,
     high: float = 0.95,
-    *,
-    knots: int = 14,
-    views: int = 9_000,
-    calibration: int = 512,
-    checked: int = 3072,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    amp: torch.dtype | None = None,
-    checkpoint: str | Path | None = None,
-    progress: Progress | None = None,
+    **settings: Unpack[DialSettings],
 ) -> DialResult:
     """Learn thresholds for every FLOPs share from `low` to `high`; `model.ltmp.set_budget(0.55)` then picks.
 
@@ -105,45 +99,48 @@ def learn_dial(
         LTMPError: NaN in images, no images, or a checkpoint of another run.
     """
     start = time.perf_counter()
-    thresholds = thresholds_of(model)
-    if knots < 2 or calibration < 2 or min(views, checked) < 0 or not low < high:
-        raise UsageError(
-            "a dial needs low < high, at least 2 knots, at least 2 images to calibrate on, and views and checked of at "
-            "least 0"
-        )
-    place = torch.device(device) if device is not None else thresholds.merge.device
+    options, thresholds = DialOptions(**settings), thresholds_of(model)
+    options.check(low, high)
+    place = options.place(thresholds)
     model.to(place).eval()
-    images = first(loader, calibration, progress)[0].to(place)
-    maker = _Maker(model, images, amp, progress)
+    images = first(loader, options.calibration, options.progress)[0].to(place)
+    maker = _Maker(model, images, options.amp, options.progress)
     for end in (low, high):
         check_target(end, maker.geometry, stack_of(model).protected)
-
-    generations = round(views / ANCHORS / (POPULATION * min(SEARCHED, len(images))))
-    anchors = anchors_of(low, high)
-    settings = {"dial": [low, high], "views": views, "calibrate": len(images), "seed": seed, "depth": thresholds.depth,
-                "variant": thresholds.config.variant, **asdict(thresholds.config.scores)}  # fmt: skip
-    saved = load_run(checkpoint, settings) if checkpoint is not None and rank() == 0 else None
-    state = exchange(saved)[0] or {"shapes": {}, "views": 0}
-    shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
-    maker.views += state["views"]
     # a streaming source does not say how many it has
-    more = min(checked, getattr(loader, "images", 0) or checked)
+    more = min(options.checked, getattr(loader, "images", 0) or options.checked)
     more = more if more > len(images) else 0
-    probed = min(PROBED, len(images)) if thresholds.config.needs_probe else 0
-    maker.expected = probed + views + (knots + 2 * ANCHORS + 1) * len(images) + ANCHORS * more
-    for i, share in enumerate(anchors):
-        if generations and share not in shapes:
-            shapes[share] = maker.search(share, generations, torch.Generator().manual_seed(seed * ANCHORS + i))
-            if checkpoint is not None and rank() == 0:
-                found = {at: asdict(shape) for at, shape in shapes.items()}
-                save_run(checkpoint, settings, {"shapes": found, "views": maker.views})
-    dial, divergence = maker.table([low + (high - low) * i / (knots - 1) for i in range(knots)], shapes)
+    shapes = _search(maker, low, high, options, checked=more)
+    knots = options.knots - 1
+    dial, divergence = maker.table([low + (high - low) * i / knots for i in range(options.knots)], shapes)
     thresholds.set_dial(dial)
     if more:
-        dial = maker.corrected(dial, anchors, loader, more)
+        dial = maker.corrected(dial, anchors_of(low, high), loader, more)
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
+    note(model, {**described(model, loader), "views": maker.views})
     return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.distribution)
+
+
+def _search(maker: _Maker, low: float, high: float, options: DialOptions, checked: int) -> dict[float, Shape]:
+    """A shape for each anchor that has none in a saved run; each is saved when it is found."""
+    thresholds, count = thresholds_of(maker.model), len(maker.images)
+    settings = {"dial": [low, high], "views": options.views, "calibrate": count, "seed": options.seed,
+                "depth": thresholds.depth, "variant": thresholds.config.variant,
+                **asdict(thresholds.config.scores)}  # fmt: skip
+    state = exchange(options.saved(settings))[0] or {"shapes": {}, "views": 0}
+    shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
+    maker.views += state["views"]
+    probed = min(PROBED, count) if thresholds.config.needs_probe else 0
+    maker.expected = probed + options.views + (options.knots + 2 * ANCHORS + 1) * count + ANCHORS * checked
+    generations = round(options.views / ANCHORS / (POPULATION * min(SEARCHED, count)))
+    for i, share in enumerate(anchors_of(low, high)):
+        if generations and share not in shapes:
+            generator = torch.Generator().manual_seed(options.seed * ANCHORS + i)
+            shapes[share] = maker.search(share, generations, generator)
+            found = {at: asdict(shape) for at, shape in shapes.items()}
+            options.save(settings, {"shapes": found, "views": maker.views})
+    return shapes
 
 
 def anchors_of(low: float, high: float) -> list[float]:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..describe import note
 from ..distributed import LostRankError, exchange, rank, world
-from ..errors import UsageError
 from ..hosts.attach import stack_of, thresholds_of
 from ..method.thresholds import Thresholds
-from .batches import Batch, apart, batch_size, first, stream
+from .batches import Batch, apart, batch_size, described, first, stream
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
-from .heldout import HeldOut, Progress
-from .log import Journal, Logger
+from .heldout import Candidate, HeldOut
+from .log import Journal
 from .objective import Distribution, Objective, distribution_of, teacher
 from .optimiser import Run, Step
+from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
 from .randomness import preserved_random_state
-from .resume import load_run, save_run
-from .weights import Tuning, cut, tuned
+from .weights import Weights, cut, tuned
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CALIBRATED = 128
 """Images that the calibrated start is taken from; the budget is met on all that are kept apart."""
@@ -56,46 +58,13 @@ class LearnResult:
     distribution: Distribution = "categorical"
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What makes two runs the same run; a checkpoint of another one is refused."""
-
-    target: float
-    views: int
-    accumulate: int
-    batch: int
-    lr: float
-    distill: bool
-    budget_weight: float
-    calibrate: int
-    seed: int
-    variant: str
-    scores: dict[str, str | float]
-    depth: int
-    tuning: dict[str, Any] | None
-
-
+@with_keywords(LearnOptions)
 @preserved_random_state()
 def learn(
     model: nn.Module,
     loader: Iterable[Batch],
     target: float = 0.6,
-    *,
-    views: int = 16_000,
-    accumulate: int = 1,
-    lr: float = 1.0,
-    distill: bool = False,
-    budget_weight: float = 10.0,
-    calibration: int = 512,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    amp: torch.dtype | None = None,
-    checkpoint: str | Path | None = None,
-    save_every: int = 20,
-    on_step: Callable[[Step], None] | None = None,
-    progress: Progress | None = None,
-    log: Logger | None = None,
-    tuning: Tuning | None = None,
+    **settings: Unpack[LearnSettings],
 ) -> LearnResult:
     """Learn an attached model's thresholds so that it costs `target` of the dense FLOPs; nothing else changes.
 
@@ -140,105 +109,153 @@ def learn(
         LTMPError: NaN in images or loss, no images, or a checkpoint of another run.
         LostRankError: another rank is gone; like KeyboardInterrupt, passed on after the checkpoint was saved.
     """
-    start = time.perf_counter()
-    thresholds = thresholds_of(model)
-    if views < 0 or accumulate < 1 or calibration < 2:
-        raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
-    place = torch.device(device) if device is not None else thresholds.merge.device
-    model.to(place).eval()
-    images, labels = first(loader, calibration, progress)
-    images = images.to(place)
-    check_target(target, geometry_of(model, images), stack_of(model).protected)
+    job = _Job(model, loader, target, LearnOptions(**settings))
+    tuning, thresholds = job.options.tuning, job.thresholds
+    state = job.begin()
+    with _only(model, thresholds), tuned(model, job.original, tuning, job.run.steps) as weights:
+        job.optimise(weights, state)
+        best, looks = job.choose(weights)
+    return job.end(best, looks)
 
-    # again where there is one: a run is of its own images alone, resumed or not
-    probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.needs_probe else 0
-    batch = batch_size(loader)
-    distribution = distribution_of(model, teacher(model, images[:1]), labels)
-    views_a_step = batch * world() * accumulate
-    settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
-                         thresholds.config.variant, asdict(thresholds.config.scores), thresholds.depth,
-                         asdict(tuning) if tuning else None)  # fmt: skip
-    run = Run(thresholds, lr, steps=max(1, round(views / views_a_step)) if views else 0)
-    # the teacher: weights that train are no longer those of the model as it was
-    original = model if tuning is None else copy.deepcopy(model).requires_grad_(False)
-    cast = torch.autocast(place.type, amp) if amp is not None else nullcontext()
-    journal = Journal(log if rank() == 0 else None, model, images)
-    part = float(not distill) * (1.0 if tuning is None else tuning.labels)
-    # frozen weights cannot be much better than the dense model, whose answers tell more than labels
-    judged = part if tuning is not None else 0.0
-    mine = slice(rank(), None, world())
-    known = None if labels is None else labels[mine].to(place)
-    held_out = HeldOut(model, images[mine].contiguous(), batch, progress, original, known, judged, distribution)
 
-    def save() -> None:
-        if checkpoint is not None and rank() == 0:
-            along = {"tuned": weights.state()} if weights is not None else {}
-            save_run(checkpoint, asdict(settings), {**run.state(), **along})
+class _Job:
+    """One call of `learn`: what it learns from, and how far it is."""
 
-    def tell(step: Step) -> None:
-        run.history.append(step)
-        journal.step(step)
-        if on_step is not None:
-            on_step(step)
-        if step.step % save_every == 0 or step.step == run.steps:
-            save()
+    def __init__(self, model: nn.Module, loader: Iterable[Batch], target: float, options: LearnOptions) -> None:
+        self.started = time.perf_counter()
+        self.model, self.loader, self.target, self.options = model, loader, target, options
+        self.thresholds = thresholds_of(model)
+        place = options.place(self.thresholds)
+        model.to(place).eval()
+        images, labels = first(loader, options.calibration, options.progress)
+        self.images = images.to(place)
+        check_target(target, geometry_of(model, self.images), stack_of(model).protected)
+        # again where there is one: a run is of its own images alone, resumed or not
+        asked = self.thresholds.config.needs_probe
+        self.probed = learn_probe(model, self.images, amp=options.amp, progress=options.progress) if asked else 0
+        self.batch = batch_size(loader)
+        self.distribution = distribution_of(model, teacher(model, self.images[:1]), labels)
+        self.views_a_step = self.batch * world() * options.accumulate
+        steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
+        self.run = Run(self.thresholds, options.lr, steps=steps)
+        # the teacher: weights that train are no longer those of the model as it was
+        self.original = model if options.tuning is None else copy.deepcopy(model).requires_grad_(False)
+        self.cast = options.cast(place)
+        self.journal = Journal(options.log if rank() == 0 else None, model, self.images)
+        self.held_out = self._held_out(labels)
 
-    def saved() -> dict[str, Any] | None:
-        return load_run(checkpoint, asdict(settings)) if checkpoint is not None and rank() == 0 else None
+    def _held_out(self, labels: Tensor | None) -> HeldOut:
+        """This rank's part of the images kept apart."""
+        # frozen weights cannot be much better than the dense model, whose answers tell more than labels
+        judged = self.options.labels if self.options.tuning is not None else 0.0
+        mine = slice(rank(), None, world())
+        known = None if labels is None else labels[mine].to(self.images.device)
+        own = self.images[mine].contiguous()
+        progress, original = self.options.progress, self.original
+        return HeldOut(self.model, own, self.batch, progress, original, known, judged, self.distribution)
 
-    state = exchange(saved())[0]
-    if state is not None:
-        run.restore(state)
-    else:
-        with cast:
-            # all of them are in memory at once, and 128 images have some 10,000 scores a block
-            calibrate(model, images[:CALIBRATED], target)
-            # ranks on unlike hardware may round unlike
-            thresholds.set(*exchange((thresholds.merge.tolist(), thresholds.prune.tolist()))[0])
-            run.begin(held_out.candidate(target))
-            journal.deployed(0, run.start)
-    torch.manual_seed(seed + run.step)
-    objective = Objective(model, target, budget_weight, part, original, cast, distribution)
-    skipped = 0 if tuning is None else -(-apart(loader, len(images)) // batch)
-    batches = stream(loader, skipped + run.step * accumulate * world(), batch)
-    with _only(model, thresholds), tuned(model, original, tuning, run.steps) as weights:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs the same run; a checkpoint of another one is refused."""
+        options, config = self.options, self.thresholds.config
+        return {
+            "target": self.target,
+            **{name: getattr(options, name) for name in ("views", "accumulate", "lr", "distill", "budget_weight")},
+            "batch": self.batch * world(),
+            "calibrate": len(self.images),
+            "seed": options.seed,
+            "variant": config.variant,
+            "scores": asdict(config.scores),
+            "depth": self.thresholds.depth,
+            "tuning": asdict(options.tuning) if options.tuning else None,
+        }
+
+    def begin(self) -> dict[str, Any] | None:
+        """Take up a saved run and return its state, or start from calibrated thresholds."""
+        options, run = self.options, self.run
+        state = exchange(options.saved(self.settings))[0]
+        if state is not None:
+            run.restore(state)
+        else:
+            with self.cast:
+                # all of them are in memory at once, and 128 images have some 10,000 scores a block
+                calibrate(self.model, self.images[:CALIBRATED], self.target)
+                # ranks on unlike hardware may round unlike
+                self.thresholds.set(*exchange((self.thresholds.merge.tolist(), self.thresholds.prune.tolist()))[0])
+                run.begin(self.held_out.candidate(self.target))
+                self.journal.deployed(0, run.start)
+        torch.manual_seed(options.seed + run.step)
+        self.objective = Objective(
+            self.model, self.target, options.budget_weight, options.labels, self.original, self.cast, self.distribution
+        )
+        kept = 0 if options.tuning is None else -(-apart(self.loader, len(self.images)) // self.batch)
+        self.batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
+        return state
+
+    def optimise(self, weights: Weights | None, state: dict[str, Any] | None) -> None:
+        """Take the steps that are left, and save where asked, at the latest when it is stopped."""
         if weights is not None and state is not None:
             weights.restore(state["tuned"])
         try:
-            with _learning(thresholds):
-                while run.step < run.steps:
-                    joint = tuning is None or run.step % tuning.joint_every == 0
-                    with nullcontext() if joint else cut(thresholds):
-                        loss, share, kept = objective.gradients(batches, accumulate)
-                    if weights is not None:
-                        weights.update()
-                    run.update()
-                    tell(Step(run.step, run.steps, loss, share, time.perf_counter() - start, kept))
+            with _learning(self.thresholds):
+                while self.run.step < self.run.steps:
+                    self._step(weights)
         except (KeyboardInterrupt, LostRankError):
-            save()
+            self._save(weights)
             raise
-        best, looks = run.start, run.start.looks
-        if run.step:
-            run.finish()
-            if weights is not None:
-                weights.fold()
-            with cast:
-                learned = held_out.candidate(target)
-            # single batches are noisy, and the calibrated start is good: learning must not end behind it
-            best, looks = min(learned, best, key=lambda candidate: candidate.loss), looks + learned.looks
-            if weights is not None and best is not learned:
-                weights.undo()
-            elif weights is not None:
-                # a dial of other weights
-                thresholds.set_dial(None)
-    thresholds.set(best.merge, best.prune)
-    with cast:
-        journal.deployed(run.steps + 1, best)
-    looked = len(images) * (1 + looks) + probed
-    seen = len(run.history) * views_a_step + looked
-    stayed = tuning is not None and best is not run.start
-    seconds = time.perf_counter() - start
-    return LearnResult(target, best.share, seen, seconds, run.history, stayed, distribution)
+
+    def _step(self, weights: Weights | None) -> None:
+        run, tuning = self.run, self.options.tuning
+        joint = tuning is None or run.step % tuning.joint_every == 0
+        with nullcontext() if joint else cut(self.thresholds):
+            loss, share, kept = self.objective.gradients(self.batches, self.options.accumulate)
+        if weights is not None:
+            weights.update()
+        run.update()
+        step = Step(run.step, run.steps, loss, share, time.perf_counter() - self.started, kept)
+        run.history.append(step)
+        self.journal.step(step)
+        if self.options.on_step is not None:
+            self.options.on_step(step)
+        if step.step % self.options.save_every == 0 or step.step == run.steps:
+            self._save(weights)
+
+    def _save(self, weights: Weights | None) -> None:
+        along = {"tuned": weights.state()} if weights is not None else {}
+        self.options.save(self.settings, {**self.run.state(), **along})
+
+    def choose(self, weights: Weights | None) -> tuple[Candidate, int]:
+        """The better of the calibrated and the learned thresholds, and how often the images kept apart were seen."""
+        start = self.run.start
+        if not self.run.step:
+            return start, start.looks
+        self.run.finish()
+        if weights is not None:
+            weights.fold()
+        with self.cast:
+            learned = self.held_out.candidate(self.target)
+        # single batches are noisy, and the calibrated start is good: learning must not end behind it
+        best = min(learned, start, key=lambda candidate: candidate.loss)
+        if weights is not None and best is not learned:
+            weights.undo()
+        elif weights is not None:
+            # a dial of other weights
+            self.thresholds.set_dial(None)
+        return best, start.looks + learned.looks
+
+    def end(self, best: Candidate, looks: int) -> LearnResult:
+        """Set the thresholds that were chosen."""
+        self.thresholds.set(best.merge, best.prune)
+        with self.cast:
+            self.journal.deployed(self.run.steps + 1, best)
+        seen = len(self.run.history) * self.views_a_step + len(self.images) * (1 + looks) + self.probed
+        stayed = self.options.tuning is not None and best is not self.run.start
+        note(
+            self.model,
+            {**described(self.model, self.loader), "target": self.target, "share": best.share, "views": seen},
+        )
+        seconds = time.perf_counter() - self.started
+        return LearnResult(self.target, best.share, seen, seconds, self.run.history, stayed, self.distribution)
 
 
 @contextmanager

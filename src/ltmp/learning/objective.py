@@ -1,4 +1,4 @@
-"""What learning minimises: the loss of the task, by labels or by the dense model's answers, and of the budget."""
+"""The objective of learning: the loss of the task, by labels or by the dense model's answers, and of the budget."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class Policy(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.depth = depth
+        # what `ltmp.save` says of these thresholds, see `ltmp.describe`
+        self.noted: Any = None
 
     @abstractmethod
     def on(self) -> Tensor:

@@ -38,7 +38,7 @@ class BlockScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Signals:
-    """What importance and merge penalty are computed from; None where the scores do not need it.
+    """Inputs of importance and merge penalty; None where the scores do not need them.
 
     Attributes:
         tokens: state at the block, [B, N].

@@ -30,16 +30,20 @@ def compiled(function: F) -> F:
 
     numba notices changes of a kernel's own file only, so kernels call none in other files.
     """
-    import numba
-
     try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy", no_cfunc_wrapper=True)
+        return _njit(function, nogil=True, cache=True)
     except RuntimeError:  # no folder for the cache
-        return numba.njit(function, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
+        return _njit(function, nogil=True)
 
 
 def inlined(function: F) -> F:
     """For what only kernels of the same file call: compiled as part of them."""
+    return _njit(function, no_cpython_wrapper=True)
+
+
+def _njit(function: F, **options: Any) -> F:
     import numba
 
-    return numba.njit(function, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+    # its types lack some options
+    njit: Any = numba.njit
+    return njit(function, error_model="numpy", no_cfunc_wrapper=True, **options)

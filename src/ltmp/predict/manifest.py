@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -119,17 +120,33 @@ def prepare(out: Path, sources: Sequence[str | Path]) -> None:
     probe.unlink()
 
 
-def clear(out: Path) -> None:
-    """Remove a run; the manifest goes last, so that a killed clearing can be repeated."""
-    for path in [*out.glob("*.parquet"), *out.glob(f"{ERRORS}/*.csv"), out / f"{ERRORS}.csv", out / MANIFEST]:
+def clear(out: Path, shards: Sequence[Shard]) -> None:
+    """Remove a run and nothing else; the manifest goes last, so that a killed clearing can be repeated."""
+    for name in _names_of(out, shards):
+        for path in (out / f"{name}.parquet", out / ERRORS / f"{name}.csv"):
+            path.unlink(missing_ok=True)
+    for path in (out / f"{ERRORS}.csv", out / MANIFEST):
         path.unlink(missing_ok=True)
 
 
-def sweep(out: Path) -> None:
+def _names_of(out: Path, shards: Sequence[Shard]) -> list[str]:
+    """The shards that the manifest in `out` names, or those of this run where it cannot be read."""
+    try:
+        names = [str(name) for name in json.loads((out / MANIFEST).read_text())["source"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        names = [shard.name for shard in shards]
+    # a manifest of somebody else's making reaches no other folder
+    return [name for name in names if name == os.path.basename(name)]
+
+
+def sweep(out: Path, shards: Sequence[Shard]) -> None:
     """Remove the temporary files that a killed run left; nobody else may be writing."""
-    for pattern in (".*.parquet.*", f".{MANIFEST}.*", f".{ERRORS}.csv.*", f"{ERRORS}/.*.csv.*", ".probe", "..probe.*"):
-        for path in out.glob(pattern):
-            path.unlink(missing_ok=True)
+    ours = tuple(f".{shard.name}.{kind}." for shard in shards for kind in ("parquet", "csv"))
+    ours += (f".{MANIFEST}.", f".{ERRORS}.csv.", ".probe", "..probe.")
+    for folder in (out, out / ERRORS):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name.startswith(ours) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -144,7 +161,16 @@ def locked(out: Path) -> Iterator[None]:
     except ImportError:  # not on Windows
         yield
         return
-    with open(out / _LOCK, "w") as file:
+    try:
+        # neither emptied nor followed: a link there may lead to anything
+        file = open(  # noqa: SIM115
+            os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0
+        )
+    except OSError as error:
+        raise LTMPError(
+            f"cannot lock {out}: {out / _LOCK} cannot be opened ({error.strerror}): remove it, or choose another --out"
+        ) from error
+    with file:
         try:
             # unlike flock, not inherited by the processes that decode, which outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import class_names
+from ..data.workers import LostWorkerError, naming_lost_workers
 from ..deploy import Deployment
 from ..errors import LTMPError, UsageError
-from .reading import Batch, End, LostWorkerError, Unreadable, default_workers, naming_lost_workers, read_batches
+from .reading import Batch, End, Unreadable, default_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard
 

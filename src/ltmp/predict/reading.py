@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from time import sleep
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,15 +17,11 @@ from ..data import Broken
 from ..data.dataset import Transform
 from ..data.images import decode, reason
 from ..data.tars import read_content
-from ..errors import LTMPError
+from ..data.workers import handed_over, received, start_worker
 from .shards import Item, Shard
 
-SIGNAL_WITHIN = 1.0
-"""Seconds in which the signal of a killed process comes after whatever else shows that it is gone."""
-
-
-class LostWorkerError(LTMPError):
-    """A process that decodes was killed; nothing is wrong with the images."""
+AHEAD = 64 * 2**20
+"""Bytes of encoded images in a batch, beyond which it ends early; those that lie in files of their own do not count."""
 
 
 class Unreadable(NamedTuple):
@@ -43,12 +37,12 @@ class Batch:
     """Consecutive images of one shard.
 
     Attributes:
-        images: [B, C, H, W]; `rows` and `keys` say which.
+        handed: [B, C, H, W], as it left its process; `images` is the tensor, `rows` and `keys` say which.
         broken: those among them that could not be read.
         position: share of the shard that this batch ends at.
     """
 
-    images: Tensor
+    handed: Tensor | np.ndarray
     rows: list[int]
     keys: list[str]
     broken: list[Unreadable]
@@ -56,8 +50,12 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """What torch's DataLoader calls for a copy to a GPU that waits for nothing."""
-        self.images = self.images.pin_memory()
+        self.handed = self.images.pin_memory()
         return self
+
+    @property
+    def images(self) -> Tensor:
+        return received(self.handed)
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,13 @@ class Plan:
     def __iter__(self) -> Iterator[list[Item | End]]:
         for shard in self.shards:
             batch: list[Item | End] = []
+            held = 0
             for item in shard.items():
                 batch.append(item)
-                if len(batch) == self.batch_size:
+                held += len(item.content) if isinstance(item.content, bytes) else 0
+                if len(batch) == self.batch_size or held > AHEAD:
                     yield batch
-                    batch = []
+                    batch, held = [], 0
             if batch:
                 yield batch
             yield [End(shard)]
@@ -120,38 +120,8 @@ def read_batches(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_quiet,
+        worker_init_fn=start_worker,
     )
-
-
-def _quiet(_worker: int) -> None:
-    """Torch hands errors of a decoding process on itself; what this hook would print is that a stopped run is gone."""
-    sys.excepthook = lambda *_: None
-
-
-@contextmanager
-def naming_lost_workers() -> Iterator[None]:
-    """Around the use of `read_batches`: torch tells of a killed process by a signal, wherever this one just is.
-
-    Or a tensor that is being handed over ends in the middle, or the socket that it should come through is gone.
-
-    Raises:
-        LostWorkerError: one was killed.
-    """
-    try:
-        try:
-            yield
-        except (EOFError, ConnectionError, FileNotFoundError):
-            # What a death breaks may show before its signal: left to come later, that would raise in code elsewhere.
-            sleep(SIGNAL_WITHIN)
-            raise
-    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise LostWorkerError(
-            "a process that decodes images was killed, for lack of memory perhaps: the same command goes on, if it "
-            "happens again with fewer --workers or a smaller --batch-size"
-        ) from error
 
 
 def _collate(samples: list[Any]) -> Batch | End:
@@ -160,7 +130,7 @@ def _collate(samples: list[Any]) -> Batch | End:
     good = [(item, image) for item, image in samples if not isinstance(image, Broken)]
     broken = [Unreadable(item.row, item.key, image.reason) for item, image in samples if isinstance(image, Broken)]
     return Batch(
-        images=torch.stack([image for _, image in good]) if good else torch.empty(0),
+        handed=handed_over(torch.stack([image for _, image in good])) if good else torch.empty(0),
         rows=[item.row for item, _ in good],
         keys=[item.key for item, _ in good],
         broken=broken,

@@ -79,8 +79,8 @@ def predict(
         # whoever starts a cluster may have no GPU: the model is only looked at here
         predictor = Predictor(replace(scoring, device="cpu") if ray else scoring, out)
         if overwrite:
-            manifest.clear(out)
-        manifest.sweep(out)
+            manifest.clear(out, shards)
+        manifest.sweep(out, shards)
         manifest.begin(out, shards, {**manifest.settings_of(predictor), "device": scoring.device.partition(":")[0]})
         before = [written for shard in shards if (written := finished(out, shard))]
         names = {written.name for written in before}
@@ -99,8 +99,18 @@ def _sum_up(
 ) -> Summary:
     everything = [*before, *now]
     images = sum(written.images for written in everything)
+    gone = [shard.name for shard in shards if finished(out, shard) is None]
+    if gone:
+        raise LTMPError(
+            f"{len(gone)} of {len(shards)} files are gone from {out} again, such as {gone[0]}.parquet: somebody "
+            "removed them during the run; the same command scores what is missing"
+        )
     errors = merge_errors(out, shards)
     if not images:
+        if errors is None:
+            raise LTMPError(
+                f"there are no images to score in {shards[0].source}: its files hold no rows and no members"
+            )
         raise LTMPError(f"none of the images could be read; {errors} lists the reasons")
     read = sum(written.images + written.broken for written in now)
     return Summary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ class ParquetShard(Shard):
     def items(self) -> Iterator[Item]:
         start = 0
         try:
-            file = parquet().ParquetFile(self.path)
+            file = open_parquet(self.path)
         # damaged files make pyarrow fail in many ways; each means that nothing, or no further row, can be read
         except Exception as error:
             yield _unread(self, 0, f"not a whole Parquet file: {first_line(error)}")
@@ -128,7 +129,8 @@ class ParquetShard(Shard):
     def _rows(self, file: Any, group: int) -> Iterator[tuple[Any, Any]]:
         """Image and key of each row of a row group."""
         columns = [self.column, *([self.key_column] if self.key_column else [])]
-        for batch in file.iter_batches(64, row_groups=[group], columns=columns):
+        # row by row: images may be of any size, and compressed ones of nothing at all
+        for batch in file.iter_batches(1, row_groups=[group], columns=columns):
             keys = batch[self.key_column].to_pylist() if self.key_column else [None] * len(batch)
             yield from zip(batch[self.column].to_pylist(), keys, strict=True)
 
@@ -166,6 +168,14 @@ def parquet() -> Any:
     except ImportError as error:
         raise MissingExtraError("pyarrow", "predict", "Bulk scoring") from error
     return pyarrow.parquet
+
+
+def open_parquet(path: str) -> Any:
+    """A `ParquetFile` that never holds more than a megabyte of a column besides the rows that are asked for."""
+    files = parquet()
+    import pyarrow
+
+    return files.ParquetFile(pyarrow.OSFile(os.fsencode(path)), buffer_size=1 << 20)
 
 
 def _unread(shard: Shard, row: int, reason: str) -> Item:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.folders import describe_others, list_images
 from ..errors import LTMPError, UsageError
-from .shards import FolderShard, ParquetShard, Shard, TarShard, local_path, parquet
+from .shards import FolderShard, ParquetShard, Shard, TarShard, local_path, open_parquet
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +120,15 @@ def _shards_in(folder: Path) -> list[Path]:
 
 
 def _file_shard(path: Path, number: int, column: str | None, key_column: str | None) -> Shard:
-    name = f"{number:05d}-{path.stem}"
+    # file systems take 255 bytes, and a temporary file's name is longer
+    name = f"{number:05d}-{os.fsdecode(os.fsencode(path.stem)[:200])}"
     suffixes = path.name.lower()
     if suffixes.endswith(COMPRESSED):
         raise UsageError(f"{path} is compressed, and only a plain .tar can be read at any place: decompress it first")
     if not suffixes.endswith((*TARS, *PARQUETS)):
         raise UsageError(f"{path} is neither a folder nor a .tar nor a .parquet file: give one of these")
+    if not path.is_file():
+        raise UsageError(f"{path} is a pipe, a device or a folder: give regular files, which can be read at any place")
     if not os.access(path, os.R_OK):
         raise LTMPError(f"cannot read {path}: permission denied")
     absolute, size = os.path.abspath(path), path.stat().st_size
@@ -137,15 +140,21 @@ def _file_shard(path: Path, number: int, column: str | None, key_column: str | N
 def _parquet_shard(name: str, path: Path, size: int, column: str | None, key_column: str | None) -> Shard:
     absolute = os.path.abspath(path)
     try:
-        with parquet().ParquetFile(absolute) as file:
+        with open_parquet(absolute) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
             images = column or _image_column(path, schema)
             keys = key_column or next((key for key in KEY_COLUMNS if key in schema.names and key != images), None)
             for wanted in filter(None, (images, keys)):
                 if wanted not in schema.names:
                     raise UsageError(f"{path} has no column {wanted!r}: it has {', '.join(schema.names)}")
+            kind = _kind(schema.field(images).type)
+            if kind is None:
+                raise UsageError(
+                    f"{path}: column {images!r} holds {schema.field(images).type}, not an image a row: expected "
+                    "encoded images (binary, or a struct of bytes and path), or paths (text); name it with --column"
+                )
             # better now than row by row: where the first image lies on the network, the others do, too
-            if rows and str(schema.field(images).type) in ("string", "large_string"):
+            if rows and kind == "text":
                 local_path(next(file.iter_batches(1, columns=[images]))[0][0].as_py() or "")
     except LTMPError:
         raise
@@ -155,11 +164,30 @@ def _parquet_shard(name: str, path: Path, size: int, column: str | None, key_col
     return ParquetShard(name, path.name, absolute, rows, size, images, keys)
 
 
+def _kind(column: Any) -> str | None:
+    """Whether a column of this pyarrow type may hold encoded images ("binary") or paths ("text"); None is neither."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(column):
+        return _kind(column.value_type)
+    if types.is_struct(column):  # as Hugging Face datasets store images
+        fields = {column.field(number).name: column.field(number).type for number in range(column.num_fields)}
+        kinds = {name: _kind(kind) for name, kind in fields.items()}
+        return "binary" if kinds.get("bytes") == "binary" or kinds.get("path") == "text" else None
+    if any(
+        test(column)
+        for test in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    ):
+        return "binary"
+    return (
+        "text" if any(test(column) for test in (types.is_string, types.is_large_string, types.is_string_view)) else None
+    )
+
+
 def _image_column(path: Path, schema: Any) -> str:
     """The column that holds encoded images, or else the one that holds their paths."""
-    kinds = {field.name: str(field.type) for field in schema}
-    binary = [name for name, kind in kinds.items() if "binary" in kind]
-    text = [name for name, kind in kinds.items() if "string" in kind and "binary" not in kind]
+    kinds = {field.name: _kind(field.type) for field in schema}
+    binary, text = ([name for name, kind in kinds.items() if kind == wanted] for wanted in ("binary", "text"))
     for names, known in ((binary, IMAGE_COLUMNS), (text, (*PATH_COLUMNS, *IMAGE_COLUMNS))):
         for name in known:
             if name in names:

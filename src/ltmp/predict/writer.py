@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_path
+from ..text import printable, spreadsheet_cell
 from .reading import Unreadable
 from .shards import Shard, parquet
 
@@ -66,8 +67,9 @@ def write_shard(
     written = Written(shard.name, shard.source, len(keys), len(broken), len(keys) - len(set(keys)), share)
     _write_errors(out / ERRORS / f"{shard.name}.csv", broken)
     table = _table(columns, embeddings, class_names).replace_schema_metadata({_ABOUT: json.dumps(asdict(written))})
-    with atomic_path(file_of(out, shard)) as temporary:
-        parquet().write_table(table, temporary)
+    # an open file: pyarrow takes no path that is not UTF-8
+    with atomic_path(file_of(out, shard)) as temporary, temporary.open("wb") as file:
+        parquet().write_table(table, file)
     return written
 
 
@@ -79,8 +81,8 @@ def file_of(out: Path, shard: Shard) -> Path:
 def finished(out: Path, shard: Shard) -> Written | None:
     """What is there of a shard, if all of it is."""
     try:
-        about = parquet().read_metadata(file_of(out, shard)).metadata[_ABOUT]
-        return Written(**json.loads(about))
+        with file_of(out, shard).open("rb") as file:
+            return Written(**json.loads(parquet().read_metadata(file).metadata[_ABOUT]))
     # no file, or one that a crash of the machine left unfinished
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -120,7 +122,14 @@ def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(lines)
+        writer.writerows([_cell(value) for value in line] for line in lines)
+
+
+def _cell(value: Any, most: int = 1000) -> Any:
+    """A value as it may stand in a CSV file; names of others may be of any length."""
+    if not isinstance(value, str):
+        return value
+    return spreadsheet_cell(printable(value if len(value) <= most else value[: most - 3] + "..."))
 
 
 def _table(columns: Columns, embeddings: bool, class_names: Sequence[str] | None) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.dataset import Transform
 from ..deploy import Deployment
 from ..errors import LTMPError
 from .limits import read_image
@@ -39,9 +40,10 @@ def check(deployment: Deployment) -> None:
     _ = deployment.classes
 
 
-def prepare(deployment: Deployment, body: bytes, max_pixels: int) -> Tensor:
+def prepare(transform: Transform, mode: str, max_pixels: int, body: bytes) -> Tensor:
     """[C, H, W] of the image in `body`; raises like `read_image`."""
-    return deployment.prepare(read_image(body, deployment.mode, max_pixels))
+    image: Tensor = transform(read_image(body, mode, max_pixels))
+    return image
 
 
 def answer(deployment: Deployment, images: list[Tensor]) -> list[Answer]:

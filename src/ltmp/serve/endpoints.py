@@ -3,10 +3,10 @@
 # annotations stay values here: FastAPI reads them
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -22,8 +22,9 @@ from ..deploy import Deployment, policy_of
 from . import answers, problems
 from .answers import Answer
 from .batching import Batcher
-from .bodies import read_body, unless_gone
-from .limits import MEDIA_TYPES, UNNAMED, Limits, check_media_type
+from .bodies import Guard, image_in, read_body, unless_gone
+from .decoding import Decoders
+from .limits import FORM, MEDIA_TYPES, UNITS, UNNAMED, Limits, check_media_type
 from .metrics import GONE, Metrics, Watch
 from .problems import ProblemError
 
@@ -64,10 +65,11 @@ class Info(BaseModel):
     device: str
     about: dict[str, Any] = Field(description="What the thresholds file says about itself.")
     limits: dict[str, float]
+    units: dict[str, str] = Field(description="What each of the limits is counted in.")
 
 
 class Service:
-    """A model thread, threads that decode, and how many requests are inside."""
+    """A model thread, processes that decode, and how many requests are inside."""
 
     def __init__(self, deployment: Deployment, limits: Limits) -> None:
         answers.check(deployment)
@@ -81,7 +83,8 @@ class Service:
             max_wait=limits.max_wait,
             on_batch=self.metrics.on_batch,
         )
-        self.decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
+        work = partial(answers.prepare, deployment.transform, deployment.mode, limits.max_pixels)
+        self.decoders = Decoders(work, limits.decoders, limits.decode_timeout)
         self.inside = 0
         self.metrics.in_flight.set_function(lambda: self.inside)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
@@ -91,12 +94,13 @@ class Service:
         """Ready when the model has run its smallest and its largest batch; ends when everything queued is answered."""
         blank = self.deployment.blank
         warm_up = [[blank] * size for size in sorted({1, self.limits.max_batch})]
-        await asyncio.to_thread(self.batcher.start, warm_up)
+        self.decoders.start()
         try:
+            await asyncio.to_thread(self.batcher.start, warm_up)
             yield
         finally:
             await asyncio.to_thread(self.batcher.stop)
-            self.decoders.shutdown(cancel_futures=True)
+            await asyncio.to_thread(self.decoders.stop)
 
     async def predict(self, request: Request) -> Answer:
         """Read, decode, queue and wait; whatever the client does, its place is free again afterwards.
@@ -115,19 +119,16 @@ class Service:
         self.inside += 1
         try:
             body = await read_body(request, self.limits.max_body, self.limits.read_timeout)
-            return await self._answer(request, body)
+            return await self._answer(request, image_in(body, request.headers.get("content-type")))
         finally:
             self.inside -= 1
 
     async def _answer(self, request: Request, body: bytes) -> Answer:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self.limits.timeout
-        # never given up half-way: what a thread still works on, or has before it, keeps its place inside
-        work = partial(answers.prepare, self.deployment, body, self.limits.max_pixels)
-        image = await loop.run_in_executor(self.decoders, work)
+        end = monotonic() + self.limits.timeout
+        image = await self.decoders.decode(body, end)
         try:
             answer = unless_gone(request, self.batcher.submit(image))
-            return await asyncio.wait_for(answer, end - loop.time())
+            return await asyncio.wait_for(answer, end - monotonic())
         except asyncio.TimeoutError:
             raise ProblemError("timeout", f"no answer within {self.limits.timeout:g} s: try again later") from None
         except ClientDisconnect:
@@ -162,6 +163,7 @@ class Service:
             device=str(self.deployment.device),
             about=about,
             limits=vars(self.limits),
+            units=UNITS,
         )
 
 
@@ -182,15 +184,18 @@ def create_app(deployment: Deployment, limits: Limits | None = None, *, about: d
         title="ltmp", version=__version__, description=_DESCRIPTION, lifespan=service.lifespan, redoc_url=None
     )
     app.state.service = service
+    answer = partial(_answer_problem, service.metrics)
+    app.add_middleware(Guard, most=service.limits.max_headers, answer=answer)
     app.add_middleware(Watch, metrics=service.metrics)
-    _add_problems(app, service.metrics)
+    _add_problems(app, answer)
     _add_predict(app, service)
     _add_status(app, service, service.info(about or {}))
     return app
 
 
 def _add_predict(app: FastAPI, service: Service) -> None:
-    image = {"schema": {"type": "string", "format": "binary"}}
+    image: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+    form = {"schema": {"type": "object", "required": ["file"], "properties": {"file": image["schema"]}}}
     refusals = problems.documented(
         *(code for code in problems.STATUS if code not in ("not-found", "method-not-allowed"))
     )
@@ -201,19 +206,25 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         response_model=Predictions,
         responses=refusals,
         openapi_extra={
-            "requestBody": {"required": True, "content": dict.fromkeys((*MEDIA_TYPES, UNNAMED), image)},
+            "requestBody": {"required": True, "content": {**dict.fromkeys((*MEDIA_TYPES, UNNAMED), image), FORM: form}},
         },
     )
     async def predict(
         request: Request,
         top_k: int = Query(min(5, classes), ge=1, le=classes, description="Classes in the answer."),
     ) -> Predictions:
-        """Classify one image: its bytes are the body."""
+        """Classify one image: its bytes are the body, or the one file of a form."""
         check_media_type(request.headers.get("content-type"))
         return service.named(await service.predict(request), top_k)
 
 
 def _add_status(app: FastAPI, service: Service, info: Info) -> None:
+    @app.get("/", include_in_schema=False)
+    async def start() -> dict[str, Any]:
+        """Where to go from here."""
+        return {"service": "ltmp", "model": info.model, "docs": "/docs", "openapi": "/openapi.json", "info": "/v1/info",
+                "classify": "POST an image to /v1/predict"}  # fmt: skip
+
     @app.get("/healthz")
     async def live() -> Health:
         """Whether the process answers."""
@@ -237,12 +248,13 @@ def _add_status(app: FastAPI, service: Service, info: Info) -> None:
         return info
 
 
-def _add_problems(app: FastAPI, metrics: Metrics) -> None:
-    """Every error leaves as problem JSON, also those of the framework."""
+def _answer_problem(metrics: Metrics, problem: ProblemError) -> Response:
+    metrics.problems.labels(problem.code).inc()
+    return JSONResponse(problem.body(), problem.status, problem.headers, problems.MEDIA_TYPE)
 
-    def answer(problem: ProblemError) -> Response:
-        metrics.problems.labels(problem.code).inc()
-        return JSONResponse(problem.body(), problem.status, problem.headers, problems.MEDIA_TYPE)
+
+def _add_problems(app: FastAPI, answer: Callable[[ProblemError], Response]) -> None:
+    """Every error leaves as problem JSON, also those of the framework."""
 
     async def own(_request: Request, problem: ProblemError) -> Response:
         return answer(problem)

@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from ..data.images import MAX_ASPECT, decode, reason
+from ..data.images import MAX_ASPECT, UnfitImageError, decode, reason
 from ..errors import UsageError
 from .problems import ProblemError
 
@@ -18,6 +18,12 @@ MEDIA_TYPES = {
 
 UNNAMED = "application/octet-stream"
 """Taken, too: the bytes say themselves which of the formats they are."""
+
+FORM = "multipart/form-data"
+"""Taken, too, with the image as its one file: `curl -F file=@cat.jpg`."""
+
+OTHER_NAMES = ("image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "application/x-www-form-urlencoded", "")
+"""What clients also call images, or say where they were told nothing: `curl --data-binary @cat.jpg`."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,11 @@ class Limits:
         max_connections: open connections; more are closed at once (503).
         max_batch: images a call of the model.
         max_wait: seconds that the first image of a batch waits for others.
-        read_timeout: seconds a client has for its headers, and again for its body.
+        read_timeout: seconds a client has for its headers, again for its body, and to take its answer.
         timeout: seconds from a whole body to the answer.
-        decoders: threads that decode images.
+        decode_timeout: seconds that decoding one image may take.
+        max_headers: headers of a request.
+        decoders: processes that decode images.
     """
 
     max_body: int = 10_000_000
@@ -45,6 +53,8 @@ class Limits:
     max_wait: float = 0.005
     read_timeout: float = 10.0
     timeout: float = 30.0
+    decode_timeout: float = 5.0
+    max_headers: int = 100
     decoders: int = 2
 
     def __post_init__(self) -> None:
@@ -53,18 +63,32 @@ class Limits:
                 raise UsageError(f"{name} is {value}: expected a number over 0")
 
 
+UNITS = {
+    "max_body": "bytes", "max_pixels": "pixels", "max_queue": "requests", "max_connections": "connections",
+    "max_batch": "images", "max_wait": "seconds", "read_timeout": "seconds", "timeout": "seconds",
+    "decode_timeout": "seconds", "max_headers": "headers", "decoders": "processes",
+}  # fmt: skip
+"""What each of the limits is counted in."""
+
+
 def check_media_type(header: str | None) -> None:
-    """Refuse what no reader here understands, before its body is read.
+    """Refuse what is certainly no image, before its body is read; which format it has, the bytes say themselves.
 
     Raises:
         ProblemError: 415.
     """
-    kind = (header or "").partition(";")[0].strip().lower()
-    if kind not in MEDIA_TYPES and kind != UNNAMED:
-        named = f"content type {kind[:100]!r} is not taken" if kind else "the request has no content type"
+    kind = media_type(header)
+    if kind not in (*MEDIA_TYPES, UNNAMED, FORM, *OTHER_NAMES):
         raise ProblemError(
-            "unsupported-media-type", f"{named}: send the image's own bytes as {', '.join(MEDIA_TYPES)} or {UNNAMED}"
+            "unsupported-media-type",
+            f"content type {kind[:100]!r} is not taken: send an image's own bytes as {', '.join(MEDIA_TYPES)} or "
+            f"{UNNAMED}, or as the one file of a form",
         )
+
+
+def media_type(header: str | None) -> str:
+    """The type in a Content-Type header, without its parameters."""
+    return (header or "").partition(";")[0].strip().lower()
 
 
 def read_image(body: bytes, mode: str, max_pixels: int) -> Image.Image:
@@ -104,6 +128,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _unreadable(error: Exception) -> ProblemError:
+    if isinstance(error, UnfitImageError):
+        return ProblemError("unreadable-image", f"the image is not taken: {error}")
     known = ", ".join(MEDIA_TYPES.values())
     why = f"not an image of a known kind ({known})" if isinstance(error, Image.UnidentifiedImageError) else "damaged"
     return ProblemError("unreadable-image", f"the body is {why}: check that it is the whole file")

@@ -19,6 +19,7 @@ STATUS = {
     "invalid-parameter": 422,
     "unreadable-image": 422,
     "queue-full": 429,
+    "too-many-headers": 431,
     "model-failed": 500,
     "internal-error": 500,
     "not-ready": 503,

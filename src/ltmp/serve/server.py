@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
@@ -13,56 +12,12 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import LTMPError
 from .limits import Limits
-
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
-
-
-class PatientProtocol(H11Protocol):
-    """HTTP with what uvicorn leaves out: a limit on connections, and on the time that a request's headers may take.
-
-    Bodies that the application reads have a limit there; what is sent after an early refusal falls under this one.
-    """
-
-    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.limits = limits
-        self.clock: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
-            transport.write(_FULL)
-            transport.close()
-            return
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop_watching()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        unasked = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
-        if self.conn.their_state is h11.IDLE or unasked:
-            self._watch()
-        else:
-            self._stop_watching()
-
-    def _watch(self) -> None:
-        if self.clock is None:
-            self.clock = self.loop.call_later(self.limits.read_timeout, self.transport.close)
-
-    def _stop_watching(self) -> None:
-        if self.clock is not None:
-            self.clock.cancel()
-            self.clock = None
+from .protocol import HEAD, PatientProtocol
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -83,7 +38,16 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """A server that gives decoding a few seconds when it is asked to stop."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app: Any = self.config.app
+        app.state.service.decoders.hurry()
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI) -> Server:
     """The server of what `create_app` made; its `run` takes bound sockets and ends at a signal."""
     limits: Limits = app.state.service.limits
     config = uvicorn.Config(
@@ -94,9 +58,10 @@ def make_server(app: FastAPI) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        h11_max_incomplete_event_size=HEAD,
         timeout_graceful_shutdown=math.ceil(limits.read_timeout + limits.timeout) + 5,
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def run(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, *, bound: socket.socket | None = None) -> None:

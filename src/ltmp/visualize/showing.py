@@ -24,6 +24,9 @@ FORMATS = ("png", "gif", "mp4", "blocks")
 """A strip over blocks, two kinds of film, and a picture for each block."""
 
 
+_NUMBERED = "-{block}.png"
+
+
 @dataclass(frozen=True)
 class Shown:
     """One image: what became of it at each budget, and the files that show it."""
@@ -132,7 +135,7 @@ def budget_names(thresholds: Sequence[Path]) -> list[str]:
 
 
 def _targets(images: Sequence[Path], out: Path, formats: Sequence[str]) -> list[list[Path]]:
-    """For each image the files to write; "blocks" is a pattern with a place for the block's number."""
+    """For each image the files to write; that of "blocks" ends in `_NUMBERED`, which stands for one a block."""
     if not images:
         raise UsageError("nothing to show: give at least one image")
     if out.suffix.lower() in (".png", ".gif", ".mp4"):
@@ -143,7 +146,7 @@ def _targets(images: Sequence[Path], out: Path, formats: Sequence[str]) -> list[
         unknown = sorted(set(formats) - set(FORMATS))
         if unknown:
             raise UsageError(f"unknown format {unknown[0]!r}: expected {', '.join(FORMATS)}")
-        endings = {"blocks": "-{block:02d}.png"}
+        endings = {"blocks": _NUMBERED}
         files = [
             [out / (name + "-patches" + endings.get(kind, f".{kind}")) for kind in dict.fromkeys(formats)]
             for name in _distinct([image.stem for image in images])
@@ -166,11 +169,12 @@ def _write(
     if file.suffix.lower() != ".png":
         save_film(frames(view, budgets, blocks, width), file)
         return [file]
-    if "{block" not in file.name:
+    if not file.name.endswith(_NUMBERED):
         _save_png(strip(view, budgets, blocks, width), file)
         return [file]
     numbers = [0, *(block + 1 for block in choose_blocks(budgets, blocks, most=None))]
-    files = [file.with_name(file.name.format(block=number)) for number in numbers]
+    stem = file.name.removesuffix(_NUMBERED)
+    files = [file.with_name(f"{stem}-{number:02d}.png") for number in numbers]
     for frame, one in zip(frames(view, budgets, blocks, width), files, strict=True):
         _save_png(frame, one)
     return files

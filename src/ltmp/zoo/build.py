@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from pathlib import Path
+import re
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..about import About
 from ..checkpoint import read_state_dict, split_thresholds
 from ..errors import LTMPError, UsageError, first_line
 from ..files import atomic_path
@@ -18,11 +19,20 @@ from .hugging_face import PREFIX, build_classifier, is_of_transformers, save_cla
 from .libraries import BUILDERS
 from .timm_names import no_weights, parse_name
 
+_LOADS = {
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_image_path",
+    "pretrained_text_path", "weights", "weights_only",
+}  # fmt: skip
+"""Arguments of timm, torchvision and open_clip that say where weights come from, and how they are read."""
+
+_SAFE_NAME = re.compile(r"(torchvision:)?[\w.-]+|open_clip:[\w.-]+(/[\w.-]+)?|hf:[^:]+")
+"""Names of models whose weights are read from safetensors, or come from where the library itself says."""
+
 
 def build_model(
     name: str,
     *,
-    weights: str | Path | None = None,
+    weights: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
     image_size: int | None = None,
@@ -42,9 +52,16 @@ def build_model(
         model_kwargs: more arguments of the timm model, or of `from_pretrained`.
 
     Raises:
-        UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument.
+        UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument; or an
+            argument that would load weights past `weights`.
         LTMPError: the weights cannot be had, do not fit, or hold NaN.
     """
+    loads = sorted(_LOADS & (model_kwargs or {}).keys())
+    if loads:
+        raise UsageError(
+            f"{', '.join(loads)} cannot be an argument of the model: give a checkpoint as --weights FILE (weights= in "
+            "Python), which is read without running code"
+        )
     if name.startswith(PREFIX):
         given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
         return build_classifier(name, given, model_kwargs or {})
@@ -72,12 +89,33 @@ def _build_timm(
     return model
 
 
+def name_in_file(about: About, source: str | os.PathLike[str]) -> str | None:
+    """The name of the model that a file says it is for; None where it does not say.
+
+    Raises:
+        UsageError: a name with a source of weights, which is for the one who types it to trust.
+    """
+    # the full name also says which weights; a file that Python saved knows the architecture only
+    name = about.model_name or about.architecture
+    if name is not None and not is_safe_name(name):
+        raise UsageError(
+            f"{source} names the model {name}: a file of somebody else may not choose where weights are loaded from; "
+            f"if you trust that place, give it yourself, as --model {name}"
+        )
+    return name
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a model of this name can be built whoever says so."""
+    return _SAFE_NAME.fullmatch(name) is not None
+
+
 def brings_weights(name: str) -> bool:
     """Whether a model's name says which weights it has."""
     return name.startswith(PREFIX) or (name.startswith("open_clip:") and "/" in name)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a checkpoint of `model`, all of it or nothing.
 
     Raises:
@@ -125,7 +163,7 @@ def _check_patches(model: nn.Module) -> None:
         )
 
 
-def _check_finite(state: dict[str, Tensor], path: str | Path) -> None:
+def _check_finite(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise LTMPError(
@@ -133,7 +171,7 @@ def _check_finite(state: dict[str, Tensor], path: str | Path) -> None:
             )
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unknown:

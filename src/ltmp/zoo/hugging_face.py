@@ -15,6 +15,9 @@ PREFIX = "hf:"
 
 _SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
+_CODE = ("weights_only", "allow_all_kernels", "use_kernels", "kernel_config")
+"""Arguments that would let pickles or code of the hub in."""
+
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's filters, as processors number them, by timm's names."""
 
@@ -40,13 +43,20 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
     refused = sorted(option for option, value in given.items() if value is not None)
     if refused:
         raise UsageError(f"{name} brings its own weights, classes and image size: leave out {', '.join(refused)}")
-    refused = sorted({*_SAFE, "weights_only"} & kwargs.keys())
+    refused = sorted({*_SAFE, *_CODE} & kwargs.keys())
     if refused:
         raise UsageError(f"{', '.join(refused)} cannot be set: no code and no pickles of a model are loaded")
     try:
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification, PreTrainedConfig
     except ImportError as error:
         raise MissingExtraError("transformers", "transformers", f"the model {name}") from error
+    try:
+        place = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+        kernels = _kernels({**PreTrainedConfig.get_config_dict(source, **place)[0], **kwargs})
+    except Exception as error:
+        raise _unavailable("config", source, error) from error
+    if kernels:
+        raise UsageError(f"{source} computes attention by code from {kernels}: no code of a model is loaded")
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
             source, **{"dtype": torch.float32, **kwargs}, **_SAFE, output_loading_info=True
@@ -62,6 +72,17 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
     model.pretrained_cfg = data_config(model)
     model.num_classes = model.config.num_labels
     return model.eval()
+
+
+def _kernels(config: dict[str, Any]) -> str | None:
+    """The repository of code that a config, or a part of one, has attention computed by."""
+    for key, value in config.items():
+        if key.endswith("attn_implementation") and "/" in str(value):
+            return ascii(value)
+        found = _kernels(value) if isinstance(value, dict) else None
+        if found:
+            return found
+    return None
 
 
 def save_classifier(model: Any, state: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:

@@ -5,11 +5,8 @@ Every timm name whose entrypoint builds a host that can be attached gets one for
 
 from __future__ import annotations
 
-import importlib.abc
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,37 +16,33 @@ from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from ..hosts.attach import attach, is_attached, recipes, thresholds_of
 from ..method.recipe import Recipe
+from .timm_hook import INFERENCE, PREFIXES
 
-INFERENCE = "inference_"
 MERGE_START, PRUNE_START = 0.9, 0.0
 """Where the paper starts both thresholds."""
 
-# timm lists what it registered in the module's __all__, of which these names are none of our own
-__all__: list[str] = []
+
+def entrypoint(full: str, registered: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module] | None:
+    """What builds the model `full`, where it is a name of ours and `registered` has the host that it ends in."""
+    variant, name = parse_name(full)
+    if variant is None or (full.startswith(INFERENCE) and variant not in LEARNED):
+        return None
+    return _entrypoint(full, name, variant) if _builds_a_host(registered.get(name)) else None
 
 
-def install() -> None:
-    """Register the names now if timm is imported, or else as soon as it is; `import ltmp` alone imports no timm."""
-    if "timm" in sys.modules:
-        register()
-    elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TimmFinder())
+def names(registered: Mapping[str, Callable[..., nn.Module]]) -> set[str]:
+    """The names of every host in `registered`."""
+    return {prefix + name for name, build in registered.items() if _builds_a_host(build) for prefix in PREFIXES}
 
 
-def register() -> None:
-    """Register `{variant}_NAME` and for learned ones `inference_{variant}_NAME` with timm, for each NAME of a host."""
-    import timm
-    from timm.models import register_model
+def _builds_a_host(build: Callable[..., nn.Module] | None) -> bool:
+    built = getattr(build, "__annotations__", {}).get("return")
+    return getattr(built, "__name__", built) in _hosts()
 
-    hosts = {cls.__name__ for cls, recipe in recipes("timm").items() if isinstance(recipe, Recipe)}
-    for name in timm.list_models():
-        built = timm.model_entrypoint(name).__annotations__.get("return")
-        if getattr(built, "__name__", built) in hosts:
-            for variant in VARIANTS:
-                for prefix in ("", INFERENCE) if variant in LEARNED else ("",):
-                    full = f"{prefix}{variant}_{name}"
-                    if not timm.is_model(full):
-                        register_model(_entrypoint(full, name, variant))
+
+@cache
+def _hosts() -> set[str]:
+    return {cls.__name__ for cls, recipe in recipes("timm").items() if isinstance(recipe, Recipe)}
 
 
 def parse_name(name: str) -> tuple[str | None, str]:
@@ -140,38 +133,3 @@ def _accept_seed_keys(model: nn.Module, state: dict[str, Tensor], prefix: str, *
         if learned or step not in thresholds.config.steps:
             value = getattr(found if learned else thresholds, step)
             state[f"{prefix}ltmp.{step}"] = value.detach()
-
-
-class _TimmFinder(importlib.abc.MetaPathFinder):
-    """Finds timm as everybody else does, and has its names registered right after it was imported."""
-
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "timm":
-            return None
-        for finder in sys.meta_path:
-            spec = finder.find_spec(name, path, target) if finder is not self else None
-            if spec is not None and spec.loader is not None:
-                spec.loader = _TimmLoader(spec.loader, self)
-                return spec
-        return None
-
-
-class _TimmLoader(importlib.abc.Loader):
-    """timm's own loader, but for what happens afterwards."""
-
-    def __init__(self, loader: importlib.abc.Loader, finder: _TimmFinder) -> None:
-        self.loader = loader
-        self.finder = finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # resources, source and pickling ask the module for its loader: leave no trace there
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
-        register()

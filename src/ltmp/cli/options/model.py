@@ -16,6 +16,8 @@ from .groups import MODEL
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...bundle import Bundle
+
 Name = Annotated[
     str,
     typer.Option(
@@ -46,19 +48,37 @@ class ModelOptions:
         typer.Option(metavar="NAME=VALUE", help="More arguments of the model; may be repeated.", rich_help_panel=MODEL),
     ] = None
 
-    def has_weights(self, name: str) -> bool:
+    @property
+    def source(self) -> Path | None:
+        """The thresholds, or the first of several: a file says more of its model. None where there are none."""
+        found = getattr(self, "thresholds", None)
+        first = (found[0] if found else None) if isinstance(found, list) else found
+        return None if first is None else Path(first)
+
+    def opened(self, budget: float | None = None) -> Bundle:
+        """What the thresholds' file says of its model, and the weights beside it."""
+        from ...about import About
+        from ...bundle import Bundle
+
+        return Bundle("", About()) if self.source is None else Bundle.open(self.source, budget=budget)
+
+    def has_weights(self, name: str, bundle: Bundle) -> bool:
         """Whether the model gets weights of its own, or else random ones."""
         from ...zoo.build import brings_weights
 
-        return self.weights is not None or self.pretrained or brings_weights(name)
+        given = self.weights is not None or self.pretrained or brings_weights(name)
+        return given or bundle.weights is not None
 
-    def build(self, name: str, *, random: bool = False) -> nn.Module:
-        """The model, with weights unless `random` ones will do: thresholds of a random model would mean nothing."""
-        from ...zoo.build import build_model
+    def build(self, name: str, *, budget: float | None = None, random: bool = False) -> nn.Module:
+        """The model, with weights unless `random` ones will do: thresholds of a random model would mean nothing.
 
-        if not (random or self.has_weights(name)):
+        Args:
+            budget: which of several thresholds files in a folder to ask about it.
+        """
+        bundle = self.opened(budget)
+        if not (random or self.has_weights(name, bundle)):
             raise UsageError("which weights? give --weights FILE, or --pretrained for timm's own")
-        return build_model(
+        return bundle.build(
             name,
             weights=self.weights,
             pretrained=self.pretrained,
@@ -89,7 +109,9 @@ class SavedModel(ModelOptions):
 class ReducedModel(SavedModel):
     """A model and its thresholds."""
 
-    thresholds: Annotated[Path, typer.Option(help="The file that `ltmp learn` wrote, its folder, or USER/REPO.")]
+    thresholds: Annotated[
+        Path, typer.Option(help="What `ltmp pack` or `ltmp learn` wrote: the folder, the file, or USER/REPO.")
+    ]
 
     def name(self, budget: float | None = None) -> str:
         """The model's name; refuses a budget that the thresholds cannot be set to."""
@@ -98,14 +120,12 @@ class ReducedModel(SavedModel):
 
 def name_in(thresholds: Path, budget: float | None = None) -> str:
     """The model that a thresholds file says it is for; refuses a budget that it cannot be set to."""
-    from ...checkpoint import read
+    from ...bundle import Bundle
 
-    about = read(thresholds, budget=budget).metadata
-    # the full name also says which weights; a file that Python saved knows the architecture only
-    name = about.get("model_name") or about.get("architecture")
+    name = Bundle.open(thresholds, budget=budget).name
     if name is None:
         raise UsageError(f"{thresholds} does not say which model it is for: give --model NAME")
-    return str(name)
+    return name
 
 
 def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def app_verb(model: AppModel, data: AppData, page: Page) -> None:
     --pretrained --images photographs/
     """
     from ...app import build_page, serving_options
-    from ..progress import console
+    from ..screen import tell
 
     built = build_page(_demo(model, data) if model.model is None and not model.thresholds else _explorer(model, data))
     where = {"server_name": page.host, "server_port": page.port, "inbrowser": page.browser}
@@ -79,7 +79,7 @@ def app_verb(model: AppModel, data: AppData, page: Page) -> None:
         built.launch(**serving_options(), **where, quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise LTMPError(f"cannot listen on {page.host}, port {page.port}: {first_line(error)}") from error
-    console.print(f"Open {built.local_url} in a browser; Ctrl-C stops.", markup=False)
+    tell(f"Open {built.local_url} in a browser; Ctrl-C stops.")
     built.block_thread()
 
 

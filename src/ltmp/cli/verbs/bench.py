@@ -62,12 +62,12 @@ class BenchModel(SavedModel):
         if self.thresholds is not None and self.scores != "paper":
             raise UsageError("--scores is for thresholds of --share: those of a file know their own")
 
-    def network(self, name: str) -> nn.Module:
+    def network(self, name: str, budget: float | None) -> nn.Module:
         """The model, frozen; without weights of its own with random ones that are as varied as learned ones."""
         from ...evaluate.synthetic import lively
 
-        network = self.build(name, random=True).requires_grad_(False)
-        return network if self.has_weights(name) else lively(network)
+        network = self.build(name, budget=budget, random=True).requires_grad_(False)
+        return network if self.has_weights(name, self.opened(budget)) else lively(network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def bench_verb(
     if target and len(options.sizes) != 1:
         raise UsageError("a time or a speed is for one batch size: give one --batch-size")
     name, place = model.model or name_in(Path(model.thresholds or ""), budget.budget), pick_device(options.device)
-    network = model.network(name).to(place, dtype)
+    network = model.network(name, budget.budget).to(place, dtype)
     images = data.images(network, options.sizes[-1]).to(place, dtype)
     share = _reduce(network, images, model, budget.budget, made=data.data is None)
     if target:
@@ -187,6 +187,7 @@ def _timed(
     """A row each way and batch size, shown under a title as they are found."""
     from ...evaluate.bench import Bench, table
     from ..progress import progress_bar
+    from ..screen import say
     from ..timing import say_measured
 
     rows = []
@@ -198,9 +199,8 @@ def _timed(
             rows += [_plain(row, size) for row in found]
             if title is not None:
                 pixels = "x".join(map(str, images.shape[-2:]))
-                typer.echo(
-                    f"{title['model']}, batch {size}, {pixels}, {title['dtype']}, {title['device']}\n{table(found)}\n"
-                )
+                say(f"{title['model']}, batch {size}, {pixels}, {title['dtype']}, {title['device']}")
+                typer.echo(f"{table(found)}\n")
                 speeds = {row.way: row.images_per_second for row in found}
                 if timed and (own := speeds.get("auto", speeds.get("packed"))):
                     say_measured(size, own)

@@ -162,6 +162,7 @@ def _write(out: Path, model: str, entries: list[Entry], results: dict[str, Evalu
     from ...evaluate import compare as job
     from ...evaluate import tables
     from ...visualize.curves import plot_methods
+    from ..screen import say
 
     rows = job.rows(entries, results)
     images = next(iter(results.values())).images
@@ -171,7 +172,7 @@ def _write(out: Path, model: str, entries: list[Entry], results: dict[str, Evalu
     tables.write_json(job.as_json(entries, results, **about), out / "compare.json")
     tables.write_csv(rows, out / "compare.csv")
     plot_methods(rows, out / "compare.png", title=model)
-    typer.echo(f"table and plot: {out}/compare.csv, compare.json, compare.png")
+    say(f"table and plot: {out}/compare.csv, compare.json, compare.png")
 
 
 COLUMNS = {

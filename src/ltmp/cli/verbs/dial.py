@@ -69,6 +69,7 @@ def dial_verb(
     from ...evaluate import tables
     from ...hosts.attach import thresholds_of
     from ..runs import base_model, prepare, report_skipped, resumable, run_folder
+    from ..screen import say
 
     if not options.low <= options.target <= options.high:
         raise UsageError(
@@ -101,7 +102,8 @@ def dial_verb(
         made = [
             {"budget": share, "divergence": d} for share, d in zip(dial.share.tolist(), result.divergence, strict=True)
         ]
-        tables.show(rows or made, f"a dial from {dial.lowest:g} to {dial.highest:g} in {path}")
+        tables.show(rows or made, f"a dial from {dial.lowest:g} to {dial.highest:g}")
+        say(f"thresholds in {path}")
     if output.json:
         tables.write_json({**about, "thresholds": str(path), "seconds": result.seconds}, output.json)
 

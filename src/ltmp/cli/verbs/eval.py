@@ -78,7 +78,7 @@ def eval_verb(
     target = Target.of(budget)
     engine.check(run, timed=target is not None)
     name, share = model.name(budget.budget), budget.budget
-    network = model.build(name)
+    network = model.build(name, budget=share)
     load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=share)
     loader = data.open(data.data, network, split=data.split or "validation")
     place = run.place
@@ -97,13 +97,14 @@ def eval_verb(
 
 def _write(result: Any, about: dict[str, Any], *, timed: bool, output: TableOptions) -> None:
     from ...evaluate import tables
+    from ..screen import say
     from ..timing import say_measured
 
     rows = tables.comparison(result)
     if not output.quiet:
         at = f" at {about['budget']:g}" if "budget" in about else ""
         tables.show(rows, f"{about['model']}{at}, {result.images} images (top-1, top-5, agree in %)")
-        typer.echo(tables.tokens_line(result))
+        say(tables.tokens_line(result))
         if timed and result.throughput is not None:
             say_measured(result.throughput.batch_size, result.throughput.reduced)
     if output.json:

@@ -83,10 +83,11 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
     from ...evaluate import tables
     from ...export import FORMATS, export
     from ..progress import progress_bar
+    from ..screen import say
 
     plan, name = options.plan(), model.name(options.budget)
     path = options.out or Path(f"{name}_{plan.form}{'_int8' if plan.int8 else ''}{FORMATS[plan.format]}")
-    network = model.build(name)
+    network = model.build(name, budget=options.budget)
     load(network, model.thresholds, budget=options.budget)
     with progress_bar("exporting", 4 if plan.int8 else 3) as bar:
         found = export(
@@ -99,7 +100,7 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
         )
         bar(1, "done")
     if not output.quiet:
-        typer.echo(
+        say(
             f"{path}: {plan.form}, verified on {found.images} images with {found.counts} different token counts "
             f"(largest difference of a logit {found.difference:.1e}, share {found.share:.3f})"
         )

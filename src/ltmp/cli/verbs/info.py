@@ -23,11 +23,12 @@ def info_verb(
     """Show what a thresholds file holds; without one, the versions and devices here."""
     from ...checkpoint import read
     from ...evaluate import describe_machine, tables
+    from ..screen import say
 
     values = _describe_file(read(thresholds)) if thresholds else describe_machine()
     if not output.quiet:
         for name, value in values.items():
-            typer.echo(f"{name}: {value}")
+            say(f"{name}: {value}")
     if output.json:
         tables.write_json(values, output.json)
 

@@ -120,6 +120,7 @@ def learn_verb(
     from ... import attach, distributed, save
     from ...evaluate import tables
     from ..runs import base_model, prepare, report_skipped, resumable, run_folder
+    from ..screen import say
 
     folder = output.out or run_folder(model.model, scores.variant, f"{learning.target:g}")
     tuning = learning.tuning()
@@ -149,7 +150,8 @@ def learn_verb(
     run_file.unlink(missing_ok=True)
     report_skipped(loader.skipped)
     if not output.quiet:
-        tables.show([about], f"thresholds in {path}")
+        tables.show([about])
+        say(f"thresholds in {path}")
     if output.json:
         history = [asdict(step) for step in result.history]
         tables.write_json({**about, "thresholds": str(path), "history": history}, output.json)
@@ -215,10 +217,10 @@ def _write_weights(network: nn.Module, path: Path | None, folder: Path) -> Path:
 
 def _about_tuning(parts: str | None, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """What a thresholds file says of the weights that belong to it; `top1_dense` is that of those before."""
-    from ..progress import console
+    from ..screen import tell
 
     if parts is None:
-        console.print("tuning did not lower the loss on the images kept apart: the model keeps the weights it had")
+        tell("tuning did not lower the loss on the images kept apart: the model keeps the weights it had")
     if before is None or after is None:
         return {"tuned": parts}
     return {"tuned": parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}

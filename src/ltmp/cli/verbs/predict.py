@@ -220,7 +220,7 @@ def build_reduced(model: PredictModel, name: str, engine: str | None) -> nn.Modu
     """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
     from ... import load
 
-    network = model.build(name)
+    network = model.build(name, budget=model.budget)
     if model.thresholds is not None:
         load(network, model.thresholds, engine=engine, budget=model.budget)
     return network
@@ -228,7 +228,7 @@ def build_reduced(model: PredictModel, name: str, engine: str | None) -> nn.Modu
 
 def _show(summary: Summary) -> None:
     from ...evaluate import tables
-    from ..progress import console
+    from ..screen import say, tell
 
     row: dict[str, Any] = {
         "images": summary.images,
@@ -238,8 +238,9 @@ def _show(summary: Summary) -> None:
         "share": summary.share,
         "img/s": summary.images_per_second,
     }
-    tables.show([row], f"scores in {summary.out}")
+    tables.show([row])
+    say(f"scores in {summary.out}")
     if summary.errors:
-        console.print(f"{summary.broken} images could not be read; {summary.errors} says why", markup=False)
+        tell(f"{summary.broken} images could not be read; {summary.errors} says why")
     if summary.duplicates:
-        console.print(f"{summary.duplicates} keys occur again in their shard; the column row tells them apart")
+        tell(f"{summary.duplicates} keys occur again in their shard; the column row tells them apart")

@@ -48,6 +48,7 @@ def push_verb(
     Example: ltmp push runs/deit/thresholds.safetensors user/deit-small-ltmp --evaluation result.json
     """
     from ...hub import push_to_hub
+    from ..screen import say
 
     url = push_to_hub(
         thresholds,
@@ -59,7 +60,7 @@ def push_verb(
         message=options.message,
         budget=options.budget,
     )
-    typer.echo(url)
+    say(url)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def report_verb(
     """
     from ...evaluate import describe_machine
     from ...report import Report, write_report
+    from ..screen import say
 
     if bool(model.thresholds) != bool(data.data):
         raise UsageError("evaluating needs both --data and --thresholds: give the other one, too, or neither")
@@ -91,7 +92,7 @@ def report_verb(
         page = _evaluated(page, data.data, model.thresholds, model, data, run)
     page = _with_results(replace(page, title=output.title or page.title), results or [])
     write_report(page, output.out)
-    typer.echo(f"{output.out}: the report ({output.out.stat().st_size / 1e6:.1f} MB)")
+    say(f"{output.out}: the report ({output.out.stat().st_size / 1e6:.1f} MB)")
 
 
 def _now() -> str:

@@ -48,7 +48,10 @@ class ServiceOptions:
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds from a whole request to its answer.", rich_help_panel=_LIMITS)
     ] = 30.0
-    decoders: Annotated[int, typer.Option(min=1, help="Threads that decode.", rich_help_panel=_LIMITS)] = 2
+    decode_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that decoding one image may take.", rich_help_panel=_LIMITS)
+    ] = 5.0
+    decoders: Annotated[int, typer.Option(min=1, help="Processes that decode.", rich_help_panel=_LIMITS)] = 2
 
     def limits(self) -> Limits:
         """In bytes, pixels and seconds."""
@@ -63,6 +66,7 @@ class ServiceOptions:
             max_wait=self.max_wait / 1e3,
             read_timeout=self.read_timeout,
             timeout=self.timeout,
+            decode_timeout=self.decode_timeout,
             decoders=self.decoders,
         )
 
@@ -97,6 +101,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     """
     from ... import load, serve
     from ...data import class_names, read_names
+    from ..screen import say
 
     limits = service.limits()
     names = read_names(reading.class_map) if reading.class_map else None
@@ -104,7 +109,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     # before the model is built: a taken port is the most likely mistake
     bound = serve.bind(service.host, service.port)
     name = model.name(model.budget)
-    network = model.build(name)
+    network = model.build(name, budget=model.budget)
     file = load(network, model.thresholds, engine=model.engine, budget=model.budget)
     deployment = serve.Deployment(
         network,
@@ -115,6 +120,6 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     )
     app = serve.create_app(deployment, limits, about={"model_name": name, **file.metadata})
     address = f"[{service.host}]" if ":" in service.host else service.host
-    typer.echo(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
+    say(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
     sys.stdout.flush()
     serve.run(app, bound=bound)

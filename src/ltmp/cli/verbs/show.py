@@ -68,6 +68,7 @@ def show_verb(
     from ...evaluate import tables
     from ...visualize.showing import show_images
     from ..progress import progress_bar
+    from ..screen import say
 
     name = model.model or name_in(model.thresholds[0])
     network = model.build(name)
@@ -92,7 +93,7 @@ def show_verb(
     if not pictures.quiet:
         tables.show(_rows(shown), f"{name}: tokens that enter and those that are left")
         for file in (file for one in shown for file in one.files):
-            typer.echo(file)
+            say(file)
 
 
 def _files(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ _EPS = np.float32(1e-12)  # of torch.nn.functional.normalize
 
 @inlined
 def _inverse_length(values, at, width):
-    """1 / length of `width` values from `at` on. Eight sums in a fixed order, so that they need not wait for another."""
+    """1 / length of `width` values from `at` on, by eight sums that need not wait for one another."""
     a = b = c = d = e = f = g = h = np.float32(0)
     whole = width // 8 * 8
     for i in range(at, at + whole, 8):

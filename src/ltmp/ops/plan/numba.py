@@ -202,7 +202,7 @@ def _left(turn, live, evens_first, order):
 
 @inlined
 def _fold(x, size, origin, order, into, out, out_size, out_origin, moved):
-    """Weighted means of what merged: `reduction.fold` of one image. Fills the new rows and `moved`, old to new places."""
+    """Weighted means of what merged: `reduction.fold` of one image. `moved` is filled with new places by old ones."""
     n, width = x.shape
     total = np.zeros(n, np.float32)
     for i in range(n):

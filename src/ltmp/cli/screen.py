@@ -1,0 +1,21 @@
+"""The screen: results on stdout, everything else on stderr; text of others is shown, never obeyed."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..text import printable
+
+console = Console(stderr=True)
+
+
+def say(text: object) -> None:
+    """A line of results."""
+    typer.echo(printable(text))
+
+
+def tell(text: object) -> None:
+    """A line beside the results, which no narrow screen breaks."""
+    console.print(Text(printable(text)), soft_wrap=True)

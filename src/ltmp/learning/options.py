@@ -1,0 +1,147 @@
+"""Settings of a learning run: the keywords of `ltmp.learn` and `ltmp.learn_dial`, named and checked once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+import torch
+
+from ..distributed import rank
+from ..errors import UsageError
+from ..method.thresholds import Thresholds
+from .heldout import Progress
+from .log import Logger
+from .optimiser import Step
+from .resume import load_run, save_run
+from .weights import Tuning
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RunSettings(TypedDict, total=False):
+    """Keywords of every learning run."""
+
+    views: int
+    calibration: int
+    seed: int
+    device: str | torch.device | None
+    amp: torch.dtype | None
+    checkpoint: str | Path | None
+    progress: Progress | None
+
+
+class LearnSettings(RunSettings, total=False):
+    """Keywords of `ltmp.learn`."""
+
+    accumulate: int
+    lr: float
+    distill: bool
+    budget_weight: float
+    save_every: int
+    on_step: Callable[[Step], None] | None
+    log: Logger | None
+    tuning: Tuning | None
+
+
+class DialSettings(RunSettings, total=False):
+    """Keywords of `ltmp.learn_dial`."""
+
+    knots: int
+    checked: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The same with defaults, checked."""
+
+    views: int
+    calibration: int = 512
+    seed: int = 0
+    device: str | torch.device | None = None
+    amp: torch.dtype | None = None
+    checkpoint: str | Path | None = None
+    progress: Progress | None = None
+
+    def place(self, thresholds: Thresholds) -> torch.device:
+        """Where to learn; by default where the model is."""
+        return torch.device(self.device) if self.device is not None else thresholds.merge.device
+
+    def cast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast as asked for."""
+        return torch.autocast(device.type, self.amp) if self.amp is not None else nullcontext()
+
+    def save(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write the run's state where a checkpoint is wanted; of several ranks, the first does."""
+        if self.checkpoint is not None and rank() == 0:
+            save_run(self.checkpoint, settings, state)
+
+    def saved(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The state of a run with these settings, on the first rank, or None where there is none."""
+        return load_run(self.checkpoint, settings) if self.checkpoint is not None and rank() == 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnOptions(RunOptions):
+    """Settings of `ltmp.learn`."""
+
+    views: int = 16_000
+    accumulate: int = 1
+    lr: float = 1.0
+    distill: bool = False
+    budget_weight: float = 10.0
+    save_every: int = 20
+    on_step: Callable[[Step], None] | None = None
+    log: Logger | None = None
+    tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        if self.views < 0 or self.accumulate < 1 or self.calibration < 2:
+            raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
+
+    @property
+    def labels(self) -> float:
+        """Part of the task loss that comes from labels."""
+        return float(not self.distill) * (1.0 if self.tuning is None else self.tuning.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DialOptions(RunOptions):
+    """Settings of `ltmp.learn_dial`."""
+
+    views: int = 9_000
+    knots: int = 14
+    checked: int = 3072
+
+    def check(self, low: float, high: float) -> None:
+        """Refuse what makes no dial from `low` to `high`."""
+        if self.knots < 2 or self.calibration < 2 or min(self.views, self.checked) < 0 or not low < high:
+            raise UsageError(
+                "a dial needs low < high, at least 2 knots, at least 2 images to calibrate on, and views and checked "
+                "of at least 0"
+            )
+
+
+def with_keywords(options: type) -> Callable[[Function], Function]:
+    """Show the fields of `options` as keywords of a function that takes them as `**settings`."""
+    keywords = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in fields(options)
+    ]
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

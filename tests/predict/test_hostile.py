@@ -1,0 +1,201 @@
+"""What nobody means well: every image is scored or listed, nothing else is touched, and no run waits for ever."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import tarfile
+import time
+
+import pyarrow as pa
+import pytest
+
+from ltmp.data import workers
+from ltmp.errors import LTMPError, UsageError
+from ltmp.predict import find_shards, predict, reading
+
+from .conftest import encoded, scoring, write_tar
+from .test_sources import parquet_file
+
+
+def errors(out):
+    with open(out / "_errors.csv", newline="") as file:
+        return {row["key"]: row["reason"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_pipes_devices_and_sparse_files_are_listed(tmp_path, count):
+    root = tmp_path / "images"
+    root.mkdir()
+    os.mkfifo(root / "pipe.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    (root / "gone.png").symlink_to("/nowhere/at/all.png")
+    with open(root / "sparse.png", "wb") as file:
+        file.truncate(200 * 10**9)
+    (root / "good.png").write_bytes(encoded(1))
+    parquet_file(tmp_path / "paths.parquet", path=[f"images/{name}.png" for name in ("good", "pipe", "zero", "sparse")])
+    for source, broken in ((root, 4), (tmp_path / "paths.parquet", 3)):
+        out = tmp_path / f"out{broken}"
+        summary = predict([source], out, scoring(workers=count))
+        assert (summary.images, summary.broken) == (1, broken)
+        assert "over the limit" in str(errors(out))
+        assert "not a regular file" in str(errors(out))
+
+
+def test_pipes_that_are_called_as_shards_are_refused(tmp_path):
+    for name in ("a.tar", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UsageError, match="is a pipe, a device or a folder"):
+            find_shards([tmp_path / name])
+
+
+def test_a_tar_of_absolute_names_duplicates_and_damage(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar",
+        [("/etc/0.png", encoded(1)), ("../0.png", encoded(2)), ("../0.png", encoded(3)), ("x\r\n.png", b"broken")],
+    )
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "/etc/0.png"
+        archive.addfile(link)
+    summary = predict([path], tmp_path / "out", scoring())
+    assert (summary.images, summary.broken, summary.duplicates) == (4, 1, 1)
+    assert set(errors(tmp_path / "out")) == {"x\\r\\n.png"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "out"]
+
+
+def test_empty_parquet_is_said(tmp_path):
+    path = parquet_file(tmp_path / "a.parquet", image=pa.array([], pa.binary()))
+    with pytest.raises(LTMPError, match=r"there are no images to score in a.parquet"):
+        predict([path], tmp_path / "out", scoring())
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2], "int64"),
+        ([True, False], "bool"),
+        ([1.5, 2.5], "double"),
+        ([[b"a", b"b"], [b"c"]], "list<element: binary>|list<item: binary>"),
+        ([[{"bytes": b"a", "path": "a"}], []], "list<"),
+        ([{"x": 1}, {"x": 2}], "struct<x: int64>"),
+    ],
+)
+def test_a_column_that_holds_no_image_a_row_is_refused(tmp_path, values, kind):
+    path = parquet_file(tmp_path / "a.parquet", image=values)
+    with pytest.raises(UsageError, match=f"column 'image' holds ({kind})"):
+        find_shards([path], column="image")
+    with pytest.raises(UsageError, match="no column that looks like images"):
+        find_shards([path])
+
+
+def test_any_kind_of_bytes_or_text_is_taken(tmp_path):
+    one = encoded(1)
+    kinds = [pa.large_binary(), pa.binary_view(), pa.binary(len(one)), pa.dictionary(pa.int32(), pa.binary())]
+    for kind in kinds:
+        (shard,) = find_shards([parquet_file(tmp_path / "a.parquet", image=pa.array([one]).cast(kind))])
+        assert [item.content for item in shard.items()] == [one]
+
+
+def test_keys_of_any_length_and_kind_are_listed(tmp_path):
+    keys = ["k" * 200_000, "a\rb", "=HYPERLINK(1)", "\x1b[31mred", "o[/red]", "{1}"]
+    path = parquet_file(tmp_path / "a.parquet", image=[b"broken"] * len(keys) + [encoded(1)], key=[*keys, "good"])
+    summary = predict([path], tmp_path / "out", scoring())
+    assert (summary.images, summary.broken) == (1, len(keys))
+    listed = list(errors(tmp_path / "out"))
+    assert listed[1:] == ["a\\rb", "'=HYPERLINK(1)", "\\x1b[31mred", "o[/red]", "{1}"]
+    assert len(listed[0]) == 1000
+
+
+def test_names_of_300_letters_and_not_of_utf8(tmp_path):
+    for name in ("x" * 251, "y\udcff" * 100):
+        path = tmp_path / f"{name[:251]}.tar" if name[0] == "x" else tmp_path / f"{name}.parquet"
+        if path.suffix == ".tar":
+            write_tar(path, [("n" * 300 + ".png", encoded(1))])
+        else:
+            parquet_file(tmp_path / "plain.parquet", image=[encoded(1)])
+            (tmp_path / "plain.parquet").rename(path)
+        assert predict([path], tmp_path / f"out{path.suffix}", scoring()).images == 1
+
+
+def test_batches_are_bounded_by_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "AHEAD", 2500)
+    path = parquet_file(tmp_path / "a.parquet", image=[bytes(1000)] * 10)
+    plan = reading.Plan(find_shards([path]), 64)
+    assert [len(batch) for batch in plan] == [3, 3, 3, 1, 1]
+
+
+def test_rows_are_read_one_at_a_time(tmp_path):
+    path = parquet_file(tmp_path / "a.parquet", image=[bytes(2_000_000)] * 64)
+    (shard,) = find_shards([path])
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in shard.items()]
+    assert max(held) < 12_000_000
+
+
+def test_small_shared_memory_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "shared_room", lambda: 0)
+    predict([folder], tmp_path / "pipe", scoring(workers=2), shard_size=4)
+    predict([folder], tmp_path / "here", scoring(), shard_size=4)
+    for path in (tmp_path / "here").glob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "pipe" / path.name).read_bytes()
+
+
+def test_an_out_that_goes_away_is_no_success(folder, tmp_path):
+    out, calls = tmp_path / "out", []
+
+    def report(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            shutil.rmtree(out)
+
+    with pytest.raises(LTMPError, match=r"files are gone from .*out again, such as 00000.parquet"):
+        predict([folder], out, scoring(), shard_size=4, report=report)
+
+
+def test_overwrite_removes_nothing_of_others(folder, tmp_path):
+    out = tmp_path / "out"
+    predict([folder], out, scoring(), shard_size=4)
+    ours = sorted(path.name for path in out.glob("*.parquet"))
+    for name in ("mine.parquet", ".mine.parquet.tmp", "_errors/mine.csv"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("precious")
+    predict([folder], out, scoring(), shard_size=100, overwrite=True)
+    assert {(out / name).read_text() for name in ("mine.parquet", ".mine.parquet.tmp", "_errors/mine.csv")} == {
+        "precious"
+    }
+    assert sorted(path.name for path in out.glob("0*.parquet")) == ours[:1]
+
+
+def test_a_manifest_reaches_no_other_folder(folder, tmp_path):
+    out = tmp_path / "out"
+    predict([folder], out, scoring())
+    (tmp_path / "mine.parquet").write_text("precious")
+    text = (out / "_run.json").read_text()
+    (out / "_run.json").write_text(text.replace('"00000"', '"../mine"'))
+    predict([folder], out, scoring(), overwrite=True)
+    assert (tmp_path / "mine.parquet").read_text() == "precious"
+
+
+def test_a_lock_that_is_a_link_empties_nothing(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "mine").write_text("precious")
+    (out / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(LTMPError, match="cannot lock"):
+        predict([folder], out, scoring())
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_jpeg_of_endless_scans_is_listed_at_once(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    whole = encoded(1, 1000, "JPEG")
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00\x00\x00"
+    (root / "bomb.jpg").write_bytes(whole[:-2] + scan * 20_000 + b"\xff\xd9")
+    (root / "good.png").write_bytes(encoded(1))
+    start = time.perf_counter()
+    summary = predict([root], tmp_path / "out", scoring())
+    assert time.perf_counter() - start < 4
+    assert (summary.images, summary.broken) == (1, 1)
