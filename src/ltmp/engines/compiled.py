@@ -47,9 +47,11 @@ def applies(policy: Policy, x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and type(x) is Tensor
         and type(policy) in (Thresholds, Rates)
         and "fuse" not in policy.config.steps
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and not torch.jit.is_tracing()
         and not watched()
         and unavailable() is None
     )
@@ -98,7 +100,7 @@ def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | N
     """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
     policy, state = stack.thresholds, State.start(x, packs=True, positions=positions)
     planned = block_steps(policy, active, stack.protected)
-    first = next(i for i, steps in enumerate((*planned, planned)) if steps is not None)
+    first = next((i for i, steps in enumerate(planned) if steps is not None), policy.depth)
     for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         state = state.after(stack.whole(i, state.x, positions), state.tokens, state.counts)
