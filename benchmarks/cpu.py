@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 import ltmp
 from ltmp.config import SCORES
 from ltmp.engines import compiled, onednn
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.learning import calibrate
 from ltmp.ops.probe.reference import WIDTH
 
@@ -55,7 +55,7 @@ def random_probe(depth: int, width: int) -> Tensor:
 @contextmanager
 def fused(model: nn.Module, on: bool) -> Iterator[None]:
     """Dense, with or without torch's fused attention."""
-    attentions = [block.attn for block in stack_of(model).blocks]
+    attentions = [block.attn for block in attachment(model).body.blocks]
     before = [attention.fused_attn for attention in attentions]
     try:
         for attention in attentions:
@@ -103,7 +103,7 @@ def check(model: nn.Module, images: Tensor) -> float:
     """Mean share of `images`, after packed and masked agreed."""
     with ltmp.record() as calls:
         packed = model(images)
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_(True)
         masked = model(images)
         model.ltmp.eval()
     if not torch.equal(*calls.kept) or (packed - masked).abs().max() > 1e-4:
@@ -189,7 +189,7 @@ def main() -> None:
     images = smooth_images(max(given.images, *given.batch_sizes), model.patch_embed.img_size[0])
     ltmp.attach(model, ltmp.LTMPConfig(engine="packed", scores=given.scores))
     if model.ltmp.config.needs_probe:
-        model.ltmp.set_probe(random_probe(len(stack_of(model).blocks), model.embed_dim))
+        model.ltmp.set_probe(random_probe(len(attachment(model).body.blocks), model.embed_dim))
     calibrate(model, images, given.target)
     calls, rows = ways(model, dense), []
     if not given.json:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import ltmp
 import reference
-from ltmp.hosts.attach import thresholds_of
+from ltmp.calls import unmerging
+from ltmp.hosts.attach import attachment, thresholds_of
+from ltmp.hosts.forward import run_all
 from ltmp.method.dial import Dial
 from ltmp.ops.probe.reference import LIFT, WIDTH
 
@@ -69,6 +71,16 @@ def attach_reducing(model: Any, images: Tensor, variant: str = "ltmp", at: float
     ltmp.attach(model, ltmp.LTMPConfig(variant=variant))
     thresholds_of(model).set(merge, prune)
     return model
+
+
+def run_blocks(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """All blocks of an attached model on x [B, N, C], as its host would call them."""
+    body = attachment(model).body
+    if body.reduces() and not unmerging():
+        return run_all(body, x, args, kwargs)
+    for block in body.blocks:
+        x = block(x, *args, **kwargs)
+    return x
 
 
 def run_recorded(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,34 @@ def test_the_engine_asked_for_is_set_on_an_attached_model_too(saved: Path, way: 
     with pytest.raises(UsageError, match="unknown engine 'warp'"):
         ltmp.load(bare, saved, engine="warp")
     assert not is_attached(bare)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [False, True], ids=["bare", "attached"])
+def test_a_model_whose_loading_was_interrupted_can_be_loaded(saved: Path, before: bool) -> None:
+    """Ctrl-C at every fiftieth line."""
+    images = random_images(2)
+    expected = attached()(images)
+    for moment in range(0, 3000, 50):
+        model, lines = tiny_vit(), count()
+        if before:
+            ltmp.attach(model)
+
+        def stop(frame: Any, event: str, _: Any, lines: Any = lines, moment: int = moment) -> Any:
+            if "ltmp" in frame.f_code.co_filename and event == "line" and next(lines) == moment:
+                signal.raise_signal(signal.SIGINT)
+            return stop
+
+        sys.settrace(stop)
+        try:
+            with suppress(KeyboardInterrupt):
+                ltmp.load(model, saved)
+        finally:
+            sys.settrace(None)
+        ltmp.load(model, saved)
+        assert torch.equal(model(images), expected)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert next(lines) < 3000
 
 
 LIMITS = [

@@ -9,7 +9,7 @@ from torch import nn
 
 import ltmp
 from helpers import attach_reducing, random_images, tiny_vit
-from ltmp.deploy import Deployment, deployed, evaluating, policy_of
+from ltmp.deploy import Deployment, deployed, evaluating
 from ltmp.errors import LTMPError, UsageError
 from ltmp.method.rates import Rates
 
@@ -82,7 +82,5 @@ def test_modes_come_back():
 
 def test_fixed_rates_are_a_policy():
     model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant="m", r=2))
-    assert isinstance(policy_of(model), Rates)
+    assert isinstance(model.ltmp, Rates)
     assert Deployment(model)(random_images(2)).share.max() < 1
-    with pytest.raises(LTMPError, match="nothing is attached"):
-        policy_of(tiny_vit())

@@ -15,10 +15,9 @@ from torch import Tensor
 
 import ltmp
 import reference
-from helpers import assert_close, make_probe, plain_torch, tiny_vit
+from helpers import assert_close, make_probe, plain_torch, run_blocks, tiny_vit
 from ltmp.config import LEARNED, Scores
 from ltmp.config import SCORES as NAMED
-from ltmp.hosts.attach import stack_of
 from ltmp.hosts.sizes import sizes_of
 
 DEPTH, WIDTH = 3, 16
@@ -50,11 +49,11 @@ SCORES = [
 FORMS = ["masked", "packed", "compiled"]
 
 
-def run_stack(model: Any, x: Tensor, form: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+def run_body(model: Any, x: Tensor, form: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """The live rows of each image, the counts [B, L], and the size of each live row."""
-    model.ltmp.train(form == "masked")
+    model.ltmp.train(form == "masked").requires_grad_(form == "masked")
     with torch.no_grad(), ltmp.record() as calls, plain_torch() if form == "packed" else nullcontext():
-        out = stack_of(model)(x)
+        out = run_blocks(model, x)
     size = sizes_of(out)
     size = torch.ones(out.shape[:2]) if size is None else size
     return [row[n > 0] for row, n in zip(out, size, strict=True)], torch.cat(calls.kept), [n[n > 0] for n in size]
@@ -94,7 +93,7 @@ def test_any_tokens_any_thresholds(
     model.ltmp.set_probe(probe)
     counts = [counts for _, counts in expected]
     for form, parts in product(FORMS, (x[None], x[:, None])):
-        found = [run_stack(model, part, form) for part in parts]
+        found = [run_body(model, part, form) for part in parts]
         assert torch.cat([kept for _, kept, _ in found]).tolist() == counts
         rows, sizes = ([row for part in found for row in part[k]] for k in (0, 2))
         for (image, _), row, size in zip(expected, rows, sizes, strict=True):
@@ -109,7 +108,7 @@ def test_shortest_images(tokens: int, variant: str) -> None:
     model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant=variant))
     model.ltmp.set([-2.0] * DEPTH, [10.0] * DEPTH)
     x = torch.randn(2, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
-    masked, *others = (run_stack(model, x, form) for form in FORMS)
+    masked, *others = (run_body(model, x, form) for form in FORMS)
     for other in others:
         assert other[1].tolist() == masked[1].tolist()
         for a, b in zip(other[0], masked[0], strict=True):
@@ -122,7 +121,7 @@ def test_equal_tokens(form: str) -> None:
     model = ltmp.attach(tiny_vit())
     x = torch.ones(2, 9, WIDTH)
     model.ltmp.set([0.5] * DEPTH, [0.0] * DEPTH)
-    rows, kept, sizes = run_stack(model, x, form)
+    rows, kept, sizes = run_body(model, x, form)
     # of eight patches four are at odd places and stay; of those two, then one
     assert kept.tolist() == [[5.0, 3.0, 2.0]] * 2
     assert sizes[0].tolist() == [1.0, 8.0]
@@ -136,7 +135,7 @@ def test_everything_pruned_leaves_the_prefix(protected: int, form: str) -> None:
     model = ltmp.attach(prefix_model(protected))
     model.ltmp.set(None, [0.0, 10.0, 0.0])
     x = torch.randn(3, 12, WIDTH, generator=torch.Generator().manual_seed(0))
-    rows, kept, _ = run_stack(model, x, form)
+    rows, kept, _ = run_body(model, x, form)
     left = max(protected, 1)
     assert kept.tolist() == [[12.0, left, left]] * 3
     assert all(row.isfinite().all() for row in rows)

@@ -18,7 +18,7 @@ import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
 from ltmp.config import FIXED, LTMPConfig
 from ltmp.errors import LTMPError
-from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.method.rates import noise, spread
 
 DEPTH = 3
@@ -98,7 +98,7 @@ def test_masked_packed_and_one_by_one_are_one(variant: str, r: Any, size: int, b
     images = random_images(batch, size=size, seed=seed)
     packed, kept = run_recorded(model, images)
     single = [run_recorded(model, image[None]) for image in images]
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     masked, kept_masked = run_recorded(model, images)
     assert kept.tolist() == kept_masked.tolist() == torch.cat([k for _, k in single]).tolist()
     assert_close(masked, packed, 1e-5)
@@ -184,7 +184,7 @@ def test_bad_settings_say_what_is_wrong(kwargs: dict[str, Any], fragment: str) -
 def test_bad_attachments_say_what_is_wrong() -> None:
     with pytest.raises(LTMPError, match="rates for 2 blocks, but this model has 3"):
         attached("m", r=(1, 2))
-    with pytest.raises(LTMPError, match="class token's attention, and this model has none"):
+    with pytest.raises(LTMPError, match="topk needs a class token's attention, and this model has no class token"):
         attached("topk", "mean pooled", r=1)
     with pytest.raises(LTMPError, match="fixed rates, not thresholds"):
         thresholds_of(attached("m", r=1))
@@ -226,9 +226,9 @@ def test_a_ceiling_needs_no_threshold_and_keeps_gradients() -> None:
     model = ltmp.attach(tiny_vit(), LTMPConfig(ceiling=9))
     assert run_recorded(model, images)[1].max() <= 9
     model.ltmp.set(prune=[0.05] * DEPTH)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     with ltmp.record() as calls:
         model(images).square().sum().backward(retain_graph=True)
     assert model.ltmp.prune.grad.abs().sum() > 0
     assert calls.kept[0].max() <= 9
-    assert stack_of(model).thresholds.bounded
+    assert attachment(model).policy.bounded

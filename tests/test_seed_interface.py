@@ -134,7 +134,7 @@ def test_hybrids_attach() -> None:
     model.ltmp.set([0.5] * 2, [0.2] * 2)
     images = random_images(2, size=64)
     packed, kept = run_recorded(model, images)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     masked, again = run_recorded(model, images)
     assert torch.equal(kept, again)
     assert kept[:, -1].lt(model.patch_embed.num_patches + 1).all()

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ltmp
-from helpers import attach_reducing, random_images, tiny_vit
+from helpers import attach_reducing, random_images, run_blocks, tiny_vit
 from ltmp.config import FIXED, LEARNED
-from ltmp.hosts.attach import stack_of
 from ltmp.hosts.sizes import sizes_of
 
 DEPTH, WIDTH = 3, 16
@@ -22,9 +21,9 @@ DEPTH, WIDTH = 3, 16
 
 def traced(model: Any, x: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows, their sizes [B, N'], each token's source [B, N], and what it was after each block [B, L, N]."""
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     with torch.no_grad(), ltmp.trace(every_block=True) as calls:
-        out = stack_of(model)(x)
+        out = run_blocks(model, x)
     size = sizes_of(out)
     size = torch.ones(out.shape[:2]) if size is None else size
     return out, size, calls.sources[0], calls.blocks[0]
@@ -98,7 +97,7 @@ def test_packed_masked_and_single_images_agree(variant: str) -> None:
     model = attach_reducing(tiny_vit(reg_tokens=3), images, variant)
     with torch.no_grad(), ltmp.trace(every_block=True) as batch:
         model(images)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     with torch.no_grad(), ltmp.trace(every_block=True) as masked:
         model(images)
     model.ltmp.eval()
@@ -116,7 +115,7 @@ def test_nothing_removed_is_traced_as_such() -> None:
     reducing = attach_reducing(tiny_vit(), images)
     with torch.no_grad(), ltmp.trace(every_block=True) as calls:
         model(images)
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_()
         model(images)
         model(images[:0])
         with ltmp.dense():
@@ -150,7 +149,7 @@ def test_traces_belong_to_their_thread() -> None:
 def test_gradient_checkpointing_traces_once() -> None:
     images = random_images(2)
     model = attach_reducing(tiny_vit(), images)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     with ltmp.trace() as plain:
         model(images)
     model.set_grad_checkpointing()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .calls import record as record
     from .calls import trace as trace
     from .calls import unmerge as unmerge
+    from .certification import Certificate as Certificate
+    from .certification import certify as certify
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import LTMPConfig as LTMPConfig
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "bundle": ("pack",),
     "calls": ("Trace", "dense", "record", "trace", "unmerge"),
+    "certification": ("Certificate", "certify"),
     "checkpoint": ("load", "save"),
     "config": ("LTMPConfig",),
     "errors": ("LTMPError",),

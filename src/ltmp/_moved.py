@@ -24,7 +24,7 @@ _ONE: dict[str, str] = {
     **{
         f"models.{name}": f"hosts.{name}"
         for name in (
-            "eva", "intermediates", "mha", "naflex", "open_clip", "outputs", "pooling", "rotary", "timm", "torchvision",
+            "eva", "mha", "naflex", "open_clip", "outputs", "pooling", "rotary", "timm", "torchvision",
             "transformers",
         )
     },
@@ -40,7 +40,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     **{old: (new,) for old, new in _ONE.items()},
     "dial": ("method.dial", "method.thresholds"),
     "sources": ("calls", "method.tokens"),
-    "stack": ("hosts.stack", "hosts.sizes"),
+    "stack": ("hosts.sizes",),
 }
 """Old module to the new ones that its names are in, below `ltmp`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +21,13 @@ from ._version import __version__
 from .about import MOST_BLOCKS, About
 from .config import LTMPConfig
 from .describe import MODEL_FACTS, facts_of, note
-from .describe import describe as describe
 from .errors import LTMPError, UsageError, first_line
 from .files import atomic_path
-from .hosts.attach import attach, detach, is_attached, stack_of, thresholds_of
+from .fingerprint import Seen
+from .hosts.attach import attach, attachment, detach, is_attached, thresholds_of
+from .interrupts import uninterrupted
 from .locate import BUNDLE, file_name, locate
+from .method.certificate import Certificate, fingerprint_of
 from .method.dial import PREFIX as DIAL
 from .method.dial import Dial
 from .method.thresholds import Thresholds
@@ -50,6 +53,7 @@ class ThresholdFile:
         dial: thresholds for a range of budgets, of which `merge` and `prune` are those at `metadata["budget"]`; None
             where there are these alone.
         probe: what tokens are read through where the config's scores ask for it, or None; see `ops.probe.reference`.
+        seen: the images that they were learned on, or None where that is not known.
 
     Raises:
         ValueError: parts that are broken or do not belong together; the message is one line.
@@ -61,6 +65,7 @@ class ThresholdFile:
     metadata: dict[str, Any] = field(default_factory=dict)
     dial: Dial | None = None
     probe: Tensor | None = None
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         """One place for all that must hold, of files and of state dicts alike."""
@@ -93,6 +98,29 @@ class ThresholdFile:
                 self.dial.at(budget)
             except UsageError as error:
                 raise ValueError(f"its budget is {budget!r}, which its dial does not reach") from error
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What `ltmp.certify` found for its dial, void or not; None where nobody asked.
+
+        Raises:
+            LTMPError: it is broken, or of a newer version.
+        """
+        values = self.about.certificate
+        return None if values is None else Certificate.from_dict(values)
+
+    def certified(self, model: nn.Module, source: str = "this file", amp: torch.dtype | None = None) -> ThresholdFile:
+        """The same at its certified budget, for a model that runs under this autocast type.
+
+        Raises:
+            UsageError: there is no certificate, or it certifies nothing.
+            LTMPError: it is void: see `Certificate.require`.
+        """
+        certificate = self.certificate
+        if certificate is None or self.dial is None:
+            raise UsageError(f"{source} has no certificate: make one with `ltmp certify` (docs/certify.md)")
+        mine = fingerprint_of(self.dial, self.probe, self.config)
+        return self.at(certificate.require(model, mine, amp, source), source)
 
     @cached_property
     def about(self) -> About:
@@ -137,7 +165,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     """
     if Path(path).suffix != SUFFIX:
         raise UsageError(f"{path}: thresholds are saved as safetensors, give a name that ends in {SUFFIX}")
-    policy = stack_of(model).thresholds
+    policy = attachment(model).policy
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     about = facts_of(model)
     if isinstance(policy, Thresholds) and policy.dial is not None:
@@ -147,6 +175,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
     if isinstance(policy, Thresholds) and policy.probe is not None and policy.config.needs_probe:
         # learned in half precision, so that nothing is lost
         tensors |= {"probe": policy.probe.half().cpu()}
+    if isinstance(policy, Thresholds) and policy.seen is not None:
+        tensors |= {"seen": policy.seen.keys}
+    if isinstance(policy, Thresholds) and policy.certificate is not None:
+        about |= {"certificate": policy.certificate.to_dict()}
     about |= {
         **metadata,
         "config": policy.config.to_dict(),
@@ -255,7 +287,10 @@ def _file(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFile:
         raise ValueError(f"its {missing[0]} thresholds are missing")
     if config.needs_probe and "probe" not in tensors:
         raise ValueError("its probe is missing")
-    return ThresholdFile(tensors["merge"], tensors["prune"], config, said, Dial.find(tensors), tensors.get("probe"))
+    seen = Seen(tensors["seen"]) if "seen" in tensors else None
+    return ThresholdFile(
+        tensors["merge"], tensors["prune"], config, said, Dial.find(tensors), tensors.get("probe"), seen
+    )
 
 
 def _is_threshold(name: str) -> bool:
@@ -325,7 +360,13 @@ def split_thresholds(
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike[str], *, engine: str | None = None, budget: float | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    budget: float | None = None,
+    certified: bool = False,
+    amp: torch.dtype | None = None,
 ) -> ThresholdFile:
     """Attach (unless it is) and set the thresholds of `path`; of a whole checkpoint nothing else is taken.
 
@@ -335,26 +376,35 @@ def load(
         engine: what runs the model; None takes the file's, or the one that the model was attached with.
         budget: FLOPs share to set the file's dial to; None leaves it where it was saved. `model.ltmp.set_budget` turns
             it later. Of several files in a folder or repository without a dial it says which.
+        certified: set the dial to the budget that the file's certificate guarantees (`ltmp.certify`), after checking
+            that it is of these thresholds, this model's weights and this precision.
+        amp: with `certified`, the autocast type that the model will run under.
 
     Returns:
         What was in the file.
 
     Raises:
-        UsageError: the file has no dial for the budget; the model is unchanged.
-        LTMPError: unreadable, or learned for another depth or architecture; the model is unchanged.
+        UsageError: the file has no dial for the budget, or no certificate; the model is unchanged.
+        LTMPError: unreadable, learned for another depth or architecture, or the certificate is void; the model is
+            unchanged.
     """
+    if certified and budget is not None:
+        raise UsageError(f"a budget of {budget:g} and the certified one: ask for one of them")
     file = read(path, budget=budget)
+    if certified:
+        file = file.certified(model, str(path), amp)
     attached = is_attached(model)
-    try:
-        if not attached:
-            attach(model, file.config)
-        apply(model, file, source=str(path), engine=engine)
-        note(model, file.metadata)
-    # also a Ctrl-C: a model that is half attached could not be loaded again
-    except BaseException:
-        if not attached:
-            detach(model)
-        raise
+    # a model that is half attached could not be loaded again
+    with uninterrupted():
+        try:
+            if not attached:
+                attach(model, file.config)
+            apply(model, file, source=str(path), engine=engine)
+            note(model, file.metadata)
+        except BaseException:
+            if not attached:
+                detach(model)
+            raise
     return file
 
 
@@ -408,7 +458,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
     Raises:
         LTMPError: another depth, width or architecture, another variant, floor or ceiling than those attached, or NaN.
     """
-    here = describe(model)
+    here = attachment(model).describe()
     for name, what in (("architecture", "architecture"), ("depth", "number of blocks"), ("width", "width")):
         theirs = file.merge.numel() if name == "depth" else file.metadata.get(name)
         if theirs is not None and name in here and here[name] != theirs:
@@ -416,7 +466,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
                 f"{source} was learned for {what} {theirs}, but this model's is {here[name]}: "
                 "use the model it was learned on, or learn thresholds for this one"
             )
-    policy = stack_of(model).thresholds
+    policy = attachment(model).policy
     config = _limited(file.config, policy.config, source)
     if engine is not None:
         config = _with_engine(config, engine)
@@ -448,3 +498,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
         raise LTMPError(f"{source}: {error}") from error
     own.config = config
     own.asked = None if file.dial is None else file.metadata.get("budget")
+    own.seen, own.certificate = file.seen, None
+    # thresholds work without it, and whoever asks for it is told what is wrong
+    with suppress(LTMPError):
+        own.certificate = file.certificate

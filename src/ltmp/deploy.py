@@ -18,9 +18,8 @@ from .data.dataset import Transform
 from .data.images import read_image
 from .data.transforms import eval_transform, image_mode, sharp_view
 from .errors import LTMPError, UsageError
-from .hosts.attach import is_attached, stack_of
+from .hosts.attach import is_attached
 from .hosts.outputs import logits_of
-from .method.policy import Policy
 
 Forward = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] to what is wanted of them, [B, K]."""
@@ -44,15 +43,6 @@ def deployed(model: nn.Module, device: torch.device, *, amp: torch.dtype | None 
     model.to(device)
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
         yield
-
-
-def policy_of(model: nn.Module) -> Policy:
-    """What decides in an attached model: learned thresholds, or fixed rates.
-
-    Raises:
-        LTMPError: nothing is attached.
-    """
-    return stack_of(model).thresholds
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .about import LIBRARIES, About, Preprocessing
-from .hosts.attach import is_attached, stack_of
+from .hosts.attach import attachment, is_attached
 from .method.policy import Policy
 
 _BUILT = "ltmp_about"
@@ -39,16 +39,9 @@ class Noted:
     prune: Tensor | None
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What thresholds of this model are bound to: its architecture's name and its shape."""
-    stack = stack_of(model)
-    known = {"depth": stack.thresholds.depth, **stack.recipe.describe(stack.host)}
-    return {name: value for name, value in known.items() if value is not None}
-
-
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """All that is known of an attached model and its thresholds, JSON types; what was noted goes first."""
-    return {**describe(model), **_found(model).to_dict(), **about_of(model).to_dict()}
+    return {**attachment(model).describe(), **_found(model).to_dict(), **about_of(model).to_dict()}
 
 
 def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
@@ -57,7 +50,7 @@ def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
     Args:
         facts: as in `About`, and others; None and what `save` finds out itself are left out.
     """
-    policy = stack_of(model).thresholds
+    policy = attachment(model).policy
     new = {name: value for name, value in facts.items() if value is not None and name not in _COMPUTED}
     about = About.from_dict({**about_of(model).to_dict(), **new})
     policy.noted = Noted(about, *_vectors(policy))
@@ -66,7 +59,7 @@ def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
 def about_of(model: nn.Module) -> About:
     """What was noted of a model, by `note`, by loading thresholds or when it was built as a file says."""
     if is_attached(model):
-        policy = stack_of(model).thresholds
+        policy = attachment(model).policy
         if policy.noted is not None:
             return _held(policy)
     built: About | None = getattr(model, _BUILT, None)
@@ -94,7 +87,7 @@ def classes_of(model: Any) -> int | None:
 
 def _found(model: Any) -> About:
     """What the model itself says."""
-    roots = {cls.__module__.partition(".")[0] for cls in type(stack_of(model).host).__mro__}
+    roots = {cls.__module__.partition(".")[0] for cls in type(attachment(model).host).__mro__}
     config = getattr(model, "pretrained_cfg", None) or {}
     names = labels_of(model) or tuple(map(str, config.get("label_names") or ()))
     place = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")

@@ -58,7 +58,7 @@ class Seen:
     def add_keys(self, keys: Tensor) -> None:
         self.keys = torch.cat([self.keys, keys]).unique()[:MOST]
 
-    def watch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def watch(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The batches (images, labels), remembered when they are handed on."""
         for images, labels in batches:
             self.add(images)

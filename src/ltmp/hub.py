@@ -16,6 +16,7 @@ from .checkpoint import annotate, load, read, save
 from .errors import LTMPError, UsageError
 from .evaluate import Evaluation, tables
 from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
+from .method.certificate import Certificate
 from .zoo.build import is_safe_name
 from .zoo.hugging_face import PREFIX as HF
 
@@ -29,6 +30,7 @@ def from_pretrained(
     *,
     budget: float | None = None,
     engine: str | None = None,
+    certified: bool = False,
     weights: str | os.PathLike[str] | None = None,
     **hub: Any,
 ) -> nn.Module:
@@ -42,6 +44,7 @@ def from_pretrained(
             the file states, with its weights.
         budget: what the dial is set to, or without a dial which file, where there are several.
         engine: overrides the file's engine.
+        certified: set the dial to the budget that its certificate guarantees; see `load`.
         weights: a checkpoint for the model that is built, instead of the base model's own.
         hub: more for the download: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -55,7 +58,7 @@ def from_pretrained(
     path = locate(source, budget=budget, **hub)
     if model is None:
         model = _build(Bundle.open(path, budget=budget), weights, source=os.fspath(source))
-    load(model, path, engine=engine, budget=budget)
+    load(model, path, engine=engine, budget=budget, certified=certified)
     return model
 
 
@@ -200,8 +203,18 @@ weights are not in here and do not change.
 Budget and share are parts of the dense model's FLOPs: the one aimed at, and the one measured, as a mean over images.
 Accuracies are in percent. Where a field is empty nothing was measured.
 
-{_usage(repo_id, files)}
+{_certified(files)}{_usage(repo_id, files)}
 """
+
+
+def _certified(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is guaranteed of which file, a line each, and how to ask for it."""
+    found = {name: Certificate.from_dict(about["certificate"], name) for name, about in sorted(files.items())
+             if about.get("certificate")}  # fmt: skip
+    if not found:
+        return ""
+    lines = [f"- `{name}`, {certificate.sentence()}." for name, certificate in found.items()]
+    return "\n".join(["Certified (`certified=True` sets that budget):", "", *lines, "", ""])
 
 
 def _usage(repo_id: str, files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from .about import About, shown
 from .config import LTMPConfig
 from .errors import first_line
+from .fingerprint import MOST as MOST_KEYS
 from .method.dial import PREFIX as DIAL
 from .tensorfiles import Entry, strict_json
 
@@ -30,14 +31,15 @@ def said_in(about: dict[str, str]) -> dict[str, Any]:
 
 
 def is_part(name: str) -> bool:
-    return name in ("merge", "prune", "probe") or name.startswith(DIAL)
+    return name in ("merge", "prune", "probe", "seen") or name.startswith(DIAL)
 
 
 def check_entries(entries: dict[str, Entry]) -> None:
     """Refuse types and shapes that no thresholds have, before they are read; names of newer versions are not."""
     for name, (dtype, shape) in entries.items():
-        dimensions = 3 if name == "probe" else 1 if name in ("merge", "prune", f"{DIAL}share") else 2
-        fits = dtype in _FLOATS and len(shape) == dimensions and prod(shape) <= MOST_NUMBERS
+        dimensions = 3 if name == "probe" else 1 if name in ("merge", "prune", "seen", f"{DIAL}share") else 2
+        types, most = (("I64",), MOST_KEYS) if name == "seen" else (_FLOATS, MOST_NUMBERS)
+        fits = dtype in types and len(shape) == dimensions and prod(shape) <= most
         if is_part(name) and not fits:
             raise ValueError(f"{shown(name)} is {dtype} {list(shape)}")
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    """`text` on one line, with "?" for characters that a terminal obeys or cannot show: escapes, bidirectional marks.
+    r"""`text` on one line, with characters that a terminal obeys or cannot show spelt out: escapes, text direction.
 
-    >>> printable("\\x1b[31mred\\x1b[0m")
-    '?[31mred?[0m'
+    >>> printable("\x1b[31mred\x1b[0m")
+    '\\x1b[31mred\\x1b[0m'
     """
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
+    return "".join(c if c.isprintable() else " " if c.isspace() else _spelt(c) for c in str(text))
+
+
+def _spelt(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def spreadsheet_cell(value: object) -> object:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import ltmp
 from ltmp.app.explorer import first_blocks
 from ltmp.errors import LTMPError
-from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.hosts.attach import attachment
 
 
 def test_after_the_last_block_the_model_itself_answers(explorer, pictures):
@@ -37,12 +39,16 @@ def test_smaller_budgets_leave_less(explorer, pictures):
 
 
 def test_left_out_blocks_come_back(explorer, pictures):
-    stack, own = stack_of(explorer.model), thresholds_of(explorer.model)
-    names = list(stack._modules)
-    with first_blocks(stack, own, 1):
-        assert len(stack.blocks) == thresholds_of(explorer.model).depth == 1
-    assert list(stack._modules) == names
-    assert thresholds_of(explorer.model) is own
+    made, image = attachment(explorer.model), explorer.open(pictures[0]).pixels
+    found = []
+    for how in (ltmp.dense(), nullcontext()):
+        with torch.no_grad(), first_blocks(made.body, made.thresholds, 1), ltmp.record() as calls, how:
+            found.append(explorer.model(image))
+        assert calls.kept[0].shape == (1, 1)
+    with torch.no_grad(), ltmp.record() as calls:
+        whole = explorer.model(image)
+    assert calls.kept[0].shape[1] == made.body.depth > 1
+    assert all(not torch.equal(logits, whole) for logits in found)
 
 
 def test_a_bad_file_is_refused_in_words(explorer, tmp_path):

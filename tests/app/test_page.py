@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import logging
 import shutil
+import time
 import urllib.parse
 
 import pytest
 
 pytest.importorskip("gradio")
 from ltmp.app import build_page, serving_options
-from ltmp.app.page import _table
+from ltmp.app.page import _figures, _show, _table
 
 CHROMIUM = shutil.which("chromium")
 
@@ -26,6 +30,65 @@ def test_nothing_is_shared_and_uploads_have_a_limit():
     options = serving_options()
     assert options["share"] is False
     assert options["max_file_size"]
+
+
+def test_the_panels_hold_the_models_own_answers(explorer, pictures):
+    opened = explorer.open(pictures[0])
+    look = explorer.look(opened, 0.6)
+    for block in (0, 1, 3):
+        _, _, dense, reduced, _ = _show(look, block)
+        assert dense == dict(opened.dense.blocks[-1])
+        assert reduced == dict(look.reduced.blocks[-1])
+
+
+def test_times_that_mean_nothing_are_not_shown(explorer, pictures):
+    opened = explorer.open(pictures[0])
+    assert " ms, reduced **" in _figures(explorer.look(opened, 0.6))
+    explorer.timed = False
+    assert " ms" not in _figures(explorer.look(opened, 0.6))
+
+
+@pytest.mark.parametrize("lowest", [0.6, 0.349755])
+def test_the_slider_reaches_one_and_a_picture_is_there(explorer, lowest, monkeypatch):
+    monkeypatch.setattr(type(explorer.budgets), "lowest", lowest)
+    blocks = build_page(explorer).blocks.values()
+    budget = next(block for block in blocks if getattr(block, "elem_id", "") == "budget")
+    steps = (budget.maximum - budget.minimum) / budget.step
+    assert budget.maximum == 1
+    assert steps == pytest.approx(round(steps))
+    assert budget.minimum <= lowest < budget.minimum + 0.01
+    picture = next(block for block in blocks if getattr(block, "elem_id", "") == "picture")
+    assert picture.value
+
+
+def test_requests_that_nobody_meant_get_a_line_and_no_traceback(explorer, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(logging.getLogger("ltmp.app.page"), "handlers", [caplog.handler])
+    page = build_page(explorer)
+    page.launch(**serving_options(), server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
+    try:
+        address = urllib.parse.urlsplit(page.local_url)
+
+        def post(path: str, body: bytes, kind: str) -> int:
+            connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+            connection.request("POST", f"/gradio_api/{path}", body, {"content-type": kind})
+            status = connection.getresponse().status
+            connection.close()
+            return status
+
+        field = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\nno file\r\n--x--\r\n'
+        assert post("upload", field, "multipart/form-data; boundary=x") == 500
+        call = json.dumps({"data": ["/etc/passwd", 0.7, 2], "fn_index": 0, "session_hash": "x"}).encode()
+        assert post("queue/join", call, "application/json") == 200
+        deadline = time.monotonic() + 20
+        while "a request was refused" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        page.close()
+    # uvicorn's own handler writes to the screen
+    said = caplog.text + "".join(capsys.readouterr())
+    assert "Exception in ASGI application: File is not" in said
+    assert "a request was refused: " in said
+    assert "Traceback" not in said
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 import ltmp as package
 from ltmp.cli import main
+from ltmp.report import shown_path
 
 from .conftest import MODEL, NAME, SHAPE
 
@@ -39,6 +40,9 @@ def test_page_of_two_budgets_and_a_result(ltmp, weights, images, thresholds, tmp
     assert "ant/1.png" in page
     assert "ant/0.png" not in page
     assert all(name in page for name in ("0.9", "0.5", "is ant", "eval.json"))
+    # others read it: it names no folder of this machine
+    assert str(tmp_path) not in page
+    assert str(weights.parent.parent) not in page
 
 
 def test_page_of_results_alone(ltmp, images, thresholds, tmp_path):
@@ -54,3 +58,11 @@ def test_half_a_call_is_refused(images, capsys, tmp_path):
     assert "nothing to report" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "no.json")]) == 1
     assert "no.json" in capsys.readouterr().err
+
+
+def test_paths_as_they_are_shown(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(tmp_path / "a" / "b.png") == "a/b.png"
+    assert shown_path("a/b.png") == "a/b.png"
+    assert shown_path("/home/me/secret/data/b.png") == "data/b.png"
+    assert shown_path("/b.png") == "b.png"

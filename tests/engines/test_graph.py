@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_map_
 import ltmp
 from helpers import assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.config import FIXED
+from ltmp.engines.body import running
 from ltmp.engines.capacity import Capacity
 from ltmp.evaluate.compare import rates_for
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.learning import learn_probe
 from ltmp.method.dial import Dial, keep_on
 
@@ -83,7 +84,7 @@ class Case:
         self.packed = copy.deepcopy(self.model)
         for model, name in ((self.packed, "packed"), (self.model, engine)):
             model.ltmp.config = replace(config, engine=name)
-        self.forward = GraphedForward(self.model, stack_of(self.model), self.recorder, graphs)
+        self.forward = GraphedForward(attachment(self.model).body, self.recorder, graphs)
         self.model.forward = self.forward
 
     def check(self, images: int, seed: int = 0) -> None:
@@ -116,7 +117,7 @@ def test_hosts_that_are_called_by_keyword_and_return_objects() -> None:
     ltmp.attach(model, ltmp.LTMPConfig(engine="graph")).ltmp.set([0.6, 0.6], [0.05, 0.05])
     packed = copy.deepcopy(model)
     packed.ltmp.config = ltmp.LTMPConfig(engine="packed")
-    model.forward = GraphedForward(model, stack_of(model), Rerun())
+    model.forward = GraphedForward(attachment(model).body, Rerun())
     for seed in range(3):
         batch = images_of(4, seed)
         (found, kept), (expected, counts) = (run_recorded(m, pixel_values=batch) for m in (model, packed))
@@ -157,6 +158,19 @@ def test_tail_fills_a_recorded_batch() -> None:
     assert (case.recorder.recorded, case.recorder.replayed) == (1, 2)
     case.check(1, seed=3)
     assert case.recorder.replayed == 2, "one image would waste three quarters of the batch"
+
+
+def test_a_tail_that_overflows_leaves_the_larger_graph_alone() -> None:
+    case = Case()
+    case.check(4)
+    case.check(4)
+    (key, large), *_ = case.forward._recorded.items()
+    large.capacity = Capacity(tuple(n // 8 for n in large.capacity.rows), large.capacity.longest)
+    case.check(3, seed=2)
+    assert list(case.forward._recorded) == [key], "the graph of four images is gone"
+    assert set(case.forward._slack.values()) == {SLACK}
+    case.check(3, seed=2)
+    assert [k[0] for k in case.forward._recorded] == [4, 3]
 
 
 def test_overflow_is_run_again_and_room_grows() -> None:
@@ -298,9 +312,9 @@ def test_auto_runs_dense_where_that_is_faster(
     assert "does not pay for batches of 4" in caplog.records[0].message
 
 
-def test_other_thresholds_in_the_stack_are_never_mistaken_for_its_own() -> None:
+def test_other_thresholds_of_a_thread_are_never_mistaken_for_its_own() -> None:
     case = Case()
-    stack, other = stack_of(case.model), copy.deepcopy(case.model.ltmp)
+    body, other = attachment(case.model).body, copy.deepcopy(case.model.ltmp)
     other.set(None, [0.3] * 2)
     case.check(4)
     case.check(4)
@@ -309,7 +323,7 @@ def test_other_thresholds_in_the_stack_are_never_mistaken_for_its_own() -> None:
     images = images_of(4)
     _, wanted = run_recorded(twin, images)
     for _ in range(3):
-        with stack.using(other):
+        with running(body=replace(body, policy=other)):
             _, kept = run_recorded(case.model, images)
         assert kept.tolist() == wanted.tolist()
         case.check(4)
@@ -323,8 +337,8 @@ def test_fixed_rates_are_found_where_auto_runs_dense(monkeypatch: pytest.MonkeyP
     for _ in range(3):
         case.model(image)
     rates = rates_for(case.model, image, "m", 0.6)
-    with ltmp.record() as calls, stack_of(case.packed).using(rates):
-        rates.config = replace(rates.config, engine="packed")
+    rates.config = replace(rates.config, engine="packed")
+    with ltmp.record() as calls, running(body=replace(attachment(case.packed).body, policy=rates)):
         case.packed(image)
     assert abs(calls.share().item() - 0.6) < 0.05
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ import ltmp
 from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
 from ltmp.config import ENGINES
 from ltmp.engines import graph, packed, select
+from ltmp.engines.body import Body, running
 from ltmp.errors import LTMPError
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.method.thresholds import Thresholds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -78,10 +81,9 @@ def test_other_policies_run_on_the_packed_engine(monkeypatch: pytest.MonkeyPatch
             return torch.ones_like(score)
 
     model = attach_reducing(tiny_vit(), random_images(2))
-    stack = stack_of(model)
-    assert select.on_device(stack)
-    with stack.using(Other(3, model.ltmp.config).eval()):
-        assert not select.on_device(stack)
+    body = attachment(model).body
+    assert select.on_device(body)
+    assert not select.on_device(replace(body, policy=Other(3, model.ltmp.config).eval()))
 
 
 def test_every_engine_of_the_config_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +103,46 @@ def test_graphs_come_and_go_with_the_attachment(monkeypatch: pytest.MonkeyPatch)
     assert model(images).shape == reduced.shape
 
 
-def test_request_replaces_the_read_of_the_device() -> None:
-    from ltmp.engines.request import Request, requested
+def test_an_engine_that_is_brought_runs_whatever_the_thresholds() -> None:
+    """In this thread, for bodies of any host; but inside `dense()` nothing of ours runs."""
+    images = random_images(2)
+    model = ltmp.attach(tiny_vit())
+    calls: list[int] = []
 
-    model = attach_reducing(tiny_vit(), random_images(2))
-    with requested(Request(active=((False, False),) * 3)):
-        plain = model(random_images(2))
-    with ltmp.dense():
-        assert_close(plain, model(random_images(2)), 0)
+    def engine(body: Body, x: torch.Tensor, positions: Any) -> Any:
+        calls.append(body.depth)
+        return body.all_whole(x, positions)
+
+    with torch.no_grad(), running(engine):
+        brought = model(images)
+        with ltmp.dense():
+            assert_close(model(images), brought, 1e-6)
+    model(images)
+    assert calls == [3]
+
+
+def test_a_body_that_is_brought_stands_in_for_that_of_its_host_alone() -> None:
+    images = random_images(2)
+    model, other = (attach_reducing(tiny_vit(), images) for _ in range(2))
+    off = copy.deepcopy(model.ltmp)
+    off.set([1.0] * 3, [0.0] * 3)
+    _, kept = run_recorded(other, images)
+    with running(body=replace(attachment(model).body, policy=off)):
+        assert run_recorded(model, images)[1].eq(17).all()
+        assert run_recorded(other, images)[1].tolist() == kept.tolist()
+    assert run_recorded(model, images)[1].tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("engine", ["auto", "triton"])
+def test_training_weights_on_a_gpu_keeps_gradients(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen thresholds run as deployed in train mode, by an engine that gradients pass."""
+    gpu(monkeypatch, (9, 0))
+    chosen = select.engine(engine, CUDA)
+    model = attach_reducing(tiny_vit(), random_images(2)).train()
+    model.requires_grad_(False)
+    model.blocks[1].mlp.fc1.weight.requires_grad_(True)
+    monkeypatch.setattr(select, "engine", lambda name, device: chosen)
+    logits, kept = run_recorded(model, random_images(2))
+    assert kept[:, -1].lt(17).all()
+    logits.sum().backward()
+    assert model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0

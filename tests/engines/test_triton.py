@@ -15,7 +15,7 @@ from helpers import assert_close, attach_reducing, embed, make_probe, random_ima
 from ltmp.config import FIXED, SCORES, LTMPConfig, Scores
 from ltmp.engines import packed
 from ltmp.engines.state import Reduced
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 
 pytest.importorskip("triton")
 from ltmp.engines import triton as engine
@@ -37,10 +37,10 @@ HOSTS: dict[str, dict[str, Any]] = {
 
 def both(model: Any, images: Tensor, **kwargs: Any) -> tuple[Reduced, Reduced]:
     model, images = model.to(DEVICE), images.to(DEVICE)
-    stack, x = stack_of(model), embed(model, images)
-    active = stack.thresholds.active()
+    body, x = attachment(model).body, embed(model, images)
+    active = body.active()
     with torch.no_grad():
-        return packed.run(stack, x, active), engine.Pass(stack, x, active, **kwargs).run()
+        return packed.run(body, x, active), engine.Pass(body, x, active, **kwargs).run()
 
 
 def assert_same(expected: Reduced, found: Reduced, atol: float = 1e-4) -> None:

@@ -14,7 +14,7 @@ from ltmp.errors import LTMPError
 from ltmp.evaluate import bench
 from ltmp.evaluate.agreement import decisions_agree
 from ltmp.evaluate.bench import Bench, Row, table
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 
 
 def reduced_model(**kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def test_decisions_are_compared_one_by_one(variant: str, scores: Scores) -> None
     model.ltmp.config = replace(model.ltmp.config, scores=scores)
     model.ltmp.set_probe(make_probe(model.ltmp.depth))
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    assert decisions_agree(stack_of(model), x) == 1
+    assert decisions_agree(attachment(model).body, x) == 1
 
 
 def test_train_mode_is_refused() -> None:

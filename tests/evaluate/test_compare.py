@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,10 +11,11 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.calls import record
 from ltmp.config import FIXED
+from ltmp.engines.body import running
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate
 from ltmp.evaluate.compare import Entry, Wanted, compare, fixed_entry, rates_for, rows
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -25,7 +28,7 @@ def test_rates_come_as_close_to_a_budget_as_they_can(variant: str) -> None:
     model, images = ltmp.attach(tiny_vit(depth=6)), random_images(1)
     for target in (0.9, 0.7):
         policy = rates_for(model, images, variant, target)
-        with record() as calls, stack_of(model).using(policy):
+        with record() as calls, running(body=replace(attachment(model).body, policy=policy)):
             model(images)
         # a token more or less by each step, of 17
         assert abs(calls.share().item() - target) < 0.02 * len(policy.config.steps)
@@ -53,10 +56,10 @@ def test_one_pass_finds_what_single_evaluations_find() -> None:
 def test_learned_thresholds_take_part_and_stay_as_they_are() -> None:
     model = ltmp.attach(tiny_vit())
     model.ltmp.set([0.5] * 3, [0.04] * 3)
-    mine = stack_of(model).thresholds
+    mine = attachment(model).policy
     entries = [Entry("mine", "ltmp", None, mine), fixed_entry(model, Wanted("m", 4), random_images(1), None)]
     results = compare(model, batches(), entries)
-    assert stack_of(model).thresholds is mine
+    assert attachment(model).policy is mine
     assert results["mine"].share < 1
     assert results["mine"] != results["m:4"]
     assert results["m:4"].throughput is not None
@@ -71,5 +74,5 @@ def test_unknown_methods_are_refused(text: str) -> None:
 @pytest.mark.parametrize("registers", [0, 2])
 def test_methods_that_need_a_class_token_say_so(registers: int) -> None:
     model = ltmp.attach(tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg"))
-    with pytest.raises(UsageError, match="this model has none"):
+    with pytest.raises(UsageError, match="this model has no class token"):
         fixed_entry(model, Wanted("evit", 1), random_images(1), None)

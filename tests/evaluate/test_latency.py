@@ -18,7 +18,7 @@ from ltmp.errors import LTMPError, UsageError
 from ltmp.evaluate import costs as costing
 from ltmp.evaluate.costs import measure_costs
 from ltmp.evaluate.latency import BlockCosts, Costs, set_latency
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.method.dial import Dial, keep_on
 
 IMAGES = 4
@@ -178,9 +178,9 @@ def test_pieces_of_the_triton_engine_run() -> None:
     if unavailable(torch.device("cpu")):
         pytest.skip("neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1)")
     model = ltmp.attach(tiny_vit())
-    stack, x = stack_of(model), torch.randn(2, 9, 16)
+    body, x = attachment(model).body, torch.randn(2, 9, 16)
     model.ltmp.set([0.5] * 3, [0.01] * 3)
-    calls, left = costing._triton_pieces(stack, 1, x, None, ((True, True),) * 3)
+    calls, left = costing._triton_pieces(body, 1, x, None, ((True, True),) * 3)
     assert left == 9
     assert calls["plain"]().cu.tolist() == [0, 9, 18]
     assert calls["reduced"]().cu[-1] < 18

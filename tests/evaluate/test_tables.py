@@ -88,7 +88,7 @@ def test_text_of_others_is_shown_and_not_obeyed(rich, monkeypatch):
         monkeypatch.setitem(sys.modules, "rich.console", None)
     screen = io.StringIO()
     tables.show([{HOSTILE: HOSTILE}], HOSTILE, screen)
-    assert screen.getvalue().count("o[/red]?]0;title??31m?gnp.exe") == 3
+    assert screen.getvalue().count(r"o[/red]\x1b]0;title\x07\x9b31m\u202egnp.exe") == 3
 
 
 def test_titles_are_one_line():

@@ -14,14 +14,15 @@ import torch
 import ltmp
 from helpers import assert_close, attach_reducing, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.config import SCORES, LTMPConfig
+from ltmp.engines.body import running
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.evaluate import evaluate
 from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
 from ltmp.export.forms import FORMS
 from ltmp.export.onnx import read_metadata
 from ltmp.export.runtimes import OPENERS, Session
-from ltmp.export.verify import expect, smooth_images, verify
-from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.export.verify import NOISES, Verification, check_share, expect, made_images, smooth_images, verify
+from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.method.thresholds import Thresholds
 
 pytest.importorskip("onnx", reason="needs the extra 'export'")
@@ -170,7 +171,7 @@ def test_undecided_images_are_left_out():
     model = reduced_model()
     watching = Watching(2, thresholds_of(model).config).eval()
     watching.set(thresholds_of(model).merge, thresholds_of(model).prune)
-    with stack_of(model).using(watching), torch.no_grad():
+    with running(body=replace(attachment(model).body, policy=watching)), torch.no_grad():
         model(IMAGES[:1])
     # a threshold that is one image's own score, to the last bit
     thresholds_of(model).set(merge=[watching.scores[0][0, 1:].median().item(), 1.0])
@@ -298,3 +299,38 @@ def test_exported_model_counts_as_attached(model):
     with ltmp.record() as calls:
         exported(IMAGES)
     assert calls.kept[0].tolist() == [[1.0, 1.0]] * 6
+
+
+def test_the_share_in_a_file_is_the_thresholds_own(model, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(job, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(job, "write_onnx", lambda _program, path, text, **_: (path.touch(), written.append(text)))
+    monkeypatch.setattr(job, "_open", lambda *_: None)
+    monkeypatch.setattr(
+        job, "verify", lambda _session, expected: Verification(8, 0, 1, 0.0, expected.share.mean().item())
+    )
+    path = tmp_path / "a.onnx"
+    assert export(model, path, share=0.55).share != 0.55
+    export(model, path, Plan(dense=True), share=0.55)
+    export(model, path, images=IMAGES)
+    export(model, path)
+    shares = [text.get("ltmp.share") for text in written]
+    assert shares[:2] + shares[3:] == ["0.55", "1.0", None]
+    assert 0 < float(shares[2]) < 1
+
+
+def test_made_images_are_reduced_about_as_much_as_the_thresholds_say():
+    model = reduced_model()
+    first = expect(model, made_images(model, 8)).share.mean().item()
+    for share in (0.5, 0.9):
+        found = expect(model, made_images(model, 8, share)).share.mean().item()
+        assert abs(found - share) <= abs(first - share)
+    assert len({expect(model, smooth_images(model, 8, noise=noise)).share.mean().item() for noise in NOISES}) > 2
+
+
+def test_images_that_are_reduced_otherwise_are_noted():
+    found = Verification(8, 0, 3, 0.0, share=0.8)
+    assert check_share(found, 0.75, made=True) == check_share(found, None, made=True) == found
+    assert (
+        "made images keep a share of 0.80, but these thresholds are for 0.50" in check_share(found, 0.5, made=True).note
+    )

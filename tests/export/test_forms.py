@@ -16,7 +16,7 @@ import ltmp
 from helpers import TINY, assert_close, attach_reducing, liven, make_probe, random_images, run_recorded, tiny_vit
 from ltmp.config import SCORES as NAMED
 from ltmp.config import Scores
-from ltmp.engines.request import Request, requested
+from ltmp.engines.body import running
 from ltmp.export.forms import FORMS, Form
 from ltmp.hosts.attach import thresholds_of
 
@@ -47,8 +47,8 @@ def rotary() -> Any:
 
 def run_form(model: Any, images: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
     thresholds = thresholds_of(model)
-    engine = Form(FORMS[form], tuple(thresholds.merge.tolist()), tuple(thresholds.prune.tolist()))
-    with requested(Request(run=engine)), torch.no_grad():
+    engine = Form(FORMS[form], thresholds.active(), tuple(thresholds.merge.tolist()), tuple(thresholds.prune.tolist()))
+    with running(engine), torch.no_grad():
         return run_recorded(model, images)
 
 

@@ -16,6 +16,7 @@ import torch
 from timm.layers import RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
+    Block,
     DiffParallelScalingBlock,
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -28,7 +29,7 @@ import ltmp
 import reference
 from helpers import assert_close, attach_reducing, random_images, references, run_recorded, tiny_vit
 from ltmp.config import LEARNED
-from ltmp.hosts.attach import is_attached, stack_of
+from ltmp.hosts.attach import attachment, is_attached
 
 CASES: dict[str, Callable[[], Any]] = {
     "plain": tiny_vit,
@@ -116,26 +117,31 @@ def test_off_thresholds_give_the_dense_output(case: str) -> None:
     dense = model(images)
     ltmp.attach(model)
     assert_close(model(images), dense, atol=1e-5)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     assert_close(model(images), dense, atol=1e-5 * max(1.0, float(dense.abs().max())), what="masked")
 
 
 def test_off_thresholds_run_the_hosts_own_blocks() -> None:
     model = ltmp.attach(tiny_vit())
     calls: list[int] = []
-    for i, block in enumerate(stack_of(model).blocks):
+    for i, block in enumerate(attachment(model).body.blocks):
         block.register_forward_hook(lambda *_, i=i: calls.append(i))
     with torch.no_grad():
         model(images_of(model))
     assert calls == [0, 1, 2]
 
 
-def test_blocks_before_the_first_reduction_are_the_hosts_own() -> None:
+def test_blocks_before_the_first_reduction_are_the_hosts_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ltmp.attach(tiny_vit())
     model.ltmp.set([1.0, 1.0, -1.0], [0.0, 0.0, 0.0])
     calls: list[int] = []
-    for i, block in enumerate(stack_of(model).blocks):
-        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    forward = Block.forward
+
+    def spy(self: Any, x: Tensor, **named: Any) -> Tensor:
+        calls.append(list(model.blocks).index(self))
+        return forward(self, x, **named)
+
+    monkeypatch.setattr(Block, "forward", spy)
     with torch.no_grad():
         _, kept = run_recorded(model, images_of(model))
     assert calls == [0, 1]
@@ -233,7 +239,7 @@ def test_attach_finds_the_host_inside_a_wrapper() -> None:
 def test_reduces_as_written_down(case: str, batch: int, masked: bool) -> None:
     """Token counts and logits; for pooled heads this says that the gone do not enter and that size counts."""
     model, images, expected = reducing(case)
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     parts = [run_recorded(model, part) for part in images.split(batch)]
     kept = torch.cat([kept for _, kept in parts])
     assert kept.tolist() == expected.counts
@@ -249,7 +255,7 @@ def test_dynamic_size_takes_two_sizes() -> None:
     for size, tokens in ((16, 17), (24, 37)):
         images = random_images(2, size=size)
         packed, kept = run_recorded(model, images)
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_()
         assert_close(model(images), packed, atol=1e-4)
         model.ltmp.eval()
         assert kept[:, -1].lt(tokens).all()
@@ -274,7 +280,7 @@ def test_everything_pruned(name: str, masked: bool) -> None:
     bare = references(model, images)
     ltmp.attach(model)
     model.ltmp.set(None, [0.0, 10.0, 0.0])
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     logits, kept = run_recorded(model, images)
     assert kept[:, -1].eq(max(protected, 1)).all()
     expected = torch.stack([reference.run(i, model.ltmp.merge, model.ltmp.prune)[0].logits() for i in bare])
@@ -287,10 +293,10 @@ def test_everything_pruned(name: str, masked: bool) -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 def test_no_images(case: str, masked: bool) -> None:
     model, images, _ = reducing(case)
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     logits, kept = run_recorded(model, images[:0])
     assert logits.shape == (0, 5)
-    assert kept.shape == (0, len(stack_of(model).blocks))
+    assert kept.shape == (0, len(attachment(model).body.blocks))
 
 
 @torch.no_grad()
@@ -310,7 +316,7 @@ def test_pooling_changed_while_attached(before: str, after: str) -> None:
     model.reset_classifier(4, global_pool=after)
     batch = model(images)
     assert_close(batch, torch.cat([model(image) for image in images.split(1)]), atol=1e-5)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     assert_close(model(images), batch, atol=1e-4)
     ltmp.detach(model)
     assert not model.norm._forward_hooks
@@ -362,7 +368,7 @@ def test_gradients_reach_the_thresholds(variant: str) -> None:
 
 def test_gradients_reach_the_thresholds_of_every_case(case: str) -> None:
     model, images, _ = reducing(case)
-    model.train()
+    model.train().ltmp.requires_grad_()
     with ltmp.record() as calls:
         out = model(images)
     (out.square().sum() + calls.share().sum()).backward()
@@ -375,7 +381,7 @@ def test_gradients_reach_the_thresholds_of_every_case(case: str) -> None:
 def test_a_head_that_pools_sees_what_the_last_block_removes(name: str) -> None:
     """Otherwise the budget alone would decide there, and remove everything."""
     model, images, _ = reducing(name)
-    model.train()
+    model.train().ltmp.requires_grad_()
     model(images).square().sum().backward()
     for grad in (model.ltmp.merge.grad, model.ltmp.prune.grad):
         assert grad.isfinite().all()
@@ -387,10 +393,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name: str) -> None:
     outputs, gradients, entered = [], [], []
     for checkpointing in (False, True):
         model, images, _ = reducing(name)
-        model.train()
+        model.train().ltmp.requires_grad_()
         model.set_grad_checkpointing(checkpointing)
         calls: list[int] = []
-        stack_of(model).blocks[0].norm1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        attachment(model).body.blocks[0].norm1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         with ltmp.record() as recorded:
             out = model(images)
         out.square().sum().backward()
@@ -431,7 +437,7 @@ def test_inference_mode() -> None:
 def test_half_precision(name: str, form: str, masked: bool) -> None:
     """Reduces much as in float32: a rounded score may fall on the other side of its threshold here and there."""
     model, images, expected = reducing(name)
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     if form == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             logits, kept = run_recorded(model, images)
@@ -468,7 +474,7 @@ def test_copies_are_whole_and_their_own(case: str, clone: Callable[[Any], Any]) 
     twin = clone(model)
     assert torch.equal(twin(images), logits)
     twin.ltmp.set([1.0] * twin.ltmp.depth, [0.0] * twin.ltmp.depth)
-    assert stack_of(twin).thresholds is twin.ltmp
+    assert attachment(twin).policy is twin.ltmp
     assert torch.equal(model(images), logits)
     assert not torch.equal(twin(images), logits)
     ltmp.detach(twin)
@@ -565,7 +571,8 @@ def test_attaching_around_an_attached_model_is_refused() -> None:
     wrapper = Wrapper(ltmp.attach(tiny_vit()))
     with pytest.raises(ltmp.LTMPError, match="already attached"):
         ltmp.attach(wrapper)
-    assert not is_attached(wrapper)
+    assert not hasattr(wrapper, "ltmp")
+    assert attachment(wrapper).policy is wrapper.backbone.ltmp
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
@@ -573,7 +580,7 @@ def test_attaching_around_an_attached_model_is_refused() -> None:
 def test_nan_thresholds_are_refused(name: str, masked: bool) -> None:
     """They come by other ways than `set`: a state dict, an optimiser gone wrong."""
     model, images, _ = reducing("plain")
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     model.load_state_dict({f"ltmp.{name}": torch.tensor([0.5, float("nan"), 0.5])}, strict=False)
     with pytest.raises(ltmp.LTMPError, match="a threshold is NaN"):
         model(images)
@@ -590,7 +597,7 @@ CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 def test_what_a_reduced_model_cannot_do_is_said(name: str, masked: bool) -> None:
     model, images, _ = reducing("plain")
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     with pytest.raises(NotImplementedError, match=r"ltmp\.detach\(model\)"):
         CALLS[name](model, images)
     ltmp.detach(model)

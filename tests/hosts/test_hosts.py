@@ -20,9 +20,9 @@ from torch import Tensor
 import ltmp
 from helpers import assert_close
 from ltmp.config import Scores
+from ltmp.engines.body import running
 from ltmp.engines.capacity import Capacity
-from ltmp.engines.request import Request, requested
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.learning import learn_probe
 from ltmp.visualize import see
 
@@ -57,7 +57,7 @@ def test_off_thresholds_give_the_dense_output(case: Case) -> None:
     assert not torch.equal(dense[0], dense[1]), "the images are all the same to this model: the test tests little"
     ltmp.attach(model)
     assert_close(case.call(model), dense, atol=1e-5, what="packed")
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     assert_close(case.call(model), dense, atol=1e-5, what="masked")
 
 
@@ -66,7 +66,7 @@ def test_scores_by_the_class_token_need_one(case: Case) -> None:
     named = [name for name, _ in model.named_parameters() if re.search(r"(cls|class)_(token|embed)", name)]
     config = ltmp.LTMPConfig(scores=Scores(class_power=0.5))
     if named:
-        assert stack_of(ltmp.attach(model, config)).protected > 0
+        assert attachment(ltmp.attach(model, config)).body.protected > 0
     else:
         with pytest.raises(ltmp.LTMPError, match="needs a class token's attention, and this model has no class token"):
             ltmp.attach(model, config)
@@ -104,7 +104,7 @@ def test_probes_are_learned_of_every_host(case: Case) -> None:
     with torch.no_grad():
         packed, kept = recorded(case, model)
         assert kept[:, -1].lt(case.tokens).all()
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_()
         masked, same = recorded(case, model)
     assert same.tolist() == kept.tolist()
     assert_close(masked, packed, atol=1e-5)
@@ -117,7 +117,7 @@ def test_masked_is_packed(case: Case, seed: int) -> None:
     packed, kept = recorded(case, model)
     assert kept[:, -1].lt(case.tokens).all()
     assert kept[:, 0].gt(1).any()
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     masked, same = recorded(case, model)
     assert same.tolist() == kept.tolist()
     assert_close(masked, packed, atol=1e-5)
@@ -133,15 +133,16 @@ def test_masked_is_packed(case: Case, seed: int) -> None:
 def test_triton_is_packed(name: str, fixed: bool) -> None:
     """The kernels, at exact sizes and at those of a CUDA graph, whose spare rows hold anything."""
     pytest.importorskip("triton")
+    from ltmp.engines.triton import Counted
+
     case = ATTACHED[name]
     model = attached(case)
     packed, kept = recorded(case, model)
-    model.ltmp.config = ltmp.LTMPConfig(engine="triton")
     rows, longest = kept.sum(0).int() + 5, kept.amax(0).int() + 1
-    request = Request(capacity=Capacity(tuple(rows.tolist()), tuple(longest.tolist())) if fixed else None)
-    with requested(request):
+    engine = Counted(capacity=Capacity(tuple(rows.tolist()), tuple(longest.tolist())) if fixed else None)
+    with running(engine):
         output, same = recorded(case, model)
-    assert request.stats is not None, "another engine ran"
+    assert engine.stats is not None, "another engine ran"
     assert same.tolist() == kept.tolist()
     assert_close(output, packed, atol=1e-4)
 
@@ -173,7 +174,7 @@ def test_unmerged_features_cover_every_patch(case: Case) -> None:
     _, kept = recorded(case, model)
     with ltmp.unmerge(), ltmp.trace() as calls:
         packed, same = recorded(case, model)
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_()
         masked, _ = recorded(case, model)
     assert same.tolist() == kept.tolist()
     assert_close(masked, packed, atol=1e-5)
@@ -222,7 +223,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(case: Case) -> None:
     model = attached(case)
     case.checkpointing(model)
     entered: list[int] = []
-    block = stack_of(model).blocks[0]
+    block = attachment(model).body.blocks[0]
     leaf = next(module for module in block.modules() if not list(module.children()))
     leaf.register_forward_hook(lambda *_: entered.append(1))
     assert_close(gradients(case, model), expected, atol=1e-5 * float(expected.abs().max()))
@@ -254,7 +255,7 @@ def test_copies_are_whole_and_their_own(case: Case, clone: Callable[[Any], Any])
     expected = case.call(model)
     twin = clone(model)
     assert torch.equal(case.call(twin), expected)
-    assert stack_of(twin).thresholds is twin.ltmp
+    assert attachment(twin).policy is twin.ltmp
     ltmp.detach(twin)
     assert torch.equal(case.call(twin), case.call(case.build()))
     assert torch.equal(case.call(model), expected)
@@ -266,7 +267,7 @@ def test_autocast(case: Case, masked: bool) -> None:
     """Reduces much as in float32: a rounded score may fall on the other side of its threshold here and there."""
     model = attached(case)
     _, expected = recorded(case, model)
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     with torch.autocast("cpu", torch.bfloat16):
         output, kept = recorded(case, model)
     assert output.isfinite().all()

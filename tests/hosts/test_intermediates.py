@@ -16,9 +16,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
 import ltmp
-from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
+from helpers import assert_close, attach_reducing, embed, random_images, run_blocks, run_recorded, tiny_vit
 from ltmp.config import LEARNED
-from ltmp.hosts.attach import stack_of
 
 HOSTS: dict[str, Callable[[], Any]] = {
     "plain": tiny_vit,
@@ -38,7 +37,7 @@ def images_of(model: Any) -> Tensor:
 def reducing(name: str, variant: str = "ltmp", masked: bool = False) -> tuple[Any, Tensor]:
     model = HOSTS[name]()
     images = images_of(model)
-    attach_reducing(model, images, variant).ltmp.train(masked)
+    attach_reducing(model, images, variant).ltmp.train(masked).requires_grad_(masked)
     return model, images
 
 
@@ -50,7 +49,7 @@ def test_off_thresholds_are_the_identity(name: str, masked: bool) -> None:
     images = images_of(model)
     expected, between = model.forward_intermediates(images)
     whole = model.forward_features(images)
-    ltmp.attach(model).ltmp.train(masked)
+    ltmp.attach(model).ltmp.train(masked).requires_grad_(masked)
     last, found = model.forward_intermediates(images)
     with ltmp.unmerge():
         features = model.forward_features(images)
@@ -70,7 +69,7 @@ def test_grids_are_whole_and_packed_equals_masked(name: str, variant: str) -> No
     last, between = model.forward_intermediates(images)
     assert [tuple(grid.shape) for grid in between] == [(3, 16, rows, columns)] * 3
     assert last.shape == (3, model.num_prefix_tokens + rows * columns, 16)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     masked_last, masked_between = model.forward_intermediates(images)
     for a, b in zip([last, *between], [masked_last, *masked_between], strict=True):
         assert_close(a, b, 1e-4)
@@ -82,11 +81,11 @@ def test_grids_are_whole_and_packed_equals_masked(name: str, variant: str) -> No
 def test_every_patch_has_the_features_of_its_token(name: str, masked: bool) -> None:
     """And pruned ones what they had after the attention of the block that dropped them."""
     model, images = reducing(name, masked=masked)
-    stack, x = stack_of(model), embed(model, images)
+    x = embed(model, images)
     with ltmp.trace() as calls:
-        rows = stack(x)
+        rows = run_blocks(model, x)
     with ltmp.unmerge():
-        grid = stack(x)
+        grid = run_blocks(model, x)
     source = calls.sources[0]
     live = source >= 0
     image = torch.arange(3)[:, None].expand_as(source)
@@ -97,20 +96,15 @@ def test_every_patch_has_the_features_of_its_token(name: str, masked: bool) -> N
 
 def dropped(model: Any, x: Tensor, source: Tensor) -> Tensor:
     """[B, N, C], what each pruned patch was after the attention of the block that dropped it, block by block."""
-    stack = stack_of(model)
     merge, prune = model.ltmp.merge.clone(), model.ltmp.prune.clone()
     found = torch.zeros_like(x)
     for block in range(model.ltmp.depth):
         # the same blocks, but this one neither merges, prunes nor has an MLP; those after it do nothing
         model.ltmp.set(merge.where(torch.arange(len(merge)) < block, 1.0), prune * (torch.arange(len(prune)) < block))
-        host = stack.blocks[block]
+        host = model.blocks[block]
         mlp, host.mlp = host.mlp, torch.nn.Identity()
         handle = host.mlp.register_forward_hook(lambda *_: torch.zeros(()))
-        with ltmp.unmerge():
-            calls = list(stack)[: block + 1]
-            y = x
-            for call in calls:
-                y = call(y)
+        y = model.blocks[: block + 1](x)
         handle.remove()
         host.mlp = mlp
         found = torch.where((source == -1 - block)[..., None], y, found)
@@ -186,12 +180,18 @@ def test_timm_feature_extractors(prune: bool) -> None:
     assert [grid.shape for grid in network(images)] == [(2, 192, 4, 4)] * 2
 
 
-def test_cutting_blocks_off_an_attached_model_is_refused() -> None:
-    model = ltmp.attach(tiny_vit())
-    with pytest.raises(NotImplementedError, match="features_only=True"):
-        model.prune_intermediate_layers(1)
+@torch.no_grad()
+def test_blocks_cut_off_an_attached_model_are_noticed() -> None:
+    """Off, the model is the host; reduced, its thresholds are for other blocks."""
+    model, images = reducing("plain")
+    model.prune_intermediate_layers([0])
+    with pytest.raises(ltmp.LTMPError, match=r"blocks .* changed after attaching.*ltmp\.detach\(model\) first"):
+        model(images)
+    with ltmp.dense():
+        dense = model(images)
     ltmp.detach(model)
-    model.prune_intermediate_layers(1)
+    assert len(model.blocks) == 1
+    assert torch.equal(model(images), dense)
 
 
 @torch.no_grad()
@@ -226,8 +226,7 @@ def test_gradients_reach_images_and_thresholds(checkpointing: bool) -> None:
 def test_a_host_that_changes_its_features_between_blocks_is_refused() -> None:
     model, images = reducing("plain")
     x = embed(model, images)
-    with ltmp.unmerge():
-        first, second, _ = stack_of(model)
+    first, second, _ = model.blocks
     x = first(x) + 0
-    with pytest.raises(ltmp.LTMPError, match="between two blocks"):
+    with pytest.raises(ltmp.LTMPError, match=r"block 1 .* was given something else.*ltmp\.dense"):
         second(x)

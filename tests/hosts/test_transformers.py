@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import ltmp
-from helpers import assert_close, random_images
+from helpers import assert_close, random_images, run_blocks
 from ltmp.evaluate import evaluate
-from ltmp.hosts.attach import stack_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,7 +55,7 @@ def test_heads_average_patches_by_size(name: str, masked: bool) -> None:
     """The encoder alone says what is left and how large it is; the head's average is written down again."""
     cls, config, encoder, prefix, with_class = MEANS[name]
     model, twin = (tiny_hf(cls, config) for _ in range(2))
-    reducing(model).ltmp.train(masked)
+    reducing(model).ltmp.train(masked).requires_grad_(masked)
     bare = reducing(getattr(twin, encoder))
     tokens = live(bare(**pixels(bare)).last_hidden_state)
     assert len({len(size) for _, size in tokens}) > 1, "all images lost as many: dead rows are not tested"
@@ -72,7 +71,7 @@ def test_heads_average_patches_by_size(name: str, masked: bool) -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 def test_attention_pooling_counts_a_token_as_often_as_it_has_patches(masked: bool) -> None:
     model = reducing(tiny_hf("SiglipVisionModel", "SiglipVisionConfig"))
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     output = model(**pixels(model))
     repeated = [x.repeat_interleave(size.long(), 0) for x, size in live(output.last_hidden_state)]
     ltmp.detach(model)
@@ -148,7 +147,7 @@ def test_hidden_states_are_whole_or_refused(name: str, masked: bool, how: str) -
     whole = model(**inputs).hidden_states
     assert len(whole) == 4
     # transformers leaves its recording hooks on the blocks, which must not be taken for someone's
-    reducing(model).ltmp.train(masked)
+    reducing(model).ltmp.train(masked).requires_grad_(masked)
     with pytest.raises(NotImplementedError, match=r"output_hidden_states.*ltmp\.dense\(\).*ltmp\.detach\(model\)"):
         model(**inputs)
     with ltmp.dense():
@@ -182,12 +181,13 @@ def test_masks_that_hide_nothing_are_taken() -> None:
     model.vit(**pixels(model), attention_mask=ones)
     # what some hosts give their blocks while they are exported
     x = model.vit.embeddings(pixels(model)["pixel_values"])
-    hidden = stack_of(model)(x, torch.ones(3, 1, 17, 17, dtype=torch.bool))
+    hidden = run_blocks(model, x, torch.ones(3, 1, 17, 17, dtype=torch.bool))
     assert_close(model.classifier(model.vit.layernorm(hidden)[:, 0]), expected, atol=1e-6)
 
 
 def test_losses_and_a_trainers_arguments() -> None:
     model = reducing(vit()).train()
+    model.ltmp.requires_grad_()
     labels = torch.tensor([0, 1, 2])
     model(**pixels(model), labels=labels, num_items_in_batch=torch.tensor(3)).loss.backward()
     assert model.ltmp.merge.grad.abs().sum() > 0
@@ -289,7 +289,7 @@ def test_adapted_layers_attach() -> None:
     dense = model(**pixels(model)).pooler_output
     ltmp.attach(model)
     assert torch.equal(model(**pixels(model)).pooler_output, dense)
-    model.ltmp.train()
+    model.ltmp.train().requires_grad_()
     assert_close(model(**pixels(model)).pooler_output, dense, atol=1e-5)
     model.ltmp.eval().set(MERGE, PRUNE)
     assert model(**pixels(model)).pooler_output.isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import ltmp
 from helpers import assert_close, make_dial, make_probe, random_images, tiny_vit
 from ltmp.checkpoint import read
 from ltmp.config import Scores
+from ltmp.engines.body import running
 from ltmp.errors import LTMPError
-from ltmp.hosts.attach import stack_of
+from ltmp.hosts.attach import attachment
 from ltmp.learning import calibrate, learn_probe
 from ltmp.learning.probe import _gradients, _Moments, _sureness, _Watching
 from ltmp.ops.probe.reference import LIFT, WIDTH, probe
@@ -40,9 +42,9 @@ def test_sureness_is_the_log_odds_of_the_answer() -> None:
 def test_gradients_are_those_of_the_dense_model() -> None:
     """Against finite differences: features are moved, and patches are taken from what later blocks attend to."""
     model, images = attached().double(), random_images(1).double()
-    stack = stack_of(model)
+    body = attachment(model).body
     watching = _Watching(3)
-    with stack.using(watching):
+    with running(body=replace(body, policy=watching)):
         answer = _sureness(model(images.requires_grad_())).sum()
     looks = _gradients(answer, watching)
 
@@ -56,8 +58,8 @@ def test_gradients_are_those_of_the_dense_model() -> None:
             return out + by
 
         # the branch reads norm2 of it, and the residual keeps it: the MLP's sum carries both
-        handles = [stack.blocks[block].norm2.register_forward_pre_hook(hook)]
-        handles.append(stack.blocks[block].register_forward_hook(back))
+        handles = [body.blocks[block].norm2.register_forward_pre_hook(hook)]
+        handles.append(body.blocks[block].register_forward_hook(back))
         with torch.no_grad(), ltmp.dense():
             found = float(_sureness(model(images)).sum())
         for handle in handles:

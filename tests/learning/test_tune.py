@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ltmp
 from helpers import assert_close, random_images, run_recorded, tiny_vit
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
-from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.learning import Tuning, loop, tune, weights
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import Objective, teacher
@@ -92,7 +92,7 @@ def test_packed_gives_what_masked_gives_with_tuned_weights(parts: str) -> None:
     images = random_images(24, seed=2)
     with torch.no_grad():
         packed, left = run_recorded(model, images)
-        model.ltmp.train()
+        model.ltmp.train().requires_grad_()
         masked, kept = run_recorded(model, images)
     assert len(set(left[:, -2].tolist())) > 1
     assert torch.equal(left, kept)
@@ -156,7 +156,7 @@ def test_thresholds_move_with_the_weights_at_every_joint_step(monkeypatch: pytes
     gradients = Objective.gradients
 
     def watch(self: Objective, *args: object):  # type: ignore[no-untyped-def]
-        forms.append(thresholds_of(self.model).training)
+        forms.append(thresholds_of(self.model).masks)
         return gradients(self, *args)
 
     monkeypatch.setattr(Objective, "gradients", watch)
@@ -314,5 +314,5 @@ def test_what_cannot_be_tuned_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ltmp\[tune\]'"):
         tune(model, batches, TARGET, "lora", **SETTINGS)
-    assert stack_of(model)
+    assert attachment(model)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -248,7 +248,7 @@ def test_steps_that_are_on_and_select_nothing_lose_nothing_on_any_engine() -> No
     assert model.ltmp.active() == ((True, True),) * 3
     for engine, masked in (("packed", True), ("packed", False), ("triton", False)):
         model.ltmp.config = replace(model.ltmp.config, engine=engine)
-        model.ltmp.train(masked)
+        model.ltmp.train(masked).requires_grad_(masked)
         logits, kept = run_recorded(model, images)
         assert kept.eq(17).all()
         assert_close(logits, expected, 1e-4, f"logits ({engine}, masked: {masked})")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import ltmp
-from helpers import attach_reducing, embed, random_images, tiny_vit
-from ltmp.hosts.attach import stack_of
+from helpers import attach_reducing, embed, random_images, run_blocks, tiny_vit
+from ltmp.hosts.attach import attachment
 from ltmp.method.flops import Geometry, block_costs, flops_share
 
 
@@ -48,7 +48,7 @@ def test_share_is_differentiable_in_the_counts() -> None:
 def counted(model: Any, x: Tensor) -> int:
     """What torch counts in the blocks: linear layers and attention, two a multiply-add."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        stack_of(model)(x)
+        run_blocks(model, x)
     return counter.get_total_flops()
 
 
@@ -62,7 +62,7 @@ def test_share_is_what_torch_counts_on_the_packed_run(kwargs: dict[str, Any], va
     attach_reducing(model, images, variant, at=0.8)
     x = embed(model, images)
     # torch's counter does not know the fused attention of a CPU, and the host's own blocks would use it
-    for block in stack_of(model).blocks:
+    for block in attachment(model).body.blocks:
         block.attn.fused_attn = False
     with ltmp.dense():
         full = counted(model, x)

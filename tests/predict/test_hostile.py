@@ -104,7 +104,7 @@ def test_keys_of_any_length_and_kind_are_listed(tmp_path):
     summary = predict([path], tmp_path / "out", scoring())
     assert (summary.images, summary.broken) == (1, len(keys))
     listed = list(errors(tmp_path / "out"))
-    assert listed[1:] == ["a\\rb", "'=HYPERLINK(1)", "\\x1b[31mred", "o[/red]", "{1}"]
+    assert listed[1:] == ["a b", "'=HYPERLINK(1)", "\\x1b[31mred", "o[/red]", "{1}"]
     assert len(listed[0]) == 1000
 
 

@@ -39,7 +39,7 @@ def demo_explorer(folder: Path, progress: Progress, quick: Recipe = QUICK) -> Ex
     digits, _ = load_digits("learn").tensors
     attach(model)
     budgets = Budgets.from_files(model, files, digits[: 32 if files else 128])
-    return Explorer(model, budgets, classes=CLASSES, samples=_samples(), data_options=DATA_OPTIONS)
+    return Explorer(model, budgets, classes=CLASSES, samples=_samples(), data_options=DATA_OPTIONS, timed=False)
 
 
 def _samples(each: int = 1) -> list[Image.Image]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from threading import Lock
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..calls import dense
 from ..deploy import Deployment
-from ..hosts.attach import stack_of, thresholds_of
+from ..engines.body import Body, running
+from ..hosts.attach import attachment
 from ..hosts.outputs import logits_of
-from ..hosts.stack import ReducedStack
 from ..method.thresholds import Thresholds
 from ..visualize import Seen, panel, see, strip
 from .budgets import Budgets
@@ -60,11 +60,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Look:
-    """An image at one budget."""
+    """An image at one budget; `timed` says whether its seconds mean anything."""
 
     opened: Opened
     seen: Seen
     reduced: Answers
+    timed: bool = True
 
     @property
     def depth(self) -> int:
@@ -88,6 +89,7 @@ class Explorer:
         classes: names in the order of the model's outputs.
         samples: images to choose from.
         data_options: how images are resized, cropped and normalised, as in `ltmp.data.eval_transform`.
+        timed: whether to show times; False for a model too small to gain any.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Explorer:
         classes: Sequence[str] = (),
         samples: Sequence[Image.Image] = (),
         data_options: dict[str, Any] | None = None,
+        timed: bool = True,
     ) -> None:
+        self.timed = timed
         self.model, self.budgets, self.samples = model, budgets, samples
         self.deployment = Deployment(model, options=data_options, names=classes)
         self._lock = Lock()
@@ -119,19 +123,20 @@ class Explorer:
         """Look at an image with thresholds for `share`; what it costs itself may be more or less."""
         with self._lock:
             self.budgets.set(share)
-            return Look(opened, see(self.model, opened.pixels)[0], self._answers(opened.pixels, plain=False))
+            seen, reduced = see(self.model, opened.pixels)[0], self._answers(opened.pixels, plain=False)
+            return Look(opened, seen, reduced, self.timed)
 
     @torch.inference_mode()
     def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
-        stack, own, times = stack_of(self.model), thresholds_of(self.model), []
+        made, times = attachment(self.model), []
         with dense() if plain else nullcontext():
-            for _ in range(ROUNDS):
+            for _ in range(ROUNDS if self.timed else 1):
                 start = perf_counter()
                 logits_of(self.model(pixels)).cpu()
                 times.append(perf_counter() - start)
             blocks = []
-            for count in range(1, len(stack.blocks) + 1):
-                with first_blocks(stack, own, count):
+            for count in range(1, made.body.depth + 1):
+                with first_blocks(made.body, made.thresholds, count):
                     blocks.append(self._top(logits_of(self.model(pixels))[0]))
         return Answers(blocks, median(times))
 
@@ -142,19 +147,13 @@ class Explorer:
 
 
 @contextmanager
-def first_blocks(stack: ReducedStack, own: Thresholds, count: int) -> Iterator[None]:
+def first_blocks(body: Body, own: Thresholds, count: int) -> Iterator[None]:
     """Leave out all but the first `count` blocks inside: the host's own norm and head then read what is there by then.
 
-    Works with any host, for one call of the model a block; not for models that other threads call meanwhile.
+    Works with any host, for one call of the model a block, and in this thread only.
     """
-    blocks = dict(stack._modules)
     fewer = Thresholds(count, own.config).to(own.merge.device).eval()
     fewer.set(own.merge[:count], own.prune[:count])
-    for name in list(blocks)[count:]:
-        del stack._modules[name]
-    try:
-        with stack.using(fewer):
-            yield
-    finally:
-        stack._modules.clear()
-        stack._modules.update(blocks)
+    fewer.probe = None if own.probe is None else own.probe[:count]
+    with running(body=replace(body, blocks=body.blocks[:count], policy=fewer)):
+        yield

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from html import escape
 from typing import Any
 
-from ..errors import LTMPError, MissingExtraError
+from ..errors import LTMPError, MissingExtraError, first_line
 from ..hosts.attach import thresholds_of
+from ..text import printable
 from .explorer import WIDTH, Explorer, Look
+
+log = logging.getLogger(__name__)
 
 LARGEST = "20mb"
 """Larger uploads are refused."""
@@ -84,8 +89,9 @@ def build_page(explorer: Explorer) -> Any:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(
-                    label="Picture", sources=["upload", "clipboard"], height=260, image_mode=None, elem_id="picture"
-                )
+                    explorer.samples[0] if explorer.samples else None, label="Picture", height=260, image_mode=None,
+                    sources=["upload", "clipboard"], elem_id="picture",
+                )  # fmt: skip
                 # reading the file, and saying why that fails, is ours
                 image.preprocess = _path_of  # type: ignore[method-assign]
                 samples = gr.Gallery(
@@ -93,9 +99,11 @@ def build_page(explorer: Explorer) -> Any:
                     allow_preview=False, interactive=False, buttons=[], visible=bool(explorer.samples),
                     elem_id="samples",
                 )  # fmt: skip
+                # whole hundredths, so that its steps end at 1
                 share = gr.Slider(
-                    budgets.lowest, 1.0, budgets.start, step=0.01, elem_id="budget", buttons=[],
+                    math.floor(100 * budgets.lowest) / 100, 1.0, round(budgets.start, 2), step=0.01, elem_id="budget",
                     label="Budget", info="Share of the dense model's multiply-adds, on average over pictures.",
+                    buttons=[],
                 )  # fmt: skip
                 block = gr.Slider(
                     0, depth, max(1, depth - 1), step=1, elem_id="block", label="After block", buttons=[],
@@ -105,30 +113,62 @@ def build_page(explorer: Explorer) -> Any:
                 figures = gr.Markdown(elem_classes="ltmp-figures", elem_id="figures")
                 picture = gr.Image(label="What is left", height=WIDTH, elem_id="left", **drawn)
         with gr.Row():
-            dense_top = gr.Label(label="Dense", num_top_classes=5, elem_id="dense", min_width=280)
-            reduced_top = gr.Label(label="Reduced", num_top_classes=5, elem_id="reduced", min_width=280)
+            dense_top = gr.Label(label="Dense answers", num_top_classes=5, elem_id="dense", min_width=280)
+            reduced_top = gr.Label(label="Reduced answers", num_top_classes=5, elem_id="reduced", min_width=280)
         across = gr.Image(label="Block by block", elem_id="strip", **drawn)
         table = gr.HTML(elem_classes="ltmp-blocks", elem_id="blocks")
         shown = [picture, figures, dense_top, reduced_top, table]
         one: Any = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
         one["show_progress"] = "hidden"
         opening: Any = {"inputs": [image, share, block], "outputs": [opened, look, *shown, across], **one}
-        gr.on([image.upload, image.clear], open_image, **opening)
+        # the first picture is there before anybody chose one
+        gr.on([page.load, image.upload, image.clear], open_image, **opening)
         samples.select(choose, None, image).then(open_image, **opening)
         share.change(set_budget, [opened, share, block], [look, *shown, across], **one)
         block.change(set_block, [look, block], shown, show_progress="hidden", trigger_mode="always_last")
+    _refuse_in_words(page)
     return page
+
+
+def _refuse_in_words(page: Any) -> None:
+    """Requests that the page itself never makes, and uploads that are none, get a line in the log, no traceback."""
+    import gradio as gr
+
+    understand = page.preprocess_data
+
+    async def preprocess_data(*arguments: Any, **named: Any) -> Any:
+        try:
+            return await understand(*arguments, **named)
+        except gr.Error:
+            raise
+        except Exception as error:
+            log.warning("a request was refused: %s", printable(first_line(error)))
+            raise gr.Error(f"This request cannot be read: {first_line(error)}", print_exception=False) from None
+
+    page.preprocess_data = preprocess_data
+    logging.getLogger("uvicorn.error").addFilter(_in_one_line)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """What the server says of a request that failed, with its reason in place of a traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], Exception):
+        reason = printable(first_line(record.exc_info[1]))
+        record.msg, record.args, record.exc_info = f"{record.getMessage().strip()}: {reason}", (), None
+    return True
 
 
 def serving_options() -> dict[str, Any]:
     """How the page is served: with a limit on uploads, nothing shared, nothing fetched from elsewhere."""
     import gradio as gr
 
+    # Gradio asks itself whether it is there, which must not go through a proxy
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     return {
         "share": False, "max_file_size": LARGEST, "theme": theme, "css": STYLE, "ssr_mode": False, "footer_links": [],
-        "show_error": True, "enable_monitoring": False, "strict_cors": True,
+        "show_error": True, "enable_monitoring": False, "strict_cors": True, "_frontend": False,
     }  # fmt: skip
 
 
@@ -137,26 +177,28 @@ def _path_of(payload: Any) -> str | None:
 
 
 def _show(look: Look, block: int) -> list[Any]:
-    """Picture, figures, both answers and the table, after `block`."""
+    """Picture and table after `block`; figures, and the models' own answers."""
     block = min(int(block), look.depth)
-    at = max(block, 1) - 1
     return [
         look.picture(block),
         _figures(look),
-        dict(look.opened.dense.blocks[at]),
-        dict(look.reduced.blocks[at]),
+        dict(look.opened.dense.blocks[-1]),
+        dict(look.reduced.blocks[-1]),
         _table(look, block),
     ]
 
 
 def _figures(look: Look) -> str:
-    dense_ms, reduced_ms = (1000 * answers.seconds for answers in (look.opened.dense, look.reduced))
-    slower = " Reduction pays with larger models and batches: `ltmp bench`." if reduced_ms > dense_ms else ""
-    return (
+    cost = (
         f"This picture costs **{look.seen.share:.2f}** of the dense model's multiply-adds; "
         f"{look.seen.left} of {look.seen.tokens} tokens are left.  \n"
-        f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine.{slower}"
     )
+    if not look.timed:
+        return f"{cost}This small model gains no time; from a ViT-S on it does: `ltmp app --model ... --images ...`."
+    dense_ms, reduced_ms = (1000 * answers.seconds for answers in (look.opened.dense, look.reduced))
+    slower = " Reduction pays with larger models and batches: `ltmp bench`." if reduced_ms > dense_ms else ""
+    times = f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine."
+    return f"{cost}{times}{slower}"
 
 
 def _table(look: Look, block: int) -> str:

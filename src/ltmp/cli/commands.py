@@ -12,7 +12,7 @@ from .. import __version__
 
 PANELS = {
     "Learn": ("learn", "dial"),
-    "Measure": ("eval", "bench", "compare", "report"),
+    "Measure": ("eval", "certify", "bench", "compare", "report"),
     "Look": ("demo", "show", "app", "info"),
     "Deploy": ("pack", "export", "serve", "predict", "push"),
 }

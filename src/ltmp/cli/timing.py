@@ -33,6 +33,7 @@ class Target:
         """
         given = {
             "--budget": asked.budget,
+            "--certified": 1.0 if asked.certified else None,
             "--milliseconds": asked.milliseconds,
             "--images-per-second": asked.images_per_second,
         }

@@ -1,67 +1,94 @@
-"""A reduced stack one block at a time, every patch in its place: for hosts that look between their blocks."""
+"""Single blocks of a reduced model, every patch in its place after each: for whoever looks between blocks.
+
+What runs is what is left. Where it is rides on the features that a block hands out, so that the next block goes on from
+there, whoever calls it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import LTMPError
+from ..method.policy import Active
 from . import masked, packed
+from .body import Body
 from .positions import Positions
-from .request import Active
 from .state import Reduced, State
 
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
 
+@dataclass(frozen=True)
+class Reached:
+    """Where a call is between two blocks.
 
-class Blockwise:
-    """One call's way through the blocks of `stack`: what it hands out is the full grid, what runs is what is left.
-
-    Raises:
-        LTMPError: the features that a block is given are not those that the block before handed out.
+    Attributes:
+        block: the one that comes next.
+        body, active: of the call.
+        state: what is left; without its features where they are those that were handed out.
     """
 
-    def __init__(self, stack: ReducedStack) -> None:
-        self.stack = stack
-        self.step: Callable[[ReducedStack, int, State, Active], State] = packed.step
-        self.active: Active = ()
-        self.reached: dict[int, tuple[State, Tensor]] = {}
+    block: int
+    body: Body
+    active: Active
+    state: State
 
-    def __call__(self, i: int, x: Tensor, positions: Positions | None) -> Tensor:
-        """Block `i`: [B, N, C], what the block before gave, to [B, N, C]."""
-        if i == 0 and not self._gave(0, x):
-            self._start(x, positions)
-        if not self._gave(i, x):
-            raise LTMPError(
-                "the host did something to its features between two blocks, which a reduced model cannot follow: "
-                "call ltmp.detach(model) for this"
-            )
-        # gradient checkpointing runs a block again, long after the call
-        again = i + 1 in self.reached
-        state, _ = self.reached[i] if self._checkpoints() else self.reached.pop(i)
-        state = self.step(self.stack, i, state, self.active)
-        grid = state.unmerged() if any(map(any, self.active[: i + 1])) else state.x
-        self.reached[i + 1] = (state, grid)
-        if i + 1 == len(self.active) and not again:
-            kept = torch.stack([torch.as_tensor(k, dtype=torch.float32, device=x.device) for k in state.kept], 1)
-            self.stack.note(x, Reduced(grid, state.tokens.size, kept, state.tokens.source, state.trail))
-        return grid
 
-    def _gave(self, i: int, x: Tensor) -> bool:
-        return i in self.reached and self.reached[i][1] is x
+def run_block(body: Body, i: int, x: Tensor, positions: Positions | None) -> Tensor:
+    """Block `i`: [B, N, C], what the block before gave, to [B, N, C].
 
-    def _checkpoints(self) -> bool:
-        return self.stack.grad_checkpointing and torch.is_grad_enabled()
+    Raises:
+        LTMPError: `x` is not what the block before handed out.
+    """
+    reached = getattr(x, "ltmp_reached", None)
+    if i == 0 and not (recomputing() and isinstance(reached, Reached) and reached.block == 0):
+        reached = _start(body, x, positions)
+    if not isinstance(reached, Reached) or reached.block != i or reached.body.host is not body.host:
+        raise LTMPError(
+            f"block {i} of a reduced model goes on from what block {i - 1} handed out, and was given something else: "
+            "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
+        )
+    return _step(reached, x)
 
-    def _start(self, x: Tensor, positions: Positions | None) -> None:
-        self.active = self.stack.active(x)
-        if self.active[-1][1] and self.stack.thresholds.prunes_all(-1):
-            # learned for a head that reads none of the last block's patches; here they are read
-            self.active = (*self.active[:-1], (self.active[-1][0], False))
-        trains = self.stack.thresholds.training and any(map(any, self.active))
-        self.step = masked.step if trains else packed.step
-        self.reached = {0: (State.start(x, packs=not trains, positions=positions, unmerges=True), x)}
+
+def _start(body: Body, x: Tensor, positions: Positions | None) -> Reached:
+    active = body.active()
+    if active[-1][1] and body.policy.prunes_all(-1):
+        # learned for a head that reads none of the last block's patches; here they are read
+        active = (*active[:-1], (active[-1][0], False))
+    state = State.start(x, packs=not body.policy.masks, positions=positions, unmerges=True)
+    reached = Reached(0, body, active, _bare(state, x))
+    if torch.is_grad_enabled() and body.grad_checkpointing:
+        # found again when the host recomputes this block, whatever this thread runs by then
+        x.ltmp_reached = reached  # type: ignore[attr-defined]
+    return reached
+
+
+def _step(reached: Reached, x: Tensor) -> Tensor:
+    i, body, active, state = reached.block, reached.body, reached.active, reached.state
+    # features that nothing was removed from are what was handed out
+    reduced = any(map(any, active[: i + 1]))
+    state = state if any(map(any, active[:i])) else replace(state, x=x, dropped=x)
+    step = packed.step if state.counts is not None else masked.step
+    state = step(body, i, state, active)
+    grid = state.unmerged() if reduced else state.x
+    # an engine may hand back what it was given
+    grid = grid if grid is not x else grid.view_as(grid)
+    if i + 1 == body.depth and not recomputing():
+        kept = torch.stack([torch.as_tensor(k, dtype=torch.float32, device=x.device) for k in state.kept], 1)
+        body.note(x, Reduced(grid, state.tokens.size, kept, state.tokens.source, state.trail))
+    state = state if reduced else _bare(state, x)
+    grid.ltmp_reached = Reached(i + 1, body, active, state)  # type: ignore[attr-defined]
+    return grid
+
+
+def _bare(state: State, x: Tensor) -> State:
+    """The state without its features, to ride on them: a tensor that holds itself would not be freed in time."""
+    empty = x.new_empty(0)
+    return replace(state, x=empty, dropped=empty)
+
+
+def recomputing() -> bool:
+    """Whether a backward pass runs this again, for gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1

@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ..method.policy import Policy
 from ..method.thresholds import Thresholds
-
-pass
-
-if TYPE_CHECKING:
-    from ..method.policy import Policy
 
 LEVELS = 16
 """Parts of the range from 0 to 1 whose budgets share graphs: fewer waste room, more record more."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import Scores
-from ..method.policy import Policy
+from ..method.policy import Active, Policy
 from ..method.rates import Rates, noise
 from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens
@@ -24,15 +24,14 @@ from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
 from ..ops.probe.reference import WIDTH
 from ..ops.scratch import Scratch, scratch
+from .body import Body
 from .masked import finish
 from .onednn import halves, room, watched
 from .positions import Positions
-from .request import Active
 from .rows import pad
 from .state import Reduced, State
 
 if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
     from ..ops.plan.numba import Cut, Steps
 
 Array = np.ndarray[Any, Any]
@@ -96,29 +95,29 @@ class Rows:
         return Tokens(size, keep.float(), origin.masked_fill(~keep, _NOWHERE), source)
 
 
-def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
+def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
-    policy, state = stack.thresholds, State.start(x, packs=True, positions=positions)
-    planned = block_steps(policy, active, stack.protected)
+    policy, state = body.policy, State.start(x, packs=True, positions=positions)
+    planned = block_steps(policy, active, body.protected)
     first = next((i for i, steps in enumerate(planned) if steps is not None), policy.depth)
     for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
-        state = state.after(stack.whole(i, state.x, positions), state.tokens, state.counts)
+        state = state.after(body.whole(i, state.x, positions), state.tokens, state.counts)
     rows = Rows.start(state.x, state.tokens.source is not None)
     kept, trail = [*state.kept], state.trail
     for i in range(first, policy.depth):
-        rows = run_block(stack, i, rows, planned[i], positions)
+        rows = run_block(body, i, rows, planned[i], positions)
         kept.append(rows.counts.tolist())
         trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
     done = replace(state, tokens=rows.tokens(), trail=trail)
     left = pad(rows.x[: len(rows.size)], rows.counts.tolist())
-    return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, stack.protected)
+    return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, body.protected)
 
 
-def run_block(stack: ReducedStack, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None) -> Rows:
+def run_block(body: Body, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None) -> Rows:
     """Run block `i` on the live tokens."""
-    block, policy, x, live = stack.blocks[i], stack.thresholds, rows.x, len(rows.size)
-    half = halves(stack.recipe, block, x)
+    block, policy, x, live = body.blocks[i], body.policy, rows.x, len(rows.size)
+    half = halves(body.recipe, block, x)
     q, k, v = half.qkv(x)
     if live < len(x):
         q, k, v = q[:live], k[:live], v[:live]

@@ -7,31 +7,30 @@ that is known.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..calls import is_dense, record, recording
+from ..method.flops import Geometry
+from ..method.policy import Active, Policy
+from .body import Body, Engine, running, running_body, running_engine
 from .capacity import SLACK, Capacity, Level, plan_capacity
 from .patches import patches_as_product
 from .recorder import CudaRecorder, Recorder, Snapshot
-from .request import Active, Request, requested
-
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
-    from ..method.flops import Geometry
-    from ..method.policy import Policy
 
 log = logging.getLogger("ltmp")
 
+Forward = Callable[..., Any]
 
 GRAPHS = 16
 """Graphs kept for one model, by default: a whole dial of them. The least recently used one goes first."""
@@ -97,18 +96,6 @@ class Graph:
         return stats, tuple((bool(a), bool(b)) for a, b in zip(flags[:depth], flags[depth:], strict=True))
 
 
-def install(host: nn.Module, stack: ReducedStack) -> None:
-    """Let `host` run in CUDA graphs when its engine is `graph` or `auto`; without CUDA it stays as it is."""
-    if torch.cuda.is_available():
-        host.forward = GraphedForward(host, stack)
-
-
-def uninstall(host: nn.Module) -> None:
-    """Undo `install`."""
-    if isinstance(vars(host).get("forward"), GraphedForward):
-        del host.forward
-
-
 class GraphedForward:
     """Stands in for `host.forward` of a model whose engine is `graph` or `auto`.
 
@@ -119,17 +106,30 @@ class GraphedForward:
     for all of it, so that turning the dial to and fro records nothing again.
 
     Args:
-        host: the transformer; its own class's `forward` is what is recorded.
-        stack: its reduced blocks.
+        body: whose host this is the forward of.
         recorder: makes the graphs.
         graphs: how many to keep.
+        inner: what stood in for the host's forward before, if anything; this, or its class's, is what is recorded.
     """
 
     def __init__(
-        self, host: nn.Module, stack: ReducedStack, recorder: Recorder | None = None, graphs: int = GRAPHS
+        self, body: Body, recorder: Recorder | None = None, graphs: int = GRAPHS, inner: Forward | None = None
     ) -> None:
-        self.host, self.stack, self.graphs = host, stack, graphs
+        self.own, self.graphs, self.inner = body, graphs, inner
         self._forget(recorder)
+
+    @property
+    def host(self) -> nn.Module:
+        return self.own.host
+
+    @property
+    def body(self) -> Body:
+        """What this thread runs: another policy may take the place of the model's own for a while."""
+        return running_body(self.own)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner or type(self.host).forward.__get__(self.host))
 
     def _forget(self, recorder: Recorder | None = None) -> None:
         self.recorder: Recorder = recorder or CudaRecorder()
@@ -141,7 +141,7 @@ class GraphedForward:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": self.host, "stack": self.stack, "graphs": self.graphs}
+        return {"own": self.own, "graphs": self.graphs, "inner": self.inner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -151,10 +151,15 @@ class GraphedForward:
         # transformers and its pipelines call by keyword
         images: Any = args[0] if len(args) == 1 and not kwargs else kwargs.get("pixel_values")
         if len(args) + len(kwargs) != 1 or not self._applies(images):
-            return type(self.host).forward(self.host, *args, **kwargs)
+            return self._host_forward(*args, **kwargs)
         # graphs write to memory of their own: one caller at a time
         with self._lock, torch.no_grad():
             return self._run(images)
+
+    def _host_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.host).forward(self.host, *args, **kwargs)
 
     def _applies(self, images: Any) -> bool:
         from .select import on_device, unavailable
@@ -163,11 +168,13 @@ class GraphedForward:
             not torch.compiler.is_compiling()
             and isinstance(images, Tensor)
             and images.ndim in (4, 5)
-            and self.stack.thresholds.config.engine in ("graph", "auto")
+            and self.body.policy.config.engine in ("graph", "auto")
             and len(images) > 0
             and (images.is_cuda or not isinstance(self.recorder, CudaRecorder))
             and not self.host.training
-            and on_device(self.stack)
+            and on_device(self.body)
+            and not self.body.policy.masks
+            and running_engine() is None
             and not is_dense()
             and unavailable(images.device) is None
             and not torch.is_autocast_enabled(images.device.type)
@@ -179,16 +186,16 @@ class GraphedForward:
     @property
     def automatic(self) -> bool:
         """Whether a dense graph may run instead, where it is faster."""
-        return self.stack.thresholds.config.engine == "auto"
+        return self.body.policy.config.engine == "auto"
 
     def _run(self, images: Tensor) -> Any:
-        level = Level.of(self.stack.thresholds)
-        # other thresholds may take the place of the stack's own for a while (`ReducedStack.using`)
-        policy = weakref.ref(self.stack.thresholds)
-        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, policy)
-        graph = self._recorded.get(key) or self._larger(key)
+        policy = self.body.policy
+        level = Level.of(policy)
+        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, weakref.ref(policy))
+        own = self._recorded.get(key)
+        graph = own or self._larger(key)
         if graph is None and key in self._seen and key not in self._refused:
-            graph = self._record(key, images)
+            own = graph = self._record(key, images)
         if graph is None:
             return self._exactly(key, level, images)
         graph.launch(images)
@@ -201,8 +208,10 @@ class GraphedForward:
             return self._again(graph, key, level, images)
         if graph.capacity is not None and not graph.capacity.holds(stats):
             log.debug("a batch needed more room than planned; it runs again at its exact size")
-            self._drop(graph, replan=False)
-            self._slack[key] = 2 * self._slack.get(key, SLACK)
+            # a smaller batch that does not fit gets a graph of its own, and the larger ones keep theirs
+            if own is not None:
+                self._drop(graph, replan=False)
+                self._slack[key] = 2 * self._slack.get(key, SLACK)
             return self._exactly(key, level, images)
         if graph.wastes(level.scaled(stats)):
             self._drop(graph)
@@ -229,26 +238,28 @@ class GraphedForward:
 
     def _exactly(self, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
         """Run at exact sizes, and remember how much room it took, or would have at the top of its level."""
-        request = Request()
-        output, kept, geometry = self._forward(images, request)
+        from .triton import Counted
+
+        engine = Counted()
+        output, kept, geometry = self._forward(images, engine)
         _note(kept, geometry)
         self._seen.add(key)
-        if request.stats is not None:
+        if engine.stats is not None:
             rows = len(images) * geometry.tokens
             slack = self._slack.setdefault(key, SLACK)
-            stats = level.scaled(request.stats.tolist())
+            stats = level.scaled(engine.stats.tolist())
             self._room[key] = plan_capacity(stats, geometry.tokens, rows, slack, self._room.get(key))
         return output
 
-    def _forward(self, images: Tensor, request: Request) -> tuple[Any, Tensor, Geometry]:
+    def _forward(self, images: Tensor, engine: Engine) -> tuple[Any, Tensor, Geometry]:
         """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
-        with requested(request), record() as calls, patches_as_product(self.host):
-            output = type(self.host).forward(self.host, images)
+        with running(engine), record() as calls, patches_as_product(self.host):
+            output = self._host_forward(images)
         return output, calls.kept[0], calls.geometry[0]
 
     def _record(self, key: tuple[Any, ...], images: Tensor) -> Graph | None:
         """A new graph for batches like this one, or None when there is no memory for it."""
-        active = self.stack.thresholds.active()
+        active = self.body.policy.active()
         room = self._room.get(key)
         if room is None and any(map(any, active)):
             return None
@@ -281,21 +292,20 @@ class GraphedForward:
 
     def _trace(self, images: Tensor, active: Active, capacity: Capacity | None) -> Graph:
         """Record the host on `images`; without capacity, dense."""
-        from . import triton
+        from .triton import Counted
 
         static = images.clone()
-        thresholds = self.stack.thresholds
+        thresholds = self.body.policy
         weights = Snapshot([*self.host.modules(), thresholds])
         costs: list[Geometry] = []
 
         def call() -> tuple[Any, Tensor, Tensor]:
             # a dense pass gains by the fused kernels, too
-            nothing = Request(((False, False),) * len(active), run=triton.run, always=True)
-            request = nothing if capacity is None else Request(active, capacity)
-            output, kept, geometry = self._forward(static, request)
+            engine = Counted(((False, False),) * len(active) if capacity is None else active, capacity)
+            output, kept, geometry = self._forward(static, engine)
             costs.append(geometry)
             flags = thresholds.on().T.flatten().int()
-            stats = flags.new_zeros(len(active), 3) if request.stats is None else request.stats
+            stats = flags.new_zeros(len(active), 3) if capacity is None or engine.stats is None else engine.stats
             return output, kept, torch.cat([stats.flatten(), flags])
 
         replay, (output, kept, report) = self.recorder.record(call)
@@ -310,7 +320,7 @@ class GraphedForward:
 
 
 def _note(kept: Tensor, geometry: Geometry) -> None:
-    """What the stack would have recorded."""
+    """What the blocks would have recorded."""
     calls = recording()
     if calls is not None:
         calls.add(kept.clone(), geometry)

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..method.policy import Active
 from ..method.reduction import fold, make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import take
 from ..ops.attend.reference import attend
+from .body import Body
 from .positions import Positions
-from .request import Active
 from .state import Reduced, State
 
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
 
-
-def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C] with masks; see `ReducedStack`."""
+def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
+    """Run all blocks on [B, N, C] with masks; see `Run`."""
     state = State.start(x, packs=False, positions=positions)
-    for i in range(stack.thresholds.depth):
-        state = step(stack, i, state, active)
-    return finish(state, state.x, torch.stack(state.kept, 1), stack.protected)
+    for i in range(body.depth):
+        state = step(body, i, state, active)
+    return finish(state, state.x, torch.stack(state.kept, 1), body.protected)
 
 
-def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
+def step(body: Body, i: int, state: State, active: Active) -> State:
     """Run block `i`. Follows the host's gradient checkpointing."""
-    if stack.grad_checkpointing and torch.is_grad_enabled():
-        return checkpoint(_block, stack, i, state, active, use_reentrant=False)
-    return _block(stack, i, state, active)
+    if body.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(_block, body, i, state, active, use_reentrant=False)
+    return _block(body, i, state, active)
 
 
-def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
-    recipe, block, thresholds = stack.recipe, stack.blocks[i], stack.thresholds
+def _block(body: Body, i: int, state: State, active: Active) -> State:
+    recipe, block, thresholds = body.recipe, body.blocks[i], body.policy
     x, tokens = state.x, state.tokens
     q, k, v = recipe.qkv(block, x)
     if state.positions is not None:
@@ -47,8 +43,8 @@ def _block(stack: ReducedStack, i: int, state: State, active: Active) -> State:
     if steps:
         state = state.attended(x)
         attended = attended_for(thresholds, i, q, k, tokens)
-        scores = score(thresholds, i, steps, tokens, stack.protected, x, k, received, attended)
-        plan = make_plan(tokens, scores, thresholds, i, steps, stack.protected)
+        scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended)
+        plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 

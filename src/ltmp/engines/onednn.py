@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,10 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module
 
-from ..method.recipe import linear_of
-
-if TYPE_CHECKING:
-    from ..method.recipe import Parts, Recipe
+from ..method.recipe import Parts, Recipe, linear_of
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..method.policy import Active
 from ..method.reduction import Plan, make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens, take
 from ..ops.attend.reference import attend, attend_rows
 from . import compiled
+from .body import Body
 from .masked import finish
 from .onednn import halves
 from .positions import Positions
-from .request import Active
 from .rows import _first_rows, pad, rows
 from .state import Reduced, State
 
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
 
-
-def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C], cutting what is gone; see `ReducedStack`. By `compiled` where that applies."""
-    if compiled.applies(stack.thresholds, x):
-        return compiled.run(stack, x, active, positions)
+def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
+    """Run all blocks on [B, N, C], cutting what is gone; see `Run`. By `compiled` where that applies."""
+    if compiled.applies(body.policy, x):
+        return compiled.run(body, x, active, positions)
     state = State.start(x, packs=True, positions=positions)
-    for i in range(stack.thresholds.depth):
-        state = step(stack, i, state, active)
+    for i in range(body.depth):
+        state = step(body, i, state, active)
     x = state.x if state.x.ndim == 3 else pad(state.x, _counts(state))
     kept = torch.tensor(state.kept, dtype=torch.float32, device=x.device).T
-    return finish(state, x, kept, stack.protected)
+    return finish(state, x, kept, body.protected)
 
 
-def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
+def step(body: Body, i: int, state: State, active: Active) -> State:
     """Run block `i` on the live tokens."""
-    recipe, block, thresholds = stack.recipe, stack.blocks[i], stack.thresholds
+    recipe, block, thresholds = body.recipe, body.blocks[i], body.policy
     x, tokens, counts = state.x, state.tokens, _counts(state)
     steps = thresholds.steps(active, i)
     if not steps and x.ndim == 3:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
-        return state.after(stack.whole(i, x, state.positions), tokens, counts)
+        return state.after(body.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
     half = halves(recipe, block, x)
     q, k, v = half.qkv(x)
@@ -61,8 +58,8 @@ def step(stack: ReducedStack, i: int, state: State, active: Active) -> State:
             attended = attended_for(thresholds, i, first, pad(k, counts), tokens)
         received = None if received is None else pad(received, counts)
         to_images = partial(pad, counts=counts)
-        scores = score(thresholds, i, steps, tokens, stack.protected, x, k, received, attended, to_images)
-        plan = make_plan(tokens, scores, thresholds, i, steps, stack.protected)
+        scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended, to_images)
+        plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + half.mlp(x), tokens, counts)
 

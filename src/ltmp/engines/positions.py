@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..method.recipe import Recipe, Rotary
+from ..method.recipe import Recipe, Rotary
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Positions:
 
     def argument(self, i: int) -> dict[str, Any]:
         """What the host would call block `i` with."""
-        return {self.rotary.name: self.value if self.table.ndim == 2 else self.value[i]}
+        return {self.rotary.name: self.rotary.own(self.value, i)}
 
 
 def positions_of(
@@ -49,9 +48,9 @@ def positions_of(
         NotImplementedError: it says more than that.
     """
     rotary = recipe.rotary
-    given = None if rotary is None else kwargs.pop(rotary.name, None)
+    given = None if rotary is None else kwargs.get(rotary.name)
     for name, value in [*enumerate(args), *kwargs.items()]:
-        if recipe.refuses(value):
+        if (rotary is None or name != rotary.name) and recipe.refuses(value):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call ltmp.detach(model) for this"

@@ -5,26 +5,38 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..calls import tracing, unmerging
+from ..calls import is_dense, tracing, unmerging
 from ..errors import LTMPError
-from ..method.policy import Policy
+from ..method.policy import Active
 from ..method.rates import Rates
 from ..method.thresholds import Thresholds
-from . import packed
-from .request import REQUEST, Active, Run
-
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
-    from .positions import Positions
-    from .state import Reduced
+from . import masked, packed
+from .body import Body, Run, running_engine
+from .positions import Positions
+from .state import Reduced
 
 _CAPABILITY = (8, 0)
 """The least that the kernels are written for: Ampere, with bfloat16 and tf32."""
+
+
+def run(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
+    """Run all blocks on [B, N, C]: by the engine that this thread was told to, or else by the policy's.
+
+    Raises:
+        LTMPError: a named engine cannot run on the device of `x`.
+    """
+    brought = running_engine()
+    if brought is not None and not is_dense():
+        return brought(body, x, positions)
+    active = body.active()
+    if not x.shape[0] or not any(map(any, active)):
+        return body.all_whole(x, positions)
+    chosen = masked.run if body.policy.masks else engine(body.policy.config.engine, x.device)
+    return chosen(body, x, active, positions)
 
 
 def engine(name: str, device: torch.device) -> Run:
@@ -36,9 +48,6 @@ def engine(name: str, device: torch.device) -> Run:
     Raises:
         LTMPError: a named engine cannot run on `device`; the message says why.
     """
-    request = REQUEST.get()
-    if request is not None and request.run is not None:
-        return request.run
     if name == "packed":
         return packed.run
     if name == "auto" and (device.type != "cuda" or torch.compiler.is_compiling()):
@@ -67,32 +76,27 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def active(thresholds: Policy) -> Active:
-    """`thresholds.active()`, or what the caller of this pass read before: a CUDA graph cannot read the device."""
-    request = REQUEST.get()
-    if request is not None and request.active is not None:
-        return request.active
-    return thresholds.active()
-
-
-def needed(active: Active) -> bool:
-    """Whether a pass with these thresholds takes an engine, and not the host's own blocks."""
-    request = REQUEST.get()
-    return any(map(any, active)) or (request is not None and request.always)
-
-
-def on_device(stack: ReducedStack) -> bool:
+def on_device(body: Body) -> bool:
     """Whether the decisions need no host and nobody asks where patches went: all that the Triton engines know."""
-    return type(stack.thresholds) in (Thresholds, Rates) and tracing() is None and not unmerging()
+    return type(body.policy) in (Thresholds, Rates) and tracing() is None and not unmerging()
 
 
-def _triton(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
+def _trains(body: Body, x: Tensor) -> bool:
+    """Whether gradients are to reach the images or the blocks' weights."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(p.requires_grad for block in body.blocks for p in block.parameters())
+
+
+def _triton(body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
+    differentiable = body.policy.training and _trains(body, x)
+    if differentiable or not on_device(body):
+        return packed.run(body, x, active, positions)
     from . import triton
 
-    run = triton.run if on_device(stack) else packed.run
-    return run(stack, x, active, positions)
+    return triton.run(body, x, active, positions)
 
 
-def _differentiable_or_triton(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
-    run = packed.run if torch.is_grad_enabled() and x.requires_grad else _triton
-    return run(stack, x, active, positions)
+def _differentiable_or_triton(body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
+    run = packed.run if _trains(body, x) else _triton
+    return run(body, x, active, positions)

@@ -8,14 +8,16 @@ modules on the rows, with the same kernels around them.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..method import reduction
+from ..method.policy import Active
+from ..method.recipe import Parts, Recipe
 from ..method.thresholds import Thresholds
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
@@ -24,16 +26,12 @@ from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import RowPlan, plan
 from ..ops.probe.triton import probe_rows
 from ..ops.weigh.triton import class_attention_rows, saliency_rows
+from .body import Body
 from .capacity import Capacity
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
-from .request import REQUEST, Active
 from .rows import Rows, unpack
 from .state import Reduced
-
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
-    from ..method.recipe import Parts, Recipe
 
 
 class Branches(Protocol):
@@ -111,28 +109,45 @@ def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
     return F.gelu(linear(x), approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-def branches(stack: ReducedStack) -> list[Branches]:
-    """The blocks of a stack, fused where they are standard."""
+def branches(body: Body) -> list[Branches]:
+    """The blocks, fused where they are standard."""
     found: list[Branches] = []
-    for block in stack.blocks:
-        parts = stack.recipe.parts(block)
-        found.append(OwnBranches(block, stack.recipe) if parts is None else FusedBranches(parts))
+    for block in body.blocks:
+        parts = body.recipe.parts(block)
+        found.append(OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts))
     return found
 
 
-def run(stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces.
+def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
+    """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces."""
+    return Pass(body, x, active, positions=positions).run()
 
-    A caller may ask for fixed sizes instead, with nothing read back (`request.Request`).
+
+@dataclass
+class Counted:
+    """This engine for one call, which counts as it goes; see `body.running`.
+
+    Attributes:
+        active: steps to run, where they have been read already; None reads the thresholds, and leaves the blocks to the
+            host where none is on.
+        capacity: sizes to run at without reading anything back; None for exact sizes.
+        stats: after the call int32 [L, 3] on the device, see `Pass`; None where the blocks were left to the host.
     """
-    request = REQUEST.get()
-    batch = Pass(stack, x, active, None if request is None else request.capacity, positions)
-    if request is not None:
-        request.stats = batch.stats
-    return batch.run()
+
+    active: Active | None = None
+    capacity: Capacity | None = None
+    stats: Tensor | None = None
+
+    def __call__(self, body: Body, x: Tensor, positions: Positions | None) -> Reduced:
+        active = body.active() if self.active is None else self.active
+        if self.active is None and not any(map(any, active)):
+            return body.all_whole(x, positions)
+        batch = Pass(body, x, active, self.capacity, positions)
+        self.stats = batch.stats
+        return batch.run()
 
 
-def compile_ahead(stack: ReducedStack, x: Tensor) -> None:
+def compile_ahead(body: Body, x: Tensor) -> None:
     """Compile what batches like `x` [B, N, C] will need, several kernels at a time.
 
     Kernels are compiled when they first run, which adds up to a minute for a first batch. Here one block runs at each
@@ -140,7 +155,7 @@ def compile_ahead(stack: ReducedStack, x: Tensor) -> None:
     """
     images, tokens, width = x.shape
     lengths = [tokens, *(n for n in (32, 64, 128, 192, 256, 512, 1024) if n < tokens)]
-    depth = stack.thresholds.depth
+    depth = body.depth
     capacity = Capacity((images,) * depth, (1,) * depth)
     cu = torch.arange(images + 1, dtype=torch.int32, device=x.device)
     row = torch.zeros(images, width, dtype=x.dtype, device=x.device)
@@ -150,7 +165,7 @@ def compile_ahead(stack: ReducedStack, x: Tensor) -> None:
         with torch.cuda.device(x.device):
             origin = torch.zeros(images, dtype=torch.int32, device=x.device)
             rows = Rows(row, row, torch.ones(images, device=x.device), origin, cu, longest, False)
-            Pass(stack, x, ((True, True),) * depth, capacity).block(0, rows)
+            Pass(body, x, ((True, True),) * depth, capacity).block(0, rows)
 
     with ThreadPoolExecutor(len(lengths)) as threads:
         list(threads.map(block, lengths))
@@ -170,12 +185,12 @@ class Pass:
     """
 
     def __init__(
-        self, stack: ReducedStack, x: Tensor, active: Active, capacity: Capacity | None = None,
+        self, body: Body, x: Tensor, active: Active, capacity: Capacity | None = None,
         positions: Positions | None = None,
     ) -> None:  # fmt: skip
-        self.stack, self.x, self.active, self.capacity, self.positions = stack, x, active, capacity, positions
-        self.branches = branches(stack)
-        self.policy = stack.thresholds
+        self.body, self.x, self.active, self.capacity, self.positions = body, x, active, capacity, positions
+        self.branches = branches(body)
+        self.policy = body.policy
         self.plans: list[RowPlan | None] = [None] * len(active)
         self.stats = torch.zeros(len(active), 3, dtype=torch.int32, device=x.device)
 
@@ -187,16 +202,16 @@ class Pass:
         for i in range(len(self.branches)):
             rows = self.block(i, rows)
             bounds.append(rows.cu)
-        x, size = unpack(rows, self.stack.protected)
+        x, size = unpack(rows, self.body.protected)
         return Reduced(x, size, torch.stack(bounds).diff().float().T)
 
     def block(self, i: int, rows: Rows) -> Rows:
         """Run one block."""
         block = self.branches[i]
-        steps = self.stack.thresholds.steps(self.active, i)
+        steps = self.policy.steps(self.active, i)
         q, k, v = block.qkv(rows)
         if self.positions is not None:
-            q, k = self.positions.rotate(i, self.stack.blocks[i], q, k, rows.origin)
+            q, k = self.positions.rotate(i, self.body.blocks[i], q, k, rows.origin)
         weight = self.policy.weight(i, rows.size)
         y, received = _attend(q, k, v, rows, weight, self.policy.config.scores.needs_received(steps))
         y = block.out(y)
@@ -271,7 +286,7 @@ class Pass:
         if not config.needs_probe:
             return k, penalty, received
         assert isinstance(policy, Thresholds)
-        scale, protected = self.branches[i].scales[0], self.stack.protected
+        scale, protected = self.branches[i].scales[0], self.body.protected
         metric, log_saliency = probe_rows(rows.x, y, scale, policy.probe_of(i), rows.cu)
         blends = received if config.scores.probes_importance else None
         own, blended = saliency_rows(
@@ -287,7 +302,7 @@ class Pass:
         stats: Tensor, room: int | None = None, penalty: Tensor | None = None,
     ) -> tuple[RowPlan, reduction.Plan | None]:  # fmt: skip
         """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
-        policy, protected, config = self.policy, self.stack.protected, self.policy.config
+        policy, protected, config = self.policy, self.body.protected, self.policy.config
         if not isinstance(policy, Thresholds) or policy.bounded:
             return plan_rows(policy, i, steps, rows, q, k, keys, received, protected, stats, room, penalty)
         merge = policy.merge[i : i + 1] if "merge" in steps else None

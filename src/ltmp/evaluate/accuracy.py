@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import Record, dense, record
-from ..deploy import deployed, policy_of
+from ..deploy import deployed
 from ..distributed import exchange, merge, my_batches, rank
+from ..engines.body import running
 from ..errors import LTMPError
-from ..hosts.attach import is_attached, stack_of
+from ..hosts.attach import attachment, is_attached
 from ..hosts.outputs import logits_of
 from ..method.flops import flops_share
 from ..method.policy import Policy
@@ -146,7 +147,7 @@ def evaluate(
     if not is_attached(model):
         raise LTMPError("nothing to evaluate: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
     seen = (lambda _, rows: on_images(rows)) if on_images else None
-    mine = {"reduced": policy_of(model)}
+    mine = {"reduced": attachment(model).policy}
     return evaluate_policies(model, loader, mine, on_images=seen, **how)["reduced"]
 
 
@@ -182,7 +183,7 @@ def evaluate_policies(
     device = torch.device(device) if device else next(model.parameters()).device
     part = _Part(getattr(loader, "skipped", {}), {name: _Tally() for name in policies})
     with deployed(model, device, amp=amp):
-        stack = stack_of(model)
+        body = attachment(model).body
         for images, labels in my_batches(loader, limit):
             images, labels = images.to(device), labels.to(device)
             # records that nobody reads: dense and timed calls are no result, neither here nor of our caller's
@@ -192,7 +193,7 @@ def evaluate_policies(
             dense_choices = part.plain.add(dense_logits, labels)
             for name, policy in policies.items():
                 tally = part.tallies[name]
-                with stack.using(policy.eval()):
+                with running(body=replace(body, policy=policy.eval())):
                     with record() as calls:
                         logits = logits_of(model(images))
                     rows = tally.add(logits, labels, dense_choices, calls)

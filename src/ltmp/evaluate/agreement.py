@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..engines import packed, select
-from ..hosts.stack import ReducedStack
+from ..engines import packed
+from ..engines.body import Body, running
+from ..engines.positions import Positions
+from ..engines.state import Reduced
 from ..method.reduction import make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens
@@ -18,8 +20,21 @@ DECISIONS = 0.999
 """Share of decisions that must equal the reference's, block by block on the same inputs."""
 
 
+def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None]:
+    """What enters the first block of an attached model, [B, N, C], and where its tokens are."""
+    found: list[tuple[Tensor, Positions | None]] = []
+
+    def keep(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
+        found.append((x, positions))
+        return body.all_whole(x, positions)
+
+    with running(keep):
+        model(images)
+    return found[0]
+
+
 @torch.no_grad()
-def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
+def decisions_agree(body: Body, x: Tensor) -> float:
     """Share of equal decisions of the Triton engine and the method's definition, each block on the engine's own inputs.
 
     Args:
@@ -31,7 +46,7 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
     from ..engines import triton
     from ..ops.norm.triton import add_norm
 
-    active = select.active(stack.thresholds)
+    active = body.active()
     equal: list[Tensor] = []
 
     class Compared(triton.Pass):
@@ -41,7 +56,7 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
             planned = self.plans[i]
             if planned is not None:
                 live = int(rows.cu[-1])
-                wanted = _reference_slots(stack, i, active, rows, self.attended[:live], q[:live], k[:live], v[:live])
+                wanted = _reference_slots(body, i, active, rows, self.attended[:live], q[:live], k[:live], v[:live])
                 equal.append(planned.slot[:live].clamp(max=0) == wanted)
             return after
 
@@ -49,12 +64,12 @@ def decisions_agree(stack: ReducedStack, x: Tensor) -> float:
             self.attended = add_norm(rows.x, y, self.branches[i].scales[0], None)[0]
             return super()._reduce(i, steps, rows, y, *rest)
 
-    Compared(stack, x, active).run()
+    Compared(body, x, active).run()
     return torch.cat(equal).double().mean().item() if equal else 1.0
 
 
 def _reference_slots(
-    stack: ReducedStack, block: int, active: Any, rows: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor
+    body: Body, block: int, active: Any, rows: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the token at place i.
 
@@ -68,11 +83,11 @@ def _reference_slots(
     size, origin = (pad(t[:live]) for t in (rows.size, rows.origin.long()))
     there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
     tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
-    weight = stack.thresholds.weight(block, tokens.size)
+    weight = body.policy.weight(block, tokens.size)
     _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
     assert received is not None
-    attended = attended_for(stack.thresholds, block, pad(q), pad(k), tokens)
-    steps = stack.thresholds.steps(active, block)
-    scores = score(stack.thresholds, block, steps, tokens, stack.protected, x, k, pad(received), attended, pad)
-    plan = make_plan(tokens, scores, stack.thresholds, block, steps, stack.protected)
+    attended = attended_for(body.policy, block, pad(q), pad(k), tokens)
+    steps = body.policy.steps(active, block)
+    scores = score(body.policy, block, steps, tokens, body.protected, x, k, pad(received), attended, pad)
+    plan = make_plan(tokens, scores, body.policy, block, steps, body.protected)
     return packed.rows(slots(plan).clamp(max=0), counts)

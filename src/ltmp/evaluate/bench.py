@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,11 +15,12 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..engines import select
+from ..engines.body import running
 from ..errors import LTMPError, UsageError, first_line
-from ..hosts.attach import detach, stack_of
+from ..hosts.attach import attachment, detach
 from ..hosts.outputs import logits_of
 from ..method.policy import Policy
-from .agreement import DECISIONS, decisions_agree
+from .agreement import DECISIONS, decisions_agree, entering
 from .compare import rates_for
 from .timing import Call, timed
 
@@ -68,16 +67,11 @@ class Row:
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
-@contextmanager
-def _engine(model: nn.Module, name: str) -> Iterator[None]:
-    """Run `model` with a named engine inside."""
-    thresholds = stack_of(model).thresholds
-    before = thresholds.config
-    thresholds.config = replace(before, engine=name)
-    try:
-        yield
-    finally:
-        thresholds.config = before
+def _under(policy: Policy, engine: str) -> Policy:
+    """A policy with the same thresholds, shared and not copied, that runs by a named engine."""
+    other = copy.copy(policy)
+    other.config = replace(policy.config, engine=engine)
+    return other
 
 
 class Bench:
@@ -92,7 +86,7 @@ class Bench:
 
     def __init__(self, model: nn.Module, images: Tensor, compiled: bool = True, baseline: bool = True) -> None:
         self.model, self.images = model, images
-        self.stack = stack_of(model)
+        self.body = attachment(model).body
         self.baseline = baseline
         self.dense = detach(copy.deepcopy(model))
         self.compiled = compiled
@@ -139,34 +133,30 @@ class Bench:
                 # so much less than these thresholds leave is not to be had by merging alone
                 self.absent[FIXED] = str(error)
                 return ways
-            ways[FIXED] = self._fixed_way(ways["packed"])
+            ways[FIXED] = self._way("packed", self.fixed)
             if "graph" in ways:
-                ways[f"{FIXED}, graph"] = self._fixed_way(self._graph_way("graph"))
+                ways[f"{FIXED}, graph"] = self._graph_way("graph", self.fixed)
         return ways
 
-    def _way(self, engine: str) -> Call:
-        def call() -> Tensor:
-            with _engine(self.model, engine):
+    def _way(self, engine: str, policy: Policy | None = None) -> Call:
+        """The model on a named engine, by its own policy or another one."""
+        body = replace(self.body, policy=_under(policy or self.body.policy, engine))
+
+        def call() -> Any:
+            with running(body=body):
                 return self.model(self.images)
 
         return call
 
-    def _graph_way(self, engine: str) -> Call:
+    def _graph_way(self, engine: str, policy: Policy | None = None) -> Call:
         from ..engines.graph import GraphedForward
 
-        forward = GraphedForward(self.stack.host, self.stack)
+        body = replace(self.body, policy=_under(policy or self.body.policy, engine))
+        forward = GraphedForward(body)
 
-        def call() -> Tensor:
-            with _engine(self.model, engine):
-                return forward(self.images)
-
-        return call
-
-    def _fixed_way(self, way: Call) -> Call:
         def call() -> Any:
-            assert self.fixed is not None
-            with self.stack.using(self.fixed):
-                return way()
+            with running(body=body):
+                return forward(self.images)
 
         return call
 
@@ -189,12 +179,12 @@ class Bench:
         Raises:
             LTMPError: the model is in train mode.
         """
-        if self.model.training or self.stack.thresholds.training:
+        if self.model.training or self.body.policy.training:
             raise LTMPError("a model is timed as deployed: call model.eval() first")
         if self.images.is_cuda and select.unavailable(self.images.device) is None:
             from ..engines.triton import compile_ahead
 
-            compile_ahead(self.stack, self._embedded(len(self.images)))
+            compile_ahead(self.body, entering(self.model, self.images)[0])
         self.ways = {**self.dense_ways(), **self.reduced_ways()}
         exact = self._reference()
         self.rows = [self._checked(name, call, exact) for name, call in self.ways.items()]
@@ -219,12 +209,11 @@ class Bench:
         """Logits of the dense, the reduced and the fixed-rate model in float32, on a few images."""
         few = self.images[:16].float()
         reduced = copy.deepcopy(self.model).float()
-        found = {}
-        with _engine(reduced, "packed"):
-            found["reduced"] = logits_of(reduced(few))
-        if self.fixed is not None:
-            with stack_of(reduced).using(self.fixed), _engine(reduced, "packed"):
-                found["fixed"] = logits_of(reduced(few))
+        body, found = attachment(reduced).body, {}
+        policies = {"reduced": body.policy} | ({} if self.fixed is None else {"fixed": self.fixed})
+        for kind, policy in policies.items():
+            with running(body=replace(body, policy=_under(policy, "packed"))):
+                found[kind] = logits_of(reduced(few))
         return {**found, "dense": logits_of(detach(reduced)(few))}
 
     def _checked(self, name: str, call: Call, exact: dict[str, Tensor]) -> Row:
@@ -245,18 +234,19 @@ class Bench:
             return Row(name, None, share, 1 / share, None, None, distance, "logits are not finite")
         if is_dense:
             return Row(name, None, share, 1 / share, None, None, distance)
-        policy = self.fixed if kind == "fixed" and self.fixed is not None else self.stack.thresholds
-        with self.stack.using(policy):
-            decisions, note = self._judged(name, share, distance, wanted)
+        policy = self.fixed if kind == "fixed" and self.fixed is not None else self.body.policy
+        decisions, note = self._judged(name, policy, share, distance, wanted)
         return Row(name, None, share, 1 / share, None, decisions, distance, note)
 
-    def _judged(self, name: str, share: float, distance: float, wanted: Tensor) -> tuple[float | None, str]:
+    def _judged(
+        self, name: str, policy: Policy, share: float, distance: float, wanted: Tensor
+    ) -> tuple[float | None, str]:
         """How many decisions of a reduced way are right, and what is wrong with it."""
         few, allowed, decisions = len(wanted), LOGITS[self.images.dtype], None
-        packed_logits, wanted_share = self._recorded(self._way("packed"))
+        packed_logits, wanted_share = self._recorded(self._way("packed", policy))
         if name not in ("packed", FIXED):
             allowed += _distance(packed_logits[:few], wanted)
-            decisions = decisions_agree(self.stack, self._embedded(few))
+            decisions = decisions_agree(replace(self.body, policy=policy), entering(self.model, self.images[:few])[0])
             if decisions < DECISIONS:
                 return decisions, f"only {100 * decisions:.2f} % of decisions equal the reference's"
         if abs(share - wanted_share) > SHARE * max(1.0, (64 / len(self.images)) ** 0.5):
@@ -264,17 +254,6 @@ class Bench:
         if distance > allowed:
             return decisions, f"logits are {distance:.3f} of their norm from float32's, allowed {allowed:.3f}"
         return decisions, ""
-
-    def _embedded(self, count: int) -> Tensor:
-        """[count, N, C], what enters the first block."""
-        found: list[Tensor] = []
-        hook = self.stack.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        try:
-            with _engine(self.model, "packed"):
-                self.model(self.images[:count])
-        finally:
-            hook.remove()
-        return found[0]
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

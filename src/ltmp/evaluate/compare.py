@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..config import LEARNED, VARIANTS, LTMPConfig
+from ..engines.body import running
 from ..errors import UsageError
-from ..hosts.attach import stack_of
+from ..hosts.attach import attachment
 from ..method.policy import Policy
 from ..method.rates import Rates
 from .accuracy import Batches, Evaluation, evaluate_policies
@@ -77,7 +78,7 @@ def rates_for(model: nn.Module, images: Tensor, variant: str, target: float) -> 
     Raises:
         UsageError: `variant` cannot remove that much.
     """
-    depth = stack_of(model).thresholds.depth
+    depth = attachment(model).body.depth
     tokens = _run(model, images, _rates(model, variant, (0,) * depth)).geometry[0].tokens
 
     def rates(average: int) -> tuple[int, ...]:
@@ -100,7 +101,7 @@ def rates_for(model: nn.Module, images: Tensor, variant: str, target: float) -> 
 
 
 def _rates(model: nn.Module, variant: str, r: Any) -> Rates:
-    mine = stack_of(model).thresholds
+    mine = attachment(model).policy
     config = LTMPConfig(variant=variant, r=r, engine=mine.config.engine)
     return Rates(mine.depth, config).to(next(model.parameters()).device).eval()
 
@@ -111,8 +112,8 @@ def fixed_entry(model: nn.Module, wanted: Wanted, images: Tensor, target: float 
     Raises:
         UsageError: not for this model, or not down to `target`.
     """
-    stack = stack_of(model)
-    if LTMPConfig(wanted.variant).needs_class_attention and not stack.recipe.class_first(stack.host):
+    made = attachment(model)
+    if LTMPConfig(wanted.variant).needs_class_attention and not made.recipe.class_first(made.host):
         raise UsageError(f"method {wanted.variant} needs a class token's attention, and this model has no class token")
     if wanted.r is not None:
         return Entry(f"{wanted.variant}:{wanted.r}", wanted.variant, None, _rates(model, wanted.variant, wanted.r))
@@ -123,7 +124,8 @@ def fixed_entry(model: nn.Module, wanted: Wanted, images: Tensor, target: float 
 
 
 def _run(model: nn.Module, images: Tensor, policy: Policy) -> Any:
-    with torch.inference_mode(), record() as calls, stack_of(model).using(policy):
+    body = replace(attachment(model).body, policy=policy)
+    with torch.inference_mode(), record() as calls, running(body=body):
         model(images)
     return calls
 

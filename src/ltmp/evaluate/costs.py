@@ -17,21 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calls import dense, record
+from ..calls import record
 from ..deploy import deployed
 from ..engines import compiled, packed, select
+from ..engines.body import Body
 from ..engines.capacity import Capacity
 from ..engines.onednn import halves
 from ..engines.positions import Positions
-from ..engines.request import Active
 from ..engines.state import State
-from ..hosts.attach import stack_of, thresholds_of
-from ..hosts.stack import ReducedStack
+from ..hosts.attach import attachment
 from ..method.dial import Dial
+from ..method.policy import Active
 from ..method.scores import attended_for, score
 from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens
 from ..ops.match.reference import candidates
+from .agreement import entering
 from .latency import BlockCosts, Costs, Floats, dial_of
 from .timing import Call, timed
 
@@ -62,19 +63,20 @@ def measure_costs(
     Raises:
         UsageError: the model has no dial.
     """
-    stack, own = stack_of(model), thresholds_of(model)
+    made = attachment(model)
+    body, own = made.body, made.thresholds
     dial, told = dial_of(own), progress or (lambda done, total: None)
     with deployed(model, images.device, amp=amp), _as_it_was(own), record():
         own.set_budget(dial.lowest)
         active = own.active()
-        x, positions = _entering(model, stack, images)
-        shapes = [tuple(parameter.shape for parameter in block.parameters()) for block in stack.blocks]
+        x, positions = entering(model, images)
+        shapes = [tuple(parameter.shape for parameter in block.parameters()) for block in body.blocks]
         # one block of each shape, one that reduces where there is one
         chosen = {shape: i for i, shape in enumerate(shapes)}
         chosen |= {shape: i for i, shape in enumerate(shapes) if any(active[i])}
         found = {}
         for shape, i in chosen.items():
-            found[shape] = _block_costs(stack, i, x, positions, active, dial, seconds)
+            found[shape] = _block_costs(body, i, x, positions, active, dial, seconds)
             told(len(found), len(chosen) + 1)
         costs = Costs(
             len(images), x.shape[1], tuple(found[shape] for shape in shapes), tuple(map(any, active)), 1.0, 0.0, 0.0
@@ -98,46 +100,29 @@ def _as_it_was(own: Thresholds) -> Iterator[None]:
         own.asked = asked
 
 
-def _entering(model: nn.Module, stack: ReducedStack, images: Tensor) -> tuple[Tensor, Positions | None]:
-    """[B, N, C], what enters the first block, and where its tokens are."""
-    found: list[Any] = []
-
-    def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append((args[0], stack.positions(args[0], args[1:], dict(kwargs))))
-
-    hook = stack.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with dense():
-            model(images)
-    finally:
-        hook.remove()
-    return found[0]
-
-
 def _block_costs(
-    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active, dial: Dial, seconds: float
+    body: Body, i: int, x: Tensor, positions: Positions | None, active: Active, dial: Dial, seconds: float
 ) -> BlockCosts:
     """Block `i` alone at a few numbers of tokens."""
     tokens = x.shape[1]
-    least = min(max(2.0, stack.protected + 1.0, float(dial.kept.min())), tokens)
+    least = min(max(2.0, body.protected + 1.0, float(dial.kept.min())), tokens)
     counts = sorted({round(n) for n in np.linspace(least, tokens, POINTS).tolist()})
-    engine = stack.thresholds.config.engine
+    engine = body.policy.config.engine
     triton = engine != "packed" and x.is_cuda and select.unavailable(x.device) is None
     pieces = _triton_pieces if triton else _packed_pieces
-    policy = copy.deepcopy(stack.thresholds)
-    assert isinstance(policy, Thresholds)
-    ways: dict[str, Call] = {"whole": lambda: stack.whole(i, x, positions)}
+    policy = copy.deepcopy(body.policy)
+    ways: dict[str, Call] = {"whole": lambda: body.whole(i, x, positions)}
     left = []
-    with stack.using(policy):
-        for n in counts:
-            part = x[:, :n].contiguous()
-            _merge_some(policy, stack, i, part)
-            calls, leaving = pieces(stack, i, part, positions, active)
-            ways |= {f"{name} {n}": call for name, call in calls.items()}
-            left.append(leaving)
-        if triton and engine in ("auto", "graph"):
-            ways = _recorded(ways)
-        took = {name: 1 / speed for name, speed in timed(ways, 1, seconds).items()}
+    own = replace(body, policy=policy)
+    for n in counts:
+        part = x[:, :n].contiguous()
+        _merge_some(own, i, part)
+        calls, leaving = pieces(own, i, part, positions, active)
+        ways |= {f"{name} {n}": call for name, call in calls.items()}
+        left.append(leaving)
+    if triton and engine in ("auto", "graph"):
+        ways = _recorded(ways)
+    took = {name: 1 / speed for name, speed in timed(ways, 1, seconds).items()}
     plain, mlp, reduced = (np.array([took[f"{name} {n}"] for n in counts]) for name in ("plain", "mlp", "reduced"))
     at = np.array(counts, dtype=np.float64)
     attention = np.maximum(plain - mlp, 0)
@@ -145,13 +130,15 @@ def _block_costs(
     return BlockCosts(at, attention, reduction, mlp, took["whole"])
 
 
-def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> None:
+def _merge_some(body: Body, i: int, x: Tensor) -> None:
     """Thresholds of block `i` at which a few tokens of x [B, n, C] merge, and none is pruned."""
-    q, k, _ = stack.recipe.qkv(stack.blocks[i], x)
+    policy = body.policy
+    assert isinstance(policy, Thresholds)
+    q, k, _ = body.recipe.qkv(body.blocks[i], x)
     # thresholds, not answers, are wanted: what comes in is as good as what attention makes of it
     tokens = Tokens.start(x.shape[0], x.shape[1], x.device)
     attended = attended_for(policy, i, q, k, tokens)
-    scores = score(policy, i, ("merge",), tokens, stack.protected, x, k, None, attended)
+    scores = score(policy, i, ("merge",), tokens, body.protected, x, k, None, attended)
     assert scores.metric is not None
     _, best, _ = candidates(scores.metric, tokens.live, policy.config.scores.mutual, scores.merge_penalty)
     found = best[:, 1:][best[:, 1:].isfinite()]
@@ -160,42 +147,42 @@ def _merge_some(policy: Thresholds, stack: ReducedStack, i: int, x: Tensor) -> N
 
 
 def _packed_pieces(
-    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
+    body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """Block `i` on [B, n, C] without its reduction, with it, and its MLP; and the tokens an image that it leaves."""
-    if compiled.applies(stack.thresholds, x):
-        return _compiled_pieces(stack, i, x, positions, active)
+    if compiled.applies(body.policy, x):
+        return _compiled_pieces(body, i, x, positions, active)
     off = ((False, False),) * len(active)
     start = State.start(x, packs=True, positions=positions)
     rows = replace(start, x=x.flatten(0, 1))
-    mlp = halves(stack.recipe, stack.blocks[i], rows.x).mlp
+    mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
     calls: dict[str, Call] = {
-        "plain": lambda: packed.step(stack, i, rows, off),
-        "reduced": lambda: packed.step(stack, i, rows, active),
+        "plain": lambda: packed.step(body, i, rows, off),
+        "reduced": lambda: packed.step(body, i, rows, active),
         "mlp": lambda: rows.x + mlp(rows.x),
     }
-    counts = packed.step(stack, i, rows, active).counts
+    counts = packed.step(body, i, rows, active).counts
     assert counts is not None
     return calls, sum(counts) / len(counts)
 
 
 def _compiled_pieces(
-    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
+    body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """The same with a compiled plan."""
     rows = compiled.Rows.start(x)
-    steps = compiled.block_steps(stack.thresholds, active, stack.protected)[i]
-    mlp = halves(stack.recipe, stack.blocks[i], rows.x).mlp
+    steps = compiled.block_steps(body.policy, active, body.protected)[i]
+    mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
     calls: dict[str, Call] = {
-        "plain": lambda: compiled.run_block(stack, i, rows, None, positions),
-        "reduced": lambda: compiled.run_block(stack, i, rows, steps, positions),
+        "plain": lambda: compiled.run_block(body, i, rows, None, positions),
+        "reduced": lambda: compiled.run_block(body, i, rows, steps, positions),
         "mlp": lambda: rows.x + mlp(rows.x),
     }
-    return calls, float(compiled.run_block(stack, i, rows, steps, positions).counts.mean())
+    return calls, float(compiled.run_block(body, i, rows, steps, positions).counts.mean())
 
 
 def _triton_pieces(
-    stack: ReducedStack, i: int, x: Tensor, positions: Positions | None, active: Active
+    body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """The same on a GPU, at fixed sizes, so that nothing is read back: the MLP runs on as many rows as entered."""
     from ..engines.rows import Rows
@@ -205,11 +192,11 @@ def _triton_pieces(
     capacity = Capacity((images * n,) * len(active), (n,) * len(active))
 
     def block(active: Active) -> Call:
-        run = Pass(stack, x, active, capacity, positions)
+        run = Pass(body, x, active, capacity, positions)
         rows = replace(Rows.start(x, run.branches[i].norms[0]), whole=False)
         return lambda: run.block(i, rows)
 
-    run = Pass(stack, x, active, capacity, positions)
+    run = Pass(body, x, active, capacity, positions)
     rows = Rows.start(x, run.branches[i].norms[0])
     calls: dict[str, Call] = {
         "plain": block(((False, False),) * len(active)),

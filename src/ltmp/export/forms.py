@@ -1,4 +1,4 @@
-"""The stack as it is exported: three forms of one function, without a scatter and without a branch on data.
+"""The blocks as they are exported: three forms of one function, without a scatter and without a branch on data.
 
 Merging is a product with a one-hot matrix and compaction a gather, because scatters with a reduction are missing or
 wrong in several runtimes. A form is an engine like those in `engines/`: it also runs in eager mode, where tests hold it
@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engines.body import Body
 from ..engines.positions import Positions
-from ..engines.request import Active
 from ..engines.state import Reduced
+from ..method.policy import Active
 from ..method.scores import BlockScores, score
 from ..method.tokens import Tokens
 from ..ops.match.reference import match_halves, match_mutual, penalise
-
-if TYPE_CHECKING:
-    from ..hosts.stack import ReducedStack
 
 
 @dataclass(frozen=True)
@@ -150,46 +148,48 @@ class _Scored:
 
 @dataclass(frozen=True)
 class Form:
-    """One form with the thresholds of a model baked in, as an engine; see `Request.run`.
+    """One form with the thresholds of a model baked in, as an engine; see `engines.body.running`.
 
     Attributes:
         compact: one of `FORMS`.
+        active: which steps can select anything.
         merge, prune: the thresholds of each block; float32 numbers.
     """
 
     compact: Compact
+    active: Active
     merge: tuple[float, ...]
     prune: tuple[float, ...]
 
-    def __call__(self, stack: ReducedStack, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-        """Run all blocks on [B, N, C]; see `ReducedStack`."""
+    def __call__(self, body: Body, x: Tensor, positions: Positions | None = None) -> Reduced:
+        """Run all blocks on [B, N, C]."""
+        if not any(map(any, self.active)):
+            return body.all_whole(x, positions)
         images, length, _ = x.shape
         state: _State | None = None
         kept = []
-        for i in range(stack.thresholds.depth):
-            steps = stack.thresholds.steps(active, i)
+        for i in range(body.depth):
+            steps = body.policy.steps(self.active, i)
             if state is None and steps:
                 state = _start(x)
             if state is None:
-                x = stack.whole(i, x, positions)
+                x = body.whole(i, x, positions)
                 kept.append(torch.full((images,), float(length), device=x.device))
             else:
-                state = self._block(stack, i, steps, state, positions)
+                state = self._block(body, i, steps, state, positions)
                 kept.append(_there(state).sum(1))
-        return _finish(stack, state or _start(x), torch.stack(kept, 1))
+        return _finish(body, state or _start(x), torch.stack(kept, 1))
 
-    def _block(
-        self, stack: ReducedStack, i: int, steps: tuple[str, ...], state: _State, positions: Positions | None
-    ) -> _State:
-        recipe, block, layout = stack.recipe, stack.blocks[i], state.layout
+    def _block(self, body: Body, i: int, steps: tuple[str, ...], state: _State, positions: Positions | None) -> _State:
+        recipe, block, layout = body.recipe, body.blocks[i], state.layout
         q, k, v = recipe.qkv(block, state.x)
         if positions is not None:
             q, k = positions.rotate(i, block, q, k, layout.rows(state.origin))
-        bias = _bias(state, stack.thresholds.size_power(i))
+        bias = _bias(state, body.policy.size_power(i))
         queries, keys, values = layout.pad(q), layout.pad(k), layout.pad(v)
         # no mean of attention weights is above 1: only the prefix is left, and only its queries matter
-        if "prune" in steps and self.prune[i] >= 1 and stack.protected:
-            places = _prefix(state.origin, stack.protected)
+        if "prune" in steps and self.prune[i] >= 1 and body.protected:
+            places = _prefix(state.origin, body.protected)
             y, _ = _attend(_take(queries, places), keys, values, bias)
             state = _only_prefix(state, places)
             x = state.x + recipe.out(block, y.flatten(0, 1))
@@ -197,8 +197,8 @@ class Form:
             y, p = _attend(queries, keys, values, bias)
             state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
             if steps:
-                scores = _scores(stack, i, steps, state, k, p)
-                state = self._reduce(stack.protected, i, steps, state, scores, stack.thresholds.config.scores.mutual)
+                scores = _scores(body, i, steps, state, k, p)
+                state = self._reduce(body.protected, i, steps, state, scores, body.policy.config.scores.mutual)
             x = state.x
         return replace(state, x=x + recipe.mlp(block, x))
 
@@ -279,15 +279,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (p @ v).transpose(1, 2).flatten(2), p
 
 
-def _scores(
-    stack: ReducedStack, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor
-) -> BlockScores:
+def _scores(body: Body, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor) -> BlockScores:
     """Scores of a block's tokens from keys [T, H, D] and the attention map [B, H, N, N]."""
-    policy, layout = stack.thresholds, state.layout
+    policy, layout = body.policy, state.layout
     tokens = Tokens(state.size, _there(state).float(), state.origin)
     received = _received_mean(p, layout.live) if "prune" in steps else None
     attended = p[:, :, 0].mean(1) if policy.config.needs_class_attention else None
-    return score(policy, block, steps, tokens, stack.protected, state.x, k, received, attended, layout.pad)
+    return score(policy, block, steps, tokens, body.protected, state.x, k, received, attended, layout.pad)
 
 
 def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
@@ -372,14 +370,14 @@ def _only_prefix(state: _State, places: Tensor) -> _State:
     return _State(x.flatten(0, 1), size, origin, Layout(images, protected))
 
 
-def _finish(stack: ReducedStack, state: _State, kept: Tensor) -> Reduced:
+def _finish(body: Body, state: _State, kept: Tensor) -> Reduced:
     """What the host's norm, pooling and head get; no more than the prefix where they read nothing else."""
-    protected = stack.protected
+    protected = body.protected
     prefix = _only_prefix(state, _prefix(state.origin, protected)) if protected else state
-    if protected and stack.prefix_only:
+    if protected and body.prefix_only:
         state = prefix
     x, size = state.layout.pad(state.x), state.size * _there(state)
-    if protected > 1 and not stack.prefix_only:
+    if protected > 1 and not body.prefix_only:
         # where the head looks for it; where it was, it is no more
         x = torch.cat([prefix.layout.pad(prefix.x), x], 1)
         size = torch.cat([prefix.size, size * (state.origin >= protected)], 1)

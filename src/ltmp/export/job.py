@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..checkpoint import describe
 from ..data.transforms import eval_settings
 from ..errors import LTMPError, UsageError
 from ..files import staged
+from ..hosts.attach import attachment
 from .onnx import OPSET, check_opset, read_metadata, write_onnx
-from .program import check, check_form, trace, write_package, write_program
+from .program import check, check_form, learned_thresholds, trace, write_package, write_program
 from .quantize import quantize
 from .runtimes import OPENERS, ExportedModel, Session, open_onnx, open_package, open_program
-from .verify import Verification, expect, smooth_images, verify, verify_quantised
+from .verify import Verification, check_share, expect, made_images, verify, verify_quantised
 
 FORMATS = {"onnx": ".onnx", "program": ".pt2", "aoti": ".pt2"}
 """What is written, and how such a file is called."""
@@ -68,6 +68,7 @@ def export(
     plan: Plan | None = None,
     *,
     images: Tensor | None = None,
+    share: float | None = None,
     metadata: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Verification:
@@ -76,7 +77,9 @@ def export(
     Args:
         model: attached, float32, on the CPU; left as it is.
         path: `.onnx`, or `.pt2` for the formats of torch; replaced whole or left alone.
-        images: [B, C, H, W] to verify on; None makes some.
+        images: [B, C, H, W] to verify on; None makes some that are reduced about as much as `share` says.
+        share: the thresholds' own mean FLOPs share, which the file names; None is the budget that their dial is set to,
+            or else that of `images`.
         metadata: more to say in the file, JSON types.
         progress: called before each stage with its name.
 
@@ -93,9 +96,13 @@ def export(
     if path.suffix != FORMATS[plan.format]:
         raise UsageError(f"{path.name} is not called as {plan.format} files are: end it in {FORMATS[plan.format]}")
     check(model)
-    images = smooth_images(model, IMAGES) if images is None else images
+    own = 1.0 if plan.dense else share if share is not None else learned_thresholds(model).budget
+    made = images is None
+    images = made_images(model, IMAGES, own) if images is None else images
     expected = expect(model, images, dense=plan.dense)
-    about = {"share": expected.share.mean().item(), **describe_export(model, plan), **(metadata or {})}
+    about = {**describe_export(model, plan), **(metadata or {})}
+    if own is not None or not made:
+        about = {"share": expected.share.mean().item() if own is None else own, **about}
     text = {f"ltmp.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     with staged(path) as temporary:
         progress("tracing")
@@ -118,14 +125,14 @@ def export(
             progress("quantising")
             quantize(temporary, temporary)
             found = verify_quantised(open_onnx(temporary), expected)
-    return found
+    return check_share(found, own, made)
 
 
 def describe_export(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """What a file says of itself."""
     about = {
         "version": __version__,
-        "model": describe(model).get("architecture", type(model).__name__),
+        "model": attachment(model).describe().get("architecture", type(model).__name__),
         "form": plan.form,
         "batch_size": plan.batch_size,
         "precision": "int8" if plan.int8 else "float32",

@@ -13,10 +13,10 @@ from torch.export import Dim, ExportedProgram
 
 from ..calls import dense as run_dense
 from ..calls import record
-from ..deploy import evaluating, policy_of
-from ..engines.request import Request, requested
+from ..deploy import evaluating
+from ..engines.body import running
 from ..errors import LTMPError, UsageError, first_line
-from ..hosts.attach import is_attached, stack_of
+from ..hosts.attach import attachment, is_attached
 from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
 from .forms import FORMS, Form
@@ -38,11 +38,11 @@ class Exportable(nn.Module):
         self.model = model
         thresholds = learned_thresholds(model)
         merge, prune = (tuple(values.tolist()) for values in (thresholds.merge, thresholds.prune))
-        self.request = Request(active=thresholds.active(), run=Form(FORMS[form], merge, prune))
+        self.form = Form(FORMS[form], thresholds.active(), merge, prune)
         self.dense = dense
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with requested(self.request), record() as calls, run_dense() if self.dense else nullcontext():
+        with running(self.form), record() as calls, run_dense() if self.dense else nullcontext():
             logits = logits_of(self.model(images))
         return logits, torch.cat(calls.kept).long()
 
@@ -112,7 +112,7 @@ def learned_thresholds(model: nn.Module) -> Thresholds:
     Raises:
         LTMPError: it runs at fixed rates, or with a floor or a ceiling, which the exported forms do not know.
     """
-    policy = policy_of(model)
+    policy = attachment(model).policy
     if not isinstance(policy, Thresholds):
         raise LTMPError(
             f"the method {policy.config.variant!r} runs at fixed rates; only learned thresholds are exported"
@@ -128,7 +128,7 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     Raises:
         LTMPError: the host does not say.
     """
-    host: Any = stack_of(model).host
+    host: Any = attachment(model).host
     places = (
         (getattr(host, "patch_embed", None), "img_size"),
         (host, "image_size"),

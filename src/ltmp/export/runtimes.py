@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..calls import dense as run_dense
 from ..calls import is_dense, record, recording
-from ..deploy import deployed, policy_of
+from ..deploy import deployed
 from ..errors import LTMPError, MissingExtraError, first_line
+from ..hosts.attach import attachment
 from ..hosts.outputs import logits_of
 from ..method.flops import Geometry
 from .program import INPUT
@@ -160,8 +161,8 @@ class ExportedModel(nn.Module):
     def __init__(self, model: nn.Module, reduced: Session, dense: Session) -> None:
         """Raises LTMPError where a session is of another model."""
         super().__init__()
-        # `evaluate` knows an attached model by its thresholds, and finds its stack inside
-        self.ltmp, self.model = policy_of(model), model
+        # `evaluate` knows an attached model by its thresholds, and finds its blocks inside
+        self.ltmp, self.model = attachment(model).policy, model
         self.reduced, self.dense_model = reduced, dense
         self.geometry = self._geometry(model)
 
@@ -169,7 +170,7 @@ class ExportedModel(nn.Module):
         """What an image costs, after checking that the sessions are of this model."""
         blank = torch.zeros(1, *self.reduced.shape)
         with deployed(model, blank.device), record() as calls, run_dense():
-            wanted = (tuple(logits_of(model(blank)).shape), policy_of(model).depth)
+            wanted = (tuple(logits_of(model(blank)).shape), attachment(model).body.depth)
         for session in (self.reduced, self.dense_model):
             logits, counts = session(blank)
             found = (tuple(logits.shape), counts.shape[1])

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import weakref
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..config import LEARNED, LTMPConfig
-from ..engines import graph
+from ..engines.body import Body
+from ..engines.graph import GraphedForward
 from ..errors import LTMPError
 from ..method.policy import Policy
 from ..method.rates import Rates
 from ..method.recipe import Recipe
 from ..method.thresholds import Thresholds
+from .forward import BlockForward, Blocks, LoopForward
 from .sizes import carry_sizes
-from .stack import ReducedStack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,12 +64,124 @@ def recipes(library: str) -> dict[type[nn.Module], Recipe | str]:
     return found
 
 
+@dataclass(eq=False)
+class Attachment(Blocks):
+    """What `attach` did to a model, found again by `attachment`.
+
+    Attributes:
+        replaced: (module, attribute, what stands there now, what its dictionary held before) of each change.
+        hooks: that were registered.
+        model: a weak reference to what `attach` was called with, whose `ltmp` is the policy; copies have none.
+    """
+
+    replaced: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    model: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None}
+
+    @property
+    def host(self) -> nn.Module:
+        """The transformer inside the model."""
+        return self.body.host
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its blocks are built."""
+        return self.body.recipe
+
+    @property
+    def policy(self) -> Policy:
+        """What decides which tokens go."""
+        return self.body.policy
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The learned thresholds.
+
+        Raises:
+            LTMPError: fixed rates are attached.
+        """
+        if not isinstance(self.policy, Thresholds):
+            raise LTMPError(
+                f"variant {self.policy.config.variant} has fixed rates, not thresholds: attach with one of "
+                f"{', '.join(LEARNED)}"
+            )
+        return self.policy
+
+    def describe(self) -> dict[str, Any]:
+        """What thresholds of this model are bound to: its architecture's name and its shape."""
+        known = {"depth": self.body.depth, **self.recipe.describe(self.host)}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def replace(self, owner: nn.Module, attribute: str, value: Any) -> None:
+        """Set an attribute of a module, so that `undo` can take it back."""
+        self.replaced.append((owner, attribute, value, vars(owner).get(attribute, _ABSENT)))
+        setattr(owner, attribute, value)
+
+    def undo(self) -> None:
+        """Take everything back; what others have set since then stays."""
+        for owner, attribute, value, before in reversed(self.replaced):
+            if vars(owner).get(attribute, _ABSENT) is not value:
+                continue
+            delattr(owner, attribute)
+            if before is not _ABSENT:
+                setattr(owner, attribute, before)
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Absent:
+    """Stands for no attribute; the same one in each copy."""
+
+    def __reduce__(self) -> str:
+        return "_ABSENT"
+
+
+_ABSENT = _Absent()
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """What is attached to `model`, to something inside it, or to what it is a part of.
+
+    Raises:
+        LTMPError: nothing is.
+    """
+    found = find_attachment(model)
+    if found is None:
+        raise LTMPError(f"nothing is attached to this {type(model).__name__}: call ltmp.attach(model) first")
+    return found
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """`attachment`, or None."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, BlockForward) and isinstance(forward.blocks, Attachment):
+            return forward.blocks
+    return None
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `model` runs by thresholds or fixed rates."""
+    return find_attachment(model) is not None
+
+
+def thresholds_of(model: nn.Module) -> Thresholds:
+    """The learned thresholds of an attached model: `attachment(model).thresholds`."""
+    return attachment(model).thresholds
+
+
 def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     """Give every block of `model` its two thresholds, all off (or its fixed rates), and make it run reduced.
 
-    In place: parameter names, weights and the way to call the model stay; `model.ltmp` holds the thresholds.
-    In eval mode tokens are really removed, for any batch size; in train mode (`model.train()`, or `model.ltmp.train()`
-    alone) they are masked, so that gradients reach the thresholds. Attaching again starts over with new thresholds.
+    In place: modules, parameter names, weights and the way to call the model stay; `model.ltmp` holds the thresholds.
+    They are frozen, so that no optimiser of the model's parameters moves them, and tokens are really removed, for any
+    batch size, in eval and in train mode. `ltmp.learn` and `ltmp.tune` train them; whoever wants to do it otherwise
+    asks for gradients by `model.ltmp.requires_grad_(True)`: in train mode (`model.train()`, or `model.ltmp.train()`
+    alone) tokens are then masked instead, so that gradients reach the thresholds. Attaching again starts over with new
+    thresholds.
 
     Args:
         model: a model with a known vision transformer inside.
@@ -84,92 +201,64 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
             f"cannot attach to a {type(model).__name__}, which would run its thresholds, too: attach inside"
         )
     host, recipe = find_host(model)
-    problems = _find_problems(host, recipe)
+    problems = recipe.problems(host)
     if config.needs_class_attention and not recipe.class_first(host):
-        problems.append(
-            f"variant {config.variant} with scores {config.scores} needs a class token's attention, and this model has "
-            "no class token"
-        )
+        power = config.scores.class_power
+        which = f"class_power {power:g}" if power else f"variant {config.variant}"
+        problems.append(f"{which} needs a class token's attention, and this model has no class token")
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
-    if is_attached(model):
+    present = find_attachment(model)
+    if present is not None and present.policy is not getattr(model, "ltmp", None):
+        raise LTMPError(
+            f"already attached to the {type(host).__name__} inside: call ltmp.detach(model) first, then attach"
+        )
+    if present is not None:
         detach(model)
-    parent, name = _place(host, recipe.stack)
-    if isinstance(getattr(parent, name), ReducedStack):
-        raise LTMPError(f"already attached to the {type(host).__name__} inside: call ltmp.detach on that one first")
-    blocks = getattr(parent, name)
+    owner, name = _place(host, recipe.stack)
+    blocks = tuple(getattr(owner, name).children())
     policy = _policy(len(blocks), config).to(next(host.parameters()).device)
     policy.train(host.training)
-    stack = ReducedStack(blocks, recipe, policy, recipe.protected(host), host)
-    setattr(parent, name, stack)
+    body = Body(blocks, recipe, policy, recipe.protected(host), host)
+    _take_over(Attachment(body, owner, name, model=weakref.ref(model)))
     model.ltmp = policy
-    for path, value in recipe.overrides(host).items():
-        owner, attribute = _place(host, path)
-        if attribute in vars(owner):
-            stack.overridden[path] = vars(owner)[attribute]
-        setattr(owner, attribute, value)
+    return model
+
+
+def _take_over(made: Attachment) -> None:
+    """Set everything that stands in for something of the host."""
+    body, host, recipe = made.body, made.host, made.recipe
+    for i, block in enumerate(body.blocks):
+        made.replace(block, "forward", BlockForward(made, i))
+    made.replace(made.owner, recipe.loop, LoopForward(made, recipe.loop))
+    for path, value in recipe.overrides(body).items():
+        made.replace(*_place(host, path), value)
     norm = recipe.final_norm(host)
     if norm is not None:
-        stack.hooks.append(norm.register_forward_hook(carry_sizes))
-    stack.hooks += recipe.hooks(host)
-    graph.install(host, stack)
-    return model
+        made.hooks.append(norm.register_forward_hook(carry_sizes))
+    made.hooks += recipe.hooks(body)
+    if torch.cuda.is_available():
+        made.replace(host, "forward", GraphedForward(body, inner=vars(host).get("forward")))
 
 
 def detach(model: Model) -> Model:
     """Undo `attach`: the model is what it was, bit for bit. Without an attachment nothing happens.
 
+    Args:
+        model: what was attached, or anything around or inside it that has its blocks.
+
     Returns:
         The same model.
     """
-    if not is_attached(model):
+    made = find_attachment(model)
+    if made is None:
         return model
-    host, recipe = find_host(model)
-    parent, name = _place(host, recipe.stack)
-    stack = getattr(parent, name)
-    stack.original.train(stack.training)
-    setattr(parent, name, stack.original)
-    graph.uninstall(host)
-    for path in recipe.overrides(host):
-        owner, attribute = _place(host, path)
-        delattr(owner, attribute)
-        if path in stack.overridden:
-            setattr(owner, attribute, stack.overridden[path])
-    for hook in stack.hooks:
-        hook.remove()
-    del model.ltmp
+    made.undo()
+    attached = made.model() if made.model is not None else None
+    for module in [*model.modules(), *([attached] if attached is not None else [])]:
+        if module._modules.get("ltmp") is made.policy:
+            del module.ltmp
     return model
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether `model` carries thresholds or fixed rates."""
-    return isinstance(getattr(model, "ltmp", None), Policy)
-
-
-def stack_of(model: nn.Module) -> ReducedStack:
-    """The reduced blocks of an attached model.
-
-    Raises:
-        LTMPError: nothing is attached.
-    """
-    for module in model.modules():
-        if isinstance(module, ReducedStack):
-            return module
-    raise LTMPError(f"nothing is attached to this {type(model).__name__}: call ltmp.attach(model) first")
-
-
-def thresholds_of(model: nn.Module) -> Thresholds:
-    """The learned thresholds of an attached model.
-
-    Raises:
-        LTMPError: nothing is attached, or fixed rates are.
-    """
-    policy = stack_of(model).thresholds
-    if not isinstance(policy, Thresholds):
-        raise LTMPError(
-            f"variant {policy.config.variant} has fixed rates, not thresholds: attach with one of {', '.join(LEARNED)}"
-        )
-    return policy
 
 
 def _policy(depth: int, config: LTMPConfig) -> Policy:
@@ -180,16 +269,3 @@ def _place(host: nn.Module, dotted: str) -> tuple[Any, str]:
     """Whose attribute a dotted path from the host is, and its name there."""
     path, _, name = dotted.rpartition(".")
     return host.get_submodule(path), name
-
-
-def _find_problems(host: nn.Module, recipe: Recipe) -> list[str]:
-    """Problems of the host as it is without us, so that attaching again asks the same questions."""
-    parent, name = _place(host, recipe.stack)
-    stack = getattr(parent, name)
-    if not isinstance(stack, ReducedStack):
-        return recipe.problems(host)
-    setattr(parent, name, stack.original)
-    try:
-        return recipe.problems(host)
-    finally:
-        setattr(parent, name, stack)

@@ -54,10 +54,14 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 def _table(host: Any, rope: Tensor, tokens: int) -> Tensor:
-    """[N, 2 D]; of learned frequencies [L, N, H * 2 D], which timm has as [L, H, P, 2 D]."""
+    """[N, 2 D]; of learned frequencies [L, N, H * 2 D], which timm has as [L, H, P, 2 D], or those of one block."""
     sin, cos = rope.chunk(2, -1)
     table = turn_table(sin, cos, tokens)
-    return table.transpose(1, 2).flatten(2) if table.ndim == 4 else table
+    return table.transpose(-3, -2).flatten(-2) if table.ndim > 2 else table
+
+
+def _own_table(rope: Tensor | None, block: int) -> Tensor | None:
+    return rope[block] if rope is not None and rope.ndim == 4 else rope
 
 
 def _rotate(block: Any, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +85,10 @@ def _problems(host: Any) -> list[str]:
     return found
 
 
-def _overrides(host: Any) -> dict[str, Any]:
-    # rotary embeddings of all blocks at once, instead of the first block's for the first block
-    return {**VIT.overrides(host), "rope_mixed": False}
+def _overrides(body: Any) -> dict[str, Any]:
+    # the first block is given the rotary embeddings of all, and each takes its own
+    mixed = {"rope_mixed": False} if getattr(body.host, "rope_mixed", False) else {}
+    return {**VIT.overrides(body), **mixed}
 
 
 RECIPE = Recipe(
@@ -97,10 +102,11 @@ RECIPE = Recipe(
     class_first=VIT.class_first,
     problems=_problems,
     mlp_ratio=VIT.mlp_ratio,
+    loop=VIT.loop,
     overrides=_overrides,
     final_norm=VIT.final_norm,
     prefix_only=VIT.prefix_only,
-    rotary=Rotary("rope", _table, _rotate),
+    rotary=Rotary("rope", _table, _rotate, _own_table),
 )
 
 HOSTS: dict[type[nn.Module], Recipe | str] = {

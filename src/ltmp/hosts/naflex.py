@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..method.recipe import Parts, Recipe
 from . import eva, timm
-from .intermediates import Unmerged
 
 
 def _family(block: nn.Module) -> Recipe:
@@ -48,8 +47,8 @@ def _problems(host: Any) -> list[str]:
     return found
 
 
-def _overrides(host: Any) -> dict[str, Any]:
-    return {"_pool": timm.SizedPool(host, "_pool"), "forward_intermediates": Unmerged(host, "forward_intermediates")}
+def _overrides(body: Any) -> dict[str, Any]:
+    return {"_pool": timm.SizedPool(body, "_pool")}
 
 
 RECIPE = Recipe(
@@ -63,6 +62,7 @@ RECIPE = Recipe(
     mlp_ratio=timm.RECIPE.mlp_ratio,
     protected=timm.RECIPE.protected,
     class_first=_class_first,
+    loop=timm.RECIPE.loop,
     overrides=_overrides,
     final_norm=timm.RECIPE.final_norm,
     prefix_only=timm.RECIPE.prefix_only,

@@ -7,9 +7,9 @@ from typing import Any
 from open_clip.transformer import LayerScale, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from ..engines.body import Body
 from ..method.recipe import Parts, Recipe, describe_timm, linear_ratio, scales_of
 from . import mha
-from .intermediates import Unmerged
 from .pooling import sized_mean, without_prefix
 from .sizes import sizes_of
 
@@ -52,18 +52,19 @@ def _mlp_ratio(block: Any) -> float:
 class SizedPool:
     """open_clip's pooling, a merged token counting by its size. Stands in for `host._global_pool`."""
 
-    def __init__(self, host: Any) -> None:
-        self.host = host
+    def __init__(self, body: Body) -> None:
+        self.body = body
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        size = sizes_of(x) if self.host.pool_type == "avg" else None
+        host: Any = self.body.host
+        size = sizes_of(x, self.body) if host.pool_type == "avg" else None
         if size is None:
-            return type(self.host)._global_pool(self.host, x)
+            return type(host)._global_pool(host, x)
         return sized_mean(x, without_prefix(size, 1)), x[:, 1:]
 
 
-def _overrides(host: Any) -> dict[str, Any]:
-    return {"_global_pool": SizedPool(host), "forward_intermediates": Unmerged(host, "forward_intermediates")}
+def _overrides(body: Any) -> dict[str, Any]:
+    return {"_global_pool": SizedPool(body)}
 
 
 def _final_norm(host: Any) -> nn.Module | None:

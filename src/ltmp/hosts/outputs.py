@@ -22,3 +22,10 @@ def logits_of(output: Any) -> Tensor:
             "...ForImageClassification of transformers, or a module around it that returns logits [B, K]"
         )
     return logits
+
+
+def embeddings_of(model: Any, images: Tensor) -> Tensor:
+    """Embeddings [B, C] of images [B, C, H, W]: what the head classifies, or the output of a model without a head."""
+    if hasattr(model, "forward_head"):
+        return model.forward_head(model.forward_features(images), pre_logits=True).flatten(1)
+    return logits_of(model(images)).flatten(1)

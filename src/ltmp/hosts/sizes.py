@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..calls import unmerging
+from ..engines.body import Body, running_body
 from ..errors import LTMPError
 
 
@@ -18,18 +20,23 @@ def with_sizes(x: Tensor, size: Tensor | None) -> Tensor:
     return x
 
 
-def sizes_of(x: Tensor) -> Tensor | None:
-    """The sizes that `with_sizes` attached.
+def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
+    """The sizes that `with_sizes` attached; None where every row is one patch.
+
+    Args:
+        body: whose features they are; of one that removes nothing they need no sizes.
 
     Raises:
         LTMPError: none were, so that nobody knows which rows are there: `x` was cut or copied on its way.
     """
-    if not hasattr(x, "ltmp_size"):
-        raise LTMPError(
-            "the sizes of these tokens got lost between the blocks and the pooling: give forward_head what "
-            "forward_features returned, unchanged, or call ltmp.detach(model)"
-        )
-    return x.ltmp_size
+    if hasattr(x, "ltmp_size"):
+        return x.ltmp_size
+    if unmerging() or (body is not None and not running_body(body).reduces()):
+        return None
+    raise LTMPError(
+        "the sizes of these tokens got lost between the blocks and the pooling: give forward_head what "
+        "forward_features returned, unchanged, or call ltmp.detach(model)"
+    )
 
 
 def carry_sizes(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

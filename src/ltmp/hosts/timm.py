@@ -11,8 +11,8 @@ from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
+from ..engines.body import Body
 from ..method.recipe import Parts, Recipe, activation_name, linear_ratio, scales_of
-from .intermediates import Unmerged
 from .pooling import log_size, sized_mean, without_prefix
 from .sizes import sizes_of
 
@@ -135,13 +135,13 @@ _POOLS = ("token", "avg", "max", "avgmax", "map")
 class SizedPool:
     """timm's pooling over what is there, a merged token counting by its size. Stands in for the host's `method`."""
 
-    def __init__(self, host: Any, method: str = "pool") -> None:
-        self.host, self.method = host, method
+    def __init__(self, body: Body, method: str = "pool") -> None:
+        self.body, self.method = body, method
 
     def __call__(self, x: Tensor, pool_type: str | None = None, **others: Any) -> Tensor:
-        host = self.host
+        host: Any = self.body.host
         kind = host.global_pool if pool_type is None else pool_type
-        size = None if kind == "token" and host.attn_pool is None else sizes_of(x)
+        size = None if kind == "token" and host.attn_pool is None else sizes_of(x, self.body)
         if size is None:
             return getattr(type(host), self.method)(host, x, pool_type, **others)
         if kind not in _POOLS:
@@ -158,23 +158,9 @@ class SizedPool:
         return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
 
 
-class RefusedPruning:
-    """Stands in for the host's way to cut off its last blocks, whose thresholds would stay behind."""
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError(
-            "an attached model keeps its blocks: build the model with features_only=True and attach to that, "
-            "or wrap this one with timm's FeatureGetterNet(model, prune=False)"
-        )
-
-
-_BETWEEN_BLOCKS = ("forward_intermediates", "_intermediate_layers")
-
-
-def _overrides(host: Any) -> dict[str, Any]:
-    between = {name: Unmerged(host, name) for name in _BETWEEN_BLOCKS if hasattr(type(host), name)}
+def _overrides(body: Any) -> dict[str, Any]:
     # whatever the pooling is now: reset_classifier may change it
-    return {"pool": SizedPool(host), "prune_intermediate_layers": RefusedPruning(), **between}
+    return {"pool": SizedPool(body)}
 
 
 RECIPE = Recipe(
@@ -188,6 +174,7 @@ RECIPE = Recipe(
     class_first=_class_first,
     problems=_problems,
     mlp_ratio=_mlp_ratio,
+    loop="forward_features",
     overrides=_overrides,
     final_norm=_final_norm,
     prefix_only=_prefix_only,

@@ -36,12 +36,12 @@ from transformers import (
     ViTModel,
 )
 
-from ..calls import is_dense
+from ..engines.body import Body, running_body
 from ..method.recipe import Parts, Recipe, Rotary, activation_name, linear_ratio, set_nothing
+from .forward import BlockForward
 from .pooling import log_size, sized_mean, without_prefix
 from .rotary import turn_table, turned
 from .sizes import sizes_of
-from .stack import ReducedStack
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 def _is_changed(module: nn.Module) -> bool:
     """Whether someone hooked a module or replaced its forward; transformers itself does, to record outputs."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    forward = getattr(module.forward, "__func__", None)
-    return forward is not type(module).forward or any(
+    forward = vars(module).get("forward")
+    return not (forward is None or isinstance(forward, BlockForward)) or any(
         not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks
     )
 
@@ -246,53 +246,54 @@ class Host:
     def final_norm(self, host: nn.Module) -> nn.Module | None:
         return getattr(self.inside(host), self.norm)
 
-    def hooks(self, host: nn.Module) -> list[RemovableHandle]:
+    def hooks(self, body: Body) -> list[RemovableHandle]:
         """Let what reads the tokens know their sizes, and refuse what a reduced model cannot record."""
-        encoder = self.inside(host)
-        handles = [encoder.register_forward_pre_hook(refuse_records, with_kwargs=True)]
+        encoder = self.inside(body.host)
+        handles = [encoder.register_forward_pre_hook(partial(refuse_records, body), with_kwargs=True)]
         if isinstance(getattr(encoder, "head", None), nn.Module):
-            handles.append(encoder.head.attention.register_forward_pre_hook(weigh_by_size, with_kwargs=True))
+            weigh = partial(weigh_by_size, body)
+            handles.append(encoder.head.attention.register_forward_pre_hook(weigh, with_kwargs=True))
         if self.reads == "mean":
-            handles.append(encoder.register_forward_hook(partial(pool_patches, self.protected(host))))
+            handles.append(encoder.register_forward_hook(partial(pool_patches, body)))
         if isinstance(encoder, ViTMAEModel):
             handles.append(encoder.embeddings.register_forward_pre_hook(keep_order, with_kwargs=True))
         return handles
 
 
-def refuse_records(encoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+def refuse_records(body: Body, encoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
     """Forward hook before the encoder: what is recorded of each block would be short by what a reduced one lacks."""
+    if not running_body(body).reduces():
+        return
     mask = kwargs.get("attention_mask")
     if mask is not None and not torch.as_tensor(mask).all():
-        raise NotImplementedError("a reduced model does not take an attention_mask: call ltmp.detach(model) for this")
+        raise NotImplementedError(
+            "a reduced model does not take an attention_mask: call it inside `with ltmp.dense():`, or call "
+            "ltmp.detach(model) for this"
+        )
     names = ("output_hidden_states", "output_attentions")
     wanted = [name for name in names if kwargs.get(name, getattr(encoder.config, name, False))]
-    if wanted and not is_dense() and _reduces(encoder):
+    if wanted:
         raise NotImplementedError(
             f"a reduced model has fewer tokens in each block and does not take {' and '.join(wanted)}: call it inside "
             "`with ltmp.dense():`, or call ltmp.detach(model) for this"
         )
 
 
-def _reduces(encoder: nn.Module) -> bool:
-    stacks = [module for module in encoder.modules() if isinstance(module, ReducedStack)]
-    return any(stack.thresholds.training or any(map(any, stack.thresholds.active())) for stack in stacks)
-
-
-def pool_patches(prefix: int, _encoder: nn.Module, _args: Any, output: Any) -> None:
+def pool_patches(body: Body, _encoder: nn.Module, _args: Any, output: Any) -> None:
     """Forward hook after the encoder, for heads that average the patches in their own code.
 
     They get the prefix tokens and one more, the mean of the patches by size: its mean is itself.
     """
-    x = output.last_hidden_state
-    size = sizes_of(x)
+    x, prefix = output.last_hidden_state, body.protected
+    size = sizes_of(x, body)
     if size is not None:
         mean = sized_mean(x, without_prefix(size, prefix))
         output.last_hidden_state = torch.cat([x[:, :prefix], mean[:, None]], 1)
 
 
-def weigh_by_size(_attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def weigh_by_size(body: Body, _attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward hook before attention pooling, whose keys are the tokens."""
-    size = sizes_of(args[1])
+    size = sizes_of(args[1], body)
     if size is None:
         return None
     return args, {**kwargs, "key_padding_mask": log_size(size).to(args[1].dtype)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import dense, record
-from ..hosts.attach import stack_of, thresholds_of
+from ..engines.body import running
+from ..hosts.attach import attachment, thresholds_of
 from ..method.flops import Geometry
 from ..method.thresholds import Thresholds
 from .probe import learn_probe
@@ -87,13 +89,14 @@ def follow(model: nn.Module, images: Tensor, shape: Shape, target: float, geomet
     Returns:
         What the model answers in that pass, which is what it will answer when deployed with these thresholds.
     """
-    stack, thresholds = stack_of(model), thresholds_of(model)
+    made = attachment(model)
+    body, thresholds = made.body, made.thresholds
     # an emptied last block is free where the head reads the prefix tokens alone
-    last_free = stack.prefix_only and "prune" in thresholds.config.steps
+    last_free = body.prefix_only and "prune" in thresholds.config.steps
     schedule = shape.schedule(thresholds.depth, thresholds.config.steps, last_free)
-    schedule = schedule.to_cost(target, geometry, stack.protected)
+    schedule = schedule.to_cost(target, geometry, body.protected)
     calibrating = Calibrating(thresholds, schedule).to(images.device)
-    with stack.using(calibrating):
+    with running(body=replace(body, policy=calibrating)):
         output: Tensor = model(images)
     thresholds.set(calibrating.merge.clamp(max=1), calibrating.prune.clamp(min=0))
     return output

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..calls import record
 from ..describe import note
 from ..distributed import exchange
-from ..hosts.attach import stack_of, thresholds_of
+from ..fingerprint import Seen
+from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
 from .batches import described, first, pair
 from .budget import check_target
@@ -26,6 +27,7 @@ from .objective import Distribution, answers_in, distribution_of, task_loss, tea
 from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
 from .randomness import preserved_random_state
+from .resume import restoring
 from .schedule import Shape, searched, usual
 from .search import POPULATION, evolve
 
@@ -104,33 +106,38 @@ def learn_dial(
     place = options.place(thresholds)
     model.to(place).eval()
     images = first(loader, options.calibration, options.progress)[0].to(place)
+    seen = thresholds.seen = thresholds.seen or Seen()
+    seen.add(images)
     maker = _Maker(model, images, options.amp, options.progress)
     for end in (low, high):
-        check_target(end, maker.geometry, stack_of(model).protected)
+        check_target(end, maker.geometry, attachment(model).body.protected)
     # a streaming source does not say how many it has
     more = min(options.checked, getattr(loader, "images", 0) or options.checked)
     more = more if more > len(images) else 0
-    shapes = _search(maker, low, high, options, checked=more)
+    shapes = _search(maker, loader, low, high, options, checked=more)
     knots = options.knots - 1
     dial, divergence = maker.table([low + (high - low) * i / knots for i in range(options.knots)], shapes)
     thresholds.set_dial(dial)
     if more:
-        dial = maker.corrected(dial, anchors_of(low, high), loader, more)
+        dial = maker.corrected(dial, anchors_of(low, high), seen.watch(map(pair, loader)), more)
         thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
     note(model, {**described(model, loader), "views": maker.views})
     return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.distribution)
 
 
-def _search(maker: _Maker, low: float, high: float, options: DialOptions, checked: int) -> dict[float, Shape]:
+def _search(
+    maker: _Maker, loader: Any, low: float, high: float, options: DialOptions, checked: int
+) -> dict[float, Shape]:
     """A shape for each anchor that has none in a saved run; each is saved when it is found."""
     thresholds, count = thresholds_of(maker.model), len(maker.images)
     settings = {"dial": [low, high], "views": options.views, "calibrate": count, "seed": options.seed,
                 "depth": thresholds.depth, "variant": thresholds.config.variant,
-                **asdict(thresholds.config.scores)}  # fmt: skip
+                **asdict(thresholds.config.scores), **options.subject(maker.model, loader, maker.images)}  # fmt: skip
     state = exchange(options.saved(settings))[0] or {"shapes": {}, "views": 0}
-    shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
-    maker.views += state["views"]
+    with restoring(options.checkpoint):
+        shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
+        maker.views += int(state["views"])
     probed = min(PROBED, count) if thresholds.config.needs_probe else 0
     maker.expected = probed + options.views + (options.knots + 2 * ANCHORS + 1) * count + ANCHORS * checked
     generations = round(options.views / ANCHORS / (POPULATION * min(SEARCHED, count)))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..describe import note
 from ..distributed import LostRankError, exchange, rank, world
-from ..hosts.attach import stack_of, thresholds_of
+from ..fingerprint import Seen
+from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from .batches import Batch, apart, batch_size, described, first, stream
 from .budget import check_target
@@ -26,6 +27,7 @@ from .optimiser import Run, Step
 from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
 from .randomness import preserved_random_state
+from .resume import restoring
 from .weights import Weights, cut, tuned
 
 if TYPE_CHECKING:
@@ -124,12 +126,17 @@ class _Job:
     def __init__(self, model: nn.Module, loader: Iterable[Batch], target: float, options: LearnOptions) -> None:
         self.started = time.perf_counter()
         self.model, self.loader, self.target, self.options = model, loader, target, options
-        self.thresholds = thresholds_of(model)
+        made = attachment(model)
+        self.thresholds = made.thresholds
         place = options.place(self.thresholds)
         model.to(place).eval()
         images, labels = first(loader, options.calibration, options.progress)
         self.images = images.to(place)
-        check_target(target, geometry_of(model, self.images), stack_of(model).protected)
+        self.seen = self.thresholds.seen = self.thresholds.seen or Seen()
+        self.seen.add(images)
+        check_target(target, geometry_of(model, self.images), made.body.protected)
+        # once: weights may train
+        self.subject = options.subject(model, loader, self.images)
         # again where there is one: a run is of its own images alone, resumed or not
         asked = self.thresholds.config.needs_probe
         self.probed = learn_probe(model, self.images, amp=options.amp, progress=options.progress) if asked else 0
@@ -168,6 +175,7 @@ class _Job:
             "scores": asdict(config.scores),
             "depth": self.thresholds.depth,
             "tuning": asdict(options.tuning) if options.tuning else None,
+            **self.subject,
         }
 
     def begin(self) -> dict[str, Any] | None:
@@ -175,7 +183,9 @@ class _Job:
         options, run = self.options, self.run
         state = exchange(options.saved(self.settings))[0]
         if state is not None:
-            run.restore(state)
+            with restoring(options.checkpoint):
+                run.restore(state)
+                self.seen.add_keys(state["seen"])
         else:
             with self.cast:
                 # all of them are in memory at once, and 128 images have some 10,000 scores a block
@@ -189,19 +199,22 @@ class _Job:
             self.model, self.target, options.budget_weight, options.labels, self.original, self.cast, self.distribution
         )
         kept = 0 if options.tuning is None else -(-apart(self.loader, len(self.images)) // self.batch)
-        self.batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
+        batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
+        self.batches = self.seen.watch(batches)
         return state
 
     def optimise(self, weights: Weights | None, state: dict[str, Any] | None) -> None:
         """Take the steps that are left, and save where asked, at the latest when it is stopped."""
         if weights is not None and state is not None:
-            weights.restore(state["tuned"])
+            with restoring(self.options.checkpoint):
+                weights.restore(state["tuned"])
+        self.run.complete(weights)
         try:
             with _learning(self.thresholds):
                 while self.run.step < self.run.steps:
                     self._step(weights)
         except (KeyboardInterrupt, LostRankError):
-            self._save(weights)
+            self._save()
             raise
 
     def _step(self, weights: Weights | None) -> None:
@@ -214,15 +227,15 @@ class _Job:
         run.update()
         step = Step(run.step, run.steps, loss, share, time.perf_counter() - self.started, kept)
         run.history.append(step)
+        run.complete(weights)
         self.journal.step(step)
         if self.options.on_step is not None:
             self.options.on_step(step)
         if step.step % self.options.save_every == 0 or step.step == run.steps:
-            self._save(weights)
+            self._save()
 
-    def _save(self, weights: Weights | None) -> None:
-        along = {"tuned": weights.state()} if weights is not None else {}
-        self.options.save(self.settings, {**self.run.state(), **along})
+    def _save(self) -> None:
+        self.options.save(self.settings, {**self.run.completed, "seen": self.seen.keys})
 
     def choose(self, weights: Weights | None) -> tuple[Candidate, int]:
         """The better of the calibrated and the learned thresholds, and how often the images kept apart were seen."""
@@ -248,6 +261,8 @@ class _Job:
         self.thresholds.set(best.merge, best.prune)
         with self.cast:
             self.journal.deployed(self.run.steps + 1, best)
+        for keys in exchange(self.seen.keys):
+            self.seen.add_keys(keys)
         seen = len(self.run.history) * self.views_a_step + len(self.images) * (1 + looks) + self.probed
         stayed = self.options.tuning is not None and best is not self.run.start
         note(

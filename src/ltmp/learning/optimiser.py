@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..method.thresholds import Thresholds
 from .heldout import Candidate
+from .resume import frozen
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Run:
         self.start: Candidate
         self.step = 0
         self.history: list[Step] = []
+        self.completed: dict[str, Any] = {}
 
     def begin(self, start: Candidate) -> None:
         """Take the thresholds as they are: those of the calibrated `start`."""
@@ -112,10 +115,29 @@ class Run:
             "mean": self.mean,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "history": [asdict(step) for step in self.history],
+            "history": list(self.history),
         }
 
+    def complete(self, weights: Weights | None = None) -> None:
+        """Remember the state between two steps, with that of weights that train along: it is what may be saved.
+
+        What an interrupt leaves half done in the next step is not seen: the copy is whole before it gets its name.
+        """
+        along = {} if weights is None else {"tuned": weights.state()}
+        self.completed = frozen({**self.state(), **along})
+
     def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where a saved run was.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is damaged.
+        """
+        if not 0 <= saved["step"] <= self.steps or len(saved["history"]) != saved["step"]:
+            raise ValueError(f"step {saved['step']} of {self.steps}")
+        for kind in ("latent", "mean"):
+            for name, own in getattr(self, kind).items():
+                if saved[kind][name].shape != own.shape or not saved[kind][name].isfinite().all():
+                    raise ValueError(f"{kind} {name}")
         self.start = Candidate(**saved["start"])
         self.step = saved["step"]
         for name in self.names:

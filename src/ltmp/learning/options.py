@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from ..distributed import rank
 from ..errors import UsageError
@@ -17,7 +18,7 @@ from ..method.thresholds import Thresholds
 from .heldout import Progress
 from .log import Logger
 from .optimiser import Step
-from .resume import load_run, save_run
+from .resume import load_run, save_run, subject
 from .weights import Tuning
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -74,6 +75,10 @@ class RunOptions:
     def cast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Autocast as asked for."""
         return torch.autocast(device.type, self.amp) if self.amp is not None else nullcontext()
+
+    def subject(self, model: nn.Module, loader: Any, images: Tensor) -> dict[str, Any]:
+        """What the run is of, among its settings where it is saved; see `resume.subject`."""
+        return subject(model, loader, images, self.amp) if self.checkpoint is not None else {}
 
     def save(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
         """Write the run's state where a checkpoint is wanted; of several ranks, the first does."""

@@ -10,6 +10,7 @@ predicts most of that, for 66 columns of a matrix product per block (docs/accura
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 
 from ..config import LTMPConfig
 from ..distributed import exchange
+from ..engines.body import running
 from ..errors import LTMPError
-from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
 from .heldout import Progress
@@ -40,7 +42,7 @@ class _Watching(Thresholds):
         super().__init__(depth, LTMPConfig("ltp"))
         self.features: dict[int, Tensor] = {}
         self.stays: dict[int, Tensor] = {}
-        self.train()
+        self.train().requires_grad_(True)
 
     # setdefault: under gradient checkpointing blocks run twice, and must find the same tensors
 
@@ -76,14 +78,15 @@ def learn_probe(
     Raises:
         LTMPError: the model is no classifier, its answers or gradients are not finite, or no gradient reaches a patch.
     """
-    thresholds, stack = thresholds_of(model), stack_of(model)
+    made = attachment(model)
+    body, thresholds = made.body, made.thresholds
     moments: list[_Moments] = []
     count = min(len(images), PROBED)
     with torch.inference_mode(False), torch.enable_grad():
         for part in images[:count].split(_BATCH):
             watching = _Watching(thresholds.depth).to(images.device)
             cast = torch.autocast(images.device.type, amp) if amp is not None else nullcontext()
-            with stack.using(watching):
+            with running(body=replace(body, policy=watching)):
                 with cast:
                     # gradients of the images, so that they reach the first block of a frozen model
                     logits = answers_in(model(part.clone().requires_grad_()))
@@ -93,7 +96,7 @@ def learn_probe(
                 looks = _gradients(sure.sum(), watching)
             moments = moments or [_Moments(x.shape[-1], x.device) for x, _, _ in looks]
             for own, (x, grad, staying) in zip(moments, looks, strict=True):
-                own.add(x[:, stack.protected :], grad[:, stack.protected :], staying[:, stack.protected :])
+                own.add(x[:, body.protected :], grad[:, body.protected :], staying[:, body.protected :])
             if progress is not None:
                 progress(min(count, own.images), count, "learning the probe")
     if not moments[0].tokens:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import io
-import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from ..errors import LTMPError
+from ..data import Loader
+from ..errors import LTMPError, first_line
 from ..files import atomic_path
+from ..fingerprint import image_keys, of_tensors
+from ..tensorfiles import load_plain
+
+ALIKE = 0.5
+"""Part of the images that must be those of before: another machine may decode a few of them a little differently."""
+
+_SUBJECTS = {
+    "weights": "other weights",
+    "listing": "another data set",
+    "images": "other images",
+    "transform": "another transform of its images",
+}
+"""What a run is of, and how it is said that it is of something else."""
 
 
 def save_run(path: str | Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write a run's settings and state; plain tensors and numbers only."""
+    """Write a run's settings and state; plain tensors, numbers and texts only."""
     # through memory: writing a file itself, torch reports a full disk as "unexpected pos 768 vs 662"
     buffer = io.BytesIO()
-    torch.save({"format": "ltmp-run", "settings": settings, "state": state}, buffer)
+    torch.save({"format": "ltmp-run", "settings": settings, "state": frozen(state)}, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -26,20 +45,108 @@ def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     """The state saved at `path`, or None where there is none.
 
     Raises:
-        LTMPError: truncated, not a run, or a run with other settings; the message names them.
+        LTMPError: damaged, not a run, or a run with other settings or of something else; the message names them.
     """
     if not Path(path).exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_plain(path)
+        # which torch leaves unchecked
+        with zipfile.ZipFile(path) as parts:
+            if parts.testzip() is not None:
+                raise ValueError("its sums are wrong")
         ours = saved["format"] == "ltmp-run"
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, IndexError) as error:
+        before, state = dict(saved["settings"]), dict(saved["state"])
+    except (LTMPError, TypeError, KeyError, ValueError, IndexError, RuntimeError, zipfile.BadZipFile) as error:
         raise LTMPError(f"{path} is truncated or not a learning run: delete it to start over") from error
     if not ours:
         raise LTMPError(f"{path} is not a learning run: choose another checkpoint file")
-    other = [
-        f"{k} {saved['settings'].get(k)!r}, now {v!r}" for k, v in settings.items() if saved["settings"].get(k) != v
+    others = [text for name, text in _SUBJECTS.items() if not _same(before.get(name), settings.get(name))]
+    changed = [
+        f"{name} {before.get(name)!r}, now {value!r}"
+        for name, value in settings.items()
+        if name not in _SUBJECTS and before.get(name) != value
     ]
-    if other:
-        raise LTMPError(f"{path} is of a run with other settings ({'; '.join(other)}): repeat those, or delete it")
-    return dict(saved["state"])
+    if changed:
+        others.append(f"other settings ({'; '.join(changed)})")
+    if others:
+        raise LTMPError(f"{path} is of a run with {' and '.join(others)}: repeat those, or delete it")
+    return state
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a fingerprint is the same, as far as both are known: a run of an older version has none."""
+    if before is None or now is None:
+        return True
+    if isinstance(now, list):
+        matches = isinstance(before, list) and len(before) == len(now)
+        return matches and sum(a == b for a, b in zip(before, now, strict=True)) >= ALIKE * len(now)
+    return bool(before == now)
+
+
+@contextmanager
+def restoring(path: str | Path | None) -> Iterator[None]:
+    """Take up what `load_run` gave inside.
+
+    Raises:
+        LTMPError: a part of it is missing or broken.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise LTMPError(f"{path} is damaged ({first_line(error)[:100]}): delete it to start over") from error
+
+
+def frozen(value: Any) -> Any:
+    """A copy of a state that later steps do not change."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: frozen(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [frozen(each) for each in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def subject(model: nn.Module, loader: Any, images: Tensor, amp: torch.dtype | None) -> dict[str, Any]:
+    """What a run is of: fingerprints of the model's weights and of the images, as far as these are always the same.
+
+    Args:
+        images: [N, C, H, W], the first of the loader's.
+        amp: the autocast type.
+    """
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("ltmp.")}
+    dataset = getattr(loader, "dataset", None)
+    settings = getattr(getattr(dataset, "transform", None), "settings", None)
+    return {
+        "amp": None if amp is None else str(amp),
+        "weights": of_tensors(weights),
+        "listing": _listing(dataset),
+        "images": image_keys(images).tolist() if _repeats(loader) else None,
+        "transform": None if settings is None else repr(sorted(settings.items())),
+    }
+
+
+def _listing(dataset: Any) -> str | None:
+    """Fingerprint of the names in a dataset, in order; None where it does not name its images."""
+    source = getattr(dataset, "source", dataset)
+    if hasattr(source, "filename") and hasattr(source, "__len__"):
+        names = (source.filename(i) for i in range(len(source)))
+    elif isinstance(getattr(source, "samples", None), list):
+        names = (Path(sample[0]).name if isinstance(sample, tuple) else sample for sample in source.samples)
+    else:
+        return None
+    digest = blake2b(digest_size=16)
+    for name in names:
+        digest.update(f"{name}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _repeats(loader: Any) -> bool:
+    """Whether a loader gives the same images each time: not where its transforms are random."""
+    if isinstance(loader, list | tuple):
+        return True
+    if not isinstance(loader, Loader) or not loader.images:
+        return False
+    one, other = (loader.dataset[0] for _ in range(2))
+    return not isinstance(one, tuple) or (isinstance(one[0], Tensor) and torch.equal(one[0], other[0]))

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engines import packed
-from ..engines.request import Request, requested
 from ..errors import LTMPError, MissingExtraError, UsageError
-from ..hosts.attach import stack_of, thresholds_of
+from ..hosts.attach import attachment, thresholds_of
 from ..method.thresholds import Thresholds
 
 PARTS = ("norms", "lora")
@@ -128,7 +126,14 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where a saved run was.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is damaged.
+        """
         for name, parameter in self.trained.items():
+            if saved["weights"][name].shape != parameter.shape:
+                raise ValueError(f"weights {name}")
             parameter.copy_(saved["weights"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
@@ -149,12 +154,11 @@ def tuned(model: nn.Module, dense: nn.Module, tuning: Tuning | None, steps: int)
 @contextmanager
 def cut(thresholds: Thresholds) -> Iterator[None]:
     """Run as deployed inside, with gradients for the weights and none for the thresholds."""
-    thresholds.eval().requires_grad_(False)
+    thresholds.requires_grad_(False)
     try:
-        with requested(Request(run=packed.run)):
-            yield
+        yield
     finally:
-        thresholds.train().requires_grad_(True)
+        thresholds.requires_grad_(True)
 
 
 def _own(model: nn.Module) -> list[nn.Parameter]:
@@ -192,10 +196,7 @@ def _adapt(model: nn.Module, rank: int) -> Any:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise MissingExtraError("peft", "tune", "tuning by LoRA") from error
-    inside = {layer for block in stack_of(model).blocks for layer in block.modules() if type(layer) is nn.Linear}
+    inside = {layer for block in attachment(model).body.blocks for layer in block.modules() if type(layer) is nn.Linear}
     layers = {name: layer.weight for name, layer in model.named_modules() if layer in inside}
     _full(model, layers)
-    adapted = LoraModel(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)), "ltmp")
-    # peft freezes all that is not its own
-    thresholds_of(model).requires_grad_(True)
-    return adapted
+    return LoraModel(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)), "ltmp")

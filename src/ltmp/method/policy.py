@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..config import LTMPConfig
 
+Active = tuple[tuple[bool, bool], ...]
+"""For each block whether its merge and its prune step can select anything."""
+
 
 class Policy(nn.Module, ABC):
     """Selects the tokens that each block removes; `model.ltmp` of an attached model.
@@ -19,8 +22,13 @@ class Policy(nn.Module, ABC):
         config: the variant and its settings.
     """
 
-    learns = False
-    """Whether it trains, so that training must also run steps that select nothing yet."""
+    @property
+    def masks(self) -> bool:
+        """Whether gradients are to reach the decisions, so that tokens are masked instead of removed.
+
+        So it is in train mode where a threshold requires a gradient; attaching leaves them frozen.
+        """
+        return self.training and any(parameter.requires_grad for parameter in self.parameters())
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__()
@@ -37,11 +45,11 @@ class Policy(nn.Module, ABC):
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         """`select` without floor and ceiling."""
 
-    def active(self) -> tuple[tuple[bool, bool], ...]:
+    def active(self) -> Active:
         """`on` as Python values, read from the device at once."""
         return tuple((merge, prune) for merge, prune in self.on().tolist())
 
-    def steps(self, active: tuple[tuple[bool, bool], ...], block: int) -> tuple[str, ...]:
+    def steps(self, active: Active, block: int) -> tuple[str, ...]:
         """The steps that can select something in `block`, given `active()`'s answer for all blocks."""
         merge, prune = active[block]
         return tuple(step for step in self.config.steps if (merge if step == "merge" else prune))

@@ -42,6 +42,11 @@ class Parts:
         return self.q_norm(q), self.k_norm(k), v
 
 
+def the_same(value: Any, _block: int) -> Any:
+    """All blocks are told the same."""
+    return value
+
+
 @dataclass(frozen=True)
 class Rotary:
     """How a host tells its attention where tokens are.
@@ -51,11 +56,13 @@ class Rotary:
         table: (host, what came under that name, N tokens) -> [N, E], or [L, N, E] where the host gave each block its
             own; rows of prefix tokens say "not rotated".
         rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax sees them.
+        own: (what came under that name, number of a block) -> what that block is to be called with.
     """
 
     name: str
     table: Callable[[nn.Module, Any, int], Tensor]
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    own: Callable[[Any, int], Any] = the_same
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -102,7 +109,7 @@ def class_comes_first(host: nn.Module) -> bool:
     return True
 
 
-def set_nothing(host: nn.Module) -> dict[str, Any]:
+def set_nothing(_body: Any) -> dict[str, Any]:
     """Nothing of the host stands in the way."""
     return {}
 
@@ -136,7 +143,7 @@ def asks_something(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def no_hooks(_host: nn.Module) -> list[RemovableHandle]:
+def no_hooks(_body: Any) -> list[RemovableHandle]:
     """For hosts whose attributes are enough to override."""
     return []
 
@@ -151,6 +158,7 @@ class Recipe:
     Attributes:
         name: what to call the host in messages.
         stack: dotted path of the container of blocks.
+        loop: name of the method that runs all blocks, of the module that holds their container.
         qkv: (block, x [..., C]) -> q, k, v, each [..., H, D]; norm, projection and head norms included, and a scale
             of q where the host's is not 1 / sqrt(D).
         out: (block, y [..., H * D]) -> first residual branch [..., C].
@@ -160,12 +168,12 @@ class Recipe:
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
         protected: host -> number of prefix tokens.
         class_first: host -> whether its first token is a class token, and not a register or a patch.
-        overrides: host -> attributes to set while attached (pooling that knows sizes, refusals), by dotted path.
+        overrides: body -> attributes to set while attached (pooling that knows sizes), by dotted path from the host.
         final_norm: host -> the module between the blocks and the pooling; None where nothing pools rows.
         prefix_only: host -> whether its head reads nothing but the prefix tokens.
         rotary: how its attention learns where tokens are; None where they were told before the first block.
         grad_checkpointing: host -> whether blocks are to be recomputed in backward.
-        hooks: host -> handles of the hooks it registered, which are removed with the attachment.
+        hooks: body -> handles of the hooks it registered, which are removed with the attachment.
         refuses: argument of the blocks that is no position -> whether to refuse the call.
         arguments: what the host's own blocks cannot be called without.
         describe: host -> what thresholds are bound to, and what is good to know of it, JSON types by the names
@@ -182,12 +190,13 @@ class Recipe:
     mlp_ratio: Callable[[nn.Module], float]
     protected: Callable[[nn.Module], int] = one_class_token
     class_first: Callable[[nn.Module], bool] = class_comes_first
-    overrides: Callable[[nn.Module], dict[str, Any]] = set_nothing
+    loop: str = "forward"
+    overrides: Callable[[Any], dict[str, Any]] = set_nothing
     final_norm: Callable[[nn.Module], nn.Module | None] = no_pooling
     prefix_only: Callable[[nn.Module], bool] = reads_prefix_only
     rotary: Rotary | None = None
     grad_checkpointing: Callable[[nn.Module], bool] = has_grad_checkpointing
-    hooks: Callable[[nn.Module], list[RemovableHandle]] = no_hooks
+    hooks: Callable[[Any], list[RemovableHandle]] = no_hooks
     refuses: Callable[[Any], bool] = asks_something
     arguments: Mapping[str, Any] = field(default_factory=dict)
     describe: Callable[[nn.Module], dict[str, Any]] = describe_timm

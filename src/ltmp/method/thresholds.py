@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
+from ..fingerprint import Seen
 from ..ops.probe.reference import WIDTH, probe
+from .certificate import Certificate
 from .dial import PREFIX, Dial
-from .policy import Policy
+from .policy import Active, Policy
 
 PRUNE_TAU = 0.5
 """Temperature of the prune decision's gradient, in units of log importance."""
@@ -47,6 +51,7 @@ class Thresholds(Policy):
     A block whose merge threshold is >= 1 and whose prune threshold is <= 0 selects nothing and is skipped; thresholds
     start at these values.
 
+    They are frozen until someone asks for gradients (`requires_grad_(True)`; `ltmp.learn` does while it runs).
     Thresholds, dial and probe are in the state dict; all stay float32 under `model.half()`.
 
     Args:
@@ -59,18 +64,22 @@ class Thresholds(Policy):
         dial: thresholds for a range of budgets, or None; see `set_dial`.
         asked: the budget last set on the dial; `budget` also checks that the thresholds are still those.
         probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
+        seen: the images that these thresholds were learned on, or None where nobody knows.
+        certificate: of the dial, as `ltmp.certify` left it or a file brought it; void where the dial is another by now.
     """
 
-    learns = True
     probe: Tensor | None
+    seen: Seen | None = None
+    certificate: Certificate | None = None
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__(depth, config)
-        self.merge = nn.Parameter(torch.ones(depth))
-        self.prune = nn.Parameter(torch.zeros(depth))
+        self.merge = nn.Parameter(torch.ones(depth, dtype=torch.float32), requires_grad=False)
+        self.prune = nn.Parameter(torch.zeros(depth, dtype=torch.float32), requires_grad=False)
         self.dial: Dial | None = None
         self.asked: float | None = None
         self.register_buffer("probe", None)
+        self._known: tuple[Any, Active] | None = None
 
     # -- values
 
@@ -209,12 +218,33 @@ class Thresholds(Policy):
             return torch.stack(here, 1) > 0
         return torch.stack([self.merge.detach() < 1, self.prune.detach() > 0], 1)
 
-    def active(self) -> tuple[tuple[bool, bool], ...]:
-        """For each block whether its merge and its prune threshold can select anything. Reads the device once.
+    def active(self) -> Active:
+        """For each block whether its merge and its prune threshold can select anything.
+
+        Reads a device once. On a CPU only what changed since the last call is looked at, by no operator of torch, so
+        that whoever traces the model (`torch.export`, `torch.fx`) sees nothing.
 
         Raises:
             LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._uncompiled()
+        plain = type(self.merge) is type(self.prune) is nn.Parameter
+        if not plain and self._known is not None:
+            # a tracer's stand-ins, which have no values
+            return self._known[1]
+        if not plain or self.merge.device.type != "cpu":
+            return self._read()
+        now = (self.config, *(ctypes.string_at(p.data_ptr(), p.nbytes) for p in (self.merge, self.prune)))
+        if self._known is None or self._known[0] != now:
+            self._known = (now, self._read())
+        return self._known[1]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self) -> Active:
+        return self.active()
+
+    def _read(self) -> Active:
         broken = torch.stack([self.merge.detach().isnan(), self.prune.detach().isnan()], 1)
         flags = torch.cat([self.on(), broken]).tolist()
         if any(merge or prune for merge, prune in flags[self.depth :]):

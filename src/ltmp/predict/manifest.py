@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..deploy import policy_of
 from ..errors import LTMPError, UsageError
 from ..files import atomic_path
+from ..hosts.attach import attachment
 from .predictor import Predictor
 from .shards import Shard
 from .writer import ERRORS
@@ -31,7 +31,7 @@ def settings_of(predictor: Predictor) -> dict[str, Any]:
     """What decides what is written, down to rounding, but for the device; what only speed depends on is left out."""
     scoring, deployment = predictor.scoring, predictor.deployment
     model = deployment.model
-    attached = policy_of(model) if deployment.attached else None
+    attached = attachment(model).policy if deployment.attached else None
     names = None if scoring.embeddings else deployment.names
     return {
         "model": type(model).__name__,

@@ -16,6 +16,7 @@ from ..data import class_names
 from ..data.workers import LostWorkerError, naming_lost_workers
 from ..deploy import Deployment
 from ..errors import LTMPError, UsageError
+from ..hosts.outputs import embeddings_of
 from .reading import Batch, End, Unreadable, default_workers, read_batches
 from .shards import Shard
 from .writer import Columns, Written, finished, write_shard
@@ -145,8 +146,7 @@ class Predictor:
 
     def _embed(self, images: Tensor) -> Tensor:
         """[B, C], what enters the classifier."""
-        model: Any = self.deployment.model
-        return model.forward_head(model.forward_features(images), pre_logits=True).float().flatten(1)
+        return embeddings_of(self.deployment.model, images).float()
 
     def score(self, shards: Iterable[Shard], on_batch: OnBatch | None = None) -> Iterator[Written]:
         """Score the shards in order and write each when it is done, while the images of the next are being decoded.

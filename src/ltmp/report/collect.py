@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from ..deploy import policy_of
 from ..evaluate import Evaluation, ImageRows, evaluate, tables
+from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 
 LEARNED = "learned thresholds"
@@ -85,6 +86,14 @@ class Report:
         return dense[:1] + [one for one in found if one.series != DENSE]
 
 
+def shown_path(path: str | Path) -> str:
+    """A path as a report may name it, which others will read: from the working folder, or else its last two parts."""
+    whole = Path(path).absolute()
+    if whole.is_relative_to(Path.cwd()):
+        return str(whole.relative_to(Path.cwd()))
+    return str(Path(*whole.parts[-2:])) if whole.parent != Path(whole.anchor) else whole.name
+
+
 def evaluate_budget(
     model: nn.Module, loader: Any, name: str, *, about: Mapping[str, Any] | None = None, **how: Any
 ) -> Budget:
@@ -103,7 +112,7 @@ def evaluate_budget(
     rows = ImageRows(
         *(torch.cat([getattr(part, what) for part in parts]) for what in ("label", "dense", "reduced", "share", "kept"))
     )
-    policy = policy_of(model)
+    policy = attachment(model).policy
     # fixed rates have none to draw
     merge, prune = (policy.merge.tolist(), policy.prune.tolist()) if isinstance(policy, Thresholds) else (None, None)
     return Budget(name, evaluation, rows, merge, prune, about or {})

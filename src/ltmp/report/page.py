@@ -87,6 +87,8 @@ def _tile(budget: Budget) -> dict[str, str]:
     tile = {"name": budget.name, "share": f"{100 * done.share:.0f} %", "agreement": f"{done.agreement:.1f} %"}
     if done.top1 is not None and done.dense_top1 is not None:
         tile |= {"top1": f"{done.top1:.1f} %", "change": f"{done.top1 - done.dense_top1:+.1f}"}
+    if "certificate" in budget.about:
+        tile["certificate"] = str(budget.about["certificate"])
     if done.throughput is not None:
         tile["speedup"] = f"{done.throughput.speedup:.2f}"
     return tile

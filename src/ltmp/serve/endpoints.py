@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
-from ..deploy import Deployment, policy_of
+from ..deploy import Deployment
+from ..hosts.attach import attachment
 from . import answers, problems
 from .answers import Answer
 from .batching import Batcher
@@ -152,7 +153,7 @@ class Service:
 
     def info(self, about: dict[str, Any]) -> Info:
         """What is served, without any path of this machine."""
-        config = policy_of(self.deployment.model).config
+        config = attachment(self.deployment.model).policy.config
         return Info(
             version=__version__,
             model=about.get("model_name") or about.get("architecture"),

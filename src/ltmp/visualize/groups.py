@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calls import record, trace
 from ..errors import LTMPError
-from ..hosts.attach import stack_of
+from ..hosts.attach import attachment
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Seen:
         kept: tokens after each block, prefix tokens included.
         tokens: how many there were.
         share: of the dense model's FLOPs.
+        answers: what the dense and the reduced model say, in words; empty where nobody asked.
     """
 
     groups: Tensor
     kept: list[int]
     tokens: int
     share: float
+    answers: str = ""
 
     @property
     def left(self) -> int:
@@ -56,7 +58,7 @@ def see(model: nn.Module, images: Tensor) -> list[Seen]:
     Raises:
         LTMPError: nothing is attached, or the patches do not form a grid.
     """
-    protected = stack_of(model).protected
+    protected = attachment(model).body.protected
     with record() as calls:
         groups = patch_groups(model, images)[:, :, protected:].cpu()
     rows, columns = patch_grid(model, (images.shape[-2], images.shape[-1]), groups.shape[-1])
@@ -73,7 +75,7 @@ def patch_groups(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         LTMPError: nothing is attached.
     """
-    stack_of(model)
+    attachment(model)
     with trace(every_block=True) as calls:
         _encode(model, images)
     return torch.cat(calls.blocks)

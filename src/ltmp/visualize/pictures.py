@@ -122,7 +122,7 @@ def _to_pil(image: Tensor) -> Image.Image:
 
 
 def _summary(name: str, seen: Seen) -> str:
-    return f"{name}: {seen.share:.2f} of the FLOPs"
+    return f"{name}: {seen.share:.2f} of the FLOPs" + (f", {seen.answers}" if seen.answers else "")
 
 
 def _text_size(width: int) -> float:

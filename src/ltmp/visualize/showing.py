@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..calls import dense
 from ..checkpoint import load, read
 from ..deploy import Deployment
-from ..errors import UsageError
+from ..errors import LTMPError, UsageError
 from ..files import atomic_path
 from ..hosts.attach import detach
 from .animation import save_film
@@ -47,6 +48,7 @@ def show_images(
     blocks: Sequence[int] | None = None,
     width: int = 224,
     device: torch.device | None = None,
+    names: Sequence[str] = (),
     progress: Callable[[], object] = lambda: None,
     **data_options: Any,
 ) -> list[Shown]:
@@ -62,6 +64,7 @@ def show_images(
         blocks: from 0; by default a choice in strips, and in films all that leave patches.
         width: of one picture in pixels.
         device: where the model runs.
+        names: of the classes, in order, for the answers beside the pictures.
         progress: called after each image.
         data_options: how images are resized, cropped and normalised, as in `ltmp.data.eval_transform`.
 
@@ -70,11 +73,11 @@ def show_images(
         LTMPError: an image or a thresholds file cannot be read, or a picture not written.
     """
     targets = _targets(images, out, formats)
-    deployment = Deployment(model, options=data_options, device=device or "cpu")
+    deployment = Deployment(model, options=data_options, device=device or "cpu", names=names)
     done = []
     for image, files in zip(images, targets, strict=True):
         photograph = deployment.read(image)
-        seen = see_budgets(model, deployment.prepare(photograph)[None], thresholds, deployment.device, budgets)
+        seen = see_budgets(deployment, deployment.prepare(photograph)[None], thresholds, budgets)
         view = deployment.view(photograph, width)
         written = []
         for file in files:
@@ -85,25 +88,39 @@ def show_images(
 
 
 def see_budgets(
-    model: nn.Module,
-    images: torch.Tensor,
-    thresholds: Sequence[Path],
-    device: torch.device,
-    budgets: Sequence[float] = (),
+    deployment: Deployment, images: torch.Tensor, thresholds: Sequence[Path], budgets: Sequence[float] = ()
 ) -> dict[str, Seen]:
     """What becomes of the first of `images` at each budget, by a short name of the budget."""
     if not thresholds:
         raise UsageError("nothing to show: give at least one thresholds file")
-    model.to(device).eval()
-    found = {}
+    model, found = deployment.model, {}
     try:
         for name, (path, budget) in named_budgets(thresholds, budgets).items():
             detach(model)
             load(model, path, engine="packed", budget=budget)
-            found[name] = see(model, images.to(device))[0]
+            seen = see(model, images.to(deployment.device))[0]
+            found[name] = replace(seen, answers=_answers(deployment, images[:1]))
     finally:
         detach(model)
     return found
+
+
+def _answers(deployment: Deployment, image: torch.Tensor) -> str:
+    """The first choices of the dense and the reduced model; nothing of a model that is no classifier."""
+    try:
+        with dense():
+            plain = deployment(image).logits
+        answers = (plain, deployment(image).logits)
+    # towers of images and text return other things, or ask for a text
+    except (LTMPError, TypeError, ValueError):
+        return ""
+    if plain.ndim != 2 or getattr(deployment.model, "num_classes", None) == 0:
+        return ""
+    (first, before), (second, after) = (
+        (deployment.name(int(chances.argmax())), chances.max().item())
+        for chances in (logits[0].softmax(-1) for logits in answers)
+    )
+    return f"dense {first} {before:.0%} → reduced {second} {after:.0%}"
 
 
 def named_budgets(thresholds: Sequence[Path], budgets: Sequence[float] = ()) -> dict[str, tuple[Path, float | None]]:

@@ -22,6 +22,7 @@ from .output import OutputOptions as OutputOptions
 from .output import TableOptions as TableOptions
 from .run import Budget as Budget
 from .run import Budgets as Budgets
+from .run import CertifiedOption as CertifiedOption
 from .run import Device as Device
 from .run import Engine as Engine
 from .run import EvaluationOptions as EvaluationOptions

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,7 @@ from .groups import RUN
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=RUN)]
 Engine = Annotated[
@@ -57,7 +60,60 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedOptions:
+class CertifiedOption:
+    """The budget that a certificate guarantees."""
+
+    certified: Annotated[
+        bool,
+        typer.Option(
+            "--certified",
+            help="Set the dial to the budget that `ltmp certify` found, after checking that nothing voids it.",
+            rich_help_panel=RUN,
+        ),
+    ] = False
+
+    def share(
+        self, network: nn.Module, thresholds: Path | None, cast: torch.dtype | None, given: float | None
+    ) -> float | None:
+        """The budget to set: the certified one where it is asked for, or else the one given.
+
+        Raises:
+            UsageError: both were asked for, or there are no thresholds or no certificate.
+            LTMPError: the certificate is void for this model, or this precision.
+        """
+        from ...checkpoint import read
+
+        if not self.certified:
+            return given
+        if given is not None:
+            raise UsageError("--certified and --budget each set the dial: give one of them")
+        if thresholds is None:
+            raise UsageError("--certified is for thresholds that were certified: give --thresholds FILE")
+        file = read(thresholds).certified(network, str(thresholds), cast)
+        return float(file.metadata["budget"])
+
+    def shares(
+        self,
+        network: nn.Module,
+        thresholds: Sequence[Path],
+        cast: torch.dtype | None,
+        given: Sequence[float] | None,
+    ) -> Sequence[float]:
+        """The budgets to set, of verbs that take several: the certified one of one file, or else those given.
+
+        Raises:
+            UsageError: also of several files, each of which would have its own.
+        """
+        if not self.certified:
+            return given or ()
+        if len(thresholds) != 1:
+            raise UsageError("--certified is for one file of thresholds, as each has its own: give one")
+        found = self.share(network, thresholds[0], cast, given[0] if given else None)
+        return () if found is None else (found,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(CertifiedOption):
     """A budget, or the time or speed that one is to be found for."""
 
     budget: Budget = None

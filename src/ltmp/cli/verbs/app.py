@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import LTMPError, UsageError, first_line
-from ..options import DATA, MODEL, Device, ModelOptions, Preprocessing, name_in, pick_device, verb
+from ..options import DATA, MODEL, CertifiedOption, Device, ModelOptions, Preprocessing, name_in, pick_device, verb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AppModel(ModelOptions):
+class AppModel(ModelOptions, CertifiedOption):
     """A model at one budget or several, or the demo's."""
 
     model: Annotated[
@@ -88,7 +88,7 @@ def _demo(model: AppModel, data: AppData) -> Explorer:
     from ...app.default import demo_explorer
     from ..progress import progress_bar
 
-    if model.weights or model.pretrained or data.images or model.budget is not None:
+    if model.weights or model.pretrained or data.images or model.budget is not None or model.certified:
         raise UsageError("for which model? give --model NAME or --thresholds FILE, or no options for the demo's")
     return demo_explorer(model.demo_out, progress_bar)
 
@@ -107,7 +107,8 @@ def _explorer(model: AppModel, data: AppData) -> Explorer:
     transform = eval_transform(network, **data.transform)
     tensors = torch.stack([transform(image) for image in samples[:16]]) if samples else None
     tensors = None if tensors is None else tensors.to(next(network.parameters()))
-    budgets = Budgets.from_files(network, thresholds, tensors, model.budget)
+    start = model.share(network, thresholds[0] if len(thresholds) == 1 else None, None, model.budget)
+    budgets = Budgets.from_files(network, thresholds, tensors, start)
     names = class_names(network, None, data.class_names_file)
     return Explorer(network, budgets, classes=names, samples=samples, data_options=data.transform)
 
@@ -115,11 +116,12 @@ def _explorer(model: AppModel, data: AppData) -> Explorer:
 def _pictures(folder: Path, mode: str, most: int = 24) -> list[Image.Image]:
     """The first pictures of a folder, in the order of their names."""
     from ...data import read_image
-    from ...data.images import is_image_name
+    from ...data.folders import list_images
+    from ...data.images import EXTENSIONS
 
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: --images takes a folder of pictures")
-    files = sorted(path for path in folder.rglob("*") if is_image_name(path.name))
+    files = [name for name, _ in list_images(folder).images]
     if not files:
-        raise UsageError(f"{folder} holds no pictures: expected files such as cat.jpg or dog.png")
-    return [read_image(path, mode) for path in files[:most]]
+        raise UsageError(f"{folder} holds no pictures: expected files that end in {', '.join(sorted(EXTENSIONS))}")
+    return [read_image(folder / name, mode) for name in files[:most]]

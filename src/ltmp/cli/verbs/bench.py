@@ -144,7 +144,8 @@ def bench_verb(
     name, place = model.model or name_in(Path(model.thresholds or ""), budget.budget), pick_device(options.device)
     network = model.network(name, budget.budget).to(place, dtype)
     images = data.images(network, options.sizes[-1]).to(place, dtype)
-    share = _reduce(network, images, model, budget.budget, made=data.data is None)
+    asked = budget.share(network, model.thresholds, None, budget.budget)
+    share = _reduce(network, images, model, asked, made=data.data is None)
     if target:
         share = target.meet(network, images[: options.sizes[0]], quiet=output.quiet)
     about = _about(name, model, place, options.dtype) | {"budget": share}
@@ -217,9 +218,9 @@ def _about(name: str, model: BenchModel, place: torch.device, dtype: str) -> dic
 
 
 def _scores(network: nn.Module) -> Any:
-    from ...deploy import policy_of
+    from ...hosts.attach import attachment
 
-    return asdict(policy_of(network).config.scores)
+    return asdict(attachment(network).policy.config.scores)
 
 
 def _plain(row: Row, size: int) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import Engine, EvaluationOptions, GivenData, NamedModel, config_of, verb
+from ..options import CertifiedOption, Engine, EvaluationOptions, GivenData, NamedModel, config_of, verb
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from ...data import Loader
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(CertifiedOption):
     """What takes part, and what is learned here."""
 
     method: Annotated[
@@ -85,7 +86,7 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     loader = data.open(data.data, network, split=data.split or "validation")
     attach(network, config_of(engine=run.engine))
     few = next(iter(loader))[0][:1].to(run.place)
-    entries = [*_from_files(network, options, run.engine), *_made(network, wanted, options, data, run, few)]
+    entries = [*_from_files(network, options, run.engine, run.cast), *_made(network, wanted, options, data, run, few)]
     attach(network, config_of(engine=run.engine))
     with progress_bar("comparing", min(run.limit or loader.images, loader.images)) as advance:
         results = job.compare(
@@ -94,9 +95,13 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     _write(run.out, model.model, entries, results)
 
 
-def _from_files(network: nn.Module, options: CompareOptions, engine: str | None) -> Iterator[Entry]:
-    for path in options.thresholds or ():
-        yield from _from_file(network, path, engine, options.budget or ())
+def _from_files(
+    network: nn.Module, options: CompareOptions, engine: str | None, cast: torch.dtype | None
+) -> Iterator[Entry]:
+    files = options.thresholds or []
+    budgets = options.shares(network, files, cast, options.budget) if files else ()
+    for path in files:
+        yield from _from_file(network, path, engine, budgets)
 
 
 def _from_file(network: nn.Module, path: Path, engine: str | None, budgets: Sequence[float]) -> Iterator[Entry]:
@@ -104,7 +109,7 @@ def _from_file(network: nn.Module, path: Path, engine: str | None, budgets: Sequ
     from ... import LTMPConfig, attach
     from ...checkpoint import apply, read
     from ...evaluate.compare import Entry
-    from ...hosts.attach import stack_of
+    from ...hosts.attach import attachment
 
     saved = read(path)
     name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
@@ -116,7 +121,7 @@ def _from_file(network: nn.Module, path: Path, engine: str | None, budgets: Sequ
         apply(network, file, source=str(path))
         target = file.metadata.get("target") if budget is None else budget
         yield Entry(
-            name if budget is None else f"{name} {budget:g}", file.config.variant, target, stack_of(network).thresholds
+            name if budget is None else f"{name} {budget:g}", file.config.variant, target, attachment(network).policy
         )
 
 

@@ -11,10 +11,13 @@ import typer
 
 from ...errors import UsageError
 from ..options import OUTPUT, LearningData, NamedModel, OutputOptions, Resume, RunOptions, ScoreOptions, verb
+from .certify import CertifyOptions, as_json, certified_with_bar, paragraph
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...certification import Certificate
+    from ...certification.gain import Gain
     from ...data import Loader
     from ...learning import DialResult
 
@@ -38,6 +41,14 @@ class DialOptions:
         typer.Option(help=f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}."),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the images and the search.")] = 0
+    certify: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="End with the smallest budget that with 95 % confidence answers otherwise than the dense model for at "
+            "most this part of images (0.01), tested on --val, and with what it brings here; see `ltmp certify`.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +91,8 @@ def dial_verb(
     network = attach(model.build(model.model), scores.config())
     loader = data.open(data.data, network, split=data.split or "train", labelled=False, shuffle=True, seed=options.seed)
     checking = data.open_held_out(network)
+    if options.certify is not None and checking is None:
+        raise UsageError("--certify is for images that nothing is learned from: give them as --val")
     with distributed.group(run.place), resumable(run_file):
         result = _learned(network, loader, options, run, run_file)
         rows = _reported(network, checking, options.budget, run) if checking else []
@@ -90,6 +103,9 @@ def dial_verb(
     dial = thresholds_of(network).dial
     assert dial is not None
     thresholds_of(network).set_budget(dial.nearest(options.target))
+    certified = (
+        _certified(network, checking, options.certify, run) if checking and options.certify is not None else None
+    )
     path = folder / "thresholds.safetensors"
     about = {
         "model_name": model.model, "target": options.target, "share": options.target, "views": result.views,
@@ -104,8 +120,16 @@ def dial_verb(
         ]
         tables.show(rows or made, f"a dial from {dial.lowest:g} to {dial.highest:g}")
         say(f"thresholds in {path}")
+    if certified and not output.quiet:
+        say(paragraph(*certified))
     if output.json:
-        tables.write_json({**about, "thresholds": str(path), "seconds": result.seconds}, output.json)
+        found = {} if certified is None else as_json(*certified)
+        tables.write_json({**about, "thresholds": str(path), "seconds": result.seconds, **found}, output.json)
+
+
+def _certified(network: nn.Module, loader: Loader, level: float, run: RunOptions) -> tuple[Certificate, Gain | None]:
+    """The budget that keeps the level, and what it brings here."""
+    return certified_with_bar(network, loader, CertifyOptions(at_most=level), run, speed=True)
 
 
 def _learned(network: nn.Module, loader: Loader, options: DialOptions, run: RunOptions, run_file: Path) -> DialResult:

@@ -44,6 +44,11 @@ class EngineOptions(FormOptions):
         """The runtime of exported files, where one is asked for."""
         return self.engine if self.engine in RUNTIMES else None
 
+    def check_certified(self, budget: SpeedOptions) -> None:
+        """Refuse a certificate of other numbers than the runtime computes in."""
+        if budget.certified and self.runtime and self.int8:
+            raise UsageError("--certified is for the precision that was certified, which INT8 is not: leave out --int8")
+
     def check(self, run: EvaluationOptions, timed: bool) -> None:
         """Refuse what a runtime cannot do."""
         if self.exported and not self.runtime:
@@ -79,6 +84,8 @@ def eval_verb(
     engine.check(run, timed=target is not None)
     name, share = model.name(budget.budget), budget.budget
     network = model.build(name, budget=share)
+    engine.check_certified(budget)
+    share = budget.share(network, model.thresholds, run.cast, share)
     load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=share)
     loader = data.open(data.data, network, split=data.split or "validation")
     place = run.place

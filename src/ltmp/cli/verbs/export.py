@@ -12,6 +12,7 @@ from ...errors import UsageError
 from ..options import (
     DATA,
     Budget,
+    CertifiedOption,
     DataOptions,
     FormOptions,
     OutputOptions,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(FormOptions):
+class ExportOptions(FormOptions, CertifiedOption):
     """Which file."""
 
     format: Annotated[
@@ -83,18 +84,24 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
     from ...evaluate import tables
     from ...export import FORMATS, export
     from ..progress import progress_bar
-    from ..screen import say
+    from ..screen import say, tell
 
     plan, name = options.plan(), model.name(options.budget)
     path = options.out or Path(f"{name}_{plan.form}{'_int8' if plan.int8 else ''}{FORMATS[plan.format]}")
     network = model.build(name, budget=options.budget)
-    load(network, model.thresholds, budget=options.budget)
+    if options.certified and plan.int8:
+        raise UsageError("--certified is for the precision that was certified, which INT8 is not: leave out --int8")
+    about = load(
+        network, model.thresholds, budget=options.share(network, model.thresholds, None, options.budget)
+    ).metadata
     with progress_bar("exporting", 4 if plan.int8 else 3) as bar:
         found = export(
             network,
             path,
             plan,
             images=data.first(network),
+            # a dial's file was measured at another budget than it may be set to now
+            share=about.get("budget", about.get("share", about.get("target"))),
             metadata={"model": name, "preprocessing": eval_settings(network, data.transform)},
             progress=lambda stage: bar(0, stage) if stage == "tracing" else bar(1, stage),
         )
@@ -104,6 +111,8 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
             f"{path}: {plan.form}, verified on {found.images} images with {found.counts} different token counts "
             f"(largest difference of a logit {found.difference:.1e}, share {found.share:.3f})"
         )
+    if found.note:
+        tell(found.note)
     if output.json:
-        about = {"path": str(path), "format": plan.format, "form": plan.form, "opset": plan.opset, "int8": plan.int8}
-        tables.write_json({**about, **found.to_dict()}, output.json)
+        written = {"path": str(path), "format": plan.format, "form": plan.form, "opset": plan.opset, "int8": plan.int8}
+        tables.write_json({**written, **found.to_dict()}, output.json)

@@ -28,17 +28,21 @@ def info_verb(
     values = _describe_file(read(thresholds)) if thresholds else describe_machine()
     if not output.quiet:
         for name, value in values.items():
-            say(f"{name}: {value}")
+            # the sentence beside it says the same
+            if name != "certificate":
+                say(f"{name}: {value}")
     if output.json:
         tables.write_json(values, output.json)
 
 
 def _describe_file(file: ThresholdFile) -> dict[str, Any]:
-    dial = file.dial
+    dial, certificate = file.dial, file.certificate
+    certified = {} if certificate is None else {"certified": certificate.sentence()}
     reach = {} if dial is None else {"dial": f"{dial.lowest:g} to {dial.highest:g}, by {len(dial.share)} budgets"}
     return {
         **file.metadata,
         **reach,
+        **certified,
         "variant": file.config.variant,
         "merge": [round(value, 6) for value in file.merge.tolist()],
         "prune": [round(value, 8) for value in file.prune.tolist()],

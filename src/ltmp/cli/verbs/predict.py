@@ -18,6 +18,7 @@ from ..options import (
     RUN,
     BatchSize,
     Budget,
+    CertifiedOption,
     ClassMap,
     OutputOptions,
     Preprocessing,
@@ -28,6 +29,7 @@ from ..options import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ...predict import RayOptions, Scoring, Summary
@@ -36,7 +38,7 @@ _RAY = "Ray"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictModel(SavedModel):
+class PredictModel(SavedModel, CertifiedOption):
     """A model, reduced where there are thresholds."""
 
     thresholds: Annotated[
@@ -54,6 +56,8 @@ class PredictModel(SavedModel):
         for option, value in (("--engine", engine), ("--budget", self.budget)):
             if value is not None:
                 raise UsageError(f"{option} is for reduced models: give --thresholds FILE, or leave it out")
+        if self.certified:
+            raise UsageError("--certified is for thresholds that were certified: give --thresholds FILE")
         if self.model is None:
             raise UsageError("which model? give --thresholds FILE, or --model NAME for a dense one")
         return self.model
@@ -202,7 +206,7 @@ def _scoring(model: PredictModel, data: PredictData, run: PredictRun, output: Pr
     engine = None if run.engine == "ray" else run.engine
     name = model.name(engine)
     return Scoring(
-        partial(build_reduced, model.absolute(), name, engine),
+        partial(build_reduced, model.absolute(), name, engine, run.cast),
         top=output.top,
         embeddings=output.embeddings,
         class_names=tuple(read_names(data.class_map)) if data.class_map else None,
@@ -216,13 +220,14 @@ def _scoring(model: PredictModel, data: PredictData, run: PredictRun, output: Pr
     )
 
 
-def build_reduced(model: PredictModel, name: str, engine: str | None) -> nn.Module:
+def build_reduced(model: PredictModel, name: str, engine: str | None, cast: torch.dtype | None = None) -> nn.Module:
     """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
     from ... import load
 
     network = model.build(name, budget=model.budget)
     if model.thresholds is not None:
-        load(network, model.thresholds, engine=engine, budget=model.budget)
+        budget = model.share(network, model.thresholds, cast, model.budget)
+        load(network, model.thresholds, engine=engine, budget=budget)
     return network
 
 

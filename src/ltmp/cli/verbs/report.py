@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import DATA, OUTPUT, Budgets, DataOptions, Engine, EvaluationOptions, SavedModel, name_in, verb
+from ..options import (
+    DATA,
+    OUTPUT,
+    Budgets,
+    CertifiedOption,
+    DataOptions,
+    Engine,
+    EvaluationOptions,
+    SavedModel,
+    name_in,
+    verb,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportModel(SavedModel):
+class ReportModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
@@ -104,13 +115,18 @@ def _evaluated(
 ) -> Report:
     """The page with each file at its budgets, evaluated here."""
     from ...data import class_names
+    from ...report import shown_path
     from ...visualize.showing import named_budgets
 
     name = model.model or name_in(files[0])
     network = model.build(name)
     loader = data.open(source, network, split=data.split or "validation")
-    budgets = _evaluate_all(network, loader, named_budgets(files, model.budget or ()), run)
-    about: dict[str, Any] = {"model": name, "weights": model.weights or "timm's pretrained", "data": source}
+    shares = model.shares(network, files, run.cast, model.budget)
+    budgets = _evaluate_all(network, loader, named_budgets(files, shares), run)
+    own = shown_path(model.weights) if model.weights else "timm's pretrained"
+    # a data set's name is no path
+    shown = shown_path(source) if Path(source).exists() else source
+    about: dict[str, Any] = {"model": name, "weights": own, "data": shown}
     about |= {"device": run.place, "batch size": data.batch_size, "bfloat16 autocast": run.amp}
     about |= {"images not readable": len(loader.skipped)}
     return replace(
@@ -128,7 +144,7 @@ def _evaluate_all(
 ) -> list[Budget]:
     """Each thresholds file at its budget, by name, with a progress bar; they may be of different variants."""
     from ... import detach, load
-    from ...report import evaluate_budget
+    from ...report import evaluate_budget, shown_path
     from ..progress import progress_bar
     from ..runs import report_skipped
 
@@ -137,7 +153,9 @@ def _evaluate_all(
     how = {"device": run.place, "amp": run.cast, "limit": run.limit, "speed": run.speed}
     for name, (path, share) in files.items():
         file = load(detach(network), path, engine=run.engine, budget=share)
-        about = {"file": path, "variant": file.config.variant, **file.metadata}
+        about = {"file": shown_path(path), "variant": file.config.variant, **file.metadata}
+        if file.certificate is not None:
+            about["certificate"] = file.certificate.sentence()
         with progress_bar(f"evaluating {name}", total) as advance:
             budgets.append(evaluate_budget(network, loader, name, about=about, progress=advance, **how))
     report_skipped(loader.skipped)
@@ -157,6 +175,7 @@ def _short(value: Any) -> str:
 def _lookups(loader: Loader) -> dict[str, Any]:
     """How a report finds the images again: rows are in the dataset's order, without those that cannot be read."""
     from ...data import Images
+    from ...report import shown_path
 
     dataset = loader.dataset
     if not isinstance(dataset, Images):
@@ -166,13 +185,13 @@ def _lookups(loader: Loader) -> dict[str, Any]:
         read = [index for index in read if dataset.name(index) not in loader.skipped]
     return {
         "picture": lambda row: dataset.picture(read[row]),
-        "image_name": lambda row: dataset.name(read[row]),
+        "image_name": lambda row: shown_path(dataset.name(read[row])),
     }
 
 
 def _with_results(page: Report, paths: Sequence[Path]) -> Report:
     """The page with what other verbs wrote."""
-    from ...report import read_result
+    from ...report import read_result, shown_path
 
     if not paths:
         return page
@@ -182,5 +201,5 @@ def _with_results(page: Report, paths: Sequence[Path]) -> Report:
         budgets=[*page.budgets, *(budget for result in read for budget in result.budgets)],
         measured=[one for result in read for one in result.measured],
         learning={name: steps for result in read for name, steps in result.learning.items()},
-        settings={"results": ", ".join(map(str, paths)), **page.settings},
+        settings={"results": ", ".join(map(shown_path, paths)), **page.settings},
     )

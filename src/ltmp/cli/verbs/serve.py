@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options import Budget, Engine, Preprocessing, ReducedModel, RunOptions, verb
+from ..options import Budget, CertifiedOption, Engine, Preprocessing, ReducedModel, RunOptions, verb
 
 if TYPE_CHECKING:
     from ...serve import Limits
@@ -72,7 +72,7 @@ class ServiceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel(ReducedModel):
+class ServedModel(ReducedModel, CertifiedOption):
     """The model at a budget, on an engine."""
 
     budget: Budget = None
@@ -110,7 +110,8 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     bound = serve.bind(service.host, service.port)
     name = model.name(model.budget)
     network = model.build(name, budget=model.budget)
-    file = load(network, model.thresholds, engine=model.engine, budget=model.budget)
+    share = model.share(network, model.thresholds, run.cast, model.budget)
+    file = load(network, model.thresholds, engine=model.engine, budget=share)
     deployment = serve.Deployment(
         network,
         options=reading.transform,

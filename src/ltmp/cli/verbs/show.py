@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import OUTPUT, Budgets, Device, OutputOptions, Preprocessing, SavedModel, name_in, pick_device, verb
+from ..options import (
+    OUTPUT,
+    Budgets,
+    CertifiedOption,
+    Device,
+    OutputOptions,
+    Preprocessing,
+    SavedModel,
+    name_in,
+    pick_device,
+    verb,
+)
 
 if TYPE_CHECKING:
     from ...evaluate.tables import Row
@@ -18,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowModel(SavedModel):
+class ShowModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
@@ -65,6 +76,7 @@ def show_verb(
     Example: ltmp show cat.jpg --thresholds runs/deit/thresholds.safetensors --pretrained --format png --format gif
     """
     from ...checkpoint import read
+    from ...data import class_names
     from ...evaluate import tables
     from ...visualize.showing import show_images
     from ..progress import progress_bar
@@ -80,11 +92,12 @@ def show_verb(
             images,
             model.thresholds,
             pictures.out,
-            budgets=model.budget or (),
+            budgets=model.shares(network, model.thresholds, None, model.budget),
             formats=pictures.formats or ["png"],
             blocks=None if blocks is None else parse_blocks(blocks, read(model.thresholds[0]).merge.numel()),
             width=pictures.width,
             device=pick_device(model.device),
+            names=class_names(network, pretrained=model.weights is None),
             progress=advance,
             **reading.transform,
         )

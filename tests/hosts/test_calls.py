@@ -10,21 +10,21 @@ import pytest
 import torch
 
 import ltmp
-from helpers import attach_reducing, embed, random_images, run_recorded, tiny_vit
-from ltmp.hosts.attach import stack_of
+from helpers import attach_reducing, embed, random_images, run_blocks, run_recorded, tiny_vit
+from ltmp.hosts.attach import attachment
 from ltmp.hosts.sizes import sizes_of
 
 CORE = (
     "config",
     "calls",
-    "hosts/stack",
+    "engines/body",
     "method/policy",
     "method/thresholds",
     "method/rates",
     "method/tokens",
     "method/reduction",
 )
-"""What defines the method, from its settings to the stack that runs it; hosts, kernels, files and jobs plug in."""
+"""What defines the method, from its settings to what an engine is given; hosts, kernels, files and jobs plug in."""
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_dense_is_the_model_without_us(training: bool) -> None:
     images = random_images(3)
     expected = tiny_vit()(images)
     model = attach_reducing(tiny_vit(), images)
-    model.ltmp.train(training)
+    model.ltmp.train(training).requires_grad_(training)
     with ltmp.dense():
         logits, kept = run_recorded(model, images)
     assert torch.equal(logits, expected)
@@ -86,10 +86,10 @@ def test_dense_is_the_model_without_us(training: bool) -> None:
 def test_sizes_come_with_the_tokens(masked: bool) -> None:
     images = random_images(3)
     model = attach_reducing(tiny_vit(), images, "ltm")
-    model.ltmp.train(masked)
+    model.ltmp.train(masked).requires_grad_(masked)
     x = embed(model, images)
     with ltmp.record() as calls:
-        out = stack_of(model)(x)
+        out = run_blocks(model, x)
     size = sizes_of(out)
     assert size is not None
     assert size.shape == out.shape[:2]
@@ -97,7 +97,7 @@ def test_sizes_come_with_the_tokens(masked: bool) -> None:
     assert size.sum(1).tolist() == [17.0] * 3
     assert (size > 0).sum(1).tolist() == calls.kept[0][:, -1].tolist()
     with ltmp.dense():
-        assert sizes_of(stack_of(model)(x)) is None
+        assert sizes_of(run_blocks(model, x), attachment(model).body) is None
     with pytest.raises(ltmp.LTMPError, match="got lost"):
         sizes_of(out + 0)
 
@@ -108,8 +108,8 @@ def test_input_is_left_alone() -> None:
     x = embed(model, random_images(3))
     before = x.clone()
     for masked in (False, True):
-        model.ltmp.train(masked)
-        stack_of(model)(x)
+        model.ltmp.train(masked).requires_grad_(masked)
+        run_blocks(model, x)
         assert torch.equal(x, before)
 
 

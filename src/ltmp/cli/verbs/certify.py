@@ -1,0 +1,153 @@
+"""`ltmp certify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...errors import UsageError
+from ..options import (
+    OUTPUT,
+    RUN,
+    Engine,
+    GivenData,
+    OutputOptions,
+    ReducedModel,
+    RunOptions,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...certification import Certificate
+    from ...certification.gain import Gain
+    from ...data import Loader
+
+RISKS = "disagree (another first choice than the dense model's), error (accuracy lost, needs labels) or embedding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyOptions:
+    """What is to be guaranteed."""
+
+    risk: Annotated[str, typer.Option(help=f"{RISKS}.")] = "disagree"
+    at_most: Annotated[float, typer.Option(help="The level: 0.01 is 1 % of images, or 1 point of accuracy.")] = 0.01
+    confidence: Annotated[float, typer.Option(help="How sure, from 0.5 to below 1.")] = 0.95
+    distance: Annotated[
+        float, typer.Option(help="Of --risk embedding: 1 - cosine above which an embedding counts.")
+    ] = 0.05
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(metavar="SHARE", help="FLOPs share to test; may be repeated. Default: every 0.05 on the dial."),
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None
+
+    def settings(self, run: RunOptions) -> dict[str, Any]:
+        """The arguments of `ltmp.certify`."""
+        return {
+            "risk": self.risk, "at_most": self.at_most, "confidence": self.confidence, "limit": self.distance,
+            "images": self.limit, "device": run.place, "amp": run.cast,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyRun(RunOptions):
+    """Where, by what, and what else is measured."""
+
+    engine: Engine = None
+    speed: Annotated[
+        bool,
+        typer.Option(help="Time the result against dense and against lower resolution, too.", rich_help_panel=RUN),
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyOutput(OutputOptions):
+    """Where the certificate goes."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Thresholds file with the certificate; default: the one given.", rich_help_panel=OUTPUT),
+    ] = None
+
+
+@verb
+def certify_verb(
+    data: GivenData, model: ReducedModel, options: CertifyOptions, run: CertifyRun, output: CertifyOutput
+) -> None:
+    """Find the smallest budget that provably answers like the dense model, on images that nothing was learned from.
+
+    The certificate is kept in the thresholds file; --certified then sets its budget in every verb. The exit code is 1
+    where no budget is certified.
+
+    Example: ltmp certify --data val/ --thresholds runs/dial --pretrained --at-most 0.01
+    """
+    from ... import load
+    from ...checkpoint import annotate
+    from ...locate import locate
+    from ..runs import report_skipped
+
+    if output.out is None and not model.thresholds.exists():
+        raise UsageError(f"where to? {model.thresholds} is not a file here: give --out FILE.safetensors")
+    network = model.build(model.name())
+    load(network, model.thresholds, engine=run.engine)
+    labelled = options.risk == "error"
+    loader = data.open(data.data, network, split=data.split or "validation", labelled=labelled)
+    certificate, gain = certified_with_bar(network, loader, options, run, speed=run.speed)
+    report_skipped(loader.skipped)
+    path = output.out or locate(model.thresholds)
+    annotate(locate(model.thresholds), path, certificate=certificate.to_dict())
+    show_certificate(certificate, gain, path, output)
+    if certificate.budget is None:
+        raise typer.Exit(1)
+
+
+def certified_with_bar(
+    network: nn.Module, loader: Loader, options: CertifyOptions, run: RunOptions, *, speed: bool
+) -> tuple[Certificate, Gain | None]:
+    """`certify` and what it brings here, with a progress bar."""
+    from ...certification import certify
+    from ...certification.gain import measure_gain
+    from ..progress import progress_bar
+
+    how = options.settings(run)
+    with progress_bar("certifying", loader.images) as bar:
+        certificate = certify(network, loader, budgets=options.budget, progress=bar.reach, **how)
+    if not speed:
+        return certificate, None
+    kept = {name: how[name] for name in ("limit", "images", "amp")}
+    with progress_bar("certifying lower resolution", loader.images) as bar:
+        return certificate, measure_gain(network, loader, certificate, progress=bar.reach, **kept)
+
+
+def show_certificate(certificate: Certificate, gain: Gain | None, path: Path, output: OutputOptions) -> None:
+    """The budgets as a table, and the result in a paragraph; or all as JSON."""
+    from ...evaluate import tables
+    from ..screen import say
+
+    if not output.quiet:
+        rows = [
+            {"budget": f"{one.budget:g}", "risk %": 100 * one.risk, "at most %": 100 * one.upper, "images": one.images,
+             "p": one.p}
+            for one in certificate.tested
+        ]  # fmt: skip
+        tables.show(rows, f"tested from the mildest down, in {path}")
+        say(paragraph(certificate, gain))
+    if output.json:
+        tables.write_json({"thresholds": str(path), **as_json(certificate, gain)}, output.json)
+
+
+def as_json(certificate: Certificate, gain: Gain | None) -> dict[str, Any]:
+    """Certificate, speeds and the paragraph."""
+    speeds = None if gain is None else asdict(gain)
+    return {"certificate": certificate.to_dict(), "gain": speeds, "paragraph": paragraph(certificate, gain)}
+
+
+def paragraph(certificate: Certificate, gain: Gain | None) -> str:
+    """The result for whoever has to decide."""
+    told = certificate.sentence()
+    return f"{told[0].upper()}{told[1:]}.{'' if gain is None else f' {gain.sentence()}'}"

@@ -1,0 +1,131 @@
+"""What an engine needs to know of a model: its blocks and what decides in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..calls import held, is_dense, recording, tracing
+from ..method.flops import Geometry
+from ..method.policy import Active, Policy
+from ..method.recipe import Recipe
+from .positions import Positions
+from .state import Reduced
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """The blocks of an attached transformer. Frozen: a call shares nothing with another.
+
+    Attributes:
+        blocks: the host's own, in order.
+        recipe: how they are built.
+        policy: which of their tokens go.
+        protected: number of prefix tokens.
+        host: the transformer.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    recipe: Recipe
+    policy: Policy
+    protected: int
+    host: nn.Module
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, L."""
+        return len(self.blocks)
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the host asked to recompute blocks in backward."""
+        return self.recipe.grad_checkpointing(self.host)
+
+    @property
+    def prefix_only(self) -> bool:
+        """Whether the host's head reads the prefix tokens alone: after the last attention no other token counts."""
+        return self.recipe.prefix_only(self.host)
+
+    def geometry(self, tokens: int, width: int) -> Geometry:
+        """What an image of `tokens` tokens costs here."""
+        return Geometry(tokens, width, tuple(self.recipe.mlp_ratio(block) for block in self.blocks))
+
+    def active(self) -> Active:
+        """For each block whether merging and pruning can select anything now; nothing inside `dense()`."""
+        if is_dense():
+            return ((False, False),) * self.depth
+        active = self.policy.active()
+        # a threshold that selects nothing today may learn to
+        return ((True, True),) * self.depth if self.policy.masks else active
+
+    def reduces(self) -> bool:
+        """Whether a call now may remove tokens; if not, the model is the host's own."""
+        return not is_dense() and (running_engine() is not None or any(map(any, self.active())))
+
+    def whole(self, i: int, x: Tensor, positions: Positions | None) -> Tensor:
+        """The host's own block `i` on [B, N, C] of which nothing was reduced yet."""
+        place = {} if positions is None else positions.argument(i)
+        block = self.blocks[i]
+        return type(block).forward(block, x, **self.recipe.arguments, **place)
+
+    def all_whole(self, x: Tensor, positions: Positions | None) -> Reduced:
+        """All of the host's own blocks on [B, N, C]."""
+        for i in range(self.depth):
+            x = self.whole(i, x, positions)
+        return Reduced.whole(x, self.depth)
+
+    def note(self, x: Tensor, reduced: Reduced) -> None:
+        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C]."""
+        calls, traced = recording(), tracing()
+        if calls is not None:
+            calls.add(reduced.kept, self.geometry(x.shape[1], x.shape[2]))
+        if traced is not None and reduced.source is not None:
+            traced.add(reduced.source, reduced.trail or ())
+
+
+Run = Callable[[Body, Tensor, Active, "Positions | None"], Reduced]
+"""An engine of the settings: all blocks on [B, N, C], by steps that are known to be active."""
+
+Engine = Callable[[Body, Tensor, "Positions | None"], Reduced]
+"""An engine that a caller brings: all blocks on [B, N, C], whichever steps it finds active."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """What this thread runs instead of a model's own settings.
+
+    Attributes:
+        engine: an engine, taken even where no threshold is on.
+        body: what stands in for the body of the same host.
+    """
+
+    engine: Engine | None = None
+    body: Body | None = None
+
+
+_RUNNING: ContextVar[Running] = ContextVar("ltmp_running", default=Running())  # noqa: B039 - frozen
+
+
+def running(engine: Engine | None = None, *, body: Body | None = None) -> AbstractContextManager[Running]:
+    """Run by another engine, or another body of the same host, inside and in this thread only.
+
+    >>> with running(body=replace(body, policy=other)):
+    ...     model(images)
+    """
+    outer = _RUNNING.get()
+    return held(_RUNNING, Running(engine or outer.engine, body or outer.body))
+
+
+def running_engine() -> Engine | None:
+    """The engine that this thread runs instead of the model's own, if any."""
+    return _RUNNING.get().engine
+
+
+def running_body(own: Body) -> Body:
+    """`own`, or what this thread runs in its place."""
+    other = _RUNNING.get().body
+    return other if other is not None and other.host is own.host else own

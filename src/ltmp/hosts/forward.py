@@ -1,0 +1,215 @@
+"""What stands in for the forward of an attached host's blocks, and for the method of the host that runs them all.
+
+The host keeps its container and its blocks. Where nothing is to be removed, a block's forward is its own. Where
+something is and the host runs all of its blocks, the first one runs the engine, and the others pass on what it handed
+out. A block of a reduced model that is called by itself has every patch in its place, before and after.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import held, recording, tracing, unmerging
+from ..engines import select
+from ..engines.blockwise import recomputing, run_block
+from ..engines.body import Body, Engine, running, running_body, running_engine
+from ..engines.positions import positions_of
+from ..engines.state import Reduced
+from ..errors import LTMPError
+from .sizes import with_sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """A call of all blocks, as each of them sees it.
+
+    Attributes:
+        body: what runs.
+        reduced: whether the first block runs them all; otherwise each is the host's own.
+        differentiable: whether the caller wants gradients.
+    """
+
+    body: Body
+    reduced: bool
+    differentiable: bool
+
+
+_PASS: ContextVar[Pass | None] = ContextVar("ltmp_pass", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """What ran on the features that carry this, for a backward pass that runs it again."""
+
+    body: Body
+    engine: Engine | None
+
+
+@dataclass(eq=False)
+class Blocks:
+    """The blocks of a host that is attached to, where the host has them.
+
+    Attributes:
+        body: what runs unless a thread is told otherwise.
+        owner: the module that holds the container of blocks; name: of the container there.
+    """
+
+    body: Body
+    owner: nn.Module
+    name: str
+
+    def check(self) -> None:
+        """See whether a call can run reduced.
+
+        Raises:
+            LTMPError: the host's blocks are no longer those that were attached to.
+        """
+        if tuple(self.owner._modules[self.name]._modules.values()) != self.body.blocks:  # type: ignore[union-attr]
+            raise LTMPError(
+                f"the blocks of this {type(self.body.host).__name__} were changed after attaching, and its thresholds "
+                "are for those of before: call ltmp.detach(model) first, or attach after such changes"
+            )
+
+
+class LoopForward:
+    """Stands in for the method of a host that runs all of its blocks.
+
+    Args:
+        blocks: which.
+        method: the name of the method of their owner.
+    """
+
+    def __init__(self, blocks: Blocks, method: str) -> None:
+        self.blocks, self.method = blocks, method
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._bound())
+
+    def _bound(self) -> Any:
+        owner = self.blocks.owner
+        return getattr(type(owner), self.method).__get__(owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        body = running_body(self.blocks.body)
+        reduced = body.reduces()
+        if reduced:
+            self.blocks.check()
+        by_block = reduced and unmerging()
+        if by_block or (not reduced and torch.compiler.is_compiling()):
+            return self._bound()(*args, **kwargs)
+        with held(_PASS, Pass(body, reduced, torch.is_grad_enabled())):
+            return self._bound()(*args, **kwargs)
+
+
+class BlockForward:
+    """Stands in for the forward of one block.
+
+    Args:
+        blocks: whose `i`-th block it is.
+    """
+
+    def __init__(self, blocks: Blocks, i: int) -> None:
+        self.blocks, self.i = blocks, i
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        block = self.blocks.body.blocks[self.i]
+        return inspect.signature(type(block).forward.__get__(block))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        here = _PASS.get()
+        if here is not None and here.body.host is self.blocks.body.host:
+            return self._one_of_all(here, args, kwargs)
+        x, others, named = _features(args, kwargs)
+        entered = getattr(x, "ltmp_entered", None)
+        if self.i == 0 and isinstance(entered, Entered) and recomputing():
+            with running(entered.engine, body=entered.body):
+                return run_all(entered.body, x, others, named)
+        body = running_body(self.blocks.body)
+        if body.reduces() and self.i < body.depth:
+            self.blocks.check()
+            positions = positions_of(body.recipe, body.host, x.shape[1], others, named)
+            return with_sizes(run_block(body, self.i, x, positions), None)
+        if self.i == body.depth - 1:
+            note_whole(body, x)
+        return self._own(body, x, others, named)
+
+    def _one_of_all(self, here: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """This block in a pass through all of them."""
+        body = here.body
+        x, others, named = _features(args, kwargs)
+        if not here.reduced:
+            if self.i == 0:
+                note_whole(body, x)
+            return self._own(body, x, others, named)
+        if self.i:
+            if not hasattr(x, "ltmp_size"):
+                raise LTMPError(
+                    "the host did something to its features between two blocks, which a reduced model cannot follow: "
+                    "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
+                )
+            return x
+        if body.grad_checkpointing and here.differentiable:
+            if not torch.is_grad_enabled():
+                raise LTMPError(
+                    "a reduced model cannot be checkpointed by torch's reentrant way: ask for gradient checkpointing "
+                    "with use_reentrant=False"
+                )
+            x.ltmp_entered = Entered(body, running_engine())
+        return run_all(body, x, others, named)
+
+    def _own(self, body: Body, x: Tensor, others: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The host's own block, as if nothing were attached."""
+        if self.i >= body.depth:
+            return x
+        rotary, block = body.recipe.rotary, body.blocks[self.i]
+        if rotary is not None and rotary.name in named:
+            named = {**named, rotary.name: rotary.own(named[rotary.name], self.i)}
+        return type(block).forward(block, x, *others, **named)
+
+
+_FEATURES = ("x", "hidden_states", "input")
+"""Names of a block's first argument, where it is called by keyword."""
+
+
+def _features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What a block was given: its features, and what came besides."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next((name for name in _FEATURES if name in kwargs), None)
+    if name is None:
+        raise TypeError(f"a block was called without its features: expected one of {', '.join(_FEATURES)}")
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+
+def run_all(body: Body, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Run all blocks.
+
+    Args:
+        x: [B, N, C] embedded tokens, prefix tokens first.
+        args, kwargs: what the host gives its blocks besides: positions that the recipe knows, or nothing.
+
+    Returns:
+        [B, N', C]; `sizes_of` tells the pooling how many patches each row stands for.
+
+    Raises:
+        NotImplementedError: the host asks its blocks for what a reduced model cannot do.
+    """
+    positions = positions_of(body.recipe, body.host, x.shape[1], args, kwargs)
+    reduced = select.run(body, x, positions)
+    if not recomputing():
+        body.note(x, reduced)
+    return with_sizes(reduced.x, reduced.size)
+
+
+def note_whole(body: Body, x: Tensor) -> None:
+    """Tell `record()` and `trace()` of a call with x [B, N, C] that removes nothing."""
+    if recording() is not None or tracing() is not None:
+        body.note(x, Reduced.whole(x, body.depth))
