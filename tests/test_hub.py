@@ -319,7 +319,7 @@ def test_push_from_the_command_line(hub, reduced, tmp_path, capsys):
     assert main(["info", REPO, "--json", "-"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert (about["top1_dense"], about["base_model"]) == (60.0, "timm/tiny")
-    assert main(["push", str(tmp_path / "none.safetensors"), REPO]) == 1
+    assert main(["push", str(tmp_path / "none.safetensors"), REPO]) == 2
     assert "no thresholds file" in capsys.readouterr().err
     (tmp_path / "result.json").write_text("[]")
     assert main(push) == 2

@@ -74,6 +74,7 @@ def train(args: argparse.Namespace) -> None:
             amp=amp,
             checkpoint=run_file,
             on_step=show_step,
+            progress=False,
         )
     except KeyboardInterrupt:
         tell(f"the run is saved in {run_file}: the same command goes on from there")

@@ -256,7 +256,7 @@ def _read(path: Path) -> ThresholdFile:
                 check_entries(entries)
                 return _file(read_tensors(path, is_part), said_in(about))
         except FileNotFoundError:
-            raise LTMPError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
+            raise UsageError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
             raise LTMPError(
                 f"{path} is not a whole thresholds file ({first_line(error)[:200]}): copy or learn it again"

@@ -23,6 +23,7 @@ from .data.embedded import CLASSES, MEAN, STD
 from .evaluate import Evaluation, describe_machine, tables
 from .files import atomic_path
 from .report import Budget, Report, evaluate_budget, write_report
+from .text import printable
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
 from .zoo.build import load_weights
@@ -174,6 +175,7 @@ def learn_target(model: VisionTransformer, target: float, recipe: Recipe, seed: 
             views=recipe.views,
             calibration=recipe.calibration,
             seed=seed,
+            progress=False,
             on_step=lambda step: advance(1, f"learning share {target:g}, now {step.share:.3f}"),
         )
 
@@ -257,4 +259,4 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         "patches.png": "which patches survived",
         "vit.safetensors": "the trained model, used again next time",
     }.items():
-        print(f"{out / name}: {what}")
+        print(printable(f"{out / name}: {what}"))

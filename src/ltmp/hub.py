@@ -251,7 +251,8 @@ def _budget(about: Mapping[str, Any]) -> object:
 
 def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:
     """What one file says of itself."""
-    speed = about.get("speed") or {}
+    said = about.get("speed")
+    speed = said if isinstance(said, Mapping) else {}
     where = about.get("device")
     return {
         "file": name,
@@ -267,5 +268,5 @@ def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:
         "speed-up": speed.get("speedup"),
         "img/s": speed.get("reduced"),
         "dense img/s": speed.get("dense"),
-        "timed": f"batch {speed['batch_size']}{f', {where}' if where else ''}" if speed else None,
+        "timed": f"batch {speed.get('batch_size')}{f', {where}' if where else ''}" if speed else None,
     }

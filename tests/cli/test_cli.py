@@ -120,9 +120,8 @@ def test_interrupted_run_resumes_to_the_same_thresholds(ltmp, images, tmp_path, 
 
     learn = package.learning.learn
 
-    def stop_at_second_step(model, loader, *args, on_step, **kwargs):
+    def stop_at_second_step(model, loader, *args, **kwargs):
         def watch(step):
-            on_step(step)
             if step.step == 2:
                 raise KeyboardInterrupt
 
@@ -188,8 +187,12 @@ def test_tuning_runs_one_epoch_and_puts_the_model_where_it_is_told(ltmp, images,
         (["learn", "--data", "DATA", "--model-kwargs", "depth"], 2, "NAME=VALUE"),
         (["learn", "--data", "DATA", "--num-classes", "5"], 1, "--num-classes 3"),
         (["learn", "--data", "DATA", "--model", "vit_tinny_patch16_224"], 2, "vit_tiny_patch16_224"),
-        (["eval", "--data", "DATA", "--thresholds", "gone.safetensors"], 1, "gone.safetensors"),
-        (["info", "gone.safetensors"], 1, "gone.safetensors"),
+        (["learn", "--data", "DATA", "--weights", "gone.safetensors"], 2, "gone.safetensors"),
+        (["eval", "--data", "DATA", "--thresholds", "gone.safetensors"], 2, "gone.safetensors"),
+        (["show", "gone.jpg", "--thresholds", "gone.safetensors"], 2, "gone.jpg"),
+        (["report", "gone.json"], 2, "gone.json"),
+        (["predict", "gone", "--out", "x", "--thresholds", "gone.safetensors"], 2, "gone.safetensors"),
+        (["info", "gone.safetensors"], 2, "gone.safetensors"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -56,7 +56,7 @@ def test_half_a_call_is_refused(images, capsys, tmp_path):
     assert "--thresholds" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "nothing to report" in capsys.readouterr().err
-    assert main(["report", str(tmp_path / "no.json")]) == 1
+    assert main(["report", str(tmp_path / "no.json")]) == 2
     assert "no.json" in capsys.readouterr().err
 
 

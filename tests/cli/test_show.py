@@ -109,7 +109,7 @@ def test_what_cannot_be_shown_is_said(ltmp, budgets, photo, tmp_path, capsys):
     for code, words, arguments in (
         (2, "no image nowhere.png", ["nowhere.png", *file]),
         (1, "cannot read", [text, *file]),
-        (1, "no thresholds file", [photo, "--thresholds", "none.safetensors"]),
+        (2, "no thresholds file", [photo, "--thresholds", "none.safetensors"]),
         (2, "was given twice", [photo, *file, *file]),
         (2, "no block 9 to show", [photo, *file, "--blocks", "9"]),
         (2, "expected numbers from 1 to 3", [photo, *file, "--blocks", "x"]),

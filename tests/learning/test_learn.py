@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 from dataclasses import fields
 from itertools import groupby, pairwise, product
 from pathlib import Path
@@ -21,6 +22,7 @@ from ltmp.learning import calibrate, heldout
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import teacher
+from ltmp.learning.optimiser import Run
 from ltmp.learning.options import DialOptions, DialSettings, LearnOptions, LearnSettings
 from ltmp.learning.schedule import usual
 from ltmp.method.flops import Geometry, flops_share
@@ -89,13 +91,25 @@ def test_progress_reaches_the_end_of_each_stage() -> None:
     seen: list[tuple[int, int, str]] = []
     ltmp.learn(model, batches, TARGET, views=32, calibration=32, progress=lambda *report: seen.append(report))
     stages = [list(reports) for _, reports in groupby(seen, key=lambda report: report[2])]
-    assert [stage[0][2].split()[0] for stage in stages] == ["reading", "meeting"]
+    assert [stage[0][2].split()[0] for stage in stages] == ["reading", "meeting", "learning,", "learning,", "meeting"]
     assert seen[:2] == [(16, 32, stages[0][0][2]), (32, 32, stages[0][0][2])]
-    # once before the first step and once after the last
-    meeting = [done for done, _, _ in stages[1]]
-    assert sum(later < earlier for earlier, later in pairwise(meeting)) == 1
-    assert all(0 < done <= total == 12 * 32 for done, total, _ in stages[1])
-    assert stages[1][-1][0] == 12 * 32
+    assert [report[:2] for stage in stages[2:4] for report in stage] == [(1, 2), (2, 2)]
+    for meeting in (stages[1], stages[4]):
+        assert all(0 < done <= total == 12 * 32 for done, total, _ in meeting)
+        assert meeting[-1][0] == 12 * 32
+
+
+@pytest.mark.parametrize(
+    ("asked", "terminal", "drawn"),
+    [(None, True, True), (None, False, False), (True, False, True), (False, True, False)],
+)
+def test_a_bar_is_drawn_where_somebody_looks(
+    asked: bool | None, terminal: bool, drawn: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    model, batches = model_and_batches()
+    ltmp.learn(model, batches, TARGET, views=32, calibration=32, progress=asked)
+    assert ("meeting the budget" in capsys.readouterr().err) is drawn
 
 
 def test_the_dense_model_looks_at_the_images_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,3 +289,20 @@ def test_keywords_are_shown_with_their_defaults(function: Any, keywords: Any, se
     assert get_type_hints(keywords) == get_type_hints(settings)
     with pytest.raises(TypeError, match="eposh"):
         function(*model_and_batches(), eposh=3)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_saves_a_whole_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    update, saved = Run.update, []
+
+    def interrupted(run: Run) -> None:
+        if run.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        update(run)
+
+    monkeypatch.setattr(Run, "update", interrupted)
+    monkeypatch.setattr("ltmp.learning.options.save_run", lambda path, settings, state: saved.append(state))
+    model, batches = model_and_batches()
+    with pytest.raises(KeyboardInterrupt):
+        ltmp.learn(model, batches, TARGET, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    assert [(state["step"], len(state["history"])) for state in saved] == [(3, 3)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -6,15 +6,18 @@ import inspect
 import math
 from dataclasses import astuple
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.config import MATCHINGS, Scores
+from ltmp.data import make_loader
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import calibrate
 from ltmp.learning import dial as module
@@ -198,3 +201,15 @@ def test_settings_that_make_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="out of reach"):
         ltmp.learn_dial(model, batches, 0.05, 0.9, **SETTINGS)
     assert model.ltmp.dial is None
+
+
+@pytest.mark.parametrize("knots", [3, 5])
+def test_progress_ends_at_all_there_is_to_do(knots: int) -> None:
+    model, _ = model_and_images()
+    loader = make_loader(TensorDataset(random_images(96, size=32), torch.zeros(96)), 16)
+    seen: list[tuple[int, int, str]] = []
+    settings = {"knots": knots, "views": 1000, "calibration": 32, "checked": 64}
+    ltmp.learn_dial(model, loader, 0.55, 0.9, progress=lambda *report: seen.append(report), **settings)
+    *_, before, last = seen
+    assert before[0] == before[1] == last[0] == last[1]
+    assert all(earlier[0] <= later[0] for earlier, later in pairwise(seen[2:]))

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 
@@ -21,7 +21,22 @@ _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": F
 _STYLE["context_settings"] = {"help_option_names": ["-h", "--help"]}
 
 
-class Verbs(TyperGroup):
+class _Plain:
+    """Help that says of no switch that it is a <bool>."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class Verb(_Plain, TyperCommand):
+    """A verb."""
+
+
+class Verbs(_Plain, TyperGroup):
     """Finds verbs by name in `ltmp.cli.verbs`, whose modules import torch only when they run."""
 
     def __init__(self, **settings: Any) -> None:
@@ -37,7 +52,7 @@ class Verbs(TyperGroup):
             return None
         module = import_module(f".verbs.{cmd_name}", __package__)
         single = typer.Typer(**_STYLE)
-        single.command(cmd_name, rich_help_panel=VERBS[cmd_name])(getattr(module, f"{cmd_name}_verb"))
+        single.command(cmd_name, cls=Verb, rich_help_panel=VERBS[cmd_name])(getattr(module, f"{cmd_name}_verb"))
         return typer.main.get_command(single)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from torch import nn
 
 from .. import distributed
+from ..calls import record
 from ..data import Loader
 from ..errors import LTMPError, UsageError
-from ..evaluate import Evaluation, evaluate
+from ..evaluate import Evaluation, deployed, evaluate, measure, tables
 from ..files import atomic_path
+from .options import RunOptions
 from .progress import progress_bar
 from .screen import tell
 
@@ -40,45 +45,121 @@ class InterruptedRunError(LTMPError):
     exit_code = 130
 
 
-def prepare(folder: Path, resume: bool) -> Path:
-    """The run's checkpoint file; fails before the work where the folder cannot be written or the intent is unclear."""
-    run_file = folder / "run.pt"
-    if not distributed.is_first():
-        return run_file
-    if run_file.exists() and not resume and not distributed.restarted():
-        raise UsageError(f"{folder} holds an interrupted run: add --resume to go on, or choose another --out")
-    if resume and not run_file.exists():
-        raise UsageError(f"nothing to resume in {folder}: expected {run_file}, leave --resume out to start")
+ELSEWHERE = {"resume", "no_eval", "dry_run", "tuned_weights", "val", "budget", "workers", "device", "strict"}
+"""Options that do not change what is learned."""
+
+
+def settings_of(*groups: Any) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    return {name: value for group in groups for name, value in asdict(group).items() if name not in ELSEWHERE}
+
+
+class Run:
+    """A run's folder: the checkpoint of what is under way, and a record of what is done, which --resume leaves out.
+
+    Args:
+        folder: is only made when there is something to write.
+        settings: what makes two runs the same run; one with others is refused.
+        resume: whether there has to be something to go on with.
+
+    Raises:
+        UsageError: it is not clear whether to go on; or LTMPError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        self.thresholds = folder / "thresholds.safetensors"
+        self.checkpoint = folder / "run.pt"
+        self._record = folder / "run.json"
+        self._done: dict[str, Any] = {}
+        self._settings = json.loads(json.dumps(settings, default=str))
+        if not distributed.is_first():
+            return
+        if self.exists and not resume and not distributed.restarted():
+            raise UsageError(f"{folder} holds an interrupted run: add --resume to go on, or choose another --out")
+        if resume and not self.exists:
+            raise UsageError(f"nothing to resume in {folder}: expected {self.checkpoint}, leave --resume out to start")
+        _check_writable(folder)
+        self._read()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is something to go on with."""
+        return self.checkpoint.exists() or self._record.exists()
+
+    def _read(self) -> None:
+        if not self._record.exists():
+            return
+        try:
+            saved = json.loads(self._record.read_text(encoding="utf-8"))
+            settings, done = dict(saved["settings"]), dict(saved["done"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LTMPError(f"{self._record} is damaged: delete it, and {self.checkpoint}, to start over") from error
+        other = [f"{k} {settings.get(k)!r}, now {v!r}" for k, v in self._settings.items() if settings.get(k) != v]
+        if other:
+            raise LTMPError(f"{self._record} is of a run with other settings ({'; '.join(other)}): repeat those")
+        self._done = done
+
+    def done(self, stage: str) -> Any:
+        """What a stage gave, or None where it is still to be done; the same on every rank."""
+        return distributed.exchange(self._done.get(stage))[0]
+
+    def finish(self, stage: str, result: Any) -> None:
+        """Write down what a stage gave."""
+        self._done[stage] = result
+        if distributed.rank() == 0:
+            tables.write_json({"settings": self._settings, "done": self._done}, self._record)
+
+    def close(self) -> None:
+        """Everything is done: nothing is left to go on with."""
+        self.checkpoint.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Say, of what stops the run inside, how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise InterruptedRunError(f"interrupted; {self._how_to_go_on()}") from None
+        except distributed.LostRankError as error:
+            raise distributed.LostRankError(f"{error}; {self._how_to_go_on()}") from error
+
+    def _how_to_go_on(self) -> str:
+        if self.exists:
+            saved = self.checkpoint if self.checkpoint.exists() else self._record
+            return f"the run is saved in {saved}: give the same command with --resume to go on"
+        return "it had not taken its first step and nothing was saved: start again"
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work where nothing can be written; leaves no folder behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / ".probe"
     with atomic_path(probe):
         pass
     probe.unlink()
-    return run_file
-
-
-@contextmanager
-def resumable(run_file: Path) -> Iterator[None]:
-    """Say, of what stops the run inside, how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted; {_how_to_go_on(run_file)}") from None
-    except distributed.LostRankError as error:
-        raise distributed.LostRankError(f"{error}; {_how_to_go_on(run_file)}") from error
-
-
-def run_folder(model: str, *rest: str) -> Path:
-    """Where a run goes by default: named after the last part of the model's name, as those of hubs have more."""
-    return Path("runs") / "-".join((Path(model.rpartition(":")[2]).name, *rest))
-
-
-def _how_to_go_on(run_file: Path) -> str:
-    if run_file.exists():
-        return f"the run is saved in {run_file}: give the same command with --resume to go on"
-    return "it had not taken its first step and nothing was saved: start again"
+    for path in made:
+        path.rmdir()
 
 
 def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:
     """Whose weights these are, where that is known, so that others find them by the thresholds."""
     repository = (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")
     return {"base_model": repository} if pretrained and repository else {}
+
+
+def foretell_time(network: nn.Module, loader: Loader, run: RunOptions, *, passes: int, reads: int) -> str:
+    """About how long so many passes of an image through the dense model take here, and so many images to be read."""
+    start = perf_counter()
+    images = next(iter(loader))[0]
+    reading = reads * (perf_counter() - start) / len(images)
+    with deployed(network, run.place, amp=run.cast), record():
+        running = passes / measure(network, images.to(run.place), rounds=3).dense
+    return f"about {_duration(running + reading)} on {run.place}, {_duration(reading)} of it for reading images"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

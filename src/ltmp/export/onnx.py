@@ -80,7 +80,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
     except FileNotFoundError:
-        raise LTMPError(f"no exported model {path}: give the file that `ltmp export` wrote") from None
+        raise UsageError(f"no exported model {path}: give the file that `ltmp export` wrote") from None
     # protobuf's error classes differ between its implementations
     except Exception as error:
         raise LTMPError(f"{path} is not a whole ONNX file: export it again") from error

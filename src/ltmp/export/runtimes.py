@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calls import dense as run_dense
 from ..calls import is_dense, record, recording
 from ..deploy import deployed
-from ..errors import LTMPError, MissingExtraError, first_line
+from ..errors import LTMPError, MissingExtraError, UsageError, first_line
 from ..hosts.attach import attachment
 from ..hosts.outputs import logits_of
 from ..method.flops import Geometry
@@ -142,7 +142,7 @@ OPENERS: dict[str, Callable[..., Session]] = {"onnx": open_onnx, "openvino": ope
 @contextmanager
 def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
     if not Path(path).is_file():
-        raise LTMPError(f"no exported model {path}: give the file that `ltmp export` wrote")
+        raise UsageError(f"no exported model {path}: give the file that `ltmp export` wrote")
     try:
         yield
     # each runtime has error classes of its own

@@ -14,7 +14,7 @@ from ..data.names import folder_names
 from ..describe import classes_of
 from ..distributed import rank, world
 from ..errors import LTMPError
-from .heldout import Progress
+from .progress import Progress
 
 Batch = Sequence[Any] | Mapping[str, Any] | Tensor
 """A batch of a loader: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""

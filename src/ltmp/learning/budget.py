@@ -16,16 +16,25 @@ def lowest_share(geometry: Geometry, protected: int) -> float:
     return float(flops_share(torch.full((geometry.depth,), float(max(1, protected))), geometry))
 
 
+def check_share(target: float) -> None:
+    """Refuse what is no share, whatever the architecture.
+
+    Raises:
+        UsageError: not a number in (0, 1).
+    """
+    if not (isinstance(target, (int, float)) and math.isfinite(target) and 0 < target < 1):
+        raise UsageError(
+            f"target is {target!r}: expected a share of the dense model's FLOPs between 0 and 1, such as 0.6"
+        )
+
+
 def check_target(target: float, geometry: Geometry, protected: int) -> None:
     """Refuse a target that no thresholds can meet.
 
     Raises:
         UsageError: outside (0, 1), or below what this architecture can reach.
     """
-    if not (isinstance(target, (int, float)) and math.isfinite(target) and 0 < target < 1):
-        raise UsageError(
-            f"target is {target!r}: expected a share of the dense model's FLOPs between 0 and 1, such as 0.6"
-        )
+    check_share(target)
     least = lowest_share(geometry, protected)
     if target <= least:
         raise UsageError(

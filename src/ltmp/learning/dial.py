@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..describe import note
-from ..distributed import exchange
+from ..distributed import exchange, rank
 from ..fingerprint import Seen
 from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
 from .batches import described, first, pair
 from .budget import check_target
 from .calibrate import follow, geometry_of
-from .heldout import Progress
 from .objective import Distribution, answers_in, distribution_of, task_loss, teacher
 from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
+from .progress import Progress, telling
 from .randomness import preserved_random_state
 from .resume import restoring
 from .schedule import Shape, searched, usual
@@ -94,7 +94,8 @@ def learn_dial(
         device: where to learn; default the model's.
         amp: autocast type of the search; the table is made in the model's own precision.
         checkpoint: file to save the run in after each search; an existing one is resumed.
-        progress: called with (done, of how many, what).
+        progress: called with (done, of how many, what); True for a bar, False for none, None for one in a terminal or a
+            notebook.
 
     Raises:
         UsageError: a range that cannot be reached, or settings that make no sense.
@@ -103,13 +104,26 @@ def learn_dial(
     start = time.perf_counter()
     options, thresholds = DialOptions(**settings), thresholds_of(model)
     options.check(low, high)
+    with telling(options.progress if rank() == 0 else False) as progress:
+        dial, divergence, maker, shapes = _made(model, loader, (low, high), options, progress)
+    thresholds.set_dial(dial)
+    thresholds.set_budget((dial.lowest + dial.highest) / 2)
+    note(model, {**described(model, loader), "views": maker.views})
+    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.distribution)
+
+
+def _made(
+    model: nn.Module, loader: Any, ends: tuple[float, float], options: DialOptions, progress: Progress | None
+) -> tuple[Dial, list[float], _Maker, dict[float, Shape]]:
+    """The dial, how far each row's answers are from the dense model's, who made it, and the shapes found."""
+    (low, high), thresholds = ends, thresholds_of(model)
     place = options.place(thresholds)
     model.to(place).eval()
-    images = first(loader, options.calibration, options.progress)[0].to(place)
+    images = first(loader, options.calibration, progress)[0].to(place)
     seen = thresholds.seen = thresholds.seen or Seen()
     seen.add(images)
-    maker = _Maker(model, images, options.amp, options.progress)
-    for end in (low, high):
+    maker = _Maker(model, images, options.amp, progress)
+    for end in ends:
         check_target(end, maker.geometry, attachment(model).body.protected)
     # a streaming source does not say how many it has
     more = min(options.checked, getattr(loader, "images", 0) or options.checked)
@@ -120,10 +134,8 @@ def learn_dial(
     thresholds.set_dial(dial)
     if more:
         dial = maker.corrected(dial, anchors_of(low, high), seen.watch(map(pair, loader)), more)
-        thresholds.set_dial(dial)
-    thresholds.set_budget((dial.lowest + dial.highest) / 2)
-    note(model, {**described(model, loader), "views": maker.views})
-    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.distribution)
+    maker.done()
+    return dial, divergence, maker, shapes
 
 
 def _search(
@@ -139,8 +151,10 @@ def _search(
         shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
         maker.views += int(state["views"])
     probed = min(PROBED, count) if thresholds.config.needs_probe else 0
-    maker.expected = probed + options.views + (options.knots + 2 * ANCHORS + 1) * count + ANCHORS * checked
-    generations = round(options.views / ANCHORS / (POPULATION * min(SEARCHED, count)))
+    generation = POPULATION * min(SEARCHED, count)
+    generations = round(options.views / ANCHORS / generation)
+    chosen = ANCHORS * (generations * generation + 2 * count) if generations else 0
+    maker.expected = probed + chosen + (options.knots + 1) * count + ANCHORS * checked
     for i, share in enumerate(anchors_of(low, high)):
         if generations and share not in shapes:
             generator = torch.Generator().manual_seed(options.seed * ANCHORS + i)
@@ -190,6 +204,11 @@ class _Maker:
         self.views += images
         if self.progress is not None and self.expected:
             self.progress(min(self.views, self.expected), self.expected, text)
+
+    def done(self) -> None:
+        """Tell that nothing is left: a streaming source may have had fewer images than it was asked for."""
+        if self.progress is not None:
+            self.progress(self.expected, self.expected, "the dial is made")
 
     @torch.inference_mode()
     def run(self, shape: Shape, share: float, part: slice, text: str) -> _Row:
@@ -252,6 +271,7 @@ class _Maker:
         thresholds = thresholds_of(self.model)
         knots = dial.share.tolist()
         at = sorted({min(knots, key=lambda knot: abs(knot - budget)) for budget in budgets})
+        self.expected -= (len(budgets) - len(at)) * images
         cost, seen = torch.zeros(len(at), dtype=torch.float64), 0
         for batch, _ in map(pair, loader):
             batch = batch[: images - seen].to(self.images.device)

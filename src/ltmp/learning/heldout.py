@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,9 +13,7 @@ from ..calls import record
 from ..distributed import mean
 from ..hosts.attach import thresholds_of
 from .objective import Distribution, answers_in, task_loss, teacher
-
-Progress = Callable[[int, int, str], None]
-"""Called with how much is done, of how much, and what it is."""
+from .progress import Progress
 
 TOLERANCE = 1e-3
 TRIES = 10

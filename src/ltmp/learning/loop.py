@@ -26,6 +26,7 @@ from .objective import Distribution, Objective, distribution_of, teacher
 from .optimiser import Run, Step
 from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
+from .progress import Progress, telling
 from .randomness import preserved_random_state
 from .resume import restoring
 from .weights import Weights, cut, tuned
@@ -98,7 +99,8 @@ def learn(
         amp: autocast type, e.g. `torch.bfloat16`.
         checkpoint: file to save the run in, every `save_every` steps and when interrupted; an existing one is resumed.
         on_step: called after every step.
-        progress: called with (done, of how many, what) while images are read, calibrated on and judged.
+        progress: called with (done, of how many, what) while images are read, calibrated on, learned from and judged;
+            True for a bar, False for none, None for one in a terminal or a notebook.
         log: told of loss, share, thresholds and tokens of each block after every step, and given pictures of what a
             few images lost; `ltmp.learning.TensorBoard(folder)`, or any `ltmp.learning.Logger`.
         tuning: which of the model's weights train along; see `ltmp.tune`, which also counts the views.
@@ -111,26 +113,35 @@ def learn(
         LTMPError: NaN in images or loss, no images, or a checkpoint of another run.
         LostRankError: another rank is gone; like KeyboardInterrupt, passed on after the checkpoint was saved.
     """
-    job = _Job(model, loader, target, LearnOptions(**settings))
-    tuning, thresholds = job.options.tuning, job.thresholds
-    state = job.begin()
-    with _only(model, thresholds), tuned(model, job.original, tuning, job.run.steps) as weights:
-        job.optimise(weights, state)
-        best, looks = job.choose(weights)
+    options = LearnOptions(**settings)
+    with telling(options.progress if rank() == 0 else False) as progress:
+        job = _Job(model, loader, target, options, progress)
+        state = job.begin()
+        with _only(model, job.thresholds), tuned(model, job.original, options.tuning, job.run.steps) as weights:
+            job.optimise(weights, state)
+            best, looks = job.choose(weights)
     return job.end(best, looks)
 
 
 class _Job:
     """One call of `learn`: what it learns from, and how far it is."""
 
-    def __init__(self, model: nn.Module, loader: Iterable[Batch], target: float, options: LearnOptions) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Batch],
+        target: float,
+        options: LearnOptions,
+        progress: Progress | None,
+    ) -> None:
         self.started = time.perf_counter()
+        self.progress = progress
         self.model, self.loader, self.target, self.options = model, loader, target, options
         made = attachment(model)
         self.thresholds = made.thresholds
         place = options.place(self.thresholds)
         model.to(place).eval()
-        images, labels = first(loader, options.calibration, options.progress)
+        images, labels = first(loader, options.calibration, progress)
         self.images = images.to(place)
         self.seen = self.thresholds.seen = self.thresholds.seen or Seen()
         self.seen.add(images)
@@ -139,7 +150,7 @@ class _Job:
         self.subject = options.subject(model, loader, self.images)
         # again where there is one: a run is of its own images alone, resumed or not
         asked = self.thresholds.config.needs_probe
-        self.probed = learn_probe(model, self.images, amp=options.amp, progress=options.progress) if asked else 0
+        self.probed = learn_probe(model, self.images, amp=options.amp, progress=progress) if asked else 0
         self.batch = batch_size(loader)
         self.distribution = distribution_of(model, teacher(model, self.images[:1]), labels)
         self.views_a_step = self.batch * world() * options.accumulate
@@ -158,8 +169,8 @@ class _Job:
         mine = slice(rank(), None, world())
         known = None if labels is None else labels[mine].to(self.images.device)
         own = self.images[mine].contiguous()
-        progress, original = self.options.progress, self.original
-        return HeldOut(self.model, own, self.batch, progress, original, known, judged, self.distribution)
+        original = self.original
+        return HeldOut(self.model, own, self.batch, self.progress, original, known, judged, self.distribution)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -229,6 +240,8 @@ class _Job:
         run.history.append(step)
         run.complete(weights)
         self.journal.step(step)
+        if self.progress is not None:
+            self.progress(run.step, run.steps, f"learning, loss {loss:.3f}, share {share:.3f}")
         if self.options.on_step is not None:
             self.options.on_step(step)
         if step.step % self.options.save_every == 0 or step.step == run.steps:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..distributed import rank
 from ..errors import UsageError
 from ..method.thresholds import Thresholds
-from .heldout import Progress
 from .log import Logger
 from .optimiser import Step
+from .progress import Progress
 from .resume import load_run, save_run, subject
 from .weights import Tuning
 
@@ -33,7 +33,7 @@ class RunSettings(TypedDict, total=False):
     device: str | torch.device | None
     amp: torch.dtype | None
     checkpoint: str | Path | None
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 class LearnSettings(RunSettings, total=False):
@@ -66,7 +66,7 @@ class RunOptions:
     device: str | torch.device | None = None
     amp: torch.dtype | None = None
     checkpoint: str | Path | None = None
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
 
     def place(self, thresholds: Thresholds) -> torch.device:
         """Where to learn; by default where the model is."""

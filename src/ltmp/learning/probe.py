@@ -23,8 +23,8 @@ from ..errors import LTMPError
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
-from .heldout import Progress
 from .objective import Distribution, answers_in, distribution_of
+from .progress import Progress
 from .randomness import preserved_random_state
 
 PROBED = 512

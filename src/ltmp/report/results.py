@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import LTMPError
+from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, Throughput
 from .collect import DENSE, LEARNED, Budget, Measured
 
@@ -42,7 +42,7 @@ def read_result(path: Path) -> Result:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LTMPError(f"no results {path}: give files that `ltmp eval --json` and others wrote") from None
+        raise UsageError(f"no results {path}: give files that `ltmp eval --json` and others wrote") from None
     except (OSError, ValueError) as error:
         raise LTMPError(f"{path} cannot be read as JSON ({error}): write it again with --json") from error
     name = _name(values, path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ _LOADS = {
 
 _SAFE_NAME = re.compile(r"(torchvision:)?[\w.-]+|open_clip:[\w.-]+(/[\w.-]+)?|hf:[^:]+")
 """Names of models whose weights are read from safetensors, or come from where the library itself says."""
+_HEAD = re.compile(r"(head|heads|classifier|fc)(_dist)?\.")
+"""Names of layers that give classes, in the libraries that models come from."""
 
 
 def build_model(
@@ -180,18 +184,38 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLi
             f"{path} is not a checkpoint of this model: it {' and '.join(faults)} "
             f"({len(missing)} missing, {len(unknown)} unknown parameters); check --model and --model-kwargs"
         )
-    for key in own:
-        if own[key].shape == state[key].shape:
+    others: list[str] = []
+    settings: list[str] = []
+    for key, value in own.items():
+        here, there = value.shape, state[key].shape
+        if here == there:
             continue
-        here, there = list(own[key].shape), list(state[key].shape)
-        if key.startswith("head"):
+        hint = _hint(model, key, here, there)
+        if hint is None:
             raise LTMPError(
-                f"{path} has {there[0]} classes but the model's head has {here[0]}: use --num-classes {there[0]}"
+                f"{path} does not fit the model: {key!r} is {list(there)} there and {list(here)} here; check --model, "
+                "--img-size and --model-kwargs"
             )
-        raise LTMPError(
-            f"{path} does not fit the model: {key!r} is {there} there and {here} here; check --model, --img-size and "
-            "--model-kwargs"
-        )
+        others.append(hint[0])
+        settings.append(hint[1])
+    if others:
+        raise LTMPError(f"{path} {' and '.join(dict.fromkeys(others))}: use {' '.join(dict.fromkeys(settings))}")
+
+
+def _hint(model: nn.Module, key: str, here: torch.Size, there: torch.Size) -> tuple[str, str] | None:
+    """What another shape of a parameter means, and the option that builds the model as the checkpoint has it."""
+    if _HEAD.match(key) and here[1:] == there[1:]:
+        return f"has {there[0]} classes but the model's head has {here[0]}", f"--num-classes {there[0]}"
+    embed: Any = getattr(model, "patch_embed", None)
+    grid, patch = getattr(embed, "grid_size", None), getattr(embed, "patch_size", None)
+    if not (key.endswith("pos_embed") and grid and patch and len(here) == len(there) == 3):
+        return None
+    # a class token and the like have a position, too, in some models
+    side = math.isqrt(max(0, there[1] - (here[1] - grid[0] * grid[1])))
+    if side == 0 or side * side != there[1] - (here[1] - grid[0] * grid[1]):
+        return None
+    was, now = side * patch[0], grid[0] * patch[0]
+    return f"is for images of {was} pixels but the model takes {now}", f"--img-size {was}"
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from .groups import DATA as DATA
 from .groups import MODEL as MODEL
 from .groups import OUTPUT as OUTPUT
 from .groups import RUN as RUN
+from .groups import option as option
 from .groups import verb as verb
 from .model import ModelOptions as ModelOptions
 from .model import NamedModel as NamedModel
@@ -18,6 +19,7 @@ from .model import ReducedModel as ReducedModel
 from .model import SavedModel as SavedModel
 from .model import name_in as name_in
 from .model import parse_kwargs as parse_kwargs
+from .output import FolderOptions as FolderOptions
 from .output import OutputOptions as OutputOptions
 from .output import TableOptions as TableOptions
 from .run import Budget as Budget
@@ -27,10 +29,10 @@ from .run import Device as Device
 from .run import Engine as Engine
 from .run import EvaluationOptions as EvaluationOptions
 from .run import FormOptions as FormOptions
-from .run import Resume as Resume
 from .run import RunOptions as RunOptions
 from .run import Seed as Seed
 from .run import SpeedOptions as SpeedOptions
+from .run import StageOptions as StageOptions
 from .run import autocast_type as autocast_type
 from .run import pick_device as pick_device
 from .scores import ScoreOptions as ScoreOptions

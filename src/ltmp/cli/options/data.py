@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from .groups import DATA, RUN
+from ...errors import LTMPError
+from .groups import DATA, RUN, option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,51 +16,32 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     str,
-    typer.Option(
-        help="Folder or .tar of class folders, flat folder of images, or a timm dataset (hfds/..., torch/...).",
-        rich_help_panel=DATA,
-    ),
+    option("Folder or .tar of class folders, flat folder of images, or a timm dataset (hfds/..., torch/...).", DATA),
 ]
-ClassMap = Annotated[
-    Path | None,
-    typer.Option(help="The model's class names, one a line (.txt), where folders differ.", rich_help_panel=DATA),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.", rich_help_panel=RUN)]
+ClassMap = Annotated[Path | None, option("The model's class names, one a line (.txt), where folders differ.", DATA)]
+Limit = Annotated[int | None, option("Use at most this many images, of all classes alike.", DATA, min=1)]
+BatchSize = Annotated[int, option("Images per batch.", RUN, min=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Which part of a dataset."""
 
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of the data; a folder's train/ or val/ is found by itself.", rich_help_panel=DATA),
-    ] = None
-    data_root: Annotated[Path | None, typer.Option(help="Where a timm dataset lies on disk.", rich_help_panel=DATA)] = (
+    split: Annotated[str | None, option("Split of the data; a folder's train/ or val/ is found by itself.", DATA)] = (
         None
     )
+    data_root: Annotated[Path | None, option("Where a timm dataset lies on disk.", DATA)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How an image becomes what the model takes; by default as its configuration says."""
 
-    interpolation: Annotated[
-        str | None, typer.Option(help="Resizing: bicubic, bilinear, ...; default: the model's.", rich_help_panel=DATA)
-    ] = None
-    mean: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="Mean of the channels.", rich_help_panel=DATA)
-    ] = None
-    std: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(help="Standard deviation of the channels.", rich_help_panel=DATA),
-    ] = None
-    crop_pct: Annotated[
-        float | None, typer.Option(help="Share of the resized image kept; 1: all.", rich_help_panel=DATA)
-    ] = None
-    crop_mode: Annotated[
-        str | None, typer.Option(help="center, squash (ignores the aspect ratio) or border.", rich_help_panel=DATA)
-    ] = None
+    interpolation: Annotated[str | None, option("Resizing: bicubic, bilinear, ...; default: the model's.", DATA)] = None
+    mean: Annotated[tuple[float, float, float] | None, option("Mean of the channels.", DATA)] = None
+    std: Annotated[tuple[float, float, float] | None, option("Standard deviation of the channels.", DATA)] = None
+    crop_pct: Annotated[float | None, option("Share of the resized image kept; 1: all.", DATA)] = None
+    crop_mode: Annotated[str | None, option("center, squash (ignores the aspect ratio) or border.", DATA)] = None
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -75,11 +55,9 @@ class DataOptions(Preprocessing, Source):
     """Which images, and how they come in batches."""
 
     class_map: ClassMap = None
-    strict: Annotated[
-        bool, typer.Option(help="Refuse an image that cannot be read instead of skipping it.", rich_help_panel=DATA)
-    ] = False
+    strict: Annotated[bool, option("Refuse an image that cannot be read instead of skipping it.", DATA)] = False
     batch_size: BatchSize = 64
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.", rich_help_panel=RUN)] = 0
+    workers: Annotated[int, option("Processes that read images.", RUN, min=0)] = 0
 
     def open(
         self,
@@ -90,9 +68,14 @@ class DataOptions(Preprocessing, Source):
         labelled: bool = True,
         shuffle: bool = False,
         seed: int = 0,
+        limit: int | None = None,
     ) -> Loader:
-        """Batches of `source` as `model` takes them, after checking that its classes fit the head."""
-        from ...data import check_classes, eval_transform, image_mode, make_loader, open_dataset
+        """Batches of `source` as `model` takes them, after checking that its classes fit the head.
+
+        With a `limit`, images of all classes alike; where the source streams, whoever reads it has to count.
+        """
+        from ...data import Images, check_classes, eval_transform, image_mode, make_loader, open_dataset
+        from ...data.sample import sampled
 
         dataset = open_dataset(
             source,
@@ -104,6 +87,8 @@ class DataOptions(Preprocessing, Source):
             root=self.data_root,
         )
         check_classes(dataset, int(getattr(model, "num_classes", 0)), self.class_map)
+        if limit is not None and isinstance(dataset, Images):
+            dataset = sampled(dataset, limit)
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
@@ -120,14 +105,38 @@ class GivenData(DataOptions):
 class LearningData(GivenData):
     """Images to learn from, and others to report on."""
 
-    val: Annotated[
-        str | None,
-        typer.Option(help="Data to report accuracy on; default: val/ of the data folder.", rich_help_panel=DATA),
-    ] = None
+    val: Annotated[str | None, option("Data to report accuracy on; default: val/ of the data folder.", DATA)] = None
 
-    def open_held_out(self, model: nn.Module) -> Loader | None:
-        """Images that nothing is learned from, where there are any."""
+    limit: Limit = None
+
+    def open_both(self, model: nn.Module, *, labelled: bool, seed: int, check: bool) -> tuple[Loader, Loader | None]:
+        """Images to learn from, shuffled, and with `check` others to report on, where there are any.
+
+        Raises:
+            LTMPError: they are not of the same classes.
+        """
+        learned = self.open(
+            self.data, model, split=self.split or "train", labelled=labelled, shuffle=True, seed=seed, limit=self.limit
+        )
         source = self.val
         if source is None and any((Path(self.data) / name).is_dir() for name in ("val", "validation")):
             source = self.data
-        return self.open(source, model, split="validation") if source else None
+        if source is None or not check:
+            return learned, None
+        held_out = self.open(source, model, split="validation", limit=self.limit)
+        if self.class_map is None and labelled:
+            _check_alike({self.data: learned, source if source != self.data else "its validation part": held_out})
+        return learned, held_out
+
+
+def _check_alike(loaders: dict[str, Loader]) -> None:
+    """Refuse parts of other classes: their folders would be numbered differently."""
+    (one, ours), (other, theirs) = (
+        (name, set(getattr(loader.dataset, "class_to_index", None) or ())) for name, loader in loaders.items()
+    )
+    for name, missing in ((other, ours - theirs), (one, theirs - ours)):
+        if ours and theirs and missing:
+            few = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+            raise LTMPError(
+                f"{name} lacks {len(missing)} of the classes ({few}): add their folders, or give a --class-map"
+            )

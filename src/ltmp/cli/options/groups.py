@@ -10,14 +10,20 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-MODEL, DATA, RUN, OUTPUT = "Model", "Data", "Running", "Output"
+MODEL, METHOD, DATA, RUN, OUTPUT = "Model", "Method", "Data", "Running", "Output"
 """Panels of the help."""
+
+
+def option(help: str, panel: str | None = None, *names: str, **settings: Any) -> Any:
+    """An option, in a panel of the help, called as its field unless `names` say otherwise."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
 
 _DEBUG = inspect.Parameter(
     "debug",
     inspect.Parameter.KEYWORD_ONLY,
     default=False,
-    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)],
+    annotation=Annotated[bool, option("Show the traceback of an error.", OUTPUT, "--debug")],
 )
 """Every verb has it; `ltmp.cli.main` looks for it among the arguments."""
 
@@ -33,6 +39,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
         parameters += _options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
+    # what must be given comes first in the help
+    parameters.sort(key=lambda one: one.default is not one.empty)
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in [*parameters, _DEBUG]]
 
     @wraps(function)

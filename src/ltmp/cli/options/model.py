@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
-from .groups import MODEL
+from .groups import MODEL, option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +18,10 @@ if TYPE_CHECKING:
 
 Name = Annotated[
     str,
-    typer.Option(
-        help="timm model name, e.g. deit_small_patch16_224, or hf:NAME_OR_FOLDER of a Hugging Face classifier, "
+    option(
+        "timm model name, e.g. deit_small_patch16_224, or hf:NAME_OR_FOLDER of a Hugging Face classifier, "
         "torchvision:NAME, or open_clip:NAME/WEIGHTS.",
-        rich_help_panel=MODEL,
+        MODEL,
     ),
 ]
 
@@ -32,20 +30,14 @@ Name = Annotated[
 class ModelOptions:
     """Which weights, and what else is known of the model."""
 
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint of the model (.safetensors, .pth, .pth.tar).", rich_help_panel=MODEL),
-    ] = None
-    pretrained: Annotated[bool, typer.Option(help="Take timm's pretrained weights instead.", rich_help_panel=MODEL)] = (
-        False
+    weights: Annotated[Path | None, option("Checkpoint of the model (.safetensors, .pth, .pth.tar).", MODEL)] = None
+    pretrained: Annotated[bool, option("Take timm's pretrained weights instead.", MODEL)] = False
+    num_classes: Annotated[int | None, option("Classes of the model's head.", MODEL)] = None
+    img_size: Annotated[int | None, option("Image size in pixels; default: the model's own.", MODEL, "--img-size")] = (
+        None
     )
-    num_classes: Annotated[int | None, typer.Option(help="Outputs of the model's head.", rich_help_panel=MODEL)] = None
-    img_size: Annotated[
-        int | None, typer.Option("--img-size", help="Pixels a side; default: the model's own.", rich_help_panel=MODEL)
-    ] = None
     model_kwargs: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="More arguments of the model; may be repeated.", rich_help_panel=MODEL),
+        list[str] | None, option("More arguments of the model; may be repeated.", MODEL, metavar="NAME=VALUE")
     ] = None
 
     @property
@@ -99,19 +91,14 @@ class NamedModel(ModelOptions):
 class SavedModel(ModelOptions):
     """A model that a thresholds file knows the name of."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(help="timm model name; default: the one in the thresholds file.", rich_help_panel=MODEL),
-    ] = None
+    model: Annotated[str | None, option("timm model name; default: the one in the thresholds file.", MODEL)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedModel(SavedModel):
     """A model and its thresholds."""
 
-    thresholds: Annotated[
-        Path, typer.Option(help="What `ltmp pack` or `ltmp learn` wrote: the folder, the file, or USER/REPO.")
-    ]
+    thresholds: Annotated[Path, option("What `ltmp pack` or `ltmp learn` wrote: the folder, the file, or USER/REPO.")]
 
     def name(self, budget: float | None = None) -> str:
         """The model's name; refuses a budget that the thresholds cannot be set to."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from .groups import OUTPUT
+from .groups import OUTPUT, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +14,7 @@ class OutputOptions:
     """Results as JSON."""
 
     json: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write the result as JSON; - is the screen.", rich_help_panel=OUTPUT
-        ),
+        str | None, option("Write the result as JSON; - is the screen.", OUTPUT, "--json", metavar="FILE")
     ] = None
 
     @property
@@ -31,12 +27,24 @@ class OutputOptions:
 class TableOptions(OutputOptions):
     """Results as JSON and CSV."""
 
-    csv: Annotated[
-        str | None,
-        typer.Option("--csv", metavar="FILE", help="Write the table as CSV; - is the screen.", rich_help_panel=OUTPUT),
-    ] = None
+    csv: Annotated[str | None, option("Write the table as CSV; - is the screen.", OUTPUT, "--csv", metavar="FILE")] = (
+        None
+    )
 
     @property
     def quiet(self) -> bool:
         """Whether the screen is taken, so that nothing else is printed there."""
         return "-" in (self.json, self.csv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(OutputOptions):
+    """A run's folder."""
+
+    out: Annotated[
+        Path | None, option("Output folder; default: in runs/, named after model, variant and budget.", OUTPUT)
+    ] = None
+
+    def folder(self, model: str, *rest: str) -> Path:
+        """Where a run goes; by default named after the last part of the model's name, as those of hubs have more."""
+        return self.out or Path("runs") / "-".join((Path(model.rpartition(":")[2]).name, *rest))

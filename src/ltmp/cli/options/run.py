@@ -7,38 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ...errors import UsageError
-from .groups import RUN
+from .data import Limit
+from .groups import RUN, option
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=RUN)]
-Engine = Annotated[
-    str | None, typer.Option(help="auto, packed, triton or graph; default: as learned.", rich_help_panel=RUN)
-]
+Device = Annotated[str, option("cpu, cuda, cuda:1 or auto.", RUN)]
+Engine = Annotated[str | None, option("auto, packed, triton or graph; default: as learned.", RUN)]
 Budget = Annotated[
     float | None,
-    typer.Option(
-        metavar="SHARE",
-        help="FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.",
-        rich_help_panel=RUN,
+    option(
+        "FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.", RUN, metavar="SHARE"
     ),
 ]
 Budgets = Annotated[
     list[float] | None,
-    typer.Option(
+    option(
+        "FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
+        RUN,
         "--budget",
         metavar="SHARE",
-        help="FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
-        rich_help_panel=RUN,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Order of the images.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")]
+Seed = Annotated[int, option("Seed of the image order.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +40,7 @@ class RunOptions:
     """Where, and in which precision."""
 
     device: Device = "auto"
-    amp: Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=RUN)] = False
+    amp: Annotated[bool, option("bfloat16 autocast.", RUN)] = False
 
     @property
     def place(self) -> torch.device:
@@ -60,15 +54,26 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """Which parts of a run happen."""
+
+    resume: Annotated[bool, option("Go on with the interrupted run in the output folder.", None, "--resume")] = False
+    no_eval: Annotated[bool, option("Report no accuracy.", None, "--no-eval")] = False
+    dry_run: Annotated[
+        bool, option("Check everything, say what would be done and how long it would take.", None, "--dry-run")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CertifiedOption:
     """The budget that a certificate guarantees."""
 
     certified: Annotated[
         bool,
-        typer.Option(
+        option(
+            "Set the dial to the budget that `ltmp certify` found, after checking that nothing voids it.",
+            RUN,
             "--certified",
-            help="Set the dial to the budget that `ltmp certify` found, after checking that nothing voids it.",
-            rich_help_panel=RUN,
         ),
     ] = False
 
@@ -119,14 +124,11 @@ class SpeedOptions(CertifiedOption):
     budget: Budget = None
     milliseconds: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.",
-            rich_help_panel=RUN,
+        option(
+            "Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.", RUN
         ),
     ] = None
-    images_per_second: Annotated[
-        float | None, typer.Option(help="Instead of --budget: the speed wanted here.", rich_help_panel=RUN)
-    ] = None
+    images_per_second: Annotated[float | None, option("Instead of --budget: the speed wanted here.", RUN)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +137,20 @@ class FormOptions:
 
     form: Annotated[
         str,
-        typer.Option(
-            help="Of exports: single (one image), batch (any number of images) or static (no data-dependent shapes).",
-            rich_help_panel=RUN,
+        option(
+            "Form of an export: single (one image), batch (any number of images) or static (no data-dependent shapes).",
+            RUN,
         ),
     ] = "batch"
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Quantise the linear layers (ONNX only).", rich_help_panel=RUN)
-    ] = False
+    int8: Annotated[bool, option("Quantise the linear layers (ONNX only).", RUN, "--int8")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(RunOptions):
     """How much is evaluated."""
 
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None
-    speed: Annotated[bool, typer.Option(help="Measure images per second, too.")] = True
+    limit: Limit = None
+    speed: Annotated[bool, option("Measure images per second, too.")] = True
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
-
-import typer
 
 from ...config import SCORES, LTMPConfig, Scores
 from ...errors import UsageError
+from .groups import METHOD, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,49 +15,52 @@ class ScoreOptions:
     """What is learned."""
 
     variant: Annotated[
-        str,
-        typer.Option(help="ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only."),
+        str, option("ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.", METHOD)
     ] = "ltmp"
     scores: Annotated[
         str,
-        typer.Option(
-            help="What tokens are scored by: as in the paper; attention: {similarity}, {matching}, size power "
-            "{size_power} and class power {class_power}, by forward passes alone; or best: a probe learned from "
-            "gradients, which adds half a megabyte or so to the file. What is given below goes before it.".format(
-                **asdict(SCORES["attention"])
-            )
+        option(
+            "Scores to merge and prune by: paper; attention (all heads, mutual pairs; forward passes only); or "
+            "best (a probe learned from gradients, about half a megabyte in the file). The options below override it.",
+            METHOD,
         ),
     ] = "paper"
     similarity: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens are alike by the mean of their keys (mean, the paper's), by all heads, or by a learned probe."
+        option(
+            "Similarity of tokens: keys averaged over heads (mean, the paper's), all heads (heads), or a learned "
+            "probe (probe).",
+            METHOD,
         ),
     ] = None
     matching: Annotated[
         str | None,
-        typer.Option(
-            help="Even tokens merge into odd ones (bipartite, the paper's), or the mutually nearest (mutual)."
+        option(
+            "Tokens that may merge: even ones into odd ones (bipartite, the paper's), or mutually nearest pairs "
+            "(mutual).",
+            METHOD,
         ),
     ] = None
     importance: Annotated[
         str | None,
-        typer.Option(
-            help="Importance that tokens are pruned by: received (attention, the paper's), or a learned probe."
+        option(
+            "Importance for pruning: attention received (received, the paper's), or a learned probe (probe).", METHOD
         ),
     ] = None
     size_power: Annotated[
         float | None,
-        typer.Option(
-            help="A token of s patches counts as s to this power in the first block's attention, rising to 1 in the "
-            "last; the paper's is 1."
+        option(
+            "Exponent of a merged token's size in the first block's attention, rising linearly to 1 in the last. "
+            "The paper's is 1.",
+            METHOD,
         ),
     ] = None
     class_power: Annotated[
         float | None,
-        typer.Option(
-            help="Merge and prune less what the class token attends to: in the last block 1 - cosine counts times that "
-            "attention to this power, and importance has this part of it; both rise evenly to that. The paper's is 0."
+        option(
+            "Weight of class-token attention, rising linearly to this value in the last block: tokens it attends "
+            "to are merged and pruned later. 0, the paper's, disables it.",
+            METHOD,
         ),
     ] = None
 

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ...errors import LTMPError, UsageError, first_line
-from ..options import DATA, MODEL, CertifiedOption, Device, ModelOptions, Preprocessing, name_in, pick_device, verb
+from ..extras import need
+from ..options import (
+    DATA,
+    MODEL,
+    CertifiedOption,
+    Device,
+    ModelOptions,
+    Preprocessing,
+    name_in,
+    option,
+    pick_device,
+    verb,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,18 +31,14 @@ if TYPE_CHECKING:
 class AppModel(ModelOptions, CertifiedOption):
     """A model at one budget or several, or the demo's."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(help="timm model name, or hf:NAME_OR_FOLDER; default: the demo's.", rich_help_panel=MODEL),
-    ] = None
+    model: Annotated[str | None, option("timm model name, or hf:NAME_OR_FOLDER; default: the demo's.", MODEL)] = None
     thresholds: Annotated[
-        list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
+        list[Path] | None, option("A file that `ltmp learn` wrote; may be repeated, a budget each.")
     ] = None
     budget: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="FLOPs share that the slider begins at; default: one in the middle."),
+        float | None, option("FLOPs share that the slider begins at; default: one in the middle.", metavar="SHARE")
     ] = None
-    demo_out: Annotated[Path, typer.Option(help="Where `ltmp demo` wrote its model.")] = Path("ltmp-demo")
+    demo_out: Annotated[Path, option("Where `ltmp demo` wrote its model.")] = Path("ltmp-demo")
     device: Device = "auto"
 
 
@@ -40,13 +46,9 @@ class AppModel(ModelOptions, CertifiedOption):
 class AppData(Preprocessing):
     """Pictures to try, and what they may show."""
 
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder of pictures to choose from and calibrate on.", rich_help_panel=DATA),
-    ] = None
+    images: Annotated[Path | None, option("Folder of pictures to choose from and calibrate on.", DATA)] = None
     class_names_file: Annotated[
-        Path | None,
-        typer.Option("--class-names", help="Names of the model's classes, one a line (.txt).", rich_help_panel=DATA),
+        Path | None, option("Names of the model's classes, one a line (.txt).", DATA, "--class-names")
     ] = None
 
 
@@ -54,11 +56,9 @@ class AppData(Preprocessing):
 class Page:
     """Where the page is."""
 
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody.")] = "127.0.0.1"
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port; default: the first free one from 7860 on.")
-    ] = None
-    browser: Annotated[bool, typer.Option(help="Open a browser.")] = False
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 is everybody.")] = "127.0.0.1"
+    port: Annotated[int | None, option("Port; default: the first free one from 7860 on.", min=1, max=65535)] = None
+    browser: Annotated[bool, option("Open a browser.")] = False
 
 
 @verb
@@ -70,6 +70,7 @@ def app_verb(model: AppModel, data: AppData, page: Page) -> None:
     Example: ltmp app --thresholds runs/60/thresholds.safetensors --thresholds runs/50/thresholds.safetensors
     --pretrained --images photographs/
     """
+    need("gradio", "matplotlib")
     from ...app import build_page, serving_options
     from ..screen import tell
 

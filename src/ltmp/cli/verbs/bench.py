@@ -21,6 +21,7 @@ from ..options import (
     TableOptions,
     config_of,
     name_in,
+    option,
     pick_device,
     verb,
 )
@@ -39,15 +40,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 class BenchModel(SavedModel):
     """Which model, and which thresholds."""
 
-    thresholds: Annotated[
-        Path | None, typer.Option(help="The file that `ltmp learn` wrote; without it, see --share.")
-    ] = None
-    share: Annotated[float, typer.Option(help="FLOPs share to calibrate thresholds for, where no file is given.")] = (
-        0.55
+    thresholds: Annotated[Path | None, option("The file that `ltmp learn` wrote; without it, see --share.")] = None
+    share: Annotated[float, option("FLOPs share to calibrate thresholds for, where no file is given.")] = 0.55
+    scores: Annotated[str, option("paper, attention or best, like --scores of learn, where no file is given.")] = (
+        "paper"
     )
-    scores: Annotated[
-        str, typer.Option(help="paper, attention or best, like --scores of learn, where no file is given.")
-    ] = "paper"
 
     def check(self, target: Target | None, budget: float | None) -> None:
         """Refuse what does not go together."""
@@ -74,10 +71,7 @@ class BenchModel(SavedModel):
 class BenchData(Source):
     """What is timed on."""
 
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to time on, like --data of eval; default: smooth noise.", rich_help_panel=DATA),
-    ] = None
+    data: Annotated[str | None, option("Images to time on, like --data of eval; default: smooth noise.", DATA)] = None
     class_map: ClassMap = None
 
     def images(self, network: nn.Module, count: int) -> Tensor:
@@ -96,15 +90,11 @@ class BenchData(Source):
 class BenchOptions:
     """Which ways are timed, for how long."""
 
-    batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="May be repeated; default: 1, 8 and 32.", rich_help_panel=RUN)
-    ] = None
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: of weights and images.", rich_help_panel=RUN)
-    ] = "float32"
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time each way for about so long.")] = 2.0
-    compile: Annotated[bool, typer.Option(help="Time torch.compile of the dense model, too.")] = True
-    baseline: Annotated[bool, typer.Option(help="Time fixed-rate merging at the same share, too.")] = True
+    batch_size: Annotated[list[int] | None, option("May be repeated; default: 1, 8 and 32.", RUN, min=1)] = None
+    dtype: Annotated[str, option("Type of weights and images: float32, bfloat16 or float16.", RUN)] = "float32"
+    seconds: Annotated[float, option("About how many seconds to time each way.", min=0.01)] = 2.0
+    compile: Annotated[bool, option("Time torch.compile of the dense model, too.")] = True
+    baseline: Annotated[bool, option("Time fixed-rate merging at the same share, too.")] = True
     device: Device = "auto"
 
     @property

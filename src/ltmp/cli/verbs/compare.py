@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
-from ..options import CertifiedOption, Engine, EvaluationOptions, GivenData, NamedModel, config_of, verb
+from ..extras import need
+from ..options import CertifiedOption, Engine, EvaluationOptions, GivenData, NamedModel, config_of, option, verb
 
 if TYPE_CHECKING:
     import torch
@@ -27,26 +26,24 @@ class CompareOptions(CertifiedOption):
 
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="ltmp, ltpm, ltm, ltp, m, p, mp, pm, topk, evit, random; m:16 at that rate. May be repeated."
-        ),
+        option("ltmp, ltpm, ltm, ltp, m, p, mp, pm, topk, evit, random; m:16 at that rate. May be repeated."),
     ] = None
     budget: Annotated[
         list[float] | None,
-        typer.Option(
-            help="FLOPs share that methods without a rate, and files with a dial, are to meet; may be repeated. "
+        option(
+            "FLOPs share that methods without a rate, and files with a dial, are to meet; may be repeated. "
             "Default: 0.6, and what a file was saved at."
         ),
     ] = None
     thresholds: Annotated[
-        list[Path] | None, typer.Option(help="A file of learned thresholds that takes part; may be repeated.")
+        list[Path] | None, option("A file of learned thresholds that takes part; may be repeated.")
     ] = None
-    learn_data: Annotated[
-        str | None, typer.Option(help="Images that ltmp, ltpm, ltm and ltp learn on, not those of --data.")
-    ] = None
-    views: Annotated[int, typer.Option(min=0, help="Images to optimise thresholds on; 0: calibrate only.")] = 0
-    calibration: Annotated[int, typer.Option(min=2, help="Images to calibrate thresholds on.")] = 256
-    seed: Annotated[int, typer.Option(help="Order of the images learned on.")] = 0
+    learn_data: Annotated[str | None, option("Images that ltmp, ltpm, ltm and ltp learn on, not those of --data.")] = (
+        None
+    )
+    views: Annotated[int, option("Images to look at while optimising thresholds; 0: calibrate only.", min=0)] = 0
+    calibration: Annotated[int, option("Images to calibrate thresholds on.", min=2)] = 256
+    seed: Annotated[int, option("Seed of the order of images to learn from.")] = 0
 
     def wanted(self) -> list[Wanted]:
         """The methods, each once."""
@@ -64,7 +61,7 @@ class CompareRun(EvaluationOptions):
     """How it runs, and where results go."""
 
     engine: Engine = None
-    out: Annotated[Path, typer.Option(help="Folder of compare.csv, compare.json and compare.png.")] = Path("compare")
+    out: Annotated[Path, option("Folder of compare.csv, compare.json and compare.png.")] = Path("compare")
 
 
 @verb
@@ -81,9 +78,10 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     from ...evaluate import compare as job
     from ..progress import progress_bar
 
+    need("matplotlib")
     wanted = options.wanted()
     network = model.build(model.model).to(run.place)
-    loader = data.open(data.data, network, split=data.split or "validation")
+    loader = data.open(data.data, network, split=data.split or "validation", limit=run.limit)
     attach(network, config_of(engine=run.engine))
     few = next(iter(loader))[0][:1].to(run.place)
     entries = [*_from_files(network, options, run.engine, run.cast), *_made(network, wanted, options, data, run, few)]

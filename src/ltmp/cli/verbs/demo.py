@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ..options import verb
+from ..extras import need
+from ..options import option, verb
 
 
 @verb
 def demo_verb(
-    out: Annotated[Path, typer.Option(help="Output folder; the trained model is kept there.")] = Path("ltmp-demo"),
-    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
+    out: Annotated[Path, option("Output folder; the trained model is kept there.")] = Path("ltmp-demo"),
+    seed: Annotated[int, option("Seed of the training.")] = 0,
 ) -> None:
     """Train a small ViT on digits, learn three budgets, and draw what came out: about five minutes on two cores."""
     from ...demo import run_demo
     from ..progress import progress_bar
 
+    need("mlxtend", "matplotlib", "jinja2")
     run_demo(out, seed=seed, progress=progress_bar)

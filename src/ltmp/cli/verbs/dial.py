@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
-from ..options import OUTPUT, LearningData, NamedModel, OutputOptions, Resume, RunOptions, ScoreOptions, verb
+from ..options import (
+    FolderOptions,
+    LearningData,
+    NamedModel,
+    RunOptions,
+    ScoreOptions,
+    StageOptions,
+    option,
+    verb,
+)
 from .certify import CertifyOptions, as_json, certified_with_bar, paragraph
 
 if TYPE_CHECKING:
@@ -19,45 +25,43 @@ if TYPE_CHECKING:
     from ...certification import Certificate
     from ...certification.gain import Gain
     from ...data import Loader
-    from ...learning import DialResult
+    from ..runs import Run
 
 REPORTED = (0.8, 0.6, 0.47, 0.37)
 """Budgets to report on where nobody says which, as far as the dial goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialOptions:
+class DialOptions(StageOptions):
     """Which budgets, and from how much."""
 
-    low: Annotated[float, typer.Option(help="Smallest share of the dense model's FLOPs to be asked for.")] = 0.3
-    high: Annotated[float, typer.Option(help="Largest share to be asked for, but for 1.")] = 0.95
-    target: Annotated[float, typer.Option(help="Share that the file is saved at.")] = 0.6
-    resume: Resume = False
-    knots: Annotated[int, typer.Option(min=2, help="Rows of the dial.")] = 14
-    views: Annotated[int, typer.Option(min=0, help="Images to search on; 0: calibrate only.")] = 9_000
-    calibration: Annotated[int, typer.Option(min=2, help="Images to make the table from.")] = 512
+    low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.")] = 0.3
+    high: Annotated[float, option("Largest budget of the dial, besides 1 (dense).")] = 0.95
+    target: Annotated[float, option("Budget that the file is saved at.")] = 0.6
+    knots: Annotated[int, option("Rows of the dial.", min=2)] = 14
+    views: Annotated[int, option("Images to look at while searching, each time counted; 0: calibrate only.", min=0)] = (
+        9_000
+    )
+    calibration: Annotated[int, option("Images to calibrate each row of the dial.", min=2)] = 512
     budget: Annotated[
-        list[float] | None,
-        typer.Option(help=f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}."),
+        list[float] | None, option(f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}.")
     ] = None
-    seed: Annotated[int, typer.Option(help="Of the images and the search.")] = 0
+    seed: Annotated[int, option("Seed of the image order and of the search.")] = 0
     certify: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "End with the smallest budget that with 95 % confidence answers otherwise than the dense model for at most "
+            "this part of images (0.01), tested on --val, and with what it brings here; see `ltmp certify`.",
             metavar="LEVEL",
-            help="End with the smallest budget that with 95 % confidence answers otherwise than the dense model for at "
-            "most this part of images (0.01), tested on --val, and with what it brings here; see `ltmp certify`.",
         ),
     ] = None
 
-
-@dataclass(frozen=True, kw_only=True)
-class DialOutput(OutputOptions):
-    """Where the run goes."""
-
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-dial.", rich_help_panel=OUTPUT)
-    ] = None
+    def check(self) -> None:
+        """Refuse a target beyond the ends."""
+        if not self.low <= self.target <= self.high:
+            raise UsageError(
+                f"--target {self.target:g} is not on the dial: give one from {self.low:g} to {self.high:g}"
+            )
 
 
 @verb
@@ -67,7 +71,7 @@ def dial_verb(
     scores: ScoreOptions,
     options: DialOptions,
     run: RunOptions,
-    output: DialOutput,
+    output: FolderOptions,
 ) -> None:
     """Learn thresholds for every budget at once, from images without labels; --budget then picks, at no cost.
 
@@ -76,26 +80,25 @@ def dial_verb(
     Example: ltmp dial --data imagenet/ --model deit_small_patch16_224 --pretrained, and then
     ltmp eval --data imagenet/ --thresholds runs/deit_small_patch16_224-ltmp-dial --pretrained --budget 0.55
     """
-    from ... import attach, distributed, save
-    from ...evaluate import tables
+    from ... import attach, distributed
     from ...hosts.attach import thresholds_of
-    from ..runs import base_model, prepare, report_skipped, resumable, run_folder
-    from ..screen import say
+    from ..runs import Run, base_model, report_skipped, settings_of
 
-    if not options.low <= options.target <= options.high:
-        raise UsageError(
-            f"--target {options.target:g} is not on the dial: give one from {options.low:g} to {options.high:g}"
-        )
-    folder = output.out or run_folder(model.model, scores.variant, "dial")
-    run_file = prepare(folder, options.resume)
-    network = attach(model.build(model.model), scores.config())
-    loader = data.open(data.data, network, split=data.split or "train", labelled=False, shuffle=True, seed=options.seed)
-    checking = data.open_held_out(network)
+    options.check()
+    config, place = scores.config(), run.place
+    folder = output.folder(model.model, scores.variant, "dial")
+    job = Run(folder, settings_of(data, model, scores, options, run), options.resume)
+    network = attach(model.build(model.model), config)
+    loader, checking = data.open_both(network, labelled=False, seed=options.seed, check=not options.no_eval)
     if options.certify is not None and checking is None:
         raise UsageError("--certify is for images that nothing is learned from: give them as --val")
-    with distributed.group(run.place), resumable(run_file):
-        result = _learned(network, loader, options, run, run_file)
+    if options.dry_run:
+        _foretell(network, loader, checking, options, run, job)
+        return
+    with distributed.group(place), job.resumable():
+        _learn(job, network, loader, options, run)
         rows = _reported(network, checking, options.budget, run) if checking else []
+        learned = job.done("learning")
         distributed.merge(loader.skipped)
         if distributed.rank() > 0:
             return
@@ -106,25 +109,12 @@ def dial_verb(
     certified = (
         _certified(network, checking, options.certify, run) if checking and options.certify is not None else None
     )
-    path = folder / "thresholds.safetensors"
     about = {
-        "model_name": model.model, "target": options.target, "share": options.target, "views": result.views,
+        "model_name": model.model, "target": options.target, "share": options.target, "views": learned["views"],
         "budgets": rows, **base_model(network, model.pretrained and not model.weights),
     }  # fmt: skip
-    save(network, path, **about)
-    run_file.unlink(missing_ok=True)
+    _report(job, network, about, {**learned, "certified": certified}, output)
     report_skipped(loader.skipped)
-    if not output.quiet:
-        made = [
-            {"budget": share, "divergence": d} for share, d in zip(dial.share.tolist(), result.divergence, strict=True)
-        ]
-        tables.show(rows or made, f"a dial from {dial.lowest:g} to {dial.highest:g}")
-        say(f"thresholds in {path}")
-    if certified and not output.quiet:
-        say(paragraph(*certified))
-    if output.json:
-        found = {} if certified is None else as_json(*certified)
-        tables.write_json({**about, "thresholds": str(path), "seconds": result.seconds, **found}, output.json)
 
 
 def _certified(network: nn.Module, loader: Loader, level: float, run: RunOptions) -> tuple[Certificate, Gain | None]:
@@ -132,17 +122,81 @@ def _certified(network: nn.Module, loader: Loader, level: float, run: RunOptions
     return certified_with_bar(network, loader, CertifyOptions(at_most=level), run, speed=True)
 
 
-def _learned(network: nn.Module, loader: Loader, options: DialOptions, run: RunOptions, run_file: Path) -> DialResult:
-    """The run itself, with a bar."""
+def _learn(job: Run, network: nn.Module, loader: Loader, options: DialOptions, run: RunOptions) -> None:
+    """Learn a dial and write it, or read that of a run that came as far."""
+    from ... import distributed, load, save
     from ...learning import learn_dial
     from ..progress import progress_bar
 
+    if job.done("learning") is not None:
+        load(network, job.thresholds)
+        return
     with progress_bar("learning", None) as bar:
-        return learn_dial(
+        result = learn_dial(
             network, loader, options.low, options.high, knots=options.knots, views=options.views,
-            calibration=options.calibration, seed=options.seed, device=run.place, amp=run.cast, checkpoint=run_file,
-            progress=bar.reach,
+            calibration=options.calibration, seed=options.seed, device=run.place, amp=run.cast,
+            checkpoint=job.checkpoint, progress=bar.reach,
         )  # fmt: skip
+    if distributed.rank() == 0:
+        # before anything else is done with them
+        save(network, job.thresholds, views=result.views)
+    found = {"views": result.views, "seconds": result.seconds, "divergence": result.divergence}
+    job.finish("learning", found)
+
+
+def _report(
+    job: Run, network: nn.Module, about: dict[str, Any], learned: dict[str, Any], output: FolderOptions
+) -> None:
+    from ... import save
+    from ...evaluate import tables
+    from ...hosts.attach import thresholds_of
+    from ..screen import say
+
+    save(network, job.thresholds, **about)
+    job.close()
+    dial = thresholds_of(network).dial
+    assert dial is not None
+    if not output.quiet:
+        made = [
+            {"budget": share, "divergence": d}
+            for share, d in zip(dial.share.tolist(), learned["divergence"], strict=False)
+        ]
+        names = {"budget": "budget", "share": "share", "top1": "top-1", "top1_dense": "top-1 dense"}
+        names |= {"agreement": "agree", "divergence": "divergence"}
+        rows = [{names[name]: value for name, value in row.items()} for row in about["budgets"] or made]
+        tables.show(rows, f"a dial from {dial.lowest:g} to {dial.highest:g}")
+        say(f"thresholds in {job.thresholds}")
+    certified = learned["certified"]
+    if certified and not output.quiet:
+        say(paragraph(*certified))
+    if output.json:
+        values = {**about, "thresholds": str(job.thresholds), "seconds": learned["seconds"]}
+        tables.write_json({**values, **(as_json(*certified) if certified else {})}, output.json)
+
+
+def _foretell(
+    network: nn.Module, loader: Loader, checking: Loader | None, options: DialOptions, run: RunOptions, job: Run
+) -> None:
+    """Say what would be done, and how long it takes about."""
+    from ..runs import foretell_time
+    from ..screen import say
+
+    checked = checking.images if checking else 0
+    budgets = len(options.budget or REPORTED)
+    say(
+        f"would learn a dial from {options.low:g} to {options.high:g} in {options.knots} rows, looking "
+        f"{options.views:,} times at an image in the search, of {loader.images:,} images"
+    )
+    say(f"would report accuracy at {budgets} budgets on {checked:,} images" if checked else "would report no accuracy")
+    say(f"would write {job.thresholds}")
+    # the table, three shapes judged twice on its images, and what three budgets cost on more images
+    made = (options.knots + 7) * options.calibration + 3 * min(3072, loader.images)
+    passes = options.views + made + checked * (1 + budgets)
+    say(
+        foretell_time(
+            network, loader, run, passes=passes, reads=options.calibration + min(3072, loader.images) + checked
+        )
+    )
 
 
 def _reported(

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
-from ..options import RUN, EvaluationOptions, FormOptions, GivenData, ReducedModel, SpeedOptions, TableOptions, verb
+from ..extras import need
+from ..options import (
+    RUN,
+    EvaluationOptions,
+    FormOptions,
+    GivenData,
+    ReducedModel,
+    SpeedOptions,
+    TableOptions,
+    option,
+    verb,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,18 +33,16 @@ class EngineOptions(FormOptions):
 
     engine: Annotated[
         str | None,
-        typer.Option(
-            help="auto, packed, triton or graph (default: as learned); onnx or openvino: exported, against a dense "
-            "export.",
-            rich_help_panel=RUN,
+        option(
+            "auto, packed, triton or graph (default: as learned); onnx or openvino: exported, against a dense export.",
+            RUN,
         ),
     ] = None
     exported: Annotated[
         Path | None,
-        typer.Option(
-            help="With --engine onnx or openvino: the file that `ltmp export` wrote; default: export now, as --form "
-            "says.",
-            rich_help_panel=RUN,
+        option(
+            "With --engine onnx or openvino: the file that `ltmp export` wrote; default: export now, as --form says.",
+            RUN,
         ),
     ] = None
 
@@ -57,6 +64,8 @@ class EngineOptions(FormOptions):
             raise UsageError(
                 f"--engine {self.engine} runs float32 or INT8 on the CPU: leave out --amp and --device {run.device}"
             )
+        if self.runtime:
+            need("onnxscript", "onnxruntime" if self.runtime == "onnx" else "openvino")
         if self.runtime and timed:
             raise UsageError(
                 f"--engine {self.engine} is not timed block by block: give --budget instead of a time or a speed"
@@ -87,7 +96,7 @@ def eval_verb(
     engine.check_certified(budget)
     share = budget.share(network, model.thresholds, run.cast, share)
     load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=share)
-    loader = data.open(data.data, network, split=data.split or "validation")
+    loader = data.open(data.data, network, split=data.split or "validation", limit=run.limit)
     place = run.place
     if target:
         share = target.meet(network.to(place), next(iter(loader))[0].to(place), run.cast, quiet=output.quiet)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ...errors import UsageError
+from ..extras import need
 from ..options import (
     DATA,
     Budget,
@@ -19,6 +18,7 @@ from ..options import (
     Preprocessing,
     ReducedModel,
     Source,
+    option,
     verb,
 )
 
@@ -32,23 +32,21 @@ if TYPE_CHECKING:
 class ExportOptions(FormOptions, CertifiedOption):
     """Which file."""
 
-    format: Annotated[
-        str, typer.Option(help="onnx, program (torch.export) or aoti (AOTInductor, compiled for this CPU).")
-    ] = "onnx"
-    opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20
-    dense: Annotated[bool, typer.Option("--dense", help="Export the model without its reduction, to compare with.")] = (
-        False
+    format: Annotated[str, option("onnx, program (torch.export) or aoti (AOTInductor, compiled for this CPU).")] = (
+        "onnx"
     )
-    static_batch: Annotated[int, typer.Option(min=1, help="Images a batch of the static form.")] = 1
+    opset: Annotated[int, option("ONNX opset.")] = 20
+    dense: Annotated[bool, option("Export the dense model, to compare with.", None, "--dense")] = False
+    static_batch: Annotated[int, option("Images per batch of the static form.", min=1)] = 1
     budget: Budget = None
-    out: Annotated[Path | None, typer.Option(help="The file; default: MODEL_FORM.onnx (or .pt2) in this folder.")] = (
-        None
-    )
+    out: Annotated[Path | None, option("The file; default: MODEL_FORM.onnx (or .pt2) in this folder.")] = None
 
     def plan(self) -> Plan:
         """The same, checked."""
         from ...export import Plan
 
+        if self.format == "onnx":
+            need("onnx", "onnxscript", "onnxruntime")
         return Plan(self.format, self.form, self.opset, self.int8, self.dense, self.static_batch)
 
 
@@ -56,11 +54,8 @@ class ExportOptions(FormOptions, CertifiedOption):
 class ExportData(Source, Preprocessing):
     """Images that the file is verified on."""
 
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to verify on, as for `ltmp eval`; default: made ones.", rich_help_panel=DATA),
-    ] = None
-    images: Annotated[int, typer.Option(min=1, help="How many images to verify on.", rich_help_panel=DATA)] = 8
+    data: Annotated[str | None, option("Images to verify on, as for `ltmp eval`; default: made ones.", DATA)] = None
+    images: Annotated[int, option("How many images to verify on.", DATA, min=1)] = 8
 
     def first(self, network: nn.Module) -> Tensor | None:
         """The first batch of the dataset, if there is one; its labels do not matter."""

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ...errors import UsageError
-from ..options import OUTPUT, LearningData, NamedModel, OutputOptions, Resume, RunOptions, ScoreOptions, Seed, verb
+from ..extras import need
+from ..options import (
+    OUTPUT,
+    FolderOptions,
+    LearningData,
+    NamedModel,
+    RunOptions,
+    ScoreOptions,
+    Seed,
+    StageOptions,
+    option,
+    verb,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ...data import Loader
     from ...evaluate import Evaluation
-    from ...learning import LearnResult, Tuning
+    from ...learning import Logger, Tuning
+    from ..runs import Run
 
 VIEWS = 20_000
 _TUNING = "Tuning"
@@ -29,32 +40,34 @@ class TuningOptions:
 
     tune: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Also train a few weights, distilled from the dense model: norms (norms, biases, layer scales) or lora.",
+            _TUNING,
             metavar="PARTS",
-            help="Train a few weights along, taught by the dense model: norms (norms, biases, layer scales) or lora.",
-            rich_help_panel=_TUNING,
         ),
     ] = None
     tuned_weights: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the tuned model goes; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
-            rich_help_panel=_TUNING,
+        option(
+            "Where to write the tuned model; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
+            _TUNING,
         ),
     ] = None
     tune_lr: Annotated[
-        float | None, typer.Option(help="Rate of the weights' AdamW.", rich_help_panel=_TUNING, show_default=False)
+        float | None,
+        option("Learning rate of the tuned weights.", _TUNING, show_default="1e-3 for norms, 3e-4 for lora"),
     ] = None
     labels: Annotated[
-        float,
-        typer.Option(help="Part of the loss from labels; the rest is from the dense model.", rich_help_panel=_TUNING),
+        float, option("Weight of labels in the loss, 0 to 1; the rest is distilled from the dense model.", _TUNING)
     ] = 0.0
-    lora_rank: Annotated[int, typer.Option(help="Rank of the updates of lora.", rich_help_panel=_TUNING)] = 8
+    lora_rank: Annotated[int, option("Rank of LoRA updates.", _TUNING)] = 8
 
     def tuning(self) -> Tuning | None:
         """The settings, or None where no weights train."""
         from ...learning import Tuning
 
+        if self.tune == "lora":
+            need("peft")
         if self.tune is not None:
             return Tuning(self.tune, lr=self.tune_lr, labels=self.labels, rank=self.lora_rank)
         if self.tuned_weights is not None:
@@ -65,38 +78,50 @@ class TuningOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningOptions(TuningOptions):
+class LearningOptions(TuningOptions, StageOptions):
     """What to learn for, and from how much."""
 
-    target: Annotated[float, typer.Option(help="Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6
-    resume: Resume = False
+    target: Annotated[float, option("Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6
     views: Annotated[
         int | None,
-        typer.Option(min=0, help="Images to optimise on; 0: calibrate only. [default: 20000; one epoch with --tune]"),
+        option(
+            "Images to look at while optimising, each time counted; 0: calibrate only.",
+            min=0,
+            show_default=f"{VIEWS}; with --tune one epoch",
+        ),
     ] = None
-    calibration: Annotated[int, typer.Option(min=2, help="Images to set the start and to meet the budget on.")] = 512
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1
-    lr: Annotated[float, typer.Option(help="Factor on the learning rates.")] = 1.0
-    distill: Annotated[
-        bool, typer.Option("--distill", help="Learn from the dense model's answers instead of labels.")
-    ] = False
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Ignore folder names; implies --distill.")] = False
+    calibration: Annotated[int, option("Images kept apart, to calibrate the start and to meet the budget.", min=2)] = (
+        512
+    )
+    accumulate: Annotated[int, option("Batches per step.", min=1)] = 1
+    lr: Annotated[float, option("Factor on the learning rates.")] = 1.0
+    distill: Annotated[bool, option("Learn from the dense model's answers instead of labels.", None, "--distill")] = (
+        False
+    )
+    unlabelled: Annotated[bool, option("Ignore folder names; implies --distill.", None, "--unlabelled")] = False
     seed: Seed = 0
+
+    def counted(self, loader: Loader) -> LearningOptions:
+        """With the number of images to optimise on."""
+        from ...learning import views_of
+
+        if self.views is not None:
+            return self
+        return replace(self, views=VIEWS if self.tune is None else views_of(loader, 1, self.calibration))
+
+    def from_answers(self, loader: Loader) -> bool:
+        """Whether the dense model's answers stand for labels."""
+        return self.distill or not getattr(loader.dataset, "labelled", True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnOutput(OutputOptions):
+class LearnOutput(FolderOptions):
     """Where the run goes."""
 
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; default: runs/MODEL-VARIANT-TARGET.", rich_help_panel=OUTPUT)
-    ] = None
     log: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Write events for TensorBoard; wandb:PROJECT logs to Weights & Biases instead.",
-            rich_help_panel=OUTPUT,
+        option(
+            "Write events for TensorBoard; wandb:PROJECT logs to Weights & Biases instead.", OUTPUT, metavar="FOLDER"
         ),
     ] = None
 
@@ -117,85 +142,103 @@ def learn_verb(
 
     Example: ltmp learn --data imagenet/ --model deit_small_patch16_224 --pretrained --target 0.6
     """
-    from ... import attach, distributed, save
-    from ...evaluate import tables
-    from ..runs import base_model, prepare, report_skipped, resumable, run_folder
-    from ..screen import say
+    from ... import attach, distributed
+    from ...learning import open_log
+    from ...learning.budget import check_share
+    from ..runs import Run, base_model, report_skipped, settings_of
 
-    folder = output.out or run_folder(model.model, scores.variant, f"{learning.target:g}")
-    tuning = learning.tuning()
-    run_file = prepare(folder, learning.resume)
-    network = attach(model.build(model.model), scores.config())
-    loader = data.open(
-        data.data, network, split=data.split or "train",
-        labelled=not learning.unlabelled, shuffle=True, seed=learning.seed,
-    )  # fmt: skip
-    checking = data.open_held_out(network)
-    with distributed.group(run.place), resumable(run_file):
-        # of the weights as they are now: afterwards nobody has them any more
-        original = _evaluated(network, checking, run) if tuning else None
-        result = _learned(network, loader, learning, tuning, run, run_file, output.log)
-        evaluation = _evaluated(network, checking, run)
+    check_share(learning.target)
+    tuning, config, place = learning.tuning(), scores.config(), run.place
+    folder = output.folder(model.model, scores.variant, f"{learning.target:g}")
+    job = Run(folder, settings_of(data, model, scores, learning, run), learning.resume)
+    log = open_log(output.log) if output.log and distributed.is_first() else None
+    network = attach(model.build(model.model), config)
+    loader, checking = data.open_both(
+        network, labelled=not learning.unlabelled, seed=learning.seed, check=not learning.no_eval
+    )
+    learning = learning.counted(loader)
+    if learning.dry_run:
+        _foretell(network, loader, checking, learning, run, job)
+        return
+    with distributed.group(place), job.resumable():
+        before = _before(job, network, checking, run) if tuning else None
+        _learn(job, network, loader, learning, run, log)
+        after = _evaluated(network, checking, run)
+        learned = job.done("learning")
         distributed.merge(loader.skipped)
         if distributed.rank() > 0:
             return
-    path = folder / "thresholds.safetensors"
-    about = _about(model.model, result, evaluation)
+    about = _about(model.model, learned, before, after)
     if tuning is None:
         about |= base_model(network, model.pretrained and not model.weights)
-    else:
-        about |= _about_tuning(tuning.parts if result.tuned else None, original, evaluation)
-        about["weights"] = str(_write_weights(network, learning.tuned_weights, folder))
-    save(network, path, **about)
-    run_file.unlink(missing_ok=True)
+    _report(job, network, about, learned["history"], output)
     report_skipped(loader.skipped)
-    if not output.quiet:
-        tables.show([about])
-        say(f"thresholds in {path}")
-    if output.json:
-        history = [asdict(step) for step in result.history]
-        tables.write_json({**about, "thresholds": str(path), "history": history}, output.json)
 
 
-def _learned(
-    network: nn.Module,
-    loader: Loader,
-    options: LearningOptions,
-    tuning: Tuning | None,
-    run: RunOptions,
-    run_file: Path,
-    log: str | None,
-) -> LearnResult:
-    """The run itself, with a bar."""
-    from ... import distributed
-    from ...learning import learn, open_log, views_of
+def _before(job: Run, network: nn.Module, checking: Loader | None, run: RunOptions) -> float | None:
+    """Top-1 of the weights as they are now: afterwards nobody has them any more."""
+    if checking is None:
+        return None
+    found = job.done("before")
+    if found is None:
+        evaluation = _evaluated(network, checking, run)
+        found = {"top1": evaluation.dense_top1 if evaluation else None}
+        job.finish("before", found)
+    return found["top1"]
+
+
+def _learn(
+    job: Run, network: nn.Module, loader: Loader, options: LearningOptions, run: RunOptions, log: Logger | None
+) -> None:
+    """Learn thresholds and write them, or read those of a run that came as far."""
+    from ... import distributed, save
+    from ...learning import learn
     from ..progress import progress_bar
 
-    logger = open_log(log) if log and distributed.is_first() else None
-    views = options.views
-    if views is None:
-        views = VIEWS if tuning is None else views_of(loader, 1, options.calibration)
-    with closing(logger) if logger else nullcontext(), progress_bar("learning", None) as bar:
-        return learn(
+    done = job.done("learning")
+    if done is not None:
+        _restore(job, network, done)
+        return
+    tuning = options.tuning()
+    with closing(log) if log else nullcontext(), progress_bar("learning", None) as bar:  # type: ignore[type-var]
+        result = learn(
             network,
             loader,
             options.target,
-            views=views,
+            views=options.views or 0,
             calibration=options.calibration,
             accumulate=options.accumulate,
             lr=options.lr,
-            distill=options.distill or not getattr(loader.dataset, "labelled", True),
+            distill=options.from_answers(loader),
             seed=options.seed,
             device=run.place,
             amp=run.cast,
-            checkpoint=run_file,
-            on_step=lambda step: bar.reach(
-                step.step, step.steps, f"learning, loss {step.loss:.3f}, share {step.share:.3f}"
-            ),
+            checkpoint=job.checkpoint,
             progress=bar.reach,
-            log=logger,
+            log=log,
             tuning=tuning,
         )
+    found: dict[str, Any] = {"target": result.target, "share": result.share, "views": result.views}
+    if tuning is not None:
+        found["tuned"] = tuning.parts if result.tuned else None
+    if distributed.rank() == 0:
+        if tuning is not None:
+            found["weights"] = str(_write_weights(network, options.tuned_weights, job.folder))
+        # before anything else is done with them
+        save(network, job.thresholds, **found)
+    job.finish("learning", {**found, "history": [asdict(step) for step in result.history]})
+
+
+def _restore(job: Run, network: nn.Module, done: dict[str, Any]) -> None:
+    """The thresholds of an earlier attempt, and the weights that belong to them."""
+    from ... import detach, load
+    from ...zoo.build import load_weights
+
+    weights = done.get("weights")
+    if weights is not None:
+        path = Path(weights)
+        load_weights(detach(network), path / "model.safetensors" if path.is_dir() else path)
+    load(network, job.thresholds)
 
 
 def _evaluated(network: nn.Module, checking: Loader | None, run: RunOptions) -> Evaluation | None:
@@ -215,19 +258,64 @@ def _write_weights(network: nn.Module, path: Path | None, folder: Path) -> Path:
     return path
 
 
-def _about_tuning(parts: str | None, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-    """What a thresholds file says of the weights that belong to it; `top1_dense` is that of those before."""
-    from ..screen import tell
+def _about(model: str, learned: dict[str, Any], before: float | None, after: Evaluation | None) -> dict[str, Any]:
+    """What a thresholds file says about itself; measured on held-out images where there are any.
 
-    if parts is None:
+    With tuned weights `top1_dense` is that of those before.
+    """
+    about: dict[str, Any] = {"model_name": model, "target": learned["target"], "share": learned["share"]}
+    if after is not None:
+        about |= {"share": after.share, "top1_dense": after.dense_top1, "top1": after.top1}
+    about["views"] = learned["views"]
+    if "tuned" in learned:
+        about["tuned"] = learned["tuned"]
+        if after is not None:
+            about |= {"top1_dense": before, "top1_dense_tuned": after.dense_top1}
+        about["weights"] = learned["weights"]
+    return about
+
+
+def _report(
+    job: Run, network: nn.Module, about: dict[str, Any], history: list[dict[str, Any]], output: LearnOutput
+) -> None:
+    from ... import save
+    from ...evaluate import tables
+    from ..screen import say, tell
+
+    save(network, job.thresholds, **about)
+    job.close()
+    if "tuned" in about and about["tuned"] is None:
         tell("tuning did not lower the loss on the images kept apart: the model keeps the weights it had")
-    if before is None or after is None:
-        return {"tuned": parts}
-    return {"tuned": parts, "top1_dense": before.dense_top1, "top1_dense_tuned": after.dense_top1}
+    if not output.quiet:
+        names = {"model_name": "model", "target": "target", "share": "share", "top1_dense": "top-1 dense"}
+        names |= {"top1_dense_tuned": "top-1 tuned", "top1": "top-1", "views": "images looked at"}
+        tables.show([{new: about[old] for old, new in names.items() if old in about}])
+        say(f"thresholds in {job.thresholds}")
+        if "weights" in about:
+            say(f"tuned model in {about['weights']}")
+    if output.json:
+        tables.write_json({**about, "thresholds": str(job.thresholds), "history": history}, output.json)
 
 
-def _about(model: str, result: LearnResult, evaluation: Evaluation | None) -> dict[str, Any]:
-    """What a thresholds file says about itself; measured on held-out images where there are any."""
-    measured = {} if evaluation is None else {"top1_dense": evaluation.dense_top1, "top1": evaluation.top1}
-    share = result.share if evaluation is None else evaluation.share
-    return {"model_name": model, "target": result.target, "share": share, **measured, "views": result.views}
+def _foretell(
+    network: nn.Module, loader: Loader, checking: Loader | None, options: LearningOptions, run: RunOptions, job: Run
+) -> None:
+    """Say what would be done, and how long it takes about."""
+    from ..runs import foretell_time
+    from ..screen import say
+
+    views, size, answers = options.views or 0, loader.batch_size * options.accumulate, options.from_answers(loader)
+    taught = "the dense model's answers" if answers else "labels"
+    checked = checking.images if checking else 0
+    say(
+        f"would learn thresholds for a share of {options.target:g} on {views:,} images of {loader.images:,}, in "
+        f"{max(1, round(views / size)) if views else 0:,} steps of {size}, from {taught}"
+    )
+    say(f"would report accuracy on {checked:,} images" if checked else "would report no accuracy")
+    say(f"would write {job.thresholds}")
+    # a step costs a pass forwards and about two backwards, a pass of the teacher where there is one, and before and
+    # after the images kept apart are looked at some seven times each
+    teachers = int(answers or options.tune is not None)
+    evaluations = 2 * checked * (1 if options.tune is None else 2)
+    passes = views * (3 + teachers) + 14 * options.calibration + evaluations
+    say(foretell_time(network, loader, run, passes=passes, reads=views + options.calibration + evaluations // 2))

@@ -25,6 +25,7 @@ from ..options import (
     RunOptions,
     SavedModel,
     name_in,
+    option,
     verb,
 )
 
@@ -42,8 +43,7 @@ class PredictModel(SavedModel, CertifiedOption):
     """A model, reduced where there are thresholds."""
 
     thresholds: Annotated[
-        Path | None,
-        typer.Option(help="The file that `ltmp learn` wrote; without it the model runs dense.", rich_help_panel=MODEL),
+        Path | None, option("The file that `ltmp learn` wrote; without it the model runs dense.", MODEL)
     ] = None
     budget: Budget = None
 
@@ -53,9 +53,9 @@ class PredictModel(SavedModel, CertifiedOption):
             raise UsageError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}, or ray")
         if self.thresholds is not None:
             return self.model or name_in(self.thresholds, self.budget)
-        for option, value in (("--engine", engine), ("--budget", self.budget)):
+        for name, value in (("--engine", engine), ("--budget", self.budget)):
             if value is not None:
-                raise UsageError(f"{option} is for reduced models: give --thresholds FILE, or leave it out")
+                raise UsageError(f"{name} is for reduced models: give --thresholds FILE, or leave it out")
         if self.certified:
             raise UsageError("--certified is for thresholds that were certified: give --thresholds FILE")
         if self.model is None:
@@ -76,12 +76,8 @@ class PredictData(Preprocessing):
     """From a source to images."""
 
     class_map: ClassMap = None
-    column: Annotated[
-        str | None, typer.Option(help="Parquet column of images or their paths.", rich_help_panel=DATA)
-    ] = None
-    key_column: Annotated[
-        str | None, typer.Option(help="Parquet column that names the rows.", rich_help_panel=DATA)
-    ] = None
+    column: Annotated[str | None, option("Parquet column of images or their paths.", DATA)] = None
+    key_column: Annotated[str | None, option("Parquet column that names the rows.", DATA)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +86,13 @@ class PredictRun(RunOptions):
 
     batch_size: BatchSize = 64
     workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes that decode ahead; default: 1, with a GPU up to 8.", rich_help_panel=RUN),
+        int | None, option("Processes that decode ahead; default: 1, with a GPU up to 8.", RUN, min=0)
     ] = None
-    engine: Annotated[
-        str | None,
-        typer.Option(help="auto, packed, triton or graph; ray is short for --runner ray.", rich_help_panel=RUN),
-    ] = None
-    runner: Annotated[str, typer.Option(help="local: this process; ray: a Ray cluster.", rich_help_panel=_RAY)] = (
-        "local"
-    )
-    actors: Annotated[
-        int | None, typer.Option(min=1, help="Models at once; default: one a GPU, or else a CPU.", rich_help_panel=_RAY)
-    ] = None
+    engine: Annotated[str | None, option("auto, packed, triton or graph; ray is short for --runner ray.", RUN)] = None
+    runner: Annotated[str, option("local: this process; ray: a Ray cluster.", _RAY)] = "local"
+    actors: Annotated[int | None, option("Models at once; default: one per GPU, or else per CPU.", _RAY, min=1)] = None
     ray_address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a running cluster; default: RAY_ADDRESS, or a local one for this run.", rich_help_panel=_RAY
-        ),
+        str | None, option("Address of a running Ray cluster; default: RAY_ADDRESS, or a local one for this run.", _RAY)
     ] = None
 
     def ray(self) -> RayOptions | None:
@@ -127,25 +112,17 @@ class PredictRun(RunOptions):
 class PredictOutput(OutputOptions):
     """What is written."""
 
-    out: Annotated[Path, typer.Option(help="Output folder; an interrupted run there goes on.", rich_help_panel=OUTPUT)]
+    out: Annotated[Path, option("Output folder; an interrupted run there goes on.", OUTPUT)]
     top: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Classes to keep for each image; default: 5, or all of fewer.", rich_help_panel=OUTPUT
-        ),
+        int | None, option("Classes to keep for each image; default: 5, or all of fewer.", OUTPUT, min=1)
     ] = None
     embeddings: Annotated[
-        bool,
-        typer.Option(
-            "--embeddings", help="Keep what enters the classifier instead of classes.", rich_help_panel=OUTPUT
-        ),
+        bool, option("Keep what enters the classifier instead of classes.", OUTPUT, "--embeddings")
     ] = False
-    shard_size: Annotated[
-        int, typer.Option(min=1, help="Images a file where SOURCE is a folder of images.", rich_help_panel=OUTPUT)
-    ] = 1024
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run in --out and start anew.", rich_help_panel=OUTPUT)
-    ] = False
+    shard_size: Annotated[int, option("Images per output file where SOURCE is a folder of images.", OUTPUT, min=1)] = (
+        1024
+    )
+    overwrite: Annotated[bool, option("Remove the run in --out and start anew.", OUTPUT, "--overwrite")] = False
 
 
 @verb

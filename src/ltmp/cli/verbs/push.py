@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import UsageError
-from ..options import verb
+from ..options import option, verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +18,18 @@ class PushOptions:
     """What the repository says, and how it is made."""
 
     evaluation: Annotated[
-        Path | None, typer.Option(help="What `ltmp eval --json FILE` wrote: accuracy and speed for the card.")
+        Path | None, option("What `ltmp eval --json FILE` wrote: accuracy and speed for the card.")
     ] = None
     base_model: Annotated[
-        str | None,
-        typer.Option(help="Repository of the model's own weights, e.g. timm/deit_small_patch16_224.fb_in1k."),
+        str | None, option("Repository of the model's own weights, e.g. timm/deit_small_patch16_224.fb_in1k.")
     ] = None
     budget: Annotated[
         float | None,
-        typer.Option(
-            metavar="SHARE", help="What a file's dial is set to for those who ask for no budget; default: as saved."
-        ),
+        option("What a file's dial is set to for those who ask for no budget; default: as saved.", metavar="SHARE"),
     ] = None
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False
-    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None
+    private: Annotated[bool, option("Make the new repository private.", None, "--private")] = False
+    revision: Annotated[str | None, option("Branch to push to.")] = None
+    message: Annotated[str | None, option("Commit message.")] = None
 
 
 @verb

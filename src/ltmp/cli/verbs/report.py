@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ..extras import need
 from ..options import (
     DATA,
     OUTPUT,
@@ -21,6 +22,7 @@ from ..options import (
     EvaluationOptions,
     SavedModel,
     name_in,
+    option,
     verb,
 )
 
@@ -36,7 +38,7 @@ class ReportModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
-        list[Path] | None, typer.Option(help="A file that `ltmp learn` wrote; may be repeated, a budget each.")
+        list[Path] | None, option("A file that `ltmp learn` wrote; may be repeated, a budget each.")
     ] = None
     budget: Budgets = None
 
@@ -45,15 +47,9 @@ class ReportModel(SavedModel, CertifiedOption):
 class ReportData(DataOptions):
     """Images to evaluate on, and what they show."""
 
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to evaluate the thresholds on, as in `ltmp eval`.", rich_help_panel=DATA),
-    ] = None
+    data: Annotated[str | None, option("Images to evaluate the thresholds on, as in `ltmp eval`.", DATA)] = None
     class_names_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--class-names", help="Names to show for the model's classes, one a line (.txt).", rich_help_panel=DATA
-        ),
+        Path | None, option("Names to show for the model's classes, one a line (.txt).", DATA, "--class-names")
     ] = None
 
 
@@ -66,10 +62,10 @@ class ReportRun(EvaluationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
-    """The page."""
+    """HTML file to write."""
 
-    out: Annotated[Path, typer.Option(help="The page.", rich_help_panel=OUTPUT)] = Path("report.html")
-    title: Annotated[str | None, typer.Option(help="Of the page.", rich_help_panel=OUTPUT)] = None
+    out: Annotated[Path, option("HTML file to write.", OUTPUT)] = Path("report.html")
+    title: Annotated[str | None, option("Title of the page.", OUTPUT)] = None
 
 
 @verb
@@ -98,6 +94,7 @@ def report_verb(
         raise UsageError("evaluating needs both --data and --thresholds: give the other one, too, or neither")
     if not model.thresholds and not results:
         raise UsageError("nothing to report: give --data and --thresholds FILE, or JSON files of other verbs")
+    need("jinja2", "matplotlib")
     page = Report(title="Dense against reduced", settings={"written": _now(), **describe_machine()})
     if data.data and model.thresholds:
         page = _evaluated(page, data.data, model.thresholds, model, data, run)
@@ -120,7 +117,7 @@ def _evaluated(
 
     name = model.model or name_in(files[0])
     network = model.build(name)
-    loader = data.open(source, network, split=data.split or "validation")
+    loader = data.open(source, network, split=data.split or "validation", limit=run.limit)
     shares = model.shares(network, files, run.cast, model.budget)
     budgets = _evaluate_all(network, loader, named_budgets(files, shares), run)
     own = shown_path(model.weights) if model.weights else "timm's pretrained"

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from ..options import Budget, CertifiedOption, Engine, Preprocessing, ReducedModel, RunOptions, verb
+from ..options import Budget, CertifiedOption, Engine, Preprocessing, ReducedModel, RunOptions, option, verb
 
 if TYPE_CHECKING:
     from ...serve import Limits
@@ -21,37 +19,19 @@ _SERVICE, _LIMITS = "Service", "Limits"
 class ServiceOptions:
     """Where the service listens, and how much it takes on."""
 
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine's.", rich_help_panel=_SERVICE)
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_SERVICE)] = 8000
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log in lines of JSON.", rich_help_panel=_SERVICE)] = (
-        False
-    )
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a call of the model.", rich_help_panel=_LIMITS)] = 32
-    max_wait: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that an image waits for others.", rich_help_panel=_LIMITS)
-    ] = 5.0
-    max_queue: Annotated[
-        int, typer.Option(min=1, help="Requests at once; more are answered 429.", rich_help_panel=_LIMITS)
-    ] = 128
-    max_connections: Annotated[
-        int, typer.Option(min=1, help="Open connections; more are closed.", rich_help_panel=_LIMITS)
-    ] = 512
-    max_body: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request.", rich_help_panel=_LIMITS)] = 10.0
-    max_pixels: Annotated[
-        float, typer.Option(min=0.001, max=178, help="Megapixels of an image.", rich_help_panel=_LIMITS)
-    ] = 25.0
-    read_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds a client has to send its request.", rich_help_panel=_LIMITS)
-    ] = 10.0
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds from a whole request to its answer.", rich_help_panel=_LIMITS)
-    ] = 30.0
-    decode_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that decoding one image may take.", rich_help_panel=_LIMITS)
-    ] = 5.0
-    decoders: Annotated[int, typer.Option(min=1, help="Processes that decode.", rich_help_panel=_LIMITS)] = 2
+    host: Annotated[str, option("Address to listen on; 0.0.0.0: all of this machine's.", _SERVICE)] = "127.0.0.1"
+    port: Annotated[int, option("0: any free one.", _SERVICE, min=0, max=65535)] = 8000
+    json_logs: Annotated[bool, option("Log in lines of JSON.", _SERVICE, "--json-logs")] = False
+    max_batch: Annotated[int, option("Images per call of the model.", _LIMITS, min=1)] = 32
+    max_wait: Annotated[float, option("Milliseconds that an image waits for others.", _LIMITS, min=0)] = 5.0
+    max_queue: Annotated[int, option("Requests at once; more are answered 429.", _LIMITS, min=1)] = 128
+    max_connections: Annotated[int, option("Open connections; more are closed.", _LIMITS, min=1)] = 512
+    max_body: Annotated[float, option("Megabytes of a request.", _LIMITS, min=0.001)] = 10.0
+    max_pixels: Annotated[float, option("Megapixels of an image.", _LIMITS, min=0.001, max=178)] = 25.0
+    read_timeout: Annotated[float, option("Seconds a client has to send its request.", _LIMITS, min=0.1)] = 10.0
+    timeout: Annotated[float, option("Seconds from a whole request to its answer.", _LIMITS, min=0.1)] = 30.0
+    decode_timeout: Annotated[float, option("Seconds that decoding one image may take.", _LIMITS, min=0.1)] = 5.0
+    decoders: Annotated[int, option("Processes that decode.", _LIMITS, min=1)] = 2
 
     def limits(self) -> Limits:
         """In bytes, pixels and seconds."""
@@ -84,8 +64,7 @@ class RequestOptions(Preprocessing):
     """From a request's image to its answer."""
 
     class_map: Annotated[
-        Path | None,
-        typer.Option(help="Class names for the answers, one a line (.txt); default: the weights' own."),
+        Path | None, option("Class names for the answers, one a line (.txt); default: the weights' own.")
     ] = None
 
 

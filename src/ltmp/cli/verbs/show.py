@@ -19,6 +19,7 @@ from ..options import (
     Preprocessing,
     SavedModel,
     name_in,
+    option,
     pick_device,
     verb,
 )
@@ -33,7 +34,7 @@ class ShowModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
-        list[Path], typer.Option(help="A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
+        list[Path], option("A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
     ]
     budget: Budgets = None
     device: Device = "auto"
@@ -43,25 +44,21 @@ class ShowModel(SavedModel, CertifiedOption):
 class Pictures(OutputOptions):
     """What is drawn."""
 
-    out: Annotated[
-        Path, typer.Option(help="Folder, or for one image a .png, .gif or .mp4.", rich_help_panel=OUTPUT)
-    ] = Path("ltmp-show")
+    out: Annotated[Path, option("Folder, or for one image a .png, .gif or .mp4.", OUTPUT)] = Path("ltmp-show")
     formats: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.",
+            OUTPUT,
             "--format",
-            help="png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.  [default: png]",
+            show_default="png",
             metavar="png|gif|mp4|blocks",
-            rich_help_panel=OUTPUT,
         ),
     ] = None
     blocks: Annotated[
-        str | None,
-        typer.Option(
-            help="Which blocks, counted from 1: 4,8,11 or 1-6, or all.", metavar="LIST", rich_help_panel=OUTPUT
-        ),
+        str | None, option("Which blocks, counted from 1: 4,8,11 or 1-6, or all.", OUTPUT, metavar="LIST")
     ] = None
-    width: Annotated[int, typer.Option(min=32, help="Of one picture in pixels.", rich_help_panel=OUTPUT)] = 224
+    width: Annotated[int, option("Width of one picture in pixels.", OUTPUT, min=32)] = 224
 
 
 @verb

@@ -1,0 +1,55 @@
+"""A limit takes images of all classes alike, the same ones every time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ltmp.data import open_dataset
+from ltmp.data.sample import sampled
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, count in (("ant", 9), ("bee", 2), ("cow", 5)):
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            Image.new("RGB", (4, 4), (10 * k, 0, 0)).save(tmp_path / name / f"{k}.png")
+    return tmp_path
+
+
+def test_classes_are_as_even_as_they_can_be(folder: Path) -> None:
+    images = open_dataset(folder, split="x")
+    for limit, counts in {3: (1, 1, 1), 6: (2, 2, 2), 8: (3, 2, 3), 14: (7, 2, 5), 16: (9, 2, 5)}.items():
+        few = sampled(images, limit)
+        assert Counter(few[i][1] for i in range(len(few))) == dict(enumerate(counts))
+        names = [few.name(i) for i in range(len(few))]
+        assert names == sorted(names) == [sampled(images, limit).name(i) for i in range(limit)]
+    assert few is images
+    assert len({sampled(images, 3, seed=seed).name(0) for seed in range(8)}) > 1
+    assert few.class_to_index == {"ant": 0, "bee": 1, "cow": 2}
+
+
+def test_pictures_and_names_are_those_of_the_images(folder: Path) -> None:
+    few = sampled(open_dataset(folder, split="x"), 6)
+    for index in range(6):
+        assert Image.open(few.name(index)).getpixel((0, 0)) == few.picture(index).getpixel((0, 0))
+
+
+def test_a_source_without_labels_is_sampled_all_over() -> None:
+    class Source(list):
+        pass
+
+    class Dataset:
+        source = Source(range(1000))
+
+        def __len__(self) -> int:
+            return 1000
+
+    few = sampled(Dataset(), 10)  # type: ignore[arg-type]
+    chosen = [few.source[i] for i in range(10)]
+    assert chosen == sorted(set(chosen))
+    assert chosen[-1] > 500
