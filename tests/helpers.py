@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -119,3 +121,8 @@ def make_dial(depth: int, *, knots: int = 5, seed: int = 0, lowest: float = 0.3,
 
 def colour_image(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> Image.Image:
     return Image.new("RGB", size, colour)
+
+
+def plain_torch() -> AbstractContextManager[Any]:
+    """The packed engine without compiled plans, as where numba is not installed."""
+    return patch("ltmp.engines.compiled.unavailable", return_value="is not wanted here")

@@ -1,8 +1,10 @@
-"""Masked training, packed deployment of a batch, and one image at a time are one function of any tokens."""
+"""Masked training, packed deployment of a batch, plans compiled or not, and one image at a time are one function."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import ltmp
 import reference
-from helpers import assert_close, make_probe, run_blocks, tiny_vit
+from helpers import assert_close, make_probe, plain_torch, run_blocks, tiny_vit
 from ltmp.config import LEARNED, Scores
 from ltmp.config import SCORES as NAMED
 from ltmp.hosts.sizes import sizes_of
@@ -44,10 +46,13 @@ SCORES = [
 ]
 
 
-def run_body(model: Any, x: Tensor, masked: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+FORMS = ["masked", "packed", "compiled"]
+
+
+def run_body(model: Any, x: Tensor, form: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """The live rows of each image, the counts [B, L], and the size of each live row."""
-    model.ltmp.train(masked).requires_grad_(masked)
-    with torch.no_grad(), ltmp.record() as calls:
+    model.ltmp.train(form == "masked").requires_grad_(form == "masked")
+    with torch.no_grad(), ltmp.record() as calls, plain_torch() if form == "packed" else nullcontext():
         out = run_blocks(model, x)
     size = sizes_of(out)
     size = torch.ones(out.shape[:2]) if size is None else size
@@ -87,8 +92,8 @@ def test_any_tokens_any_thresholds(
     model.ltmp.set(merge, prune)
     model.ltmp.set_probe(probe)
     counts = [counts for _, counts in expected]
-    for masked, parts in ((False, x[None]), (False, x[:, None]), (True, x[None]), (True, x[:, None])):
-        found = [run_body(model, part, masked) for part in parts]
+    for form, parts in product(FORMS, (x[None], x[:, None])):
+        found = [run_body(model, part, form) for part in parts]
         assert torch.cat([kept for _, kept, _ in found]).tolist() == counts
         rows, sizes = ([row for part in found for row in part[k]] for k in (0, 2))
         for (image, _), row, size in zip(expected, rows, sizes, strict=True):
@@ -103,33 +108,34 @@ def test_shortest_images(tokens: int, variant: str) -> None:
     model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant=variant))
     model.ltmp.set([-2.0] * DEPTH, [10.0] * DEPTH)
     x = torch.randn(2, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
-    packed, masked = run_body(model, x, False), run_body(model, x, True)
-    assert packed[1].tolist() == masked[1].tolist()
-    for a, b in zip(packed[0], masked[0], strict=True):
-        assert_close(a, b, atol=1e-5)
+    masked, *others = (run_body(model, x, form) for form in FORMS)
+    for other in others:
+        assert other[1].tolist() == masked[1].tolist()
+        for a, b in zip(other[0], masked[0], strict=True):
+            assert_close(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
-def test_equal_tokens(masked: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_tokens(form: str) -> None:
     """Every cosine is 1 and every token equally important: the even ones merge, and their mean is what they were."""
     model = ltmp.attach(tiny_vit())
     x = torch.ones(2, 9, WIDTH)
     model.ltmp.set([0.5] * DEPTH, [0.0] * DEPTH)
-    rows, kept, sizes = run_body(model, x, masked)
+    rows, kept, sizes = run_body(model, x, form)
     # of eight patches four are at odd places and stay; of those two, then one
     assert kept.tolist() == [[5.0, 3.0, 2.0]] * 2
     assert sizes[0].tolist() == [1.0, 8.0]
     assert_close(rows[0][1], rows[0][0], atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("protected", [0, 1, 2, 5])
-def test_everything_pruned_leaves_the_prefix(protected: int, masked: bool) -> None:
+def test_everything_pruned_leaves_the_prefix(protected: int, form: str) -> None:
     """Without a prefix the most important token stays: an image is never empty."""
     model = ltmp.attach(prefix_model(protected))
     model.ltmp.set(None, [0.0, 10.0, 0.0])
     x = torch.randn(3, 12, WIDTH, generator=torch.Generator().manual_seed(0))
-    rows, kept, _ = run_body(model, x, masked)
+    rows, kept, _ = run_body(model, x, form)
     left = max(protected, 1)
     assert kept.tolist() == [[12.0, left, left]] * 3
     assert all(row.isfinite().all() for row in rows)

@@ -16,16 +16,16 @@ import pytest
 import ltmp
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("timm", "torchvision", "transformers", "triton", "typer", "rich", "matplotlib", "mlxtend")
+HEAVY = ("timm", "torchvision", "transformers", "triton", "numba", "typer", "rich", "matplotlib", "mlxtend")
 EXTRAS = (
     "typer", "rich", "matplotlib", "mlxtend", "sklearn", "pandas", "transformers", "open_clip", "onnx", "onnxscript",
     "onnxruntime", "openvino", "pyarrow", "ray", "fastapi", "uvicorn", "prometheus_client", "gradio", "imageio_ffmpeg",
-    "tensorboard", "wandb", "peft",
+    "tensorboard", "wandb", "peft", "numba",
 )  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing
 NEED_EXTRAS = re.compile(
-    r"ltmp\.cli\..+|ltmp\..*triton|ltmp\.hosts\.(transformers|open_clip)|ltmp\.serve\.(endpoints|metrics|bodies|server)"
+    r"ltmp\.cli\..+|ltmp\..*(triton|numba)|ltmp\.hosts\.(transformers|open_clip)|ltmp\.serve\.(endpoints|metrics|bodies|server)"
 )
 
 

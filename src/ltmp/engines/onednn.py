@@ -1,26 +1,36 @@
-"""The two halves of a standard block on a CPU, their linear layers by oneDNN with the GELU in the product.
+"""The two halves of a standard block on a CPU, their linear layers by the faster of two libraries.
 
 `torch.nn.functional.linear` goes to MKL in float32, which on processors of other makers than its own is far from what
-they can do (half the speed of oneDNN on an AVX-512 AMD EPYC, at any number of rows), and both read every weight however
-few tokens are left. The operator is the one that torch's own compiler emits; where it is missing, where gradients or
-autocast are asked for, or where a block is not plain, the host's modules run.
+they can do (half the speed of oneDNN on an AVX-512 AMD EPYC, at any number of rows); on Intel's they are equal. oneDNN
+prepares itself anew for each number of rows that it has not seen, which takes longer than a layer does, and a reduced
+image has any number: so rows are filled up to a few numbers (`room`), and it has to win by `_MARGIN`. Which one it is
+was measured once for each width and number of threads.
+
+The operator is the one that torch's own compiler emits; where it is missing, where gradients or autocast are asked for,
+or where a block is not plain, the host's modules run.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module
 
-from ..method.recipe import Parts, Recipe
+from ..method.recipe import Parts, Recipe, linear_of
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_MARGIN = 0.75
+"""oneDNN runs where it takes at most this share of MKL's time."""
 
 
 class Halves(NamedTuple):
@@ -32,12 +42,21 @@ class Halves(NamedTuple):
 
 
 def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
-    """How to run `block` on rows like `x`: by oneDNN where that computes the same, or else its own modules."""
+    """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same."""
     if _applies(x) and not block.training:
-        parts = recipe.parts(block)
-        if parts is not None and _plain(parts):
-            return Halves(partial(_qkv, parts), partial(_out, parts), partial(_mlp, parts))
+        parts = _known(recipe, block).plain()
+        if parts is not None:
+            linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
+            return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
     return Halves(partial(recipe.qkv, block), partial(recipe.out, block), partial(recipe.mlp, block))
+
+
+def room(rows: int, width: int) -> int:
+    """How many rows of `width` features to keep for `rows`: a sixteenth more at most, where oneDNN takes them."""
+    if not (_AVAILABLE and _faster(width, torch.get_num_threads())):
+        return rows
+    step = max(8, 1 << max(0, rows.bit_length() - 5))
+    return -(-rows // step) * step
 
 
 def _applies(x: Tensor) -> bool:
@@ -48,42 +67,109 @@ def _applies(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _AVAILABLE
-        # whoever watches operators, such as torch's FLOP counter, knows the ordinary ones
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not (module._global_forward_hooks or module._global_forward_pre_hooks)
+        and not watched()
     )
+
+
+def watched() -> bool:
+    """Whether somebody watches operators, such as torch's FLOP counter, which knows only the ordinary ones."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Known:
+    """The parts of a block, for as long as it has the same children and weights."""
+
+    def __init__(self, recipe: Recipe, block: nn.Module) -> None:
+        modules = list(block.modules())
+        parts = recipe.parts(block)
+        self._layers = () if parts is None else (*parts.qkv, parts.proj, parts.fc1, parts.fc2, parts.norm1, parts.norm2)
+        self._parts = parts if parts is not None and _plain(parts) else None
+        # layers made of a host's own weights (`linear_of`) are of the memory that these had
+        places = () if set(self._layers) <= set(modules) else (m._parameters for m in modules)
+        self._names = [(p, name, v) for m in modules for p in (m._parameters, m._modules) for name, v in p.items()]
+        self._memory = [(value, value.data_ptr()) for place in places for value in place.values() if value is not None]
+
+    def holds(self) -> bool:
+        """Whether they are those of its block still."""
+        for place, name, value in self._names:
+            if place.get(name) is not value:
+                return False
+        return all(value.data_ptr() == at for value, at in self._memory)
+
+    def plain(self) -> Parts | None:
+        """Its parts, if nothing but plain layers is there to be run: no hooks, no adapters."""
+        for layer in self._layers:
+            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+                return None
+        return self._parts
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def _known(recipe: Recipe, block: nn.Module) -> _Known:
+    known = _KNOWN.get(block)
+    if known is None or not known.holds():
+        known = _KNOWN[block] = _Known(recipe, block)
+    return known
 
 
 def _plain(parts: Parts) -> bool:
-    """Whether the linear layers are just that: no adapters around them, no hooks on them."""
-    layers = (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
-    return parts.act in _GELU and all(
-        type(layer) is nn.Linear
-        and layer.weight.dtype == torch.float32
-        and "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in layers
+    """Whether layers and weights are of the ordinary kinds, and nobody's own."""
+    kinds, linear = (Tensor, nn.Parameter, type(None)), (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
+    return (
+        parts.act in _GELU
+        and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in linear)
+        and all(type(t) in kinds for layer in (*linear, parts.norm1, parts.norm2) for t in (layer.weight, layer.bias))
     )
 
 
-def _linear(layer: nn.Linear, x: Tensor, act: str = "none", form: str = "") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, act, [], form)
+_Linear = Callable[..., Tensor]
 
 
-def _qkv(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return parts.project(_normed(parts.norm1, x), _linear)
+def _mkl(layer: nn.Linear, x: Tensor, act: str | None = None) -> Tensor:
+    y = F.linear(x, layer.weight, layer.bias)
+    return y if act is None else torch.ops.aten.gelu_(y, approximate=act)
 
 
-def _out(parts: Parts, y: Tensor) -> Tensor:
-    return _scaled(_linear(parts.proj, y), parts.scale1)
+def _onednn(layer: nn.Linear, x: Tensor, act: str | None = None) -> Tensor:
+    name, form = ("none", "") if act is None else ("gelu", act)
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, name, [], form)
 
 
-def _mlp(parts: Parts, x: Tensor) -> Tensor:
-    hidden = _linear(parts.fc1, _normed(parts.norm2, x), "gelu", _GELU[parts.act])
-    return _scaled(_linear(parts.fc2, hidden), parts.scale2)
+@cache
+def _faster(width: int, threads: int) -> bool:
+    """Whether oneDNN is, at layers from `width` to four times that: the least of nine turns each, in processor time."""
+    del threads  # there is an answer for each number of them
+    with torch.inference_mode():
+        layer = linear_of(torch.zeros(4 * width, width), torch.zeros(4 * width))
+        x = torch.zeros(128, width)
+        least = [float("inf"), float("inf")]
+        for turn in range(10):
+            for i, linear in enumerate((_mkl, _onednn)):
+                begin = time.thread_time()
+                linear(layer, x, "none")
+                if turn:
+                    least[i] = min(least[i], time.thread_time() - begin)
+    return least[1] <= _MARGIN * least[0]
+
+
+def _qkv(parts: Parts, linear: _Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return parts.project(_normed(parts.norm1, x), linear)
+
+
+def _out(parts: Parts, linear: _Linear, y: Tensor) -> Tensor:
+    return _scaled(linear(parts.proj, y), parts.scale1)
+
+
+def _mlp(parts: Parts, linear: _Linear, x: Tensor) -> Tensor:
+    hidden = linear(parts.fc1, _normed(parts.norm2, x), _GELU[parts.act])
+    return _scaled(linear(parts.fc2, hidden), parts.scale2)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from ..method.reduction import Plan, make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens, take
 from ..ops.attend.reference import attend, attend_rows
+from . import compiled
 from .body import Body
 from .masked import finish
 from .onednn import halves
@@ -21,7 +22,9 @@ from .state import Reduced, State
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C], cutting what is gone; see `Run`."""
+    """Run all blocks on [B, N, C], cutting what is gone; see `Run`. By `compiled` where that applies."""
+    if compiled.applies(body.policy, x):
+        return compiled.run(body, x, active, positions)
     state = State.start(x, packs=True, positions=positions)
     for i in range(body.depth):
         state = step(body, i, state, active)

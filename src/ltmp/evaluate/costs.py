@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..calls import record
 from ..deploy import deployed
-from ..engines import packed, select
+from ..engines import compiled, packed, select
 from ..engines.body import Body
 from ..engines.capacity import Capacity
 from ..engines.onednn import halves
@@ -150,6 +150,8 @@ def _packed_pieces(
     body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """Block `i` on [B, n, C] without its reduction, with it, and its MLP; and the tokens an image that it leaves."""
+    if compiled.applies(body.policy, x):
+        return _compiled_pieces(body, i, x, positions, active)
     off = ((False, False),) * len(active)
     start = State.start(x, packs=True, positions=positions)
     rows = replace(start, x=x.flatten(0, 1))
@@ -162,6 +164,21 @@ def _packed_pieces(
     counts = packed.step(body, i, rows, active).counts
     assert counts is not None
     return calls, sum(counts) / len(counts)
+
+
+def _compiled_pieces(
+    body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
+) -> tuple[dict[str, Call], float]:
+    """The same with a compiled plan."""
+    rows = compiled.Rows.start(x)
+    steps = compiled.block_steps(body.policy, active, body.protected)[i]
+    mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
+    calls: dict[str, Call] = {
+        "plain": lambda: compiled.run_block(body, i, rows, None, positions),
+        "reduced": lambda: compiled.run_block(body, i, rows, steps, positions),
+        "mlp": lambda: rows.x + mlp(rows.x),
+    }
+    return calls, float(compiled.run_block(body, i, rows, steps, positions).counts.mean())
 
 
 def _triton_pieces(

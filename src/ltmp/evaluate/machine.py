@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..ops.compiled import unavailable
 
 
 def describe_machine() -> dict[str, Any]:
@@ -15,6 +16,7 @@ def describe_machine() -> dict[str, Any]:
     import timm
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    reason = unavailable()
     return {
         "ltmp": __version__,
         "torch": torch.__version__,
@@ -22,4 +24,5 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *devices],
+        "plans on a CPU": "compiled" if reason is None else f"in plain torch, which is slower: compiling them {reason}",
     }

@@ -35,7 +35,8 @@ class Parts:
     def project(self, x: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [T, H, D] of normed x [T, C], with `linear` to apply a layer."""
         if len(self.qkv) == 1:
-            q, k, v = linear(self.qkv[0], x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+            y = linear(self.qkv[0], x)
+            q, k, v = y.view(*y.shape[:-1], 3, self.heads, y.shape[-1] // (3 * self.heads)).unbind(-3)
         else:
             q, k, v = (linear(layer, x).unflatten(-1, (self.heads, -1)) for layer in self.qkv)
         return self.q_norm(q), self.k_norm(k), v

@@ -139,6 +139,8 @@ def bench_verb(
     if target:
         share = target.meet(network, images[: options.sizes[0]], quiet=output.quiet)
     about = _about(name, model, place, options.dtype) | {"budget": share}
+    if place.type == "cpu" and not output.quiet:
+        _say_if_slow()
     rows = _timed(network, images, options, timed=target is not None, title=None if output.quiet else about)
     if output.json:
         about["scores"] = _scores(network)
@@ -147,6 +149,13 @@ def bench_verb(
         tables.write_csv(rows, output.csv)
     if any(row["note"] and row["way"] != "dense, compiled" for row in rows):
         raise typer.Exit(1)
+
+
+def _say_if_slow() -> None:
+    from ...ops.compiled import unavailable
+
+    if reason := unavailable():
+        typer.echo(f"plans run in plain torch, which is slower on a CPU: compiling them {reason}")
 
 
 def _reduce(network: nn.Module, images: Tensor, model: BenchModel, budget: float | None, *, made: bool) -> float | None:

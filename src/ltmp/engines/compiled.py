@@ -1,0 +1,304 @@
+"""The packed engine on a CPU with its plans compiled: what each block decides and folds is one call of a kernel.
+
+Features are rows of torch; all else that is known of tokens are rows of NumPy. What the kernels do not know runs in
+plain torch (`packed`), which computes the same: gradients, types other than float32, fusing (`evit`), policies made for
+one purpose (calibration), and tokens that are unmerged block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Scores
+from ..method.policy import Active, Policy
+from ..method.rates import Rates, noise
+from ..method.thresholds import Thresholds
+from ..method.tokens import Tokens
+from ..ops.attend.rows import attend_images
+from ..ops.compiled import unavailable
+from ..ops.probe.reference import WIDTH
+from ..ops.scratch import Scratch, scratch
+from .body import Body
+from .masked import finish
+from .onednn import halves, room, watched
+from .positions import Positions
+from .rows import pad
+from .state import Reduced, State
+
+if TYPE_CHECKING:
+    from ..ops.plan.numba import Cut, Steps
+
+Array = np.ndarray[Any, Any]
+
+_NOWHERE = 2**30
+_NOTHING = np.empty(0, np.float32)
+_UNREAD = np.empty((0, WIDTH + 2), np.float32)
+
+
+def applies(policy: Policy, x: Tensor) -> bool:
+    """Whether the kernels compute what `packed` would for `x` [B, N, C]."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and type(x) is Tensor
+        and type(policy) in (Thresholds, Rates)
+        and "fuse" not in policy.config.steps
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and not torch.jit.is_tracing()
+        and not watched()
+        and unavailable() is None
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The live tokens of a batch between two blocks, one image after the other.
+
+    Attributes:
+        x: float32, [T, C] and spare rows of any values behind (`onednn.room`).
+        size: float32 [T]; origin: int64 [T]; source: int32 [B, N], [B, 0] where nobody asks; see `Tokens`.
+        counts: int64 [B], tokens of each image.
+        merged: whether any size may be other than 1.
+    """
+
+    x: Tensor
+    size: Array
+    origin: Array
+    counts: Array
+    source: Array
+    merged: bool = True
+
+    @classmethod
+    def start(cls, x: Tensor, traced: bool = False) -> Rows:
+        """The tokens of x [B, N, C]."""
+        images, length, width = x.shape
+        origin = np.tile(np.arange(length), images)
+        source = origin.astype(np.int32).reshape(images, length)[:, : length if traced else 0]
+        rows = x.reshape(-1, width).contiguous()
+        spare = room(len(rows), width) - len(rows)
+        rows = torch.cat([rows, rows.new_zeros(spare, width)]) if spare else rows
+        return cls(rows, np.ones(len(origin), np.float32), origin, np.full(images, length), source, False)
+
+    def tokens(self) -> Tokens:
+        """The same as [B, N]."""
+        counts = self.counts.tolist()
+        size, origin = (pad(torch.from_numpy(values), counts) for values in (self.size, self.origin))
+        keep = torch.arange(size.shape[1]) < torch.from_numpy(self.counts)[:, None]
+        source = torch.from_numpy(self.source) if self.source.shape[1] else None
+        # rows that are not there are no prefix tokens
+        return Tokens(size, keep.float(), origin.masked_fill(~keep, _NOWHERE), source)
+
+
+def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
+    """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
+    policy, state = body.policy, State.start(x, packs=True, positions=positions)
+    planned = block_steps(policy, active, body.protected)
+    first = next((i for i, steps in enumerate(planned) if steps is not None), policy.depth)
+    for i in range(first):
+        # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
+        state = state.after(body.whole(i, state.x, positions), state.tokens, state.counts)
+    rows = Rows.start(state.x, state.tokens.source is not None)
+    kept, trail = [*state.kept], state.trail
+    for i in range(first, policy.depth):
+        rows = run_block(body, i, rows, planned[i], positions)
+        kept.append(rows.counts.tolist())
+        trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
+    done = replace(state, tokens=rows.tokens(), trail=trail)
+    left = pad(rows.x[: len(rows.size)], rows.counts.tolist())
+    return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, body.protected)
+
+
+def run_block(body: Body, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None) -> Rows:
+    """Run block `i` on the live tokens."""
+    block, policy, x, live = body.blocks[i], body.policy, rows.x, len(rows.size)
+    half = halves(body.recipe, block, x)
+    q, k, v = half.qkv(x)
+    if live < len(x):
+        q, k, v = q[:live], k[:live], v[:live]
+    if positions is not None:
+        q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
+    bias = policy.weight(i, torch.from_numpy(rows.size)).log() if rows.merged else None
+    received = _zeros("received", live) if planned is not None and planned.needs.received else None
+    attended = _zeros("attended", live) if planned is not None and planned.needs.attended else None
+    signals = [None if found is None else found.tensor.as_strided((live,), (1,)) for found in (received, attended)]
+    y = attend_images(q, k, v, bias, rows.counts.tolist(), *signals)
+    if live < len(x):
+        y = torch.cat([y, y.new_zeros(len(x) - live, y.shape[1])])
+    x = x + half.out(y)
+    if planned is not None:
+        arrays = [None if found is None else found.array[:live] for found in (received, attended)]
+        rows = reduce_rows(policy, planned, replace(rows, x=x), k, *arrays)
+        x = rows.x
+    return replace(rows, x=x + half.mlp(x))
+
+
+def _zeros(name: str, size: int) -> Scratch:
+    """Scratch memory whose first `size` values are 0."""
+    found = scratch(name, size)
+    found.array[:size] = 0
+    return found
+
+
+class Needs(NamedTuple):
+    """Which signals of `method.scores` a block's steps need, and what they make of them.
+
+    Attributes:
+        received, attended: attention received, and the class token's.
+        probe_merges, probe_prunes: whether a probe is part of the merge penalty, and of the importance.
+        penalised, blended: whether there is a merge penalty, and whether the importance is made of two signals.
+    """
+
+    received: bool
+    attended: bool
+    probe_merges: bool
+    probe_prunes: bool
+    penalised: bool
+    blended: bool
+
+    @classmethod
+    @cache
+    def of(cls, scores: Scores, all_steps: tuple[str, ...], steps: tuple[str, ...]) -> Needs:
+        """Those of `steps`, of which a variant has `all_steps`."""
+        merges, prunes = "merge" in steps, "prune" in steps
+        attended = scores.needs_class_attention(all_steps)
+        by_class = attended and scores.class_power > 0
+        probe_merges, probe_prunes = scores.probes_similarity and merges, scores.probes_importance and prunes
+        penalised = merges and (by_class or probe_merges)
+        blended = prunes and (probe_prunes or (by_class and scores.blends_class_attention))
+        received = scores.needs_received(steps)
+        return cls(received, attended, probe_merges, probe_prunes, penalised, blended)
+
+
+@dataclass(frozen=True)
+class BlockSteps:
+    """What a block does, as the kernels are told."""
+
+    steps: Steps
+    needs: Needs
+
+
+def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSteps | None]:
+    """What each block does, None where that is nothing. Reads the thresholds once."""
+    from ..ops.plan.numba import Steps
+
+    config, merges, prunes = policy.config, _cuts(policy, "merge"), _cuts(policy, "prune")
+    found: list[BlockSteps | None] = []
+    for i, (merge, prune) in enumerate(zip(merges, prunes, strict=True)):
+        names = policy.steps(active, i)
+        if not names:
+            found.append(None)
+            continue
+        order = ("merge" in names, "prune" in names, names[0] == "prune", config.scores.mutual)
+        steps, needs = Steps(*order, merge, prune, protected, i), Needs.of(config.scores, config.steps, names)
+        found.append(BlockSteps(steps, needs))
+    return found
+
+
+def _cuts(policy: Policy, step: str) -> list[Cut]:
+    """How each block's `step` selects tokens."""
+    from ..ops.plan.numba import Cut
+
+    config = policy.config
+    ceiling = config.ceiling if config.ceiling is not None and step == config.steps[-1] else -1
+    if isinstance(policy, Thresholds):
+        values = (policy.merge if step == "merge" else policy.prune).tolist()
+        return [Cut(np.float32(value), floor=config.floor, ceiling=ceiling) for value in values]
+    assert isinstance(policy, Rates)
+    # a part for merging is one of the tokens of both parities, though only the even ones are asked
+    halves_of = 2 if step == "merge" else 1
+    return [
+        Cut(np.float32(0), part=np.float32(halves_of * rate), floor=config.floor, ceiling=ceiling)
+        if isinstance(rate, float)
+        else Cut(np.float32(0), tokens=rate, floor=config.floor, ceiling=ceiling)
+        for rate in policy.rates[step]
+    ]
+
+
+def reduce_rows(
+    policy: Policy, block: BlockSteps, rows: Rows, k: Tensor, received: Array | None, attended: Array | None
+) -> Rows:
+    """Decide and fold: `method.reduction` on rows.
+
+    Args:
+        rows: with the features after attention.
+        k: float32 [T, H, D], keys.
+        received, attended: float32 [T], mean attention received and the class token's, where they are needed.
+    """
+    from ..ops.plan.numba import plan_rows
+
+    steps = block.steps
+    read = policy.probed(steps.block, rows.x[: len(rows.size)])
+    importance, penalty = _weigh(policy, block, rows, received, attended, read)
+    cosine = _similarities(policy.config.scores, steps, rows.counts, k, read) if steps.merges else _NOTHING
+    x, size, origin = torch.empty_like(rows.x), np.empty_like(rows.size), np.empty_like(rows.origin)
+    counts, source = np.empty_like(rows.counts), rows.source.copy()
+    left = plan_rows(
+        rows.x.numpy(), rows.size, rows.origin, rows.counts, cosine, importance, penalty, steps, steps.whole,
+        x.numpy(), size, origin, counts, source,
+    )  # fmt: skip
+    kept = min(room(left, x.shape[1]), len(x))
+    if left < kept:
+        x[left:kept] = 0
+    x = x.as_strided((kept, x.shape[1]), x.stride())
+    return Rows(x, size[:left], origin[:left], counts, source, rows.merged or steps.merges)
+
+
+def _weigh(
+    policy: Policy, block: BlockSteps, rows: Rows, received: Array | None, attended: Array | None, read: Tensor | None
+) -> tuple[Array, Array]:
+    """Importance and merge penalties, float32 [T], see `method.scores`; empty where no step needs them."""
+    from ..ops.weigh.numba import weigh_rows
+
+    steps, needs, kind = block.steps, block.needs, policy.config.scores.importance
+    importance = _NOTHING
+    if steps.prunes and kind == "random":
+        importance = noise(torch.from_numpy(rows.origin), steps.block, policy.config.seed).numpy()
+    elif steps.prunes:
+        signal = attended if kind == "class" else received
+        assert signal is not None
+        importance = signal
+    if not (needs.penalised or needs.blended):
+        return importance, _NOTHING
+    blended = np.empty_like(rows.size) if needs.blended else _NOTHING
+    penalty = np.empty_like(rows.size) if needs.penalised else _NOTHING
+    weigh_rows(
+        _NOTHING if received is None else received, _NOTHING if attended is None else attended,
+        _UNREAD if read is None else read.numpy(), rows.size,
+        policy.weight(steps.block, torch.from_numpy(rows.size)).numpy(), rows.origin, rows.counts, steps.protected,
+        np.float32(policy.class_power(steps.block)), (needs.probe_merges, needs.probe_prunes), blended, penalty,
+    )  # fmt: skip
+    return blended if needs.blended else importance, penalty
+
+
+def _similarities(scores: Scores, steps: Steps, counts: Array, k: Tensor, read: Tensor | None) -> Array:
+    """Cosines of tokens as `plan_rows` takes them: one product per image, so that no batch changes them."""
+    from ..ops.match.numba import metric_rows
+
+    vectors, width, each_head = k, k.shape[-1], not scores.averages_keys
+    if scores.probes_similarity:
+        assert read is not None
+        vectors, width, each_head = read[:, None], WIDTH, False
+    number, heads, _ = vectors.shape
+    if vectors.stride(2) != 1 or (heads > 1 and vectors.stride(1) != width):
+        vectors = vectors.contiguous()
+    size, step = width * heads if each_head else width, vectors.stride(0)
+    metric = scratch("metric", number * size)
+    flat = vectors.as_strided(((number - 1) * step + heads * width,), (1,)).numpy()
+    metric_rows(flat, step, heads, each_head, metric.array[: number * size].reshape(number, size))
+    images = counts.tolist()
+    pairs = [n * n if steps.whole else (n // 2) * (n - n // 2) for n in images]
+    cosine, at, start = scratch("cosine", sum(pairs)), 0, 0
+    for n, number in zip(images, pairs, strict=True):
+        # the vectors of all tokens, or of every other one
+        rows, columns, skip = (n, n, 1) if steps.whole else (n // 2, n - n // 2, 2)
+        odd = metric.tensor.as_strided((rows, size), (skip * size, 1), start + (skip - 1) * size)
+        even = metric.tensor.as_strided((size, columns), (1, skip * size), start)
+        torch.mm(odd, even, out=cosine.tensor.as_strided((rows, columns), (columns, 1), at))
+        at, start = at + number, start + n * size
+    return cosine.array

@@ -1,0 +1,189 @@
+"""Where plans are compiled, where they are not, and what others see of them: nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ltmp
+from helpers import assert_close, attach_reducing, make_probe, plain_torch, random_images, run_recorded, tiny_vit
+from ltmp.config import SCORES, VARIANTS
+from ltmp.engines import compiled, onednn
+from ltmp.evaluate import describe_machine
+
+pytest.importorskip("numba")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Grows by one for each call that the compiled engine takes."""
+    found: list[int] = []
+    run = compiled.run
+    monkeypatch.setattr(compiled, "run", lambda *args: found.append(1) or run(*args))
+    return found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_says_what_the_torch_form_says(variant: str, scores: str, runs: list[int]) -> None:
+    fixed = VARIANTS[variant].fixed
+    settings = {"r": 2} if fixed else {"scores": scores}
+    model, images = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant, **settings)), random_images(5)
+    if not fixed:
+        model.ltmp.set_probe(make_probe(3) if model.ltmp.config.needs_probe else None)
+        model.ltmp.set([0.5, 0.4, 0.3], [0.03, 0.04, 0.05])
+    with ltmp.trace(every_block=True) as traced:
+        fast, counts = run_recorded(model, images)
+    assert len(runs) == (variant != "evit")
+    with plain_torch(), ltmp.trace(every_block=True) as expected:
+        plain, plain_counts = run_recorded(model, images)
+    assert torch.equal(counts, plain_counts)
+    assert counts.min() < 17
+    assert_close(fast, plain, 1e-5, "logits")
+    assert torch.equal(traced.sources[0], expected.sources[0])
+    assert torch.equal(traced.blocks[0], expected.blocks[0])
+
+
+def test_runs_in_plain_torch_where_kernels_do_not_apply(runs: list[int]) -> None:
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(), images)
+    model(images)
+    assert not runs, "gradients are on"
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images)
+        with FlopCounterMode(display=False):
+            model(images)
+        with ltmp.unmerge():
+            model(images)
+        with plain_torch():
+            model(images)
+        copy.deepcopy(model).bfloat16()(images.bfloat16())
+        assert not runs
+        model(images)
+        assert len(runs) == 1
+
+
+@torch.inference_mode()
+def test_unequal_images_of_a_batch_are_what_they_are_alone() -> None:
+    images = random_images(6)
+    model = attach_reducing(tiny_vit(reg_tokens=2), images)
+    together, counts = run_recorded(model, images)
+    alone = [run_recorded(model, image[None]) for image in images]
+    assert len(counts.unique(dim=0)) > 1
+    assert torch.equal(counts, torch.cat([kept for _, kept in alone]))
+    assert_close(together, torch.cat([logits for logits, _ in alone]), 1e-5)
+
+
+@torch.inference_mode()
+def test_results_are_the_callers_own() -> None:
+    """No output lies in memory that a later call of the thread overwrites."""
+    images = random_images(4)
+    model = attach_reducing(tiny_vit(), images)
+    with ltmp.trace(every_block=True) as calls, ltmp.record() as record:
+        first = model.forward_features(images)
+        kept = [t.clone() for t in (first, calls.sources[0], calls.blocks[0], record.kept[0])]
+        for _ in range(3):
+            model.forward_features(images.flip(0) * 2)
+    for before, now in zip(kept, (first, calls.sources[0], calls.blocks[0], record.kept[0]), strict=True):
+        assert torch.equal(before, now)
+
+
+def test_threads_do_not_meet() -> None:
+    batches = [random_images(3, seed=seed) for seed in range(4)]
+    model = attach_reducing(tiny_vit(), batches[0])
+    with torch.inference_mode():
+        expected = [model(images) for images in batches]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        with torch.inference_mode():
+            for _ in range(20):
+                if (model(batches[i]) - expected[i]).abs().max() > 1e-5:
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.inference_mode()
+def test_changed_weights_are_noticed() -> None:
+    """Whatever way they change: nothing of a model is kept but where its parts are."""
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(), images)
+    changes: list[Any] = [
+        lambda block: block.mlp.fc1.weight.data.mul_(1.1),
+        lambda block: setattr(block.mlp.fc1.weight, "data", block.mlp.fc1.weight.data * 1.1),
+        lambda block: setattr(block.attn, "proj", copy.deepcopy(block.attn.proj).apply(lambda m: m.weight.mul_(1.5))),
+        lambda block: setattr(block.mlp.fc2, "weight", torch.nn.Parameter(block.mlp.fc2.weight * 1.1)),
+        lambda block: setattr(block.norm1, "eps", 0.1),
+    ]
+    block = model.blocks[0]
+    before = model(images)
+    for change in changes:
+        change(block)
+        now = model(images)
+        assert (now - before).abs().max() > 1e-4
+        with plain_torch(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onednn, "_applies", lambda x: False)
+            assert_close(now, model(images), 1e-5)
+        before = now
+
+
+@torch.inference_mode()
+def test_copies_and_pickles_carry_nothing_of_it() -> None:
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(), images)
+    with plain_torch():
+        model(images)
+    before = len(pickle.dumps(model))
+    expected = model(images)
+    assert len(pickle.dumps(model)) == before
+    assert_close(copy.deepcopy(model)(images), expected, 0.0)
+
+
+class Watched(torch.Tensor):
+    """A tensor that another library computes with in its own way."""
+
+
+@torch.inference_mode()
+def test_tensors_of_other_kinds_are_left_to_the_host() -> None:
+    block = tiny_vit().blocks[0]
+    x = torch.randn(7, 16)
+    from ltmp.hosts.timm import RECIPE
+
+    assert onednn.halves(RECIPE, block, x).qkv.func is onednn._qkv
+    block.mlp.fc1.weight = torch.nn.Parameter(block.mlp.fc1.weight.as_subclass(Watched), requires_grad=False)
+    assert onednn.halves(RECIPE, block, x).qkv.func is not onednn._qkv
+
+
+@torch.inference_mode()
+def test_rows_filled_up_for_onednn_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn._AVAILABLE:
+        pytest.skip("this torch has no oneDNN linear operator")
+    images = random_images(5)
+    model = attach_reducing(tiny_vit(), images)
+    own, counts = run_recorded(model, images)
+    monkeypatch.setattr(onednn, "_faster", lambda width, threads: True)
+    assert onednn.room(70, 16) == 72
+    filled, filled_counts = run_recorded(model, images)
+    assert torch.equal(counts, filled_counts)
+    assert_close(filled, own, 1e-5)
+
+
+def test_info_says_whether_plans_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe_machine()["plans on a CPU"] == "compiled"
+    monkeypatch.setattr("ltmp.evaluate.machine.unavailable", lambda: "needs numba")
+    assert "needs numba" in describe_machine()["plans on a CPU"]
