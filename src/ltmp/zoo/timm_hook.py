@@ -16,10 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from ..config import LEARNED, VARIANTS
-
-INFERENCE = "inference_"
-PREFIXES = (*(f"{variant}_" for variant in VARIANTS), *(f"{INFERENCE}{variant}_" for variant in LEARNED))
+from .prefixes import PREFIXES
 
 _LISTED = ContextVar("_LISTED", default=False)
 

@@ -16,7 +16,7 @@ from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from ..hosts.attach import attach, is_attached, recipes, thresholds_of
 from ..method.recipe import Recipe
-from .timm_hook import INFERENCE, PREFIXES
+from .prefixes import INFERENCE, PREFIXES
 
 MERGE_START, PRUNE_START = 0.9, 0.0
 """Where the paper starts both thresholds."""
