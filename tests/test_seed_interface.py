@@ -118,7 +118,7 @@ def test_training_form_masks_and_inference_form_removes() -> None:
         model = create(name)
         model.ltmp.set([0.0] * DEPTH, [0.02] * DEPTH)
         seen: list[int] = []
-        model.blocks.blocks[-1].mlp.register_forward_hook(
+        model.blocks[-1].mlp.register_forward_hook(
             lambda _module, inputs, _output, seen=seen: seen.append(inputs[0].flatten(0, -2).shape[0])
         )
         model(images)

@@ -190,7 +190,7 @@ def read_state_dict(path: str | os.PathLike[str], keep: Keep | None = None) -> d
         else:
             found = _state_in(load_plain(path, lazy=keep is not None), path)
     except FileNotFoundError:
-        raise LTMPError(f"no checkpoint {path}: check the path") from None
+        raise UsageError(f"no checkpoint {path}: check the path") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         raise LTMPError(f"{path} is truncated or not a checkpoint: copy or download it again") from error
     plain = {name.removeprefix("module."): value for name, value in found.items()}

@@ -77,7 +77,7 @@ def test_wrong_calls_are_one_sentence(predict, images, thresholds, tmp_path, cap
         ((images, *out, "--runner", "slurm"), 2, "unknown runner 'slurm'"),
         ((images, *out, "--actors", 2), 2, "are for --runner ray"),
         ((images, *out, "--class-map", "none.txt"), 2, "class map none.txt: expected"),
-        ((images, *out, "--class-map", "two.txt"), 1, "2 class names for a model with 3 classes"),
+        ((images, *out, "--class-map", "two.txt"), 2, "2 class names for a model with 3 classes"),
         ((images, *out, "--thresholds", thresholds, "--model-kwargs", "depth=3 embed_dim=48"), 1, "does not fit"),
         ((images, "--out", images / "scores"), 2, "lies inside the source"),
         ((images,), 2, "--out"),

@@ -61,7 +61,7 @@ def test_a_tar_of_absolute_names_duplicates_and_damage(tmp_path):
         archive.addfile(link)
     summary = predict([path], tmp_path / "out", scoring())
     assert (summary.images, summary.broken, summary.duplicates) == (4, 1, 1)
-    assert set(errors(tmp_path / "out")) == {"x\\r\\n.png"}
+    assert set(errors(tmp_path / "out")) == {"x  .png"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "out"]
 
 

@@ -79,10 +79,11 @@ def file_of(out: Path, shard: Shard) -> Path:
 
 
 def finished(out: Path, shard: Shard) -> Written | None:
-    """What is there of a shard, if all of it is."""
+    """What is there of a shard, if all of it is; raises MissingExtraError before anything is scored."""
+    files = parquet()
     try:
         with file_of(out, shard).open("rb") as file:
-            return Written(**json.loads(parquet().read_metadata(file).metadata[_ABOUT]))
+            return Written(**json.loads(files.read_metadata(file).metadata[_ABOUT]))
     # no file, or one that a crash of the machine left unfinished
     except (OSError, ValueError, KeyError, TypeError):
         return None
