@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import LTMPError
+from .errors import LTMPError, UsageError
 
 MOST_HEADER = 1 << 24
 """Bytes of a header: that of 10,000 tensors has one million."""

@@ -59,7 +59,7 @@ class Bench:
 
 @pytest.mark.parametrize("verb", ["eval", "report", "predict", "show", "bench"])
 def test_rates_are_enough(verb, run, images, capsys, monkeypatch):
-    monkeypatch.setattr("ltmp.cli.verbs.bench.Bench", Bench)
+    monkeypatch.setattr("ltmp.evaluate.bench.Bench", Bench)
     assert run(verb, *arguments(verb, images)) == 0, capsys.readouterr().err
 
 

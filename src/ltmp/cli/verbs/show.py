@@ -79,9 +79,9 @@ def show_verb(
     from ..progress import progress_bar
     from ..screen import say
 
+    images = [file for path in images for file in _files(path)]
     name = model.model or name_in(model.thresholds[0])
     network = model.build(name)
-    images = [file for path in images for file in _files(path)]
     blocks = pictures.blocks
     with progress_bar("drawing", len(images)) as advance:
         shown = show_images(
@@ -110,6 +110,8 @@ def _files(path: Path) -> list[Path]:
     """The path itself, or the images in a folder."""
     from ...data.images import is_image_name
 
+    if not path.exists():
+        raise UsageError(f"no image {path}: check the path")
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if is_image_name(file.name))
@@ -141,6 +143,7 @@ def _rows(shown: list[Shown]) -> list[Row]:
 
 def _as_json(one: Shown) -> dict[str, Any]:
     budgets = {
-        name: {"tokens": seen.tokens, "kept": seen.kept, "share": seen.share} for name, seen in one.budgets.items()
+        name: {"tokens": seen.tokens, "kept": seen.kept, "share": seen.share, "answers": seen.answers}
+        for name, seen in one.budgets.items()
     }
     return {"image": str(one.image), "budgets": budgets, "files": [str(file) for file in one.files]}
