@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..method.recipe import Parts, Recipe
+from ..method.recipe import Parts, Recipe, is_plain
+from .hooks import hooked_inside
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -31,11 +32,18 @@ class Halves(NamedTuple):
     mlp: Callable[[Tensor], Tensor]
 
 
+def drops_images(block: nn.Module) -> bool:
+    """Whether the block leaves out branches of some images at random (stochastic depth, Huang et al., ECCV 2016)."""
+    if not block.training:
+        return False
+    return any(type(m).__name__.endswith(("DropPath", "StochasticDepth")) and m.training for m in block.modules())
+
+
 def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
     """How to run `block` on rows like `x`: by oneDNN where that computes the same, or else its own modules."""
     if _applies(x) and not block.training:
         parts = recipe.parts(block)
-        if parts is not None and _plain(parts):
+        if parts is not None and parts.act in _GELU and is_plain(parts, torch.float32) and not hooked_inside(block):
             return Halves(partial(_qkv, parts), partial(_out, parts), partial(_mlp, parts))
     return Halves(partial(recipe.qkv, block), partial(recipe.out, block), partial(recipe.mlp, block))
 
@@ -50,18 +58,6 @@ def _applies(x: Tensor) -> bool:
         and _AVAILABLE
         # whoever watches operators, such as torch's FLOP counter, knows the ordinary ones
         and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def _plain(parts: Parts) -> bool:
-    """Whether the linear layers are just that: no adapters around them, no hooks on them."""
-    layers = (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
-    return parts.act in _GELU and all(
-        type(layer) is nn.Linear
-        and layer.weight.dtype == torch.float32
-        and "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in layers
     )
 
 

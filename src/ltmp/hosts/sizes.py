@@ -30,7 +30,7 @@ def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
         LTMPError: none were, so that nobody knows which rows are there: `x` was cut or copied on its way.
     """
     if hasattr(x, "ltmp_size"):
-        return x.ltmp_size  # type: ignore[no-any-return]
+        return x.ltmp_size
     if unmerging() or (body is not None and not running_body(body).reduces()):
         return None
     raise LTMPError(

@@ -144,6 +144,10 @@ def _out(block: nn.Module, y: Tensor) -> Tensor:
     return _apply(block, _layout(block).out, y)
 
 
+def _attention(block: nn.Module) -> list[nn.Module]:
+    return [block.get_submodule(holder) for holder in _layout(block).holders if holder]
+
+
 def _mlp(block: nn.Module, x: Tensor) -> Tensor:
     return _apply(block, _layout(block).mlp, x)
 
@@ -394,6 +398,7 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         qkv=_qkv,
         out=_out,
         mlp=_mlp,
+        attention=_attention,
         parts=_parts,
         protected=host.protected,
         class_first=host.class_first,

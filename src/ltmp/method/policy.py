@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LTMPConfig
+from ..errors import LTMPError
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
@@ -34,6 +36,13 @@ class Policy(nn.Module, ABC):
         self.config = config
         self.depth = depth
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`, which compiles the code of a host and sees nothing that stands in for it."""
+        raise LTMPError(
+            "torch.jit.script cannot compile a model that ltmp is attached to: call ltmp.detach(model) first, or write "
+            "it reduced with ltmp.export.export(model, ...) or `ltmp export`"
+        )
+
     @abstractmethod
     def on(self) -> Tensor:
         """bool [L, 2] on the device, whether the merge and the prune step of each block can select anything."""
@@ -52,8 +61,12 @@ class Policy(nn.Module, ABC):
         return tuple(step for step in self.config.steps if (merge if step == "merge" else prune))
 
     def empties(self, block: int) -> bool:
-        """Whether `block` drops all that it may, as no mean of attention weights is above the threshold."""
-        return False
+        """Whether `block` prunes every token that is not protected."""
+        return bool(self.emptied()[block])
+
+    def emptied(self) -> Tensor:
+        """`empties` of all blocks, bool [L] on the device."""
+        return torch.zeros_like(self.on()[:, 0])
 
     def size_power(self, block: int) -> float:
         """The power of a token's size that it counts as in `block`'s attention."""
@@ -74,6 +87,10 @@ class Policy(nn.Module, ABC):
         See `ops.probe.reference.probe`.
         """
         return None
+
+    def stored(self) -> tuple[str, ...]:
+        """Names of all that its state dict may hold."""
+        return tuple(self.state_dict())
 
     @property
     def bounded(self) -> bool:

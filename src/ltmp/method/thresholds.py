@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
+import math
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ from ..errors import LTMPError, UsageError
 from ..ops.probe.reference import WIDTH, probe
 from .dial import PREFIX, Dial
 from .policy import Active, Policy
+
+Answers = tuple[Active, tuple[bool, ...]]
+"""What `Thresholds.active` and, of each block, `Thresholds.empties` say."""
 
 
 def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -111,7 +117,12 @@ class Dialled(nn.Module, ABC):
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        """The dial comes along, or goes where the thresholds that are loaded had none."""
+        """The dial comes along, or goes where the thresholds that are loaded had none.
+
+        A checkpoint of the model alone, without any of them, leaves them as they are.
+        """
+        if prefix and not any(name.startswith(prefix) for name in state_dict):
+            return
         if f"{prefix}merge" in state_dict:
             try:
                 self.set_dial(Dial.find(state_dict, prefix))
@@ -205,7 +216,7 @@ class Thresholds(Dialled, Probing, Policy):
         self.merge = nn.Parameter(torch.ones(depth, dtype=torch.float32), requires_grad=False)
         self.prune = nn.Parameter(torch.zeros(depth, dtype=torch.float32), requires_grad=False)
         self.register_buffer("probe", None)
-        self._known: tuple[Any, Active] | None = None
+        self._known: tuple[Any, Answers, tuple[Tensor, ...]] | None = None
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, but keep every float32 bit: `model.half()` must not move a decision."""
@@ -249,9 +260,14 @@ class Thresholds(Dialled, Probing, Policy):
             return over(score, self.merge[block], self.config.tau)
         return log_over(score, self.prune[block], self.config.prune_tau)
 
-    def empties(self, block: int) -> bool:
-        """Whether `block` drops all that it may, as no mean of attention weights is above the threshold."""
-        return bool(self.prune[block] >= 1) and not self.config.floor
+    def stored(self) -> tuple[str, ...]:
+        """See `Policy.stored`."""
+        dial = (f"{PREFIX}{field.name}" for field in fields(Dial))
+        return ("merge", "prune", "probe", *dial)
+
+    def emptied(self) -> Tensor:
+        """No mean of attention weights is above 1."""
+        return self.prune.detach() >= (float("inf") if self.config.floor else 1)
 
     def on(self) -> Tensor:
         """No cosine is above 1, and every importance is above 0; but a ceiling may always ask for more."""
@@ -271,27 +287,43 @@ class Thresholds(Dialled, Probing, Policy):
         """
         if torch.compiler.is_dynamo_compiling():
             return self._uncompiled()
-        plain = type(self.merge) is type(self.prune) is nn.Parameter
-        if not plain and self._known is not None:
-            # a tracer's stand-ins, which have no values
-            return self._known[1]
-        if not plain or self.merge.device.type != "cpu":
-            return self._read()
-        now = (self.config, *(ctypes.string_at(p.data_ptr(), p.nbytes) for p in (self.merge, self.prune)))
-        if self._known is None or self._known[0] != now:
-            self._known = (now, self._read())
-        return self._known[1]
+        return self._look()[0]
 
-    @torch.compiler.disable
+    def empties(self, block: int) -> bool:
+        """See `Policy.empties`; a device is read once more."""
+        return self._look()[1][block]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _uncompiled(self) -> Active:
         return self.active()
 
-    def _read(self) -> Active:
-        broken = torch.stack([self.merge.detach().isnan(), self.prune.detach().isnan()], 1)
-        flags = torch.cat([self.on(), broken]).tolist()
-        if any(merge or prune for merge, prune in flags[self.depth :]):
+    def _look(self) -> Answers:
+        """What `active` and `empties` say: as it was the last time, where nothing changed."""
+        # not as attributes, which tracers replace
+        both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
+        if not all(type(p) is nn.Parameter and not p.is_meta for p in both):
+            # something without values stands in for them: a tracer, an offloader
+            if self._known is None:
+                raise LTMPError("these thresholds are on the meta device, or are traced, and have no values there")
+            both = self._known[2]
+        if both[0].device.type != "cpu":
+            return self._answers(*torch.stack([p.detach() for p in both]).tolist())
+        # from memory, by no operator
+        found = [ctypes.string_at(p.data_ptr(), p.nbytes) for p in both]
+        if self._known is None or self._known[0] != (self.config, *found):
+            answers = self._answers(*(array.array("f", values) for values in found))
+            held = both if self._known is not None and both is self._known[2] else tuple(p.data for p in both)
+            self._known = ((self.config, *found), answers, held)
+        return self._known[1]
+
+    def _answers(self, merge: Sequence[float], prune: Sequence[float]) -> Answers:
+        if any(value != value for value in (*merge, *prune)):
             raise LTMPError("a threshold is NaN: the run or the file that it came from is broken, use another")
-        return tuple((merge, prune) for merge, prune in flags[: self.depth])
+        steps, most = self.config.steps, 1 if not self.config.floor else math.inf
+        on = [(m < 1, p > 0) for m, p in zip(merge, prune, strict=True)]
+        if self.config.ceiling is not None:
+            on = [("merge" in steps, "prune" in steps)] * self.depth
+        return tuple(on), tuple(p >= most for p in prune)
 
     def extra_repr(self) -> str:
         return f"{self.config.variant}, depth={self.depth}"

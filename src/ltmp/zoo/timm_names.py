@@ -71,6 +71,9 @@ def _entrypoint(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
         if full.startswith(INFERENCE):
             # removes tokens for real from the start, whatever mode timm hands the model out in
             thresholds.eval()
+        else:
+            # asked for by this name: whoever trains the model trains them
+            thresholds.requires_grad_(True)
         model.register_load_state_dict_pre_hook(_accept_seed_keys)
         return model
 

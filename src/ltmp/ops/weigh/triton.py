@@ -63,7 +63,7 @@ def class_rows(
     """
     rows, heads, width = k.shape
     full, padded = pow2(longest), pow2(width)
-    reluctance, importance = torch.empty(2, 1, rows, device=k.device)
+    reluctance, importance = torch.empty(2, 1, rows, device=k.device, dtype=torch.float32)
     _class_kernel[(cu.shape[0] - 1,)](
         q, k, weight, size, reluctance if received is None else received, cu, reluctance, importance,
         *strides(q), *strides(k), rows, width**-0.5 * LOG2E, power,
@@ -121,7 +121,7 @@ def matter_rows(
         received: float32 [1, T], what stands in for it where tokens are pruned; None where it is None.
     """
     rows = size.shape[0]
-    reluctance, importance = torch.empty(2, 1, rows, device=size.device)
+    reluctance, importance = torch.empty(2, 1, rows, device=size.device, dtype=torch.float32)
     _matter_kernel[(cu.shape[0] - 1,)](
         logarithm, weight, size, reluctance if received is None else received, origin, cu, reluctance, importance,
         rows, protected, (1 + LIFT) ** 0.5, MERGES, PRUNES,
