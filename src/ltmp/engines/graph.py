@@ -25,6 +25,7 @@ from ..method.flops import Geometry
 from ..method.policy import Active, Policy
 from .body import Body, Engine, running, running_body, running_engine
 from .capacity import SLACK, Capacity, Level, plan_capacity
+from .hooks import hooked_inside
 from .patches import patches_as_product
 from .recorder import CudaRecorder, Recorder, Snapshot
 
@@ -175,6 +176,8 @@ class GraphedForward:
             and on_device(self.body)
             and not self.body.policy.masks
             and running_engine() is None
+            # a replay calls no module
+            and not hooked_inside(self.host)
             and not is_dense()
             and unavailable(images.device) is None
             and not torch.is_autocast_enabled(images.device.type)

@@ -61,7 +61,7 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
 
 def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str]]:
     """The known hosts in `model`, each with its name there; not those inside others."""
-    inside = ()
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
@@ -251,7 +251,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     vars(model).update({"ltmp": policy} if holder is not model else {})
     if hasattr(holder, "_keys_to_ignore_on_save"):
         # transformers' save_pretrained writes the model alone, which loads everywhere
-        ignored = {*(holder._keys_to_ignore_on_save or ()), *(f"ltmp.{name}" for name in policy.stored())}
+        mine: Any = holder._keys_to_ignore_on_save
+        ignored = {*(mine or ()), *(f"ltmp.{name}" for name in policy.stored())}
         made.replace(holder, "_keys_to_ignore_on_save", ignored)
     return model
 

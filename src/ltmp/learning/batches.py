@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,44 @@ from ..distributed import rank, world
 from ..errors import LTMPError
 from .heldout import Progress
 
-Batch = tuple[Tensor, Tensor]
+Batch = Any
+"""Images [B, C, H, W] alone, or with labels and whatever else behind them, or a dictionary; see `split`."""
+
+_IMAGES = ("pixel_values", "images", "image", "inputs")
+_LABELS = ("labels", "label", "targets", "target")
+
+
+def split(batch: Batch) -> tuple[Tensor, Any]:
+    """The images of a batch and its labels, None where it has none.
+
+    Args:
+        batch: images, a tuple or list that begins with images and labels, or a dictionary (or what transformers'
+            collators make) with `pixel_values` or `images`, and `labels`.
+
+    Raises:
+        LTMPError: it holds no images.
+    """
+    images: Any = None
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        images, labels = (next((batch[name] for name in names if name in batch), None) for names in (_IMAGES, _LABELS))
+    elif isinstance(batch, tuple | list):
+        images, labels = (*batch, None, None)[:2]
+    else:
+        images = batch
+    if not isinstance(images, Tensor):
+        raise LTMPError(
+            f"a batch is a {type(batch).__name__} without images: expected images [B, C, H, W], a pair of images and "
+            "labels, or a dictionary with pixel_values and labels"
+        )
+    return images, labels
 
 
 def first(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Tensor, Tensor | None]:
     """The first `count` images of the loader and their labels, or all where there are fewer.
 
     Returns:
-        [N, 3, H, W], and int64 [N], or None where the loader gives something else.
+        [N, 3, H, W], and labels [N] or [N, K], or None where the loader gives something else.
 
     Raises:
         LTMPError: there are none, or fewer than ranks, or one holds NaN or infinity.
@@ -29,7 +60,7 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
     known: list[Tensor] = []
     have = 0
     expected = min(count, getattr(loader, "images", 0) or count)
-    for images, labels in loader:
+    for images, labels in map(split, loader):
         if not images.isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
         found.append(images)
@@ -52,7 +83,7 @@ def count(loader: Iterable[Batch]) -> int:
     if isinstance(loader, Loader):
         return loader.images
     dataset = getattr(loader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else sum(len(images) for images, _ in loader)
+    return len(dataset) if isinstance(dataset, Sized) else sum(len(split(batch)[0]) for batch in loader)
 
 
 def apart(loader: Iterable[Batch], kept: int) -> int:
@@ -63,11 +94,11 @@ def apart(loader: Iterable[Batch], kept: int) -> int:
     return kept if count(loader) >= 2 * kept else 0
 
 
-def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[Batch]:
+def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[tuple[Tensor, Any]]:
     """This rank's endless batches, from those after the first `done` of all ranks."""
     if isinstance(loader, Loader):
         return loader.stream(done * batch, 1 << 62, rank(), world())
-    return islice(_again(loader), done + rank(), None, world())
+    return map(split, islice(_again(loader), done + rank(), None, world()))
 
 
 def _again(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -20,11 +20,11 @@ from ..errors import UsageError
 from ..hosts.attach import attachment, thresholds_of
 from ..hosts.outputs import logits_of
 from ..method.dial import Dial, keep_on
-from .batches import first
+from .batches import first, split
 from .budget import check_target
 from .calibrate import follow, geometry_of
 from .heldout import Progress
-from .objective import task_loss, teacher
+from .objective import answers_alone, task_loss, teacher
 from .probe import PROBED, learn_probe
 from .resume import load_run, save_run
 from .schedule import Shape, searched, usual
@@ -190,7 +190,8 @@ class _Maker:
         with record() as calls:
             answers = logits_of(follow(self.model, self.images[part], shape, share, self.geometry))
         self._looked(len(answers), text)
-        divergence = task_loss(answers, None, self.answers[part]).clamp_min(0).sqrt().mean()
+        alone = answers_alone(self.model)
+        divergence = task_loss(answers, None, self.answers[part], alone=alone).clamp_min(0).sqrt().mean()
         values = (own.merge.detach().clone(), own.prune.detach().clone())
         return _Row(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
 
@@ -244,8 +245,8 @@ class _Maker:
         knots = dial.share.tolist()
         at = sorted({min(knots, key=lambda knot: abs(knot - budget)) for budget in budgets})
         cost, seen = torch.zeros(len(at), dtype=torch.float64), 0
-        for batch, _ in loader:
-            batch = batch[: images - seen].to(self.images.device)
+        for given in loader:
+            batch = split(given)[0][: images - seen].to(self.images.device)
             for i, budget in enumerate(at):
                 thresholds.set_budget(budget)
                 with record() as calls:

@@ -14,7 +14,7 @@ from ..calls import record
 from ..distributed import mean
 from ..hosts.attach import thresholds_of
 from ..hosts.outputs import logits_of
-from .objective import task_loss, teacher
+from .objective import answers_alone, task_loss, teacher
 
 Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and what it is."""
@@ -93,9 +93,9 @@ class HeldOut:
     @torch.inference_mode()
     def loss(self) -> float:
         """Mean loss of the deployed model's answers."""
-        losses = []
+        losses, alone = [], answers_alone(self.model)
         for part, labels, answer in zip(self.parts, self.labels, self._answers, strict=True):
-            losses.append(task_loss(logits_of(self.model(part)), labels, answer, self.part).double())
+            losses.append(task_loss(logits_of(self.model(part)), labels, answer, self.part, alone).double())
             self._tick(part)
         return float(mean(torch.cat(losses)))
 

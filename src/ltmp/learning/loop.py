@@ -17,7 +17,7 @@ from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
-from .batches import Batch, apart, first, stream
+from .batches import Batch, apart, first, split, stream
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
 from .heldout import HeldOut, Progress
@@ -105,8 +105,9 @@ def learn(
 
     Args:
         model: attached; left in eval mode on `device`.
-        loader: shuffled batches of images [B, 3, H, W] and labels [B]; a `ltmp.data.Loader`, or any iterable that can
-            be iterated again and again. A run resumes exactly where the loader gives the same batches again.
+        loader: shuffled batches of images [B, 3, H, W] and labels [B], as `ltmp.learning.batches.split` takes them
+            (pairs, triples, dictionaries, images alone); a `ltmp.data.Loader`, or any iterable that can be iterated
+            again and again. A run resumes exactly where the loader gives the same batches again.
         target: share of the dense model's multiply-adds, in (0, 1).
         views: images to optimise on, 0 for the calibrated start alone; calibration and the final adjustment add at most
             `23 * calibration`, and a probe, where the scores ask for one, at most 512.
@@ -146,7 +147,7 @@ def learn(
 
     # again where there is one: a run is of its own images alone, resumed or not
     probed = learn_probe(model, images, amp=amp, progress=progress) if thresholds.config.asks_probe else 0
-    batch = getattr(loader, "batch_size", None) or next(iter(loader))[0].shape[0]
+    batch = getattr(loader, "batch_size", None) or len(split(next(iter(loader)))[0])
     views_a_step = batch * world() * accumulate
     settings = _Settings(target, views, accumulate, batch * world(), lr, distill, budget_weight, len(images), seed,
                          thresholds.config.variant, thresholds.config.scores, thresholds.depth,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,17 +105,15 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def linear_ratio(mlp: nn.Module, width: int) -> float:
     """Hidden width over C of a two-layer MLP that costs what the linear layers of `mlp` do."""
     # from the shapes: the weights of quantised layers are packed
-    return sum(m.in_features * m.out_features for m in mlp.modules() if _multiplies(m)) / (2 * width * width)
+    return sum(layer.in_features * layer.out_features for layer in _linears(mlp)) / (2 * width * width)
 
 
-def _multiplies(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, of torch's own class or another one that is not wrapped around it."""
-    if isinstance(module, nn.Linear):
-        return True
-    says = isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
-    return says and not any(isinstance(inner, nn.Linear) for inner in module.modules())
+def _linears(module: nn.Module) -> Iterator[Any]:
+    """The linear layers inside: torch's own, and those of other classes that are not wrapped around one."""
+    for layer in module.modules():
+        says = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+        if isinstance(layer, nn.Linear) or (says and not any(isinstance(m, nn.Linear) for m in layer.modules())):
+            yield layer
 
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
