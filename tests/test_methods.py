@@ -67,7 +67,7 @@ def test_equals_independent_lines(variant: str, host: str, rates: str) -> None:
     model = attached(variant, host, **RATES[rates])
     assert min(map(min, counts)) < counts[0][0] + 2, "nothing goes: the test tests little"
     for mode in ("packed", "masked"):
-        model.ltmp.train(mode == "masked")
+        model.ltmp.train(mode == "masked").requires_grad_(mode == "masked")
         found, kept = run_recorded(model, images)
         assert kept.tolist() == counts, mode
         assert_close(found, logits, 1e-5, f"{mode} logits")
@@ -201,7 +201,7 @@ def test_floor_and_ceiling_hold_for_every_image(variant: str) -> None:
     low, high = int(free.min()) + 2, int(free[:, 0].max()) - 2
     assert low < high
     for mode in ("packed", "masked"):
-        model.ltmp.train(mode == "masked")
+        model.ltmp.train(mode == "masked").requires_grad_(mode == "masked")
         model.ltmp.config = LTMPConfig(variant=variant, floor=low, ceiling=high)
         kept = run_recorded(model, images)[1]
         assert kept.min() >= low

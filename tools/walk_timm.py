@@ -69,7 +69,7 @@ def off_difference(name: str) -> float:
     size = getattr(embed, "img_size", None) or timm.data.resolve_model_data_config(model)["input_size"][1:]
     images = torch.randn(1, 3, *size)
     dense = model(images)
-    ltmp.attach(model).ltmp.train()
+    ltmp.attach(model).ltmp.train().requires_grad_()
     return float((model(images) - dense).abs().max() / dense.abs().max())
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .errors import LTMPError
 from .method.flops import Geometry, flops_share
 
 
@@ -31,7 +32,13 @@ class Record:
         self.geometry.append(geometry)
 
     def share(self) -> Tensor:
-        """[images], FLOPs share of every image of every call."""
+        """[images], FLOPs share of every image of every call.
+
+        Raises:
+            LTMPError: there was no call.
+        """
+        if not self.kept:
+            raise LTMPError("nothing was recorded: call an attached model inside `with ltmp.record() as calls:`")
         return torch.cat([flops_share(k, g) for k, g in zip(self.kept, self.geometry, strict=True)])
 
 

@@ -54,9 +54,8 @@ def run_block(body: Body, i: int, x: Tensor, positions: Positions | None) -> Ten
 
 def _start(body: Body, x: Tensor, positions: Positions | None) -> Reached:
     active = body.active()
-    if active[-1][1] and body.policy.prunes_all(-1):
-        # learned for a head that reads none of the last block's patches; here they are read
-        active = (*active[:-1], (active[-1][0], False))
+    # here patches are read whatever the head reads
+    active = body.read_whole(active) if active[-1][1] else active
     state = State.start(x, packs=not body.policy.masks, positions=positions, unmerges=True)
     reached = Reached(0, body, active, _bare(state, x))
     if torch.is_grad_enabled() and body.grad_checkpointing:

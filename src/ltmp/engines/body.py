@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..calls import held, is_dense, recording, tracing
+from ..errors import LTMPError
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
 from ..method.recipe import Recipe
@@ -51,16 +52,43 @@ class Body:
         return self.recipe.prefix_only(self.host)
 
     def geometry(self, tokens: int, width: int) -> Geometry:
-        """What an image of `tokens` tokens costs here."""
-        return Geometry(tokens, width, tuple(self.recipe.mlp_ratio(block) for block in self.blocks))
+        """What an image of `tokens` tokens costs here.
+
+        Raises:
+            LTMPError: the layers of an MLP do not say what they cost.
+        """
+        ratios = tuple(self.recipe.mlp_ratio(block) for block in self.blocks)
+        if not all(ratios):
+            raise LTMPError(
+                f"cannot count the FLOPs of block {ratios.index(0)}: its MLP holds no layer with in_features and "
+                "out_features; count before its layers are replaced"
+            )
+        return Geometry(tokens, width, ratios)
 
     def active(self) -> Active:
         """For each block whether merging and pruning can select anything now; nothing inside `dense()`."""
         if is_dense():
             return ((False, False),) * self.depth
         active = self.policy.active()
-        # a threshold that selects nothing today may learn to
-        return ((True, True),) * self.depth if self.policy.masks else active
+        if self.policy.masks:
+            # a threshold that selects nothing today may learn to
+            active = ((True, True),) * self.depth
+        return self.read_whole(active) if active[-1][1] and not self.prefix_only else active
+
+    def read_whole(self, active: Active) -> Active:
+        """`active` where patches are read behind the last block.
+
+        One that drops all of them was learned for a head that reads none; here it prunes nothing.
+        """
+        return (*active[:-1], (active[-1][0], False)) if self.policy.prunes_all(-1) else active
+
+    def on(self) -> Tensor:
+        """`active` bool [L, 2] on the device, as a deployed policy has it."""
+        found = self.policy.on()
+        if not self.prefix_only:
+            found = found.clone()
+            found[-1, 1] &= ~self.policy.pruned_whole()[-1]
+        return found
 
     def reduces(self) -> bool:
         """Whether a call now may remove tokens; if not, the model is the host's own."""

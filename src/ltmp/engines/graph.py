@@ -25,6 +25,7 @@ from ..method.flops import Geometry
 from ..method.policy import Active, Policy
 from .body import Body, Engine, running, running_body, running_engine
 from .capacity import SLACK, Capacity, Level, plan_capacity
+from .hooks import hooked_inside
 from .patches import patches_as_product
 from .recorder import CudaRecorder, Recorder, Snapshot
 
@@ -175,6 +176,8 @@ class GraphedForward:
             and on_device(self.body)
             and not self.body.policy.masks
             and running_engine() is None
+            # a replay calls no module
+            and not hooked_inside(self.host)
             and not is_dense()
             and unavailable(images.device) is None
             and not torch.is_autocast_enabled(images.device.type)
@@ -259,7 +262,7 @@ class GraphedForward:
 
     def _record(self, key: tuple[Any, ...], images: Tensor) -> Graph | None:
         """A new graph for batches like this one, or None when there is no memory for it."""
-        active = self.body.policy.active()
+        active = self.body.active()
         room = self._room.get(key)
         if room is None and any(map(any, active)):
             return None
@@ -295,8 +298,8 @@ class GraphedForward:
         from .triton import Counted
 
         static = images.clone()
-        thresholds = self.body.policy
-        weights = Snapshot([*self.host.modules(), thresholds])
+        body = self.body
+        weights = Snapshot([*self.host.modules(), body.policy])
         costs: list[Geometry] = []
 
         def call() -> tuple[Any, Tensor, Tensor]:
@@ -304,12 +307,12 @@ class GraphedForward:
             engine = Counted(((False, False),) * len(active) if capacity is None else active, capacity)
             output, kept, geometry = self._forward(static, engine)
             costs.append(geometry)
-            flags = thresholds.on().T.flatten().int()
-            stats = flags.new_zeros(len(active), 3) if capacity is None or engine.stats is None else engine.stats
-            return output, kept, torch.cat([stats.flatten(), flags])
+            flags = body.on().T.flatten().int()
+            assert engine.stats is not None
+            return output, kept, torch.cat([engine.stats.flatten(), flags])
 
         replay, (output, kept, report) = self.recorder.record(call)
-        return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights, thresholds)
+        return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights, body.policy)
 
     def _drop(self, graph: Graph, replan: bool = True) -> None:
         """Forget a graph, and the room that it was planned with unless the next one may only be larger."""

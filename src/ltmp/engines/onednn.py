@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module
 
-from ..method.recipe import Parts, Recipe, linear_of
+from ..method.recipe import Parts, Recipe, is_plain, linear_of
+from .hooks import hooked_inside
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -41,11 +42,18 @@ class Halves(NamedTuple):
     mlp: Callable[[Tensor], Tensor]
 
 
+def drops_images(block: nn.Module) -> bool:
+    """Whether the block leaves out branches of some images at random (stochastic depth, Huang et al., ECCV 2016)."""
+    if not block.training:
+        return False
+    return any(type(m).__name__.endswith(("DropPath", "StochasticDepth")) and m.training for m in block.modules())
+
+
 def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
     """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same."""
     if _applies(x) and not block.training:
         parts = _known(recipe, block).plain()
-        if parts is not None:
+        if parts is not None and not hooked_inside(block):
             linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
             return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
     return Halves(partial(recipe.qkv, block), partial(recipe.out, block), partial(recipe.mlp, block))
@@ -84,7 +92,7 @@ class _Known:
         modules = list(block.modules())
         parts = recipe.parts(block)
         self._layers = () if parts is None else (*parts.qkv, parts.proj, parts.fc1, parts.fc2, parts.norm1, parts.norm2)
-        self._parts = parts if parts is not None and _plain(parts) else None
+        self._parts = parts if parts is not None and parts.act in _GELU and is_plain(parts, torch.float32) else None
         # layers made of a host's own weights (`linear_of`) are of the memory that these had
         places = () if set(self._layers) <= set(modules) else (m._parameters for m in modules)
         self._names = [(p, name, v) for m in modules for p in (m._parameters, m._modules) for name, v in p.items()]
@@ -113,16 +121,6 @@ def _known(recipe: Recipe, block: nn.Module) -> _Known:
     if known is None or not known.holds():
         known = _KNOWN[block] = _Known(recipe, block)
     return known
-
-
-def _plain(parts: Parts) -> bool:
-    """Whether layers and weights are of the ordinary kinds, and nobody's own."""
-    kinds, linear = (Tensor, nn.Parameter, type(None)), (*parts.qkv, parts.proj, parts.fc1, parts.fc2)
-    return (
-        parts.act in _GELU
-        and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in linear)
-        and all(type(t) in kinds for layer in (*linear, parts.norm1, parts.norm2) for t in (layer.weight, layer.bias))
-    )
 
 
 _Linear = Callable[..., Tensor]

@@ -15,15 +15,16 @@ from ..ops.attend.reference import attend, attend_rows
 from . import compiled
 from .body import Body
 from .masked import finish
-from .onednn import halves
+from .onednn import drops_images, halves
 from .positions import Positions
-from .rows import _first_rows, pad, rows
+from .rows import _first_rows, at_once, by_image, pad, rows
 from .state import Reduced, State
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C], cutting what is gone; see `Run`. By `compiled` where that applies."""
-    if compiled.applies(body.policy, x):
+    # in train mode a block may drop whole images, which its own modules do
+    if compiled.applies(body.policy, x) and not body.blocks[0].training:
         return compiled.run(body, x, active, positions)
     state = State.start(x, packs=True, positions=positions)
     for i in range(body.depth):
@@ -43,12 +44,13 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         return state.after(body.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
     half = halves(recipe, block, x)
+    run_branch = by_image if drops_images(block) else at_once
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
     weight = thresholds.weight(i, tokens.size)
     y, received = attend_to(q, k, v, weight, tokens.keep, counts, thresholds.config.scores.needs_received(steps))
-    x = x + half.out(y.flatten(-2))
+    x = x + run_branch(half.out, y.flatten(-2), counts)
     if steps:
         state = state.attended(x)
         attended = None
@@ -61,7 +63,7 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended, to_images)
         plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
         x, tokens, counts = _fold_rows(x, counts, plan)
-    return state.after(x + half.mlp(x), tokens, counts)
+    return state.after(x + run_branch(half.mlp, x, counts), tokens, counts)
 
 
 def _counts(state: State) -> list[int]:

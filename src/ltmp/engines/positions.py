@@ -53,6 +53,6 @@ def positions_of(
         if (rotary is None or name != rotary.name) and recipe.refuses(value):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
-                "call ltmp.detach(model) for this"
+                "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
             )
     return None if rotary is None or given is None else Positions(rotary, given, rotary.table(host, given, tokens))

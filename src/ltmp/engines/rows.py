@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,16 @@ def rows(values: Tensor, counts: list[int]) -> Tensor:
     if len(set(counts)) == 1:
         return values[:, : counts[0]].flatten(0, 1)
     return values[_places(counts, values.device)]
+
+
+def by_image(function: Callable[[Tensor], Tensor], values: Tensor, counts: list[int]) -> Tensor:
+    """A function of rows [T, C] that sees padded images [B, N, C]: stochastic depth drops those, and not rows."""
+    return rows(function(pad(values, counts)), counts)
+
+
+def at_once(function: Callable[[Tensor], Tensor], values: Tensor, _counts: list[int]) -> Tensor:
+    """A function of rows [T, C]."""
+    return function(values)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Rows:
         x = x.flatten(0, 1).contiguous()
         cu = torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device)
         origin = torch.arange(length, dtype=torch.int32, device=device).repeat(images)
-        size = torch.ones(images * length, device=device)
+        size = torch.ones(images * length, device=device, dtype=torch.float32)
         return cls(x, _norm(x, norm), size, origin, cu, length, True)
 
 

@@ -97,5 +97,5 @@ class Reduced:
         """[B, N, C] after `depth` blocks that removed nothing."""
         images, length, _ = x.shape
         start = Tokens.start(images, length, x.device, traced=True)
-        kept = torch.full((images, depth), float(length), device=x.device)
+        kept = torch.full((images, depth), float(length), device=x.device, dtype=torch.float32)
         return cls(x, start.size, kept, start.source, (start.source,) * depth if start.source is not None else None)

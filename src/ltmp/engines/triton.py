@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..method import reduction
 from ..method.policy import Active
-from ..method.recipe import Parts, Recipe
+from ..method.recipe import Parts, Recipe, is_plain
 from ..method.thresholds import Thresholds
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
@@ -28,6 +28,7 @@ from ..ops.probe.triton import probe_rows
 from ..ops.weigh.triton import class_attention_rows, saliency_rows
 from .body import Body
 from .capacity import Capacity
+from .hooks import hooked_inside
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
 from .rows import Rows, unpack
@@ -114,7 +115,8 @@ def branches(body: Body) -> list[Branches]:
     found: list[Branches] = []
     for block in body.blocks:
         parts = body.recipe.parts(block)
-        found.append(OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts))
+        fused = parts is not None and is_plain(parts) and not hooked_inside(block)
+        found.append(FusedBranches(parts) if parts is not None and fused else OwnBranches(block, body.recipe))
     return found
 
 
@@ -164,7 +166,7 @@ def compile_ahead(body: Body, x: Tensor) -> None:
     def block(longest: int) -> None:
         with torch.cuda.device(x.device):
             origin = torch.zeros(images, dtype=torch.int32, device=x.device)
-            rows = Rows(row, row, torch.ones(images, device=x.device), origin, cu, longest, False)
+            rows = Rows(row, row, torch.ones(images, device=x.device, dtype=torch.float32), origin, cu, longest, False)
             Pass(body, x, ((True, True),) * depth, capacity).block(0, rows)
 
     with ThreadPoolExecutor(len(lengths)) as threads:

@@ -174,7 +174,7 @@ class Form:
                 state = _start(x)
             if state is None:
                 x = body.whole(i, x, positions)
-                kept.append(torch.full((images,), float(length), device=x.device))
+                kept.append(torch.full((images,), float(length), device=x.device, dtype=torch.float32))
             else:
                 state = self._block(body, i, steps, state, positions)
                 kept.append(_there(state).sum(1))

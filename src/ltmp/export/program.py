@@ -36,9 +36,9 @@ class Exportable(nn.Module):
     def __init__(self, model: nn.Module, form: str, dense: bool = False) -> None:
         super().__init__()
         self.model = model
-        thresholds = learned_thresholds(model)
+        thresholds, body = learned_thresholds(model), attachment(model).body
         merge, prune = (tuple(values.tolist()) for values in (thresholds.merge, thresholds.prune))
-        self.form = Form(FORMS[form], thresholds.active(), merge, prune)
+        self.form = Form(FORMS[form], body.active(), merge, prune)
         self.dense = dense
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -37,23 +38,48 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
     """The transformer inside `model` and its recipe.
 
     Raises:
-        LTMPError: nothing inside is known; the message names what is.
+        LTMPError: nothing inside is known, or more than one; the message names what is.
     """
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            known = recipes(cls.__module__.partition(".")[0])
-            if cls in known:
-                return module, _unless_refused(module, known[cls])
+    found = list(_hosts(model))
+    attachable = [(name, module, recipe) for name, module, recipe in found if isinstance(recipe, Recipe)]
+    if len(attachable) > 1:
+        places = ", ".join(f"{name or 'model'} ({type(module).__name__})" for name, module, _ in attachable)
+        raise LTMPError(
+            f"this {type(model).__name__} holds several vision transformers, and thresholds are for one: attach to one "
+            f"of {places}"
+        )
+    if attachable:
+        return attachable[0][1:]
+    if found:
+        _, module, reason = found[0]
+        raise LTMPError(f"cannot attach to {type(module).__name__}: {reason}; docs/hosts.md lists what can be attached")
     raise LTMPError(
         f"cannot attach to {type(model).__name__}: found none of the known hosts inside "
         f"(vision transformers of {', '.join(_LIBRARIES)}; docs/hosts.md lists them)"
     )
 
 
-def _unless_refused(module: nn.Module, recipe: Recipe | str) -> Recipe:
-    if isinstance(recipe, str):
-        raise LTMPError(f"cannot attach to {type(module).__name__}: {recipe}; docs/hosts.md lists what can be attached")
-    return recipe
+def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str]]:
+    """The known hosts in `model`, each with its name there; not those inside others."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        recipe = _recipe(type(module))
+        if recipe is not None:
+            if not name:
+                yield name, module, recipe
+                return
+            inside = (*inside, f"{name}.")
+            yield name, module, recipe
+
+
+def _recipe(kind: type[nn.Module]) -> Recipe | str | None:
+    for cls in kind.__mro__:
+        known = recipes(cls.__module__.partition(".")[0])
+        if cls in known:
+            return known[cls]
+    return None
 
 
 def recipes(library: str) -> dict[type[nn.Module], Recipe | str]:
@@ -194,14 +220,12 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         LTMPError: the model cannot be reduced; it is unchanged, and the message names every reason.
     """
     config = config or LTMPConfig()
-    # timm's feature extractor is a dictionary, but runs one of its entries and no other
-    runs_all = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    if runs_all and type(model).__name__ != "FeatureGetterNet":
-        raise LTMPError(
-            f"cannot attach to a {type(model).__name__}, which would run its thresholds, too: attach inside"
-        )
     host, recipe = find_host(model)
     problems = recipe.problems(host)
+    owner, name = _place(host, recipe.stack)
+    blocks = tuple(getattr(owner, name)._modules.values())
+    if len(set(map(id, blocks))) < len(blocks):
+        problems.append("it runs a block several times (shared weights), and thresholds are for one place each")
     if config.needs_class_attention and not recipe.class_first(host):
         power = config.scores.class_power
         which = f"class_power {power:g}" if power else f"variant {config.variant}"
@@ -215,13 +239,23 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         )
     if present is not None:
         detach(model)
-    owner, name = _place(host, recipe.stack)
-    blocks = tuple(getattr(owner, name).children())
     policy = _policy(len(blocks), config).to(next(host.parameters()).device)
     policy.train(host.training)
+    # so that who traces the model before its first call need not read it
+    policy.active()
     body = Body(blocks, recipe, policy, recipe.protected(host), host)
-    _take_over(Attachment(body, owner, name, model=weakref.ref(model)))
-    model.ltmp = policy
+    made = Attachment(body, owner, name, model=weakref.ref(model))
+    _take_over(made)
+    # what runs all of its modules would run the policy, too; timm's feature extractor is a dictionary, but runs one
+    runs_all = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    holder: nn.Module = host if runs_all and type(model).__name__ != "FeatureGetterNet" else model
+    holder.ltmp = policy
+    vars(model).update({"ltmp": policy} if holder is not model else {})
+    if hasattr(holder, "_keys_to_ignore_on_save"):
+        # transformers' save_pretrained writes the model alone, which loads everywhere
+        mine: Any = holder._keys_to_ignore_on_save
+        ignored = {*(mine or ()), *(f"ltmp.{name}" for name in policy.stored())}
+        made.replace(holder, "_keys_to_ignore_on_save", ignored)
     return model
 
 
@@ -256,8 +290,9 @@ def detach(model: Model) -> Model:
     made.undo()
     attached = made.model() if made.model is not None else None
     for module in [*model.modules(), *([attached] if attached is not None else [])]:
-        if module._modules.get("ltmp") is made.policy:
-            del module.ltmp
+        for place in (vars(module), module._modules):
+            if place.get("ltmp") is made.policy:
+                del place["ltmp"]
     return model
 
 

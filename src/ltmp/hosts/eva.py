@@ -97,6 +97,7 @@ RECIPE = Recipe(
     qkv=_qkv,
     out=_out,
     mlp=_mlp,
+    attention=VIT.attention,
     parts=_parts,
     protected=VIT.protected,
     class_first=VIT.class_first,

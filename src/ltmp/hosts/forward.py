@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calls import held, recording, tracing, unmerging
 from ..engines import select
@@ -22,6 +22,7 @@ from ..engines.body import Body, Engine, running, running_body, running_engine
 from ..engines.positions import positions_of
 from ..engines.state import Reduced
 from ..errors import LTMPError
+from .blocks import Blocks, refuse_replica, refuse_tracers
 from .sizes import with_sizes
 
 
@@ -51,32 +52,6 @@ class Entered:
     engine: Engine | None
 
 
-@dataclass(eq=False)
-class Blocks:
-    """The blocks of a host that is attached to, where the host has them.
-
-    Attributes:
-        body: what runs unless a thread is told otherwise.
-        owner: the module that holds the container of blocks; name: of the container there.
-    """
-
-    body: Body
-    owner: nn.Module
-    name: str
-
-    def check(self) -> None:
-        """See whether a call can run reduced.
-
-        Raises:
-            LTMPError: the host's blocks are no longer those that were attached to.
-        """
-        if tuple(self.owner._modules[self.name]._modules.values()) != self.body.blocks:  # type: ignore[union-attr]
-            raise LTMPError(
-                f"the blocks of this {type(self.body.host).__name__} were changed after attaching, and its thresholds "
-                "are for those of before: call ltmp.detach(model) first, or attach after such changes"
-            )
-
-
 class LoopForward:
     """Stands in for the method of a host that runs all of its blocks.
 
@@ -90,22 +65,26 @@ class LoopForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._bound())
-
-    def _bound(self) -> Any:
         owner = self.blocks.owner
-        return getattr(type(owner), self.method).__get__(owner)
+        return inspect.signature(getattr(type(owner), self.method).__get__(owner))
+
+    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The host's own method."""
+        owner = self.blocks.owner
+        return getattr(type(owner), self.method)(owner, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         body = running_body(self.blocks.body)
+        refuse_replica(body, args)
         reduced = body.reduces()
         if reduced:
-            self.blocks.check()
-        by_block = reduced and unmerging()
-        if by_block or (not reduced and torch.compiler.is_compiling()):
-            return self._bound()(*args, **kwargs)
+            refuse_tracers((*args, *kwargs.values()))
+            self.blocks.check(whole=not unmerging())
+        if unmerging() if reduced else torch.compiler.is_exporting():
+            # block by block
+            return self._own(args, kwargs)
         with held(_PASS, Pass(body, reduced, torch.is_grad_enabled())):
-            return self._bound()(*args, **kwargs)
+            return self._own(args, kwargs)
 
 
 class BlockForward:
@@ -134,7 +113,7 @@ class BlockForward:
                 return run_all(entered.body, x, others, named)
         body = running_body(self.blocks.body)
         if body.reduces() and self.i < body.depth:
-            self.blocks.check()
+            self.blocks.check(whole=False)
             positions = positions_of(body.recipe, body.host, x.shape[1], others, named)
             return with_sizes(run_block(body, self.i, x, positions), None)
         if self.i == body.depth - 1:

@@ -57,6 +57,7 @@ RECIPE = Recipe(
     qkv=_qkv,
     out=_out,
     mlp=_mlp,
+    attention=timm.RECIPE.attention,
     parts=_parts,
     problems=_problems,
     mlp_ratio=timm.RECIPE.mlp_ratio,

@@ -26,6 +26,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return block.ls_2(block.mlp(block.ln_2(x)))
 
 
+def _attention(block: Any) -> tuple[nn.Module, ...]:
+    return (block.attn,)
+
+
 def _parts(block: Any) -> Parts | None:
     scales = scales_of((block.ls_1, block.ls_2), LayerScale)
     if scales is None:
@@ -89,6 +93,7 @@ RECIPE = Recipe(
     qkv=_qkv,
     out=_out,
     mlp=_mlp,
+    attention=_attention,
     parts=_parts,
     problems=_problems,
     mlp_ratio=_mlp_ratio,

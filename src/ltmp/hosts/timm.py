@@ -38,6 +38,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
+def _attention(block: Any) -> tuple[nn.Module, ...]:
+    return (block.attn,)
+
+
 def _parts(block: Any) -> Parts | None:
     scales = scales_of((block.ls1, block.ls2), LayerScale)
     return None if scales is None else standard_parts(block, block.attn.qkv, scales)
@@ -169,6 +173,7 @@ RECIPE = Recipe(
     qkv=_qkv,
     out=_out,
     mlp=_mlp,
+    attention=_attention,
     parts=_parts,
     protected=_protected,
     class_first=_class_first,

@@ -23,6 +23,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return block.mlp(block.ln_2(x))
 
 
+def _attention(block: Any) -> tuple[nn.Module, ...]:
+    return (block.self_attention,)
+
+
 def _parts(block: Any) -> Parts | None:
     return mha.parts(block, block.self_attention, block.mlp[0], block.mlp[1], block.mlp[3])
 
@@ -46,6 +50,7 @@ RECIPE = Recipe(
     qkv=_qkv,
     out=_out,
     mlp=_mlp,
+    attention=_attention,
     parts=_parts,
     problems=_problems,
     mlp_ratio=_mlp_ratio,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LTMPConfig
+from ..errors import LTMPError
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
@@ -37,6 +38,13 @@ class Policy(nn.Module, ABC):
         # what `ltmp.save` says of these thresholds, see `ltmp.describe`
         self.noted: Any = None
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`, which compiles the code of a host and sees nothing that stands in for it."""
+        raise LTMPError(
+            "torch.jit.script cannot compile a model that ltmp is attached to: call ltmp.detach(model) first, or write "
+            "it reduced with ltmp.export.export(model, ...) or `ltmp export`"
+        )
+
     @abstractmethod
     def on(self) -> Tensor:
         """bool [L, 2] on the device: whether the merge and the prune step of each block can select anything."""
@@ -55,8 +63,12 @@ class Policy(nn.Module, ABC):
         return tuple(step for step in self.config.steps if (merge if step == "merge" else prune))
 
     def prunes_all(self, block: int) -> bool:
-        """Whether `block` prunes every unprotected token (threshold >= 1)."""
-        return False
+        """Whether `block` prunes every unprotected token."""
+        return bool(self.pruned_whole()[block])
+
+    def pruned_whole(self) -> Tensor:
+        """`prunes_all` of all blocks, bool [L] on the device."""
+        return torch.zeros_like(self.on()[:, 0])
 
     def size_power(self, block: int) -> float:
         """Power of a token's size in `block`'s attention, see `config.Scores.size_power`."""
@@ -77,6 +89,10 @@ class Policy(nn.Module, ABC):
         None where the scores need no probe. See `ops.probe.reference.probe`.
         """
         return None
+
+    def stored(self) -> tuple[str, ...]:
+        """Names of all that its state dict may hold."""
+        return tuple(self.state_dict())
 
     @property
     def bounded(self) -> bool:

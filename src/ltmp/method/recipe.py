@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,6 +33,11 @@ class Parts:
     fc2: nn.Linear
     scale2: Tensor | None
 
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """All linear layers."""
+        return (*self.qkv, self.proj, self.fc1, self.fc2)
+
     def project(self, x: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [T, H, D] of normed x [T, C], with `linear` to apply a layer."""
         if len(self.qkv) == 1:
@@ -45,6 +51,28 @@ class Parts:
 def the_same(value: Any, _block: int) -> Any:
     """All blocks are told the same."""
     return value
+
+
+def is_plain(parts: Parts, dtype: torch.dtype | None = None) -> bool:
+    """Whether weights can be taken from a block and multiplied by ourselves.
+
+    Linear layers must be just that, with no adapter around them, and all weights plain tensors: quantised, sharded or
+    offloaded ones are tensors of their own kinds, which know operators of torch alone.
+
+    Args:
+        dtype: of the linear layers' weights; None for any.
+    """
+    layers = parts.linears
+    if not all(type(layer) is nn.Linear and "forward" not in vars(layer) for layer in layers):
+        return False
+    weights = [layer.weight for layer in layers]
+    others = [parts.norm1.weight, parts.norm2.weight, parts.scale1, parts.scale2, *(layer.bias for layer in layers)]
+    return all(type(w) in _PLAIN and (dtype is None or w.dtype == dtype) for w in weights) and all(
+        other is None or type(other) in _PLAIN for other in others
+    )
+
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,15 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def linear_ratio(mlp: nn.Module, width: int) -> float:
     """Hidden width over C of a two-layer MLP that costs what the linear layers of `mlp` do."""
     # from the shapes: the weights of quantised layers are packed
-    return sum(m.in_features * m.out_features for m in mlp.modules() if isinstance(m, nn.Linear)) / (2 * width * width)
+    return sum(layer.in_features * layer.out_features for layer in _linears(mlp)) / (2 * width * width)
+
+
+def _linears(module: nn.Module) -> Iterator[Any]:
+    """The linear layers inside: torch's own, and those of other classes that are not wrapped around one."""
+    for layer in module.modules():
+        says = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+        if isinstance(layer, nn.Linear) or (says and not any(isinstance(m, nn.Linear) for m in layer.modules())):
+            yield layer
 
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
@@ -163,6 +199,7 @@ class Recipe:
             of q where the host's is not 1 / sqrt(D).
         out: (block, y [..., H * D]) -> first residual branch [..., C].
         mlp: (block, x [..., C]) -> second residual branch [..., C].
+        attention: block -> those of its modules that hold what is run and are not called themselves.
         parts: block -> its weights for fused engines, or None where it is not a standard one.
         problems: host -> what stands in the way, one phrase each; empty when it can be attached.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
@@ -185,6 +222,7 @@ class Recipe:
     qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
     out: Callable[[nn.Module, Tensor], Tensor]
     mlp: Callable[[nn.Module, Tensor], Tensor]
+    attention: Callable[[nn.Module], Sequence[nn.Module]]
     parts: Callable[[nn.Module], Parts | None]
     problems: Callable[[nn.Module], list[str]]
     mlp_ratio: Callable[[nn.Module], float]

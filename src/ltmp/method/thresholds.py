@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from .policy import Active, Policy
 
 PRUNE_TAU = 0.5
 """Temperature of the prune decision's gradient, in units of log importance."""
+Answers = tuple[Active, tuple[bool, ...]]
+"""What `Thresholds.active` and, of each block, `Thresholds.prunes_all` say."""
 
 
 def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -79,7 +84,7 @@ class Thresholds(Policy):
         self.dial: Dial | None = None
         self.asked: float | None = None
         self.register_buffer("probe", None)
-        self._known: tuple[Any, Active] | None = None
+        self._known: tuple[Any, Answers, tuple[Tensor, ...]] | None = None
 
     # -- values
 
@@ -207,9 +212,14 @@ class Thresholds(Policy):
             return over(score, self.merge[block], self.config.tau)
         return log_over(score, self.prune[block], PRUNE_TAU)
 
-    def prunes_all(self, block: int) -> bool:
-        """Whether `block` prunes every unprotected token: importance, a mean of attention weights, is never above 1."""
-        return bool(self.prune[block] >= 1) and not self.config.floor
+    def stored(self) -> tuple[str, ...]:
+        """See `Policy.stored`."""
+        dial = (f"{PREFIX}{field.name}" for field in fields(Dial))
+        return ("merge", "prune", "probe", *dial)
+
+    def pruned_whole(self) -> Tensor:
+        """No mean of attention weights is above 1."""
+        return self.prune.detach() >= (float("inf") if self.config.floor else 1)
 
     def on(self) -> Tensor:
         """A cosine is at most 1 and importance above 0; but with a ceiling any step may have to remove tokens."""
@@ -229,27 +239,43 @@ class Thresholds(Policy):
         """
         if torch.compiler.is_dynamo_compiling():
             return self._uncompiled()
-        plain = type(self.merge) is type(self.prune) is nn.Parameter
-        if not plain and self._known is not None:
-            # a tracer's stand-ins, which have no values
-            return self._known[1]
-        if not plain or self.merge.device.type != "cpu":
-            return self._read()
-        now = (self.config, *(ctypes.string_at(p.data_ptr(), p.nbytes) for p in (self.merge, self.prune)))
-        if self._known is None or self._known[0] != now:
-            self._known = (now, self._read())
-        return self._known[1]
+        return self._look()[0]
+
+    def prunes_all(self, block: int) -> bool:
+        """See `Policy.prunes_all`; a device is read once more."""
+        return self._look()[1][block]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _uncompiled(self) -> Active:
         return self.active()
 
-    def _read(self) -> Active:
-        broken = torch.stack([self.merge.detach().isnan(), self.prune.detach().isnan()], 1)
-        flags = torch.cat([self.on(), broken]).tolist()
-        if any(merge or prune for merge, prune in flags[self.depth :]):
+    def _look(self) -> Answers:
+        """What `active` and `prunes_all` say: as it was the last time, where nothing changed."""
+        # not as attributes, which tracers replace
+        both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
+        if not all(type(p) is nn.Parameter and not p.is_meta for p in both):
+            # something without values stands in for them: a tracer, an offloader
+            if self._known is None:
+                raise LTMPError("these thresholds are on the meta device, or are traced, and have no values there")
+            both = self._known[2]
+        if both[0].device.type != "cpu":
+            return self._answers(*torch.stack([p.detach() for p in both]).tolist())
+        # from memory, by no operator
+        found = [ctypes.string_at(p.data_ptr(), p.nbytes) for p in both]
+        if self._known is None or self._known[0] != (self.config, *found):
+            answers = self._answers(*(array.array("f", values) for values in found))
+            held = both if self._known is not None and both is self._known[2] else tuple(p.data for p in both)
+            self._known = ((self.config, *found), answers, held)
+        return self._known[1]
+
+    def _answers(self, merge: Sequence[float], prune: Sequence[float]) -> Answers:
+        if any(value != value for value in (*merge, *prune)):
             raise LTMPError("a threshold is NaN: the run or the file that it came from is broken, use another")
-        return tuple((merge, prune) for merge, prune in flags[: self.depth])
+        steps, most = self.config.steps, 1 if not self.config.floor else math.inf
+        on = [(m < 1, p > 0) for m, p in zip(merge, prune, strict=True)]
+        if self.config.ceiling is not None:
+            on = [("merge" in steps, "prune" in steps)] * self.depth
+        return tuple(on), tuple(p >= most for p in prune)
 
     # -- copies
 
@@ -272,7 +298,12 @@ class Thresholds(Policy):
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        """Take probe and dial of the thresholds that are loaded; remove both where those have none."""
+        """Take probe and dial of the thresholds that are loaded; remove both where those have none.
+
+        A checkpoint of the model alone, without any of them, leaves them as they are.
+        """
+        if prefix and not any(name.startswith(prefix) for name in state_dict):
+            return
         if f"{prefix}merge" in state_dict:
             try:
                 self.set_probe(state_dict.get(f"{prefix}probe"))

@@ -28,7 +28,7 @@ class Tokens:
     @classmethod
     def start(cls, images: int, tokens: int, device: torch.device, traced: bool = False) -> Tokens:
         """All tokens live, each one patch."""
-        ones = torch.ones(images, tokens, device=device)
+        ones = torch.ones(images, tokens, device=device, dtype=torch.float32)
         places = torch.arange(tokens, device=device).expand(images, tokens)
         return cls(ones, ones, places, places.int() if traced else None)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import LTMPError
+
 
 def _scores(q: Tensor, k: Tensor, size: Tensor) -> Tensor:
     """float32 [B, H, N, N]: `q k^T / sqrt(D) + log size_j`; half-precision products are summed in float32."""
@@ -39,6 +41,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise LTMPError(
+                "a model whose tokens are masked has no gradients of gradients (create_graph=True): freeze its "
+                "thresholds (model.ltmp.requires_grad_(False)), or call it inside `with ltmp.dense():`"
+            )
         q, k, v, size, keep, lse, out = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             live = (keep > 0)[:, None, None, :]

@@ -222,7 +222,7 @@ def attend(
     block = pow2(width)
     shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
     units = units_on_chip(longest, width, q.element_size())
-    received = torch.empty(heads, rows, device=q.device) if need_received else None
+    received = torch.empty(heads, rows, device=q.device, dtype=torch.float32) if need_received else None
     if units is not None:
         _one_pass_kernel[(images * heads,)](
             q, k, v, size, out, size if received is None else received, cu, scale, rows, *of_q, *of_k, *of_v,
@@ -230,7 +230,7 @@ def attend(
         )  # fmt: skip
         return out, received
     bias = size.log2()
-    lse = torch.empty(heads, rows, device=q.device)
+    lse = torch.empty(heads, rows, device=q.device, dtype=torch.float32)
     narrow = block * q.element_size() <= 128
     tile, chunk = (128, 64) if narrow else (64, 32)
     _flash_kernel[(triton.cdiv(longest, tile), images * heads)](

@@ -81,7 +81,7 @@ def fold(
     width = x.shape[1]
     new = x.new_empty(room, width)
     normed = x.new_empty(room, width) if norm is not None else None
-    new_size = torch.empty(room, device=x.device)
+    new_size = torch.empty(room, device=x.device, dtype=torch.float32)
     new_origin = torch.empty(room, dtype=torch.int32, device=x.device)
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
     block, step = pow2(width), 2 if bipartite else 1

@@ -169,7 +169,7 @@ def _metric_kernel(
 def similarity_metric(k: Tensor, cu: Tensor) -> Tensor:
     """The mean of the keys [T, H, D] over heads, of length one: float32 [T, 1, D]."""
     rows, heads, width = k.shape
-    metric = torch.empty(rows, 1, width, device=k.device)
+    metric = torch.empty(rows, 1, width, device=k.device, dtype=torch.float32)
     _metric_kernel[(triton.cdiv(rows, 32),)](
         k, cu, metric, *strides(k), cu.shape[0] - 1, H=heads, D=width, DB=pow2(width), ROWS=32, num_warps=4
     )
@@ -195,7 +195,7 @@ def match(k: Tensor, origin: Tensor, cu: Tensor, longest: int, protected: int) -
         # several tiles read each key: take the mean over heads once
         k = similarity_metric(k, cu)
     rows, heads, width = k.shape
-    best = torch.empty(rows, device=k.device)
+    best = torch.empty(rows, device=k.device, dtype=torch.float32)
     partner = torch.empty(rows, dtype=torch.int32, device=k.device)
     _match_kernel[(cu.shape[0] - 1, triton.cdiv(half, tile))](
         k, origin, cu, best, partner, *strides(k), protected,

@@ -81,8 +81,8 @@ def probe_rows(
         image are not written.
     """
     rows, width = x.shape
-    metric = torch.empty(rows, WIDTH, device=x.device)
-    log_saliency = torch.empty(2, rows, device=x.device)
+    metric = torch.empty(rows, WIDTH, device=x.device, dtype=torch.float32)
+    log_saliency = torch.empty(2, rows, device=x.device, dtype=torch.float32)
     tile = 64
     _probe_kernel[(triton.cdiv(rows, tile),)](
         x, x if y is None else y, x if layer_scale is None else layer_scale, weight, cu, metric, log_saliency,

@@ -68,7 +68,7 @@ def class_attention_rows(
     """
     rows, heads, width = k.shape
     full, padded = pow2(longest), pow2(width)
-    penalty, importance = torch.empty(2, 1, rows, device=k.device)
+    penalty, importance = torch.empty(2, 1, rows, device=k.device, dtype=torch.float32)
     _class_kernel[(cu.shape[0] - 1,)](
         q, k, weight, size, penalty if received is None else received, cu, penalty, importance,
         *strides(q), *strides(k), rows, width**-0.5 * LOG2E, power,
@@ -124,7 +124,7 @@ def saliency_rows(
         received: float32 [1, T], to prune by instead of `received`; None if that is None.
     """
     rows = size.shape[0]
-    penalty, importance = torch.empty(2, 1, rows, device=size.device)
+    penalty, importance = torch.empty(2, 1, rows, device=size.device, dtype=torch.float32)
     _saliency_kernel[(cu.shape[0] - 1,)](
         log_saliency, weight, size, penalty if received is None else received, origin, cu, penalty, importance,
         rows, protected, (1 + LIFT) ** 0.5, MERGE_POWER, PRUNE_POWER,
