@@ -185,3 +185,22 @@ def test_no_circle_of_files():
     assert "predict/ray.py" in graph["predict/run.py"]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
     assert circles(graph) == []
+
+
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Triton or numba compiles a function: those take pointers and sizes one by one."""
+    return any(
+        re.match(r"(triton\.jit|njit|numba\.njit|compiled|inlined)\b", ast.unparse(d)) for d in node.decorator_list
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src" / "ltmp").rglob("*.py")), ids=lambda path: path.stem)
+def test_functions_are_short_and_take_few_arguments(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+            assert count <= 12 or is_kernel(node), f"{node.name} takes {count} arguments: group them in a dataclass"
+            # the app's page is one layout
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= 80 or node.name == "build_page", f"{node.name} has {lines} lines: split it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,24 +92,10 @@ def _overrides(body: Any) -> dict[str, Any]:
     return {**VIT.overrides(body), **mixed}
 
 
-RECIPE = Recipe(
-    name="timm Eva",
-    stack="blocks",
-    qkv=_qkv,
-    out=_out,
-    mlp=_mlp,
-    attention=VIT.attention,
-    parts=_parts,
-    protected=VIT.protected,
-    class_first=VIT.class_first,
-    problems=_problems,
-    mlp_ratio=VIT.mlp_ratio,
-    loop=VIT.loop,
-    overrides=_overrides,
-    final_norm=VIT.final_norm,
-    prefix_only=VIT.prefix_only,
+RECIPE = replace(
+    VIT, name="timm Eva", qkv=_qkv, out=_out, mlp=_mlp, parts=_parts, problems=_problems, overrides=_overrides,
     rotary=Rotary("rope", _table, _rotate, _own_table),
-)
+)  # fmt: skip
 
 HOSTS: dict[type[nn.Module], Recipe | str] = {
     Eva: RECIPE,

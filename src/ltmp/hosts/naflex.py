@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from timm.layers import Attention, AttentionRope
@@ -51,23 +52,9 @@ def _overrides(body: Any) -> dict[str, Any]:
     return {"_pool": timm.SizedPool(body, "_pool")}
 
 
-RECIPE = Recipe(
-    name="timm NaFlexVit",
-    stack="blocks",
-    qkv=_qkv,
-    out=_out,
-    mlp=_mlp,
-    attention=timm.RECIPE.attention,
-    parts=_parts,
-    problems=_problems,
-    mlp_ratio=timm.RECIPE.mlp_ratio,
-    protected=timm.RECIPE.protected,
-    class_first=_class_first,
-    loop=timm.RECIPE.loop,
-    overrides=_overrides,
-    final_norm=timm.RECIPE.final_norm,
-    prefix_only=timm.RECIPE.prefix_only,
-    rotary=eva.RECIPE.rotary,
-)
+RECIPE = replace(
+    timm.RECIPE, name="timm NaFlexVit", qkv=_qkv, out=_out, mlp=_mlp, parts=_parts, problems=_problems,
+    class_first=_class_first, overrides=_overrides, rotary=eva.RECIPE.rotary,
+)  # fmt: skip
 
 HOSTS: dict[type[nn.Module], Recipe] = {NaFlexVit: RECIPE}

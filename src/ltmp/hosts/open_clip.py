@@ -88,20 +88,9 @@ def _describe(host: Any) -> dict[str, Any]:
 
 
 RECIPE = Recipe(
-    name="open_clip VisionTransformer",
-    stack="transformer.resblocks",
-    qkv=_qkv,
-    out=_out,
-    mlp=_mlp,
-    attention=_attention,
-    parts=_parts,
-    problems=_problems,
-    mlp_ratio=_mlp_ratio,
-    overrides=_overrides,
-    final_norm=_final_norm,
-    prefix_only=_prefix_only,
-    grad_checkpointing=_grad_checkpointing,
+    "open_clip VisionTransformer", "transformer.resblocks", _qkv, _out, _mlp, _attention, _parts, _problems, _mlp_ratio,
+    overrides=_overrides, final_norm=_final_norm, prefix_only=_prefix_only, grad_checkpointing=_grad_checkpointing,
     describe=_describe,
-)
+)  # fmt: skip
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE}

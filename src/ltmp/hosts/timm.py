@@ -168,21 +168,8 @@ def _overrides(body: Any) -> dict[str, Any]:
 
 
 RECIPE = Recipe(
-    name="timm VisionTransformer",
-    stack="blocks",
-    qkv=_qkv,
-    out=_out,
-    mlp=_mlp,
-    attention=_attention,
-    parts=_parts,
-    protected=_protected,
-    class_first=_class_first,
-    problems=_problems,
-    mlp_ratio=_mlp_ratio,
-    loop="forward_features",
-    overrides=_overrides,
-    final_norm=_final_norm,
-    prefix_only=_prefix_only,
-)
+    "timm VisionTransformer", "blocks", _qkv, _out, _mlp, _attention, _parts, _problems, _mlp_ratio, _protected,
+    _class_first, loop="forward_features", overrides=_overrides, final_norm=_final_norm, prefix_only=_prefix_only,
+)  # fmt: skip
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE, VisionTransformerDistilled: RECIPE}

@@ -45,16 +45,8 @@ def _describe(host: Any) -> dict[str, Any]:
 
 
 RECIPE = Recipe(
-    name="torchvision VisionTransformer",
-    stack="encoder.layers",
-    qkv=_qkv,
-    out=_out,
-    mlp=_mlp,
-    attention=_attention,
-    parts=_parts,
-    problems=_problems,
-    mlp_ratio=_mlp_ratio,
+    "torchvision VisionTransformer", "encoder.layers", _qkv, _out, _mlp, _attention, _parts, _problems, _mlp_ratio,
     describe=_describe,
-)
+)  # fmt: skip
 
 HOSTS: dict[type[nn.Module], Recipe] = {VisionTransformer: RECIPE}

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from ..engines.body import Body, running_body
-from ..method.recipe import Parts, Recipe, Rotary, activation_name, linear_ratio, set_nothing
+from ..method.recipe import Parts, Recipe, Rotary, activation_name, linear_ratio
 from .forward import BlockForward
 from .layouts import LAYOUTS, Layout
 from .pooling import log_size, sized_mean, without_prefix
@@ -327,19 +327,9 @@ def _refuses_nothing(_value: Any) -> bool:
 def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
     rotary = cls is DINOv3ViTModel
     clip = host.blocks == "encoder.layers"
+    name, stack = f"transformers {cls.__name__}", f"{host.encoder}.{host.blocks}".lstrip(".")
     return Recipe(
-        name=f"transformers {cls.__name__}",
-        stack=f"{host.encoder}.{host.blocks}".lstrip("."),
-        qkv=_qkv,
-        out=_out,
-        mlp=_mlp,
-        attention=_attention,
-        parts=_parts,
-        protected=host.protected,
-        class_first=host.class_first,
-        problems=host.problems,
-        mlp_ratio=_mlp_ratio,
-        overrides=set_nothing,
+        name, stack, _qkv, _out, _mlp, _attention, _parts, host.problems, _mlp_ratio, host.protected, host.class_first,
         final_norm=host.final_norm,
         prefix_only=host.prefix_only,
         rotary=Rotary("position_embeddings", _table, _rotate) if rotary else None,
@@ -348,7 +338,7 @@ def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
         describe=host.describe,
         refuses=_refuses_nothing,
         arguments={"attention_mask": None} if clip else {},
-    )
+    )  # fmt: skip
 
 
 # before 5.10 there was an encoder of their own inside these two
