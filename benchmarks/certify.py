@@ -52,8 +52,8 @@ def subject(options: argparse.Namespace) -> tuple[nn.Module, Loader]:
         model = trained_model(options.demo / "vit.safetensors", Recipe(), 0, progress_bar)
         ltmp.attach(model)
         with progress_bar("dial", None) as bar:
-            ltmp.learn_dial(model, make_loader(load_digits("learn"), 50, shuffle=True), 0.35, 0.95, views=0,
-                            progress=bar.reach)  # fmt: skip
+            learning = make_loader(load_digits("learn"), 50, shuffle=True)
+            ltmp.learn_dial(model, learning, options.low, options.high, views=0, progress=bar.reach)
         rest = load_digits("train", "val")
         return model, make_loader(Subset(rest, range(len(rest) - 3000, len(rest))), 100)
     model = build_model(
@@ -70,7 +70,7 @@ def ways(model: nn.Module, images: torch.Tensor, options: argparse.Namespace) ->
     own, stack = thresholds_of(model), stack_of(model)
     dial = own.dial
     assert dial is not None
-    grid = np.arange(0.95, 0.2, -options.step).round(4).tolist()
+    grid = np.arange(0.95, 0.1, -options.step).round(4).tolist()
     shares = [share for share in grid if dial.lowest <= share <= dial.highest]
 
     def at(share: float) -> Any:
@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--thresholds", type=Path, help="a dial; certified on images that it was not learned on")
     parser.add_argument("--val", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--low", type=float, default=0.35, help="of the dial made for --demo")
+    parser.add_argument("--high", type=float, default=0.95)
     parser.add_argument("--step", type=float, default=0.05, help="between budgets")
     parser.add_argument("--others", type=int, default=0, help="also other dials; fixed rates at every OTHERS-th budget")
     parser.add_argument("--turns", type=int, default=500)
