@@ -114,4 +114,4 @@ def test_imports_are_found():
     package = ROOT / "src" / "ltmp"
     assert imports(package / "demo.py") >= {"data", "evaluate", "files", "visualize"}
     assert imports(package / "cli" / "commands.py") >= {"cli", "evaluate", "checkpoint"}
-    assert imports(package / "hosts" / "forward.py") >= {"calls", "engines", "method"}
+    assert imports(package / "hosts" / "attach.py") >= {"config", "engines", "method"}

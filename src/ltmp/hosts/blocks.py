@@ -40,7 +40,6 @@ class Blocks:
         # one of each block says for all whether they are there
         self._weights = [next(_weights(block)) for block in self.body.blocks]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, whole: bool) -> None:
         """See whether a call can run reduced.
 

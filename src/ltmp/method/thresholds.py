@@ -285,17 +285,11 @@ class Thresholds(Dialled, Probing, Policy):
         Raises:
             LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
         """
-        if torch.compiler.is_dynamo_compiling():
-            return self._uncompiled()
         return self._look()[0]
 
     def empties(self, block: int) -> bool:
         """See `Policy.empties`; a device is read once more."""
         return self._look()[1][block]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _uncompiled(self) -> Active:
-        return self.active()
 
     def _look(self) -> Answers:
         """What `active` and `empties` say: as it was the last time, where nothing changed."""
