@@ -543,7 +543,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "other-mlp": (other_mlp, "Sequential"),
     "own-features": (partial(tiny_vit, OwnFeatures), "OwnFeatures has its own forward_features"),
     "resnet": (lambda: timm.create_model("resnet10t").eval(), "found none of the known hosts"),
-    "container": (lambda: nn.Sequential(tiny_vit()), "attach inside"),
     "linear": (lambda: nn.Linear(2, 2), "found none of the known hosts"),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +31,15 @@ class Blocks:
     owner: nn.Module
     name: str
     _kinds: tuple[type, ...] = field(init=False)
+    _weights: list[tuple[dict[str, Any], str]] = field(init=False)
     _unhooked: dict[bool, int] = field(init=False, default_factory=lambda: {True: -1, False: -1})
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._kinds = tuple(map(type, self.body.blocks))
+        # one of each block says for all whether they are there
+        self._weights = [next(_weights(block)) for block in self.body.blocks]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, whole: bool) -> None:
         """See whether a call can run reduced.
 
@@ -60,7 +62,7 @@ class Blocks:
                 "are called (FSDP): shard the model as a whole and not its blocks, or run it inside "
                 "`with ltmp.dense():`"
             )
-        if any(weight.is_meta for block in blocks for weight in _first(block.parameters())):
+        if any(weights[name].is_meta for weights, name in self._weights):
             raise LTMPError(
                 f"weights of this {host} are on the meta device until their layers are called (offloaded by "
                 "accelerate), and a reduced model reads them itself: keep the blocks on one device, or run it inside "
@@ -96,10 +98,10 @@ class Blocks:
         return not inside
 
 
-def _first(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
-    for parameter in parameters:
-        return (parameter,)
-    return ()
+def _weights(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the weights of a block are looked up."""
+    parts = (module._parameters for module in block.modules())
+    return ((weights, name) for weights in parts for name, weight in weights.items() if weight is not None)
 
 
 def refuse_replica(body: Body, args: tuple[Any, ...]) -> None:

@@ -62,17 +62,20 @@ def is_plain(parts: Parts, dtype: torch.dtype | None = None) -> bool:
     Args:
         dtype: of the linear layers' weights; None for any.
     """
-    layers = parts.linears
-    if not all(type(layer) is nn.Linear and "forward" not in vars(layer) for layer in layers):
-        return False
-    weights = [layer.weight for layer in layers]
-    others = [parts.norm1.weight, parts.norm2.weight, parts.scale1, parts.scale2, *(layer.bias for layer in layers)]
-    return all(type(w) in _PLAIN and (dtype is None or w.dtype == dtype) for w in weights) and all(
-        other is None or type(other) in _PLAIN for other in others
-    )
+    # runs for every block of a call: dictionaries instead of attributes
+    for layer in parts.linears:
+        weights = layer.__dict__["_parameters"]
+        weight = weights.get("weight")
+        if type(layer) is not nn.Linear or "forward" in layer.__dict__ or type(weight) is not nn.Parameter:
+            return False
+        if type(weights["bias"]) not in _PLAIN or (dtype is not None and weight.dtype != dtype):
+            return False
+    norms = parts.norm1.__dict__["_parameters"], parts.norm2.__dict__["_parameters"]
+    others = (parts.scale1, parts.scale2, *norms[0].values(), *norms[1].values())
+    return all(type(other) in _PLAIN for other in others)
 
 
-_PLAIN = (nn.Parameter, Tensor)
+_PLAIN = (nn.Parameter, Tensor, type(None))
 
 
 @dataclass(frozen=True)

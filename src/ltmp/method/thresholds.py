@@ -237,17 +237,11 @@ class Thresholds(Policy):
         Raises:
             LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
         """
-        if torch.compiler.is_dynamo_compiling():
-            return self._uncompiled()
         return self._look()[0]
 
     def prunes_all(self, block: int) -> bool:
         """See `Policy.prunes_all`; a device is read once more."""
         return self._look()[1][block]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _uncompiled(self) -> Active:
-        return self.active()
 
     def _look(self) -> Answers:
         """What `active` and `prunes_all` say: as it was the last time, where nothing changed."""
