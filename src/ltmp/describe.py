@@ -58,7 +58,7 @@ def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
 
 def about_of(model: nn.Module) -> About:
     """What was noted of a model, by `note`, by loading thresholds or when it was built as a file says."""
-    if is_attached(model):
+    if isinstance(model, nn.Module) and is_attached(model):
         policy = attachment(model).policy
         if policy.noted is not None:
             return _held(policy)

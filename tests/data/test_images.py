@@ -143,10 +143,10 @@ def scans(count: int, size: tuple[int, int] = (64, 64)) -> bytes:
 
 
 def test_jpegs_of_endless_scans_are_refused_before_they_are_decoded():
-    start = time.perf_counter()
+    encoded, start = io.BytesIO(scans(20_000, (1024, 1024))), time.process_time()
     with pytest.raises(ValueError, match="over 100 scans"):
-        decode(io.BytesIO(scans(20_000, (1024, 1024))))
-    assert time.perf_counter() - start < 1
+        decode(encoded)
+    assert time.process_time() - start < 1
     assert decode(io.BytesIO(scans(MAX_SCANS // 2))).size == (64, 64)
 
 

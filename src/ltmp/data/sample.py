@@ -40,7 +40,7 @@ def _chosen(labels: Sequence[int], limit: int, seed: int) -> list[int]:
 
 def _labels(source: Any) -> Sequence[int]:
     """Of each image, without reading it; all the same where the source does not say."""
-    targets = getattr(source, "targets", None)
+    targets = getattr(source, "labels", None) or getattr(source, "targets", None)
     if targets is None:
         samples = getattr(source, "samples", None)
         targets = [sample[1] for sample in samples] if samples is not None else None
