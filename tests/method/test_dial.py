@@ -192,7 +192,7 @@ def test_values_change_in_place() -> None:
 
 
 def _train(thresholds: Thresholds) -> None:
-    optimizer = torch.optim.SGD(thresholds.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(thresholds.requires_grad_(True).parameters(), lr=0.1)
     thresholds.merge.sum().backward()
     optimizer.step()
 

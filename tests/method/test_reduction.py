@@ -200,7 +200,7 @@ def test_take_moves_rows_image_by_image() -> None:
 
 @pytest.mark.parametrize("variant", LEARNED)
 def test_gradients_reach_every_threshold_in_use(variant: str) -> None:
-    thresholds = Thresholds(1, LTMPConfig(variant=variant))
+    thresholds = Thresholds(1, LTMPConfig(variant=variant)).requires_grad_(True)
     thresholds.set([0.3], [0.3])
     generator = torch.Generator().manual_seed(0)
     metric = torch.nn.functional.normalize(torch.randn(2, 12, 3, generator=generator), dim=-1)
