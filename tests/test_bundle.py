@@ -197,7 +197,7 @@ def test_a_dial_says_it_too(images: Path, tmp_path: Path) -> None:
 
 def test_what_is_given_goes_before_what_the_folder_says(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "ltmp"):
-        with pytest.raises(LTMPError, match="check --model, --img-size"):
+        with pytest.raises(LTMPError, match="use --img-size 32"):
             Bundle.open(folder).build(image_size=48)
         model = Bundle.open(folder).build(image_size=32)
         eval_transform(model, crop_pct=0.95)

@@ -18,7 +18,7 @@ from ltmp.config import SCORES as NAMED
 from ltmp.config import Scores
 from ltmp.engines.body import running
 from ltmp.export.forms import FORMS, Form
-from ltmp.hosts.attach import thresholds_of
+from ltmp.hosts.attach import attachment, thresholds_of
 
 DEPTH = 3
 RTOL = 1e-5  # of the largest logit: float32, summed in another order
@@ -47,7 +47,9 @@ def rotary() -> Any:
 
 def run_form(model: Any, images: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
     thresholds = thresholds_of(model)
-    engine = Form(FORMS[form], thresholds.active(), tuple(thresholds.merge.tolist()), tuple(thresholds.prune.tolist()))
+    engine = Form(
+        FORMS[form], attachment(model).body.active(), tuple(thresholds.merge.tolist()), tuple(thresholds.prune.tolist())
+    )
     with running(engine), torch.no_grad():
         return run_recorded(model, images)
 
@@ -90,7 +92,7 @@ def test_any_thresholds(form, host, variant, scores, merge, prune, seed):
         thresholds_of(model).set_probe(make_probe(DEPTH, model.embed_dim, seed=seed))
     with torch.no_grad():
         logits, kept = run_recorded(model, images)
-    if not any(a or b for a, b in thresholds_of(model).active()):
+    if not any(map(any, attachment(model).body.active())):
         return
     actual, counts = run_form(model, images, form)
     assert torch.equal(counts, kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import signal
 from dataclasses import fields
 from itertools import groupby, pairwise, product
 from pathlib import Path
@@ -22,7 +21,6 @@ from ltmp.learning import calibrate, heldout
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import teacher
-from ltmp.learning.optimiser import Run
 from ltmp.learning.options import DialOptions, DialSettings, LearnOptions, LearnSettings
 from ltmp.learning.schedule import usual
 from ltmp.method.flops import Geometry, flops_share
@@ -289,20 +287,3 @@ def test_keywords_are_shown_with_their_defaults(function: Any, keywords: Any, se
     assert get_type_hints(keywords) == get_type_hints(settings)
     with pytest.raises(TypeError, match="eposh"):
         function(*model_and_batches(), eposh=3)
-
-
-def test_ctrl_c_in_the_middle_of_a_step_saves_a_whole_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    update, saved = Run.update, []
-
-    def interrupted(run: Run) -> None:
-        if run.step == 2:
-            signal.raise_signal(signal.SIGINT)
-        update(run)
-
-    monkeypatch.setattr(Run, "update", interrupted)
-    monkeypatch.setattr("ltmp.learning.options.save_run", lambda path, settings, state: saved.append(state))
-    model, batches = model_and_batches()
-    with pytest.raises(KeyboardInterrupt):
-        ltmp.learn(model, batches, TARGET, checkpoint=tmp_path / "run.pt", **SETTINGS)
-    assert [(state["step"], len(state["history"])) for state in saved] == [(3, 3)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
