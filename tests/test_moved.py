@@ -32,7 +32,9 @@ def test_old_modules_import_with_a_warning(old: str, new: tuple[str, ...], monke
     for name in new:
         real = importlib.import_module(f"ltmp.{name}")
         assert real.__name__ == f"ltmp.{name}"
-        public = [key for key, value in vars(real).items() if getattr(value, "__module__", None) == real.__name__]
+        own = [key for key, value in vars(real).items() if getattr(value, "__module__", None) == real.__name__]
+        # torch's compiler leaves functions of its own in modules that it has seen
+        public = [key for key in own if not key.startswith("__")]
         assert public
         assert all(getattr(found, key) is getattr(real, key) for key in public)
 

@@ -128,4 +128,5 @@ def code_lines(path: Path) -> int:
 def test_the_core_stays_small() -> None:
     package = Path(ltmp.__file__).parent
     sizes = {name: code_lines(package / f"{name}.py") for name in CORE}
-    assert sum(sizes.values()) < 720, sizes
+    # dial and probe, which were files of their own, are part of the thresholds
+    assert sum(sizes.values()) < 820, sizes
