@@ -56,7 +56,7 @@ def test_an_interrupt_in_the_middle_of_a_step_is_not_seen(
 ) -> None:
     owner, name = MOMENTS[moment]
     run = ltmp.tune if tuned else ltmp.learn
-    how = {"calibration": 48, **({"epochs": 1.0} if tuned else {"views": 96})}
+    how = {"calibration": 48, **({"epochs": 2.0} if tuned else {"views": 96})}
     whole, batches = model_and_batches()
     run(whole, batches, TARGET, **how)
 
