@@ -43,7 +43,7 @@ def load_case(variant: str) -> tuple[Any, Any]:
 @torch.no_grad()
 def test_seed_files(variant: str, mode: str, batch: int) -> None:
     model, case = load_case(variant)
-    model.ltmp.train(mode == "masked")
+    model.ltmp.train(mode == "masked").requires_grad_(mode == "masked")
     images, logits, expected = (torch.from_numpy(case[k]) for k in ("images", "logits", "tokens_after_block"))
     parts = [run_recorded(model, part) for part in images.split(batch)]
     assert torch.cat([kept for _, kept in parts]).tolist() == expected.tolist()
@@ -76,7 +76,7 @@ def test_written_down_twice(variant: str, protected: int, mode: str, batch: int)
     images = random_images(4)
     bare = references(model, images)
     attach_reducing(model, images, variant)
-    model.ltmp.train(mode == "masked")
+    model.ltmp.train(mode == "masked").requires_grad_(mode == "masked")
     expected = [reference.run(image, model.ltmp.merge, model.ltmp.prune, variant) for image in bare]
     assert min(image.margin for image, _ in expected) > 1e-5, "a decision is too close for this test: change the seed"
     counts = torch.tensor([counts for _, counts in expected])
