@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from ltmp.cli.progress import progress_bar
 from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.data.embedded import load_digits
 from ltmp.deploy import deployed
+from ltmp.engines.body import running
 from ltmp.evaluate import tables
 from ltmp.evaluate.compare import rates_for
-from ltmp.hosts.attach import stack_of, thresholds_of
+from ltmp.hosts.attach import attachment
 from ltmp.zoo.build import build_model
 
 LEVELS = (0.01, 0.02, 0.05)
@@ -67,7 +69,8 @@ def subject(options: argparse.Namespace) -> tuple[nn.Module, Loader]:
 
 def ways(model: nn.Module, images: torch.Tensor, options: argparse.Namespace) -> list[Way]:
     """Every budget of every dial, mildest first."""
-    own, stack = thresholds_of(model), stack_of(model)
+    made = attachment(model)
+    own = made.thresholds
     dial = own.dial
     assert dial is not None
     grid = np.arange(0.95, 0.1, -options.step).round(4).tolist()
@@ -83,7 +86,9 @@ def ways(model: nn.Module, images: torch.Tensor, options: argparse.Namespace) ->
         found += [("lower resolution", share, one, nullcontext) for share, one in small]
         for share in shares[:: options.others]:
             rates = rates_for(model, images[:1], "m", share)
-            found.append(("fixed-rate merging", share, model, lambda rates=rates: stack.using(rates)))
+            found.append(
+                ("fixed-rate merging", share, model, lambda rates=rates: running(body=replace(made.body, policy=rates)))
+            )
     return found
 
 

@@ -94,7 +94,7 @@ class Bundle:
         kwargs = {**(self.about.model_kwargs if mine else {}), **(model_kwargs or {})}
         model = build_model(
             wanted,
-            weights=beside if weights is None else os.fspath(weights),
+            weights=beside if weights is None else weights,
             pretrained=pretrained,
             **{option: said.get(option) if value is None else value for option, value in given.items()},
             model_kwargs=kwargs,

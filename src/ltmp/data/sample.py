@@ -40,11 +40,11 @@ def _chosen(labels: Sequence[int], limit: int, seed: int) -> list[int]:
 
 def _labels(source: Any) -> Sequence[int]:
     """Of each image, without reading it; all the same where the source does not say."""
-    targets = getattr(source, "labels", None) or getattr(source, "targets", None)
-    if targets is None:
-        samples = getattr(source, "samples", None)
-        targets = [sample[1] for sample in samples] if samples is not None else None
-    return [0] * len(source) if targets is None else [int(target) for target in targets]
+    for name in ("labels", "targets"):
+        if getattr(source, name, None) is not None:
+            return [int(label) for label in getattr(source, name)]
+    samples = getattr(source, "samples", None)
+    return [0] * len(source) if samples is None else [int(sample[1]) for sample in samples]
 
 
 class _Few:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import LTMPError
 from ..files import atomic_path
 from ..text import printable, spreadsheet_cell
 from .accuracy import Evaluation
@@ -101,14 +100,6 @@ def as_json(evaluation: Evaluation, **about: Any) -> dict[str, Any]:
 def _write(text: str, path: str | Path) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
-        return
-    path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        # a device or a pipe is written to, not replaced
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise LTMPError(f"cannot write {path}: {error.strerror}") from error
         return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
