@@ -18,9 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent / "hosts"))
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """`ltmp serve` logs to its own handler alone; the next test reads the log as ever."""
+    """Each test reads the log as ever: `ltmp serve`, which a fixture may run, and libraries configure it for themselves."""
+    logging.disable(logging.NOTSET)
+    for name in [name for name in logging.Logger.manager.loggerDict if name.split(".")[0] == "ltmp"]:
+        logging.getLogger(name).disabled = False
     logger = logging.getLogger("ltmp")
     before = (logger.handlers[:], logger.propagate, logger.level)
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
     yield
     logger.handlers[:], logger.propagate = before[:2]
     logger.setLevel(before[2])

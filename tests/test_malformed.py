@@ -314,7 +314,9 @@ for name in sys.argv[2:]:
             print("read", name)
         except ltmp.LTMPError as error:
             print("refused", len(str(error).splitlines()))
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+# `ru_maxrss` would begin at what the parent had when it forked
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("peak", int(peak.split()[1]) >> 10)
 """
 
 

@@ -45,11 +45,14 @@ MOMENTS = {
 }
 
 OF_WEIGHTS = (torch.optim.AdamW, weights.Weights)
+# the calibrated thresholds of `tune` wait while the weights learn
+OF_THRESHOLDS = (torch.optim.Adam,)
 
 
 @pytest.mark.parametrize(
     ("moment", "tuned"),
-    [(name, True) for name in MOMENTS] + [(name, False) for name in MOMENTS if MOMENTS[name][0] not in OF_WEIGHTS],
+    [(name, True) for name in MOMENTS if MOMENTS[name][0] not in OF_THRESHOLDS]
+    + [(name, False) for name in MOMENTS if MOMENTS[name][0] not in OF_WEIGHTS],
 )
 def test_an_interrupt_in_the_middle_of_a_step_is_not_seen(
     moment: str, tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -65,12 +68,16 @@ def test_an_interrupt_in_the_middle_of_a_step_is_not_seen(
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = real(self, *args, **kwargs)
-        calls.append(name)
-        # some of them are called before the first step, too, but none twice
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        # AdamW takes its step from Adam
+        if not isinstance(self, torch.optim.Optimizer) or type(self) is owner:
+            calls.append(name)
+            # some of them are called before the first step, too, but none twice
+            if len(calls) == 3:
+                raise KeyboardInterrupt
         return found
 
+    # torch wraps the step of a class that does not carry this mark, and a wrapper of ours would outlive the test
+    interrupted.hooked = True  # type: ignore[attr-defined]
     monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(broken, batches, TARGET, checkpoint=tmp_path / "run.pt", **how)
