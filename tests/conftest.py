@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "hosts"))
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """Each test reads the log as ever: `ltmp serve`, which a fixture may run, and libraries configure it for themselves."""
+    """Each test reads the log as ever: `ltmp serve`, which a fixture may run, configures it, and libraries do."""
     logging.disable(logging.NOTSET)
     for name in [name for name in logging.Logger.manager.loggerDict if name.split(".")[0] == "ltmp"]:
         logging.getLogger(name).disabled = False
