@@ -21,7 +21,7 @@ from ..engines.body import Body, running
 from ..hosts.attach import attachment
 from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
-from ..visualize import Seen, panel, see, strip
+from ..visualize import ReducedView, panel, see, strip
 from .budgets import Budgets
 
 WIDTH = 448
@@ -63,7 +63,7 @@ class Look:
     """An image at one budget; `timed` says whether its seconds mean anything."""
 
     opened: Opened
-    seen: Seen
+    seen: ReducedView
     reduced: Answers
     timed: bool = True
 

@@ -170,7 +170,7 @@ def _compiled_pieces(
     body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """The same with a compiled plan."""
-    rows = compiled.Rows.start(x)
+    rows = compiled.LiveRows.start(x)
     steps = compiled.block_steps(body.policy, active, body.protected)[i]
     mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
     calls: dict[str, Call] = {

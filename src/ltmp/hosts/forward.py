@@ -27,7 +27,7 @@ from .sizes import with_sizes
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class HostPass:
     """A call of all blocks, as each of them sees it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Pass:
     differentiable: bool
 
 
-_PASS: ContextVar[Pass | None] = ContextVar("ltmp_pass", default=None)
+_PASS: ContextVar[HostPass | None] = ContextVar("ltmp_pass", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class LoopForward:
         if unmerging() if reduced else torch.compiler.is_exporting():
             # block by block
             return self._own(args, kwargs)
-        with held(_PASS, Pass(body, reduced, torch.is_grad_enabled())):
+        with held(_PASS, HostPass(body, reduced, torch.is_grad_enabled())):
             return self._own(args, kwargs)
 
 
@@ -120,7 +120,7 @@ class BlockForward:
             note_whole(body, x)
         return self._own(body, x, others, named)
 
-    def _one_of_all(self, here: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _one_of_all(self, here: HostPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """This block in a pass through all of them."""
         body = here.body
         x, others, named = _features(args, kwargs)

@@ -57,7 +57,7 @@ class DialSettings(RunSettings, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class LoopOptions:
     """The same with defaults, checked."""
 
     views: int
@@ -91,7 +91,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnOptions(RunOptions):
+class LearnOptions(LoopOptions):
     """Settings of `ltmp.learn`."""
 
     views: int = 16_000
@@ -115,7 +115,7 @@ class LearnOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialOptions(RunOptions):
+class DialOptions(LoopOptions):
     """Settings of `ltmp.learn_dial`."""
 
     views: int = 9_000

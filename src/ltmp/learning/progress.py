@@ -11,7 +11,7 @@ Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and what it is."""
 
 
-class Bar:
+class LearningBar:
     """tqdm's bar, which notebooks draw, too; drawn at the first call."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ def telling(progress: Progress | bool | None) -> Iterator[Progress | None]:
     if not isinstance(wanted, bool):
         yield wanted
         return
-    bar = Bar()
+    bar = LearningBar()
     try:
         yield bar if wanted else None
     finally:

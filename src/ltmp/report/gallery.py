@@ -22,7 +22,7 @@ SIDE = 96
 
 
 @dataclass(frozen=True)
-class Shown:
+class GalleryImage:
     """One thumbnail.
 
     Attributes:
@@ -41,7 +41,7 @@ def row_length(budgets: int) -> int:
     return max(1, min(MOST, ALL // (3 * max(1, budgets))))
 
 
-def by_cost(report: Report, budget: Budget, count: int, *, dearest: bool) -> list[Shown]:
+def by_cost(report: Report, budget: Budget, count: int, *, dearest: bool) -> list[GalleryImage]:
     """The images that cost least, or most."""
     if budget.images is None:
         return []
@@ -50,7 +50,7 @@ def by_cost(report: Report, budget: Budget, count: int, *, dearest: bool) -> lis
     return _show(report, lines)
 
 
-def flipped(report: Report, budget: Budget, changes: Changes, count: int) -> list[Shown]:
+def flipped(report: Report, budget: Budget, changes: Changes, count: int) -> list[GalleryImage]:
     """Images whose answer changed, with both answers."""
     rows = budget.images
     if rows is None:
@@ -78,10 +78,10 @@ def _label(report: Report, budget: Budget, index: int) -> str:
     return f"is {class_name(report, label)}" if label >= 0 else ""
 
 
-def _show(report: Report, lines: dict[int, list[str]]) -> list[Shown]:
+def _show(report: Report, lines: dict[int, list[str]]) -> list[GalleryImage]:
     if report.picture is None:
         return []
-    return [Shown(thumbnail(report.picture(i)), report.image_name(i), text) for i, text in lines.items()]
+    return [GalleryImage(thumbnail(report.picture(i)), report.image_name(i), text) for i, text in lines.items()]
 
 
 def thumbnail(image: Image.Image) -> str:

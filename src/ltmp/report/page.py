@@ -28,10 +28,10 @@ class _Detail:
     """What the page says of one budget."""
 
     budget: Budget
-    cheapest: list[gallery.Shown]
-    dearest: list[gallery.Shown]
+    cheapest: list[gallery.GalleryImage]
+    dearest: list[gallery.GalleryImage]
     changes: Changes
-    flipped: list[gallery.Shown]
+    flipped: list[gallery.GalleryImage]
     percentiles: dict[str, float]
 
 

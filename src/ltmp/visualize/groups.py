@@ -15,7 +15,7 @@ from ..hosts.attach import attachment
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReducedView:
     """What became of one image.
 
     Attributes:
@@ -45,7 +45,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def see(model: nn.Module, images: Tensor) -> list[Seen]:
+def see(model: nn.Module, images: Tensor) -> list[ReducedView]:
     """Run an attached model and follow every patch.
 
     Args:
@@ -65,12 +65,12 @@ def see(model: nn.Module, images: Tensor) -> list[Seen]:
     grids = groups.unflatten(2, (rows, columns))
     kept = torch.cat(calls.kept).int().tolist()
     tokens, shares = calls.geometry[0].tokens, calls.share().tolist()
-    return [Seen(grid, left, tokens, share) for grid, left, share in zip(grids, kept, shares, strict=True)]
+    return [ReducedView(grid, left, tokens, share) for grid, left, share in zip(grids, kept, shares, strict=True)]
 
 
 @torch.inference_mode()
 def patch_groups(model: nn.Module, images: Tensor) -> Tensor:
-    """int32 [B, L, N], the groups of `Seen` for every token of `images` [B, C, H, W], prefix tokens first.
+    """int32 [B, L, N], the groups of `ReducedView` for every token of `images` [B, C, H, W], prefix tokens first.
 
     Raises:
         LTMPError: nothing is attached.

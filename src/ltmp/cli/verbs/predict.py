@@ -21,7 +21,7 @@ from ..options import (
     CertifiedOption,
     ClassMap,
     OutputOptions,
-    Preprocessing,
+    PreprocessingOptions,
     RunOptions,
     SavedModel,
     name_in,
@@ -72,7 +72,7 @@ class PredictModel(SavedModel, CertifiedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictData(Preprocessing):
+class PredictData(PreprocessingOptions):
     """From a source to images."""
 
     class_map: ClassMap = None

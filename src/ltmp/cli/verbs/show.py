@@ -16,7 +16,7 @@ from ..options import (
     CertifiedOption,
     Device,
     OutputOptions,
-    Preprocessing,
+    PreprocessingOptions,
     SavedModel,
     name_in,
     option,
@@ -65,7 +65,7 @@ class Pictures(OutputOptions):
 def show_verb(
     images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="IMAGE")],
     model: ShowModel,
-    reading: Preprocessing,
+    reading: PreprocessingOptions,
     pictures: Pictures,
 ) -> None:
     """Draw which patches of photographs survive, block by block: merged ones in one colour, pruned ones hatched.
