@@ -91,7 +91,7 @@ LAYERS = (
     ("bundle", "deploy", "visualize", "distributed"),
     ("data",),
     ("zoo",),
-    ("checkpoint", "describe", "schema"),
+    ("checkpoint", "describe", "schema", "thresholdfile"),
     ("hosts",),
     ("engines",),
     ("calls",),

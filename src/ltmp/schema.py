@@ -20,7 +20,7 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def said_in(about: dict[str, str]) -> dict[str, Any]:
-    """What the metadata of a thresholds file say."""
+    """Read the metadata of a thresholds file."""
     text = about.get("ltmp", "")
     if len(text) > MOST_SAID:
         raise ValueError(f"it says {len(text):,} letters of itself")

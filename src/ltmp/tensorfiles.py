@@ -43,7 +43,7 @@ Keep = Callable[[str], bool]
 
 
 class TensorEntry(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor's entry in a header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -121,7 +121,7 @@ def read_tensors(path: str | os.PathLike[str], keep: Keep) -> dict[str, Tensor]:
 
 
 def load_plain(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
-    """What `torch.save` wrote: tensors, numbers and texts in lists and dictionaries. No code is unpickled.
+    """Read a file of `torch.save`: tensors, numbers and texts in lists and dictionaries. No code is unpickled.
 
     Args:
         lazy: read tensors when they are used, where the format allows it.

@@ -1,4 +1,4 @@
-"""What the app shows where nothing else was asked for: the demo's ViT and its digits, without a network."""
+"""The app's default, which needs no network: the demo's ViT and its digits."""
 
 from __future__ import annotations
 

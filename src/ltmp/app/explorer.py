@@ -33,7 +33,7 @@ Top = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model says.
+    """The answer of one model.
 
     Attributes:
         blocks: after each block the five likeliest classes, as the model's own norm and head read them there.
@@ -72,7 +72,7 @@ class Look:
         return len(self.seen.kept)
 
     def picture(self, block: int, width: int = WIDTH) -> Image.Image:
-        """What is left after `block`, from 1; 0 is the image."""
+        """The tokens left after `block`, counted from 1; 0 is the image."""
         return panel(self.opened.view, self.seen, block - 1 if block else None, width)
 
     def strip(self) -> Image.Image:

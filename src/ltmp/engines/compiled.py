@@ -177,14 +177,14 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSteps:
-    """What a block does, as the kernels are told."""
+    """A block's steps, as arguments of the kernels."""
 
     steps: Steps
     needs: Needs
 
 
 def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSteps | None]:
-    """What each block does, None where that is nothing. Reads the thresholds once."""
+    """The steps of each block, None where it has none. Reads the thresholds once."""
     from ..ops.plan.numba import Steps
 
     config, merges, prunes = policy.config, _cuts(policy, "merge"), _cuts(policy, "prune")

@@ -1,4 +1,4 @@
-"""What blocks cost on this device, by the tokens that they have.
+"""Time that a block takes on this device, by its number of tokens.
 
 The halves of a block are timed alone at a few numbers of tokens, without reduction and with it; the whole model at
 three budgets then says how they add up: what embedding and head take, and how much a block in its place differs from

@@ -256,7 +256,7 @@ def _there(state: _State) -> Tensor:
 
 
 def _bias(state: _State, power: float) -> Tensor | None:
-    """What is added to attention scores, [B, 1, 1, N]: log weight, and no attention to places without a token."""
+    """Bias for attention scores, [B, 1, 1, N]: log weight, and -inf for places without a token."""
     live = state.layout.live
     if live is None and not state.weighed:
         return None
@@ -371,7 +371,7 @@ def _only_prefix(state: _State, places: Tensor) -> _State:
 
 
 def _finish(body: Body, state: _State, kept: Tensor) -> Reduced:
-    """What the host's norm, pooling and head get; no more than the prefix where they read nothing else."""
+    """Tokens for the host's norm, pooling and head; the prefix alone where they read nothing else."""
     protected = body.protected
     prefix = _only_prefix(state, _prefix(state.origin, protected)) if protected else state
     if protected and body.prefix_only:

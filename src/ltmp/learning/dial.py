@@ -79,7 +79,7 @@ def learn_dial(
     Needs images and no labels, forward passes and no gradients. At `ANCHORS` budgets it searches how removal is best
     spread over the blocks, judged by how far answers are from the dense model's; then thresholds are calibrated for
     `knots` budgets on the same images, and each row of the dial says what these cost, corrected by what more images
-    cost at those few budgets: 512 photographs are on average some 0.004 dearer or cheaper than others.
+    cost at those few budgets: the mean share of 512 photographs varies by about 0.004.
 
     Args:
         model: attached, with learned thresholds; left in eval mode on `device`.

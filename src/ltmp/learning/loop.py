@@ -174,7 +174,7 @@ class _Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two runs the same run; a checkpoint of another one is refused."""
+        """The settings that identify a run; a checkpoint with others is refused."""
         options, config = self.options, self.thresholds.config
         return {
             "target": self.target,

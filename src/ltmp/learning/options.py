@@ -77,7 +77,7 @@ class LoopOptions:
         return torch.autocast(device.type, self.amp) if self.amp is not None else nullcontext()
 
     def subject(self, model: nn.Module, loader: Any, images: Tensor) -> dict[str, Any]:
-        """What the run is of, among its settings where it is saved; see `resume.subject`."""
+        """The model and data of the run, saved among its settings; see `resume.subject`."""
         return subject(model, loader, images, self.amp) if self.checkpoint is not None else {}
 
     def save(self, settings: dict[str, Any], state: dict[str, Any]) -> None:

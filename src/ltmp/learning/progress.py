@@ -1,4 +1,4 @@
-"""What a learning run tells while it runs: a bar of its own in a terminal or a notebook, or whatever is asked for."""
+"""Progress of a learning run: a bar in a terminal or a notebook, or a callback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LearningBar:
 
 @contextmanager
 def telling(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """Whom to tell: `progress` itself, a bar for True, nobody for False; None is a bar in a terminal or a notebook."""
+    """The callback to report to: `progress` itself, a bar for True, none for False; for None a bar where one can be seen."""
     wanted = (sys.stderr.isatty() or "ipykernel" in sys.modules) if progress is None else progress
     if not isinstance(wanted, bool):
         yield wanted

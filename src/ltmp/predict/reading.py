@@ -49,7 +49,7 @@ class Batch:
     position: float
 
     def pin_memory(self) -> Batch:
-        """What torch's DataLoader calls for a copy to a GPU that waits for nothing."""
+        """Called by torch's DataLoader, for an asynchronous copy to a GPU."""
         self.handed = self.images.pin_memory()
         return self
 

@@ -1,4 +1,4 @@
-"""Thumbnails of images that say something: the cheapest, the dearest, those whose answer changed."""
+"""Thumbnails of images that say something: the cheapest, the costliest, those whose answer changed."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def row_length(budgets: int) -> int:
     return max(1, min(MOST, ALL // (3 * max(1, budgets))))
 
 
-def by_cost(report: Report, budget: Budget, count: int, *, dearest: bool) -> list[GalleryImage]:
+def by_cost(report: Report, budget: Budget, count: int, *, costliest: bool) -> list[GalleryImage]:
     """The images that cost least, or most."""
     if budget.images is None:
         return []
-    order = budget.images.share.argsort(descending=dearest, stable=True)[:count].tolist()
+    order = budget.images.share.argsort(descending=costliest, stable=True)[:count].tolist()
     lines = {index: [f"share {budget.images.share[index]:.2f}", _label(report, budget, index)] for index in order}
     return _show(report, lines)
 

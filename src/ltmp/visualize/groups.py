@@ -16,7 +16,7 @@ from ..hosts.attach import attachment
 
 @dataclass(frozen=True)
 class ReducedView:
-    """What became of one image.
+    """The reduction of one image.
 
     Attributes:
         groups: int32 [L, rows, columns]: after each block, the number of the token that each patch is part of, which

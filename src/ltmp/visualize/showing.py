@@ -90,7 +90,7 @@ def show_images(
 def see_budgets(
     deployment: Deployment, images: torch.Tensor, thresholds: Sequence[Path], budgets: Sequence[float] = ()
 ) -> dict[str, ReducedView]:
-    """What becomes of the first of `images` at each budget, by a short name of the budget."""
+    """The reduction of the first of `images` at each budget, by a short name of the budget."""
     if not thresholds:
         raise UsageError("nothing to show: give at least one thresholds file")
     model, found = deployment.model, {}

@@ -42,7 +42,7 @@ class ShowModel(SavedModel, CertifiedOption):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(OutputOptions):
-    """What is drawn."""
+    """Options for the drawing."""
 
     out: Annotated[Path, option("Folder, or for one image a .png, .gif or .mp4.", OUTPUT)] = Path("ltmp-show")
     formats: Annotated[
