@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
-from ltmp.hosts.attach import attachment, is_attached
+from ltmp.hosts.attach import attachment, find_attachment, is_attached
 
 IMAGES = random_images(3)
 
@@ -166,6 +167,22 @@ def test_two_transformers_in_one_model_are_asked_about() -> None:
         ltmp.attach(both)
     assert not is_attached(both)
     ltmp.attach(both["teacher"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_copies_of_blocks_alone_are_plain_blocks(name: str) -> None:
+    """Not copies of the whole model that hang on them."""
+    build, path = CONTAINERS[name]
+    blocks, own = ltmp.attach(build()).get_submodule(path), build().get_submodule(path)
+    whole = sum(p.numel() for p in own.parameters())
+    for part, plain in ((blocks[0], own[0]), (blocks, own)):
+        twin = copy.deepcopy(part)
+        assert find_attachment(twin) is None
+        assert len(pickle.dumps(twin)) < 4 * whole + 100_000
+        x = torch.rand(2, 17, 32 if name != "timm" else 16)
+        if not isinstance(part, nn.ModuleList):
+            assert torch.equal(twin(x), plain(x))
 
 
 # -- hooks
@@ -568,13 +585,18 @@ def test_what_transformers_records_and_masks(training: bool) -> None:
 @torch.no_grad()
 def test_tracers_of_a_model_that_is_off() -> None:
     expected = tiny_vit()(IMAGES)
-    program = torch.export.export(off(), (IMAGES,))
-    assert_close(program.module()(IMAGES), expected, 1e-5)
+    for strict in (False, True):
+        program = torch.export.export(off(), (IMAGES,), strict=strict)
+        assert_close(program.module()(IMAGES), expected, 1e-5)
     with pytest.warns():
         traced = torch.jit.trace(off(), (IMAGES,))
     assert_close(traced(IMAGES), expected, 1e-5)
     found = timm_extractor(off(), {"blocks.1": "out"})(IMAGES)
     wanted = timm_extractor(tiny_vit(), {"blocks.1": "out"})(IMAGES)
+    assert torch.equal(found["out"], wanted["out"])
+    nodes = get_graph_node_names(tiny_vit(global_pool="avg"))[1]
+    assert get_graph_node_names(off(global_pool="avg"))[1] == nodes
+    found, wanted = (timm_extractor(build(global_pool="avg"), {nodes[-1]: "out"})(IMAGES) for build in (off, tiny_vit))
     assert torch.equal(found["out"], wanted["out"])
     model, plain = ltmp.attach(torchvision_vit()), torchvision_vit()
     nodes = get_graph_node_names(plain)[1]
@@ -586,6 +608,13 @@ def test_tracers_of_a_model_that_is_off() -> None:
 
 def trace_export(model: Any) -> Any:
     return torch.export.export(model, (IMAGES,))
+
+
+def trace_export_strictly(model: Any) -> Any:
+    try:
+        return torch.export.export(model, (IMAGES,), strict=True)
+    except torch._dynamo.exc.Unsupported as error:  # what the compiler makes of any exception
+        raise ltmp.LTMPError(str(error)) from error
 
 
 def trace_onnx(model: Any) -> Any:
@@ -601,6 +630,7 @@ TRACERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "fx": (torch.fx.symbolic_trace, r"torch\.fx"),
     "fx-timm": (lambda model: timm_extractor(model, {"blocks.1": "out"}), "create_feature_extractor"),
     "export": (trace_export, r"torch\.export"),
+    "export-strict": (trace_export_strictly, r"torch\.export"),
 }
 
 

@@ -264,7 +264,7 @@ def _take_over(made: Attachment) -> None:
     body, host, recipe = made.body, made.host, made.recipe
     for i, block in enumerate(body.blocks):
         made.replace(block, "forward", BlockForward(made, i))
-    made.replace(made.owner, recipe.loop, LoopForward(made, recipe.loop))
+    made.replace(made.owner, recipe.loop, LoopForward(made, made.owner, recipe.loop))
     for path, value in recipe.overrides(body).items():
         made.replace(*_place(host, path), value)
     norm = recipe.final_norm(host)

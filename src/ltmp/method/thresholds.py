@@ -245,6 +245,16 @@ class Thresholds(Policy):
 
     def _look(self) -> Answers:
         """The values of `active` and `prunes_all`, cached while the thresholds stay the same."""
+        return self._constant() if torch.compiler.is_exporting() else self._look_now()
+
+    def _constant(self) -> Answers:
+        """`_look_now`, which `torch.export(strict=True)` calls and does not trace."""
+        return self._look_now()
+
+    # what torch.compiler.assume_constant_result does, which would import the compiler
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _look_now(self) -> Answers:
         # not as attributes, which tracers replace
         both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
         if not all(type(p) is nn.Parameter and not p.is_meta for p in both):

@@ -69,12 +69,13 @@ class DataOptions(PreprocessingOptions, Source):
         shuffle: bool = False,
         seed: int = 0,
         limit: int | None = None,
+        evenly: bool = True,
     ) -> Loader:
         """Batches of `source` as `model` takes them, after checking that its classes fit the head.
 
-        With a `limit`, images of all classes alike; where the source streams, whoever reads it has to count.
+        With a `limit`, a sample of the images, of all classes alike if `evenly`.
         """
-        from ...data import Images, check_classes, eval_transform, image_mode, make_loader, open_dataset
+        from ...data import check_classes, eval_transform, image_mode, make_loader, open_dataset
         from ...data.sample import sampled
 
         dataset = open_dataset(
@@ -87,8 +88,8 @@ class DataOptions(PreprocessingOptions, Source):
             root=self.data_root,
         )
         check_classes(dataset, int(getattr(model, "num_classes", 0)), self.class_map)
-        if limit is not None and isinstance(dataset, Images):
-            dataset = sampled(dataset, limit)
+        if limit is not None:
+            dataset = sampled(dataset, limit, evenly=evenly)
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
