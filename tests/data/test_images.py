@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ltmp.data import images
-from ltmp.data.images import MAX_SCANS, decode, is_image_name, read_bytes, read_image, reason
+from ltmp.data.images import MAX_SCANS, decode, is_image_name, open_part, read_image, reason
 from ltmp.errors import LTMPError
 
 
@@ -164,7 +164,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         with pytest.raises(LTMPError, match=why):
             read_image(tmp_path / f"{name}.png")
     with pytest.raises(IsADirectoryError):
-        read_bytes(tmp_path)
+        open_part(tmp_path)
 
 
 def test_names_of_images():

@@ -472,6 +472,31 @@ def test_blocks_sharded_one_by_one_are_refused() -> None:
 
 
 @torch.no_grad()
+def test_sharding_by_fsdp2(tmp_path: Path) -> None:
+    """The real one, in one process: the model as a whole works, blocks one by one are refused."""
+    dist = pytest.importorskip("torch.distributed")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    mesh = pytest.importorskip("torch.distributed.device_mesh")
+    if not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    expected, plain = reducing()(IMAGES), tiny_vit()(IMAGES)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        here = mesh.init_device_mesh("cpu", (1,))
+        model = fsdp.fully_shard(reducing(), mesh=here)
+        assert_close(model(IMAGES), expected, 1e-6)
+        blocks = reducing()
+        for block in blocks.blocks:
+            fsdp.fully_shard(block, mesh=here)
+        with pytest.raises(ltmp.LTMPError, match=r"became FSDPBlocks.*\(FSDP\)"):
+            blocks(IMAGES)
+        with ltmp.dense():
+            assert_close(blocks(IMAGES), plain, 1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
 def test_offloaded_weights_are_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, plain = reducing(), off()
@@ -510,6 +535,21 @@ def test_weights_of_another_kind_run_in_their_own_layers() -> None:
             layer._parameters["weight"] = layer.weight.detach().as_subclass(Quantised)
     assert_close(model(IMAGES), expected, 1e-5)
     assert Quantised.products >= 3 * 4
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_weights_of_torchao(config: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = reducing()
+    _, kept = run_recorded(model, IMAGES)
+    for block in model.blocks:
+        quantization.quantize_(block, getattr(quantization, config)())
+    assert type(model.blocks[0].mlp.fc1.weight) is not nn.Parameter
+    logits, again = run_recorded(model, IMAGES)
+    assert logits.isfinite().all()
+    assert (again - kept).abs().max() <= 3
 
 
 @torch.no_grad()
