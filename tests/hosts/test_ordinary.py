@@ -22,6 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
 from ltmp.hosts.attach import attachment, find_attachment, is_attached
+from ltmp.ops.probe.reference import WIDTH
 
 IMAGES = random_images(3)
 
@@ -365,6 +366,9 @@ def test_save_pretrained_writes_the_model_alone(tmp_path: Path) -> None:
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
     assert torch.equal(again.classifier.weight, model.classifier.weight)
+    assert "ltmp.probe" not in model._keys_to_ignore_on_save
+    model.ltmp.set_probe(torch.zeros(3, 33, WIDTH + 2))
+    assert {"ltmp.merge", "ltmp.prune", "ltmp.probe"} <= set(model._keys_to_ignore_on_save) <= set(model.state_dict())
     ltmp.detach(model)
     assert "ltmp.merge" not in (model._keys_to_ignore_on_save or ())
 

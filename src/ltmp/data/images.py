@@ -18,6 +18,10 @@ from ..errors import LTMPError, UsageError
 # From here on an image is reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
+# Decoded images beyond this many bytes are not read; a process of bulk scoring has that much for one.
+MAX_DECODED = 2**29
+# What decoders take for a pixel of their own, whatever size is asked for; measured on Pillow 12.
+_DECODERS = {"WEBP": 16, "JPEG2000": 20, "AVIF": 10}
 # Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
 MAX_ASPECT = 50
 # Encoded images beyond this are not read: nothing that a ViT sees needs as much, and sparse files cost nothing to make.
@@ -126,6 +130,7 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
     _check_scans(image)
+    _check_memory(image)
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
     image.load()
@@ -210,6 +215,22 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     # damaged EXIF is no reason to lose the pixels
     except Exception:
         return None
+
+
+def _check_memory(image: Image.Image) -> None:
+    """Refuse what takes gigabytes to decode, by the header; raises `UnfitImageError`."""
+    large = image.width * image.height > LARGE_PIXELS
+    if image.format in ("JPEG", "MPO"):
+        # all coefficients of a progressive one are kept, of others a few rows
+        each = 7 if image.info.get("progressive") else 1 if large else 4
+    else:
+        each = _DECODERS.get(image.format or "", 1 if image.mode in ("1", "L", "P") else 4)
+    needed = each * image.width * image.height
+    if needed > MAX_DECODED:
+        raise UnfitImageError(
+            f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e9:.1f} GB to decode: over the "
+            f"limit of {MAX_DECODED / 1e9:.1f} GB"
+        )
 
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")

@@ -90,10 +90,6 @@ class Policy(nn.Module, ABC):
         """
         return None
 
-    def stored(self) -> tuple[str, ...]:
-        """Names of all that its state dict may hold."""
-        return tuple(self.state_dict())
-
     @property
     def bounded(self) -> bool:
         """Whether a floor or a ceiling may overrule a decision."""

@@ -6,7 +6,6 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -211,11 +210,6 @@ class Thresholds(Policy):
         if step == "merge":
             return over(score, self.merge[block], self.config.tau)
         return log_over(score, self.prune[block], PRUNE_TAU)
-
-    def stored(self) -> tuple[str, ...]:
-        """See `Policy.stored`."""
-        dial = (f"{PREFIX}{field.name}" for field in fields(Dial))
-        return ("merge", "prune", "probe", *dial)
 
     def pruned_whole(self) -> Tensor:
         """No mean of attention weights is above 1."""
