@@ -37,7 +37,7 @@ class LearningBar:
 
 @contextmanager
 def telling(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """The callback to report to: `progress` itself, a bar for True, none for False; for None a bar where one can be seen."""
+    """The callback: `progress` itself, a bar for True, none for False; for None a bar in a terminal or notebook."""
     wanted = (sys.stderr.isatty() or "ipykernel" in sys.modules) if progress is None else progress
     if not isinstance(wanted, bool):
         yield wanted
