@@ -1,4 +1,4 @@
-"""`ltmp predict` over 200 files, and over as many members and rows, that mean harm: memory, time, and that none is lost.
+"""`ltmp predict` over 200 files, and over as many members and rows, that mean harm: memory, time, none of them lost.
 
     python benchmarks/predict_hostile.py
 
@@ -29,9 +29,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, PngImagePlugin
+from serve_hostile import endless
 
 from predict import jpeg, tiny_model
-from serve_hostile import endless
 
 Bytes = Callable[[random.Random], bytes]
 
@@ -110,7 +110,15 @@ def hostile_bytes() -> dict[str, Bytes]:
     }
 
 
-NAMES = ("{n}.jpg", "\x1b[31m{n}.png", "={n}.png", "o[/red]{n}.webp", "{{1}}{n}.jpg", "x\r\n{n}.gif", "n" * 240 + "{n}.tif")
+NAMES = (
+    "{n}.jpg",
+    "\x1b[31m{n}.png",
+    "={n}.png",
+    "o[/red]{n}.webp",
+    "{{1}}{n}.jpg",
+    "x\r\n{n}.gif",
+    "n" * 240 + "{n}.tif",
+)
 
 
 def named(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
@@ -164,7 +172,9 @@ def write_shards(root: Path, count: int) -> tuple[list[Path], int]:
     tars = [root / "a.tar", root / "b.tar"]
     members = sum(write_tar(path, count // 3, seed) for seed, path in enumerate(tars))
     rows = list(named(count - 2 * (count // 3), seed=2)) + [(f"zeros{n}", bytes(20_000_000)) for n in range(32)]
-    pq.write_table(pa.table({"image": [data for _, data in rows], "key": [name for name, _ in rows]}), root / "c.parquet")
+    pq.write_table(
+        pa.table({"image": [data for _, data in rows], "key": [name for name, _ in rows]}), root / "c.parquet"
+    )
     (root / "d.parquet").write_bytes((root / "c.parquet").read_bytes()[:-100])
     (root / "e.tar").write_bytes(random.Random(0).randbytes(10_000))
     return [*tars, *(root / name for name in ("c.parquet", "d.parquet", "e.tar"))], members + len(rows)

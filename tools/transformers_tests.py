@@ -20,7 +20,10 @@ FOLDER = os.environ["LTMP_HOST_TESTS_TRANSFORMERS"]
 """The unpacked source distribution."""
 
 sys.path.insert(0, FOLDER)
-for missing, name in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
+for missing, name in (
+    ("exporters.test_export", "ExportTesterMixin"),
+    ("generation.test_utils", "GenerationTesterMixin"),
+):
     package, _, module = missing.rpartition(".")
     sys.modules[f"tests.{package}"] = types.ModuleType(f"tests.{package}")
     sys.modules[f"tests.{missing}"] = found = types.ModuleType(f"tests.{missing}")

@@ -304,6 +304,14 @@ def test_optimisers_of_the_model_leave_thresholds_alone() -> None:
     assert kept[:, -1].lt(17).all()
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[name]) for name, value in model.ltmp.state_dict().items())
+    # nor does it ask to unfreeze the whole model
+    for unfreeze in (model.requires_grad_, lambda on: [p.requires_grad_(on) for p in model.parameters()]):
+        unfreeze(False)
+        unfreeze(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+        model(IMAGES).sum().backward()
+        optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in model.ltmp.state_dict().items())
     # asked for, they train
     model.ltmp.requires_grad_(True)
     model(IMAGES).sum().backward()

@@ -69,7 +69,8 @@ def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
         ValueError: it is no regular file (a pipe would be waited for, a device read for ever), empty, or over 1 GB.
     """
     # without O_NONBLOCK opening a pipe waits until somebody writes to it
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(os.open(path, how), "rb")  # noqa: SIM115 - it may be what is returned
     try:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
