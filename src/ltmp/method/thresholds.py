@@ -74,6 +74,8 @@ class Thresholds(Policy):
     """
 
     probe: Tensor | None
+    log_prune = True
+    """Whether the prune decision's gradient is taken in log space; not in the paper's own training."""
     seen: Seen | None = None
     certificate: Certificate | None = None
 
@@ -208,8 +210,8 @@ class Thresholds(Policy):
 
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         """1 above the block's threshold, else 0."""
-        if step == "merge":
-            return over(score, self.merge[block], self.config.tau)
+        if step == "merge" or not self.log_prune:
+            return over(score, getattr(self, step)[block], self.config.tau)
         return log_over(score, self.prune[block], PRUNE_TAU)
 
     def stored(self) -> tuple[str, ...]:
