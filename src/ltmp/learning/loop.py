@@ -330,12 +330,11 @@ def _only(model: nn.Module, thresholds: Thresholds) -> Iterator[None]:
 @contextmanager
 def _learning(thresholds: Thresholds) -> Iterator[None]:
     """Masked form inside, with gradients to the thresholds; the host stays in eval mode, without dropout."""
-    trained = {parameter: parameter.requires_grad for parameter in thresholds.parameters()}
+    before = thresholds.trains
     thresholds.train().requires_grad_(True)
     try:
         yield
     finally:
-        thresholds.eval()
-        for parameter, before in trained.items():
+        thresholds.eval().requires_grad_(before)
+        for parameter in thresholds.parameters():
             parameter.grad = None
-            parameter.requires_grad_(before)

@@ -70,13 +70,14 @@ class DataOptions(PreprocessingOptions, Source):
         seed: int = 0,
         limit: int | None = None,
         augment: bool = False,
+        evenly: bool = True,
     ) -> Loader:
         """Batches of `source` as `model` takes them, after checking that its classes fit the head.
 
-        With a `limit`, images of all classes alike; where the source streams, whoever reads it has to count. With
-        `augment`, randomly cropped, flipped and coloured.
+        With a `limit`, a sample of the images, of all classes alike if `evenly`. With `augment`, randomly cropped, flipped
+        and coloured.
         """
-        from ...data import Images, check_classes, image_mode, make_loader, open_dataset, transforms
+        from ...data import check_classes, image_mode, make_loader, open_dataset, transforms
         from ...data.sample import sampled
 
         prepare = transforms.train_transform if augment else transforms.eval_transform
@@ -90,8 +91,8 @@ class DataOptions(PreprocessingOptions, Source):
             root=self.data_root,
         )
         check_classes(dataset, int(getattr(model, "num_classes", 0)), self.class_map)
-        if limit is not None and isinstance(dataset, Images):
-            dataset = sampled(dataset, limit)
+        if limit is not None:
+            dataset = sampled(dataset, limit, evenly=evenly)
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
