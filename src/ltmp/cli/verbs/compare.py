@@ -77,6 +77,7 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     from ... import attach
     from ...evaluate import compare as job
     from ..progress import progress_bar
+    from ..screen import suggest
 
     need("matplotlib")
     wanted = options.wanted()
@@ -91,6 +92,8 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
             network, loader, entries, device=run.place, amp=run.cast, limit=run.limit, speed=run.speed, progress=advance
         )
     _write(run.out, model.model, entries, results)
+    source = options.learn_data or data.data
+    suggest("ltmp", "dial", "--data", source, *model.again(None), "--scores", "best")
 
 
 def _from_files(

@@ -88,7 +88,7 @@ def report_verb(
     """
     from ...evaluate import describe_machine
     from ...report import Report, write_report
-    from ..screen import say
+    from ..screen import say, suggest
 
     if bool(model.thresholds) != bool(data.data):
         raise UsageError("evaluating needs both --data and --thresholds: give the other one, too, or neither")
@@ -101,6 +101,7 @@ def report_verb(
     page = _with_results(replace(page, title=output.title or page.title), results or [])
     write_report(page, output.out)
     say(f"{output.out}: the report ({output.out.stat().st_size / 1e6:.1f} MB)")
+    suggest("python", "-m", "webbrowser", output.out)
 
 
 def _now() -> str:

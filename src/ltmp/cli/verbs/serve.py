@@ -80,7 +80,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     """
     from ... import load, serve
     from ...data import class_names, read_names
-    from ..screen import say
+    from ..screen import say, suggest
 
     limits = service.limits()
     names = read_names(reading.class_map) if reading.class_map else None
@@ -100,6 +100,8 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     )
     app = serve.create_app(deployment, limits, about={"model_name": name, **file.metadata})
     address = f"[{service.host}]" if ":" in service.host else service.host
-    say(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
+    url = f"http://{address}:{bound.getsockname()[1]}"
+    say(f"serving {name} on {url} (see {url}/docs)")
+    suggest("curl", "-F", "file=@cat.jpg", f"{url}/v1/predict")
     sys.stdout.flush()
     serve.run(app, bound=bound)
