@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
-from . import attach, learn, save
+from . import attach, learn, pack, save
 from .data import load_digits, make_loader
 from .data.embedded import CLASSES, MEAN, STD
 from .evaluate import Evaluation, describe_machine, tables
@@ -34,6 +34,11 @@ TARGETS = (0.75, 0.6, 0.5)
 # 196 patches and a class token, as many tokens as DeiT has at 224 pixels.
 SIZE, PATCH = 28, 2
 BLANK = -MEAN / STD
+NAME = "vit_tiny_patch16_224"
+"""What timm calls a ViT that its arguments make into the demo's."""
+
+BUNDLE, DIGITS = "bundle", "digits"
+"""Folders that are written beside the results: see `ltmp.pack`, and pictures to try it on."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,13 @@ class Recipe:
     views: int = 2000
     calibration: int = 256
     val_images: int = 1000
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What makes its ViT another one than timm's of the same name."""
+        return {
+            "patch_size": PATCH, "in_chans": 1, "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads,
+        }  # fmt: skip
 
 
 def run_demo(
@@ -91,7 +103,10 @@ def run_demo(
         with progress(f"evaluating at {target:g}", len(val)) as advance:
             budgets[target] = evaluate_budget(model, make_loader(val, 100), f"target {target:g}", progress=advance)
         done = budgets[target].evaluation
-        save(model, out / f"thresholds-{target:g}.safetensors", target=target, share=done.share, top1=done.top1)
+        about = {"target": target, "share": done.share, "top1": done.top1}
+        save(model, out / f"thresholds-{target:g}.safetensors", **about)
+        if target == sorted(targets)[len(targets) // 2]:
+            _write_bundle(model, out, recipe, val, about)
         pictures.append(survivors(model, val))
     evaluations = {target: budget.evaluation for target, budget in budgets.items()}
     _write_results(out, evaluations)
@@ -105,14 +120,10 @@ def trained_model(path: Path, recipe: Recipe, seed: int, progress: Progress) -> 
     torch.manual_seed(seed)
     model = VisionTransformer(
         img_size=SIZE,
-        patch_size=PATCH,
-        in_chans=1,
         num_classes=10,
-        embed_dim=recipe.width,
-        depth=recipe.depth,
-        num_heads=recipe.heads,
         # timm's default suits widths of hundreds; at this width it would hardly train
         weight_init="jax",
+        **recipe.shape,
     )
     if path.exists():
         load_weights(model, path)
@@ -192,6 +203,18 @@ def survivors(model: VisionTransformer, digits: Any) -> list[Tensor]:
     ]
 
 
+def _write_bundle(
+    model: VisionTransformer, out: Path, recipe: Recipe, digits: Any, about: dict[str, float | None]
+) -> None:
+    """The model with its thresholds in one folder, and a digit of each class to try it on."""
+    preprocessing = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic"}
+    known = {"model_name": NAME, "model_kwargs": recipe.shape, "class_names": CLASSES, "preprocessing": preprocessing}
+    pack(model, out / BUNDLE, **known, **about)
+    for name, image in zip(CLASSES, _colours(digits), strict=True):
+        with atomic_path(out / DIGITS / f"{name}.png") as temporary:
+            to_pil_image(image).save(temporary, "PNG")
+
+
 def draw_survivors(columns: list[list[Tensor]], titles: list[str], path: Path) -> None:
     """A picture with a row for each digit and a column for each budget."""
     figure, axes = new_figure(len(columns[0]), len(columns))
@@ -258,5 +281,6 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         "accuracy.png": "accuracy against compute",
         "patches.png": "which patches survived",
         "vit.safetensors": "the trained model, used again next time",
+        BUNDLE: f"model and thresholds for every verb, {DIGITS}: pictures for them",
     }.items():
         print(printable(f"{out / name}: {what}"))
