@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torchvision.transforms.functional import to_pil_image
 from . import attach, learn, pack, save
 from .data import load_digits, make_loader
 from .data.embedded import CLASSES, MEAN, STD
+from .deploy import Deployment
 from .evaluate import Evaluation, describe_machine, tables
 from .files import atomic_path
 from .report import Budget, Report, evaluate_budget, write_report
+from .report.gallery import with_left
 from .text import printable
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
@@ -36,6 +39,9 @@ SIZE, PATCH = 28, 2
 BLANK = -MEAN / STD
 NAME = "vit_tiny_patch16_224"
 """What timm calls a ViT that its arguments make into the demo's."""
+
+READ: dict[str, Any] = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic"}
+"""How its images are read."""
 
 BUNDLE, DIGITS = "bundle", "digits"
 """Folders that are written beside the results: see `ltmp.pack`, and pictures to try it on."""
@@ -102,6 +108,7 @@ def run_demo(
         learn_target(model, target, setup, seed, progress)
         with progress(f"evaluating at {target:g}", len(val)) as advance:
             budgets[target] = evaluate_budget(model, make_loader(val, 100), f"target {target:g}", progress=advance)
+        budgets[target] = with_left(Deployment(model, options=READ), budgets[target], partial(_digit, val))
         done = budgets[target].evaluation
         about = {"target": target, "share": done.share, "top1": done.top1}
         save(model, out / f"thresholds-{target:g}.safetensors", **about)
@@ -207,8 +214,7 @@ def _write_bundle(
     model: VisionTransformer, out: Path, setup: Setup, digits: Any, about: dict[str, float | None]
 ) -> None:
     """The model with its thresholds in one folder, and a digit of each class to try it on."""
-    preprocessing = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic"}
-    known = {"model_name": NAME, "model_kwargs": setup.shape, "class_names": CLASSES, "preprocessing": preprocessing}
+    known = {"model_name": NAME, "model_kwargs": setup.shape, "class_names": CLASSES, "preprocessing": READ}
     pack(model, out / BUNDLE, **known, **about)
     for name, image in zip(CLASSES, _colours(digits), strict=True):
         with atomic_path(out / DIGITS / f"{name}.png") as temporary:
@@ -241,16 +247,18 @@ def _colours(digits: Any) -> list[Tensor]:
     return list((images * STD + MEAN).clamp(0, 1).expand(-1, 3, -1, -1))
 
 
-def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
-    def picture(index: int) -> Image.Image:
-        return to_pil_image((digits[index][0] * STD + MEAN).clamp(0, 1))
+def _digit(digits: Any, index: int) -> Image.Image:
+    """A digit as a picture."""
+    return to_pil_image((digits[index][0] * STD + MEAN).clamp(0, 1))
 
+
+def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
     data = f"{len(digits)} MNIST digits that were neither trained nor learned on"
     page = Report(
         "The demo: a small ViT on digits",
         budgets,
         classes=CLASSES,
-        picture=picture,
+        picture=partial(_digit, digits),
         image_name="digit {}".format,
         settings={"data": data, **describe_machine()},
     )

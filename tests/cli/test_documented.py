@@ -25,6 +25,7 @@ import ltmp
 from ltmp.cli import main
 from ltmp.data import make_loader, open_dataset
 from ltmp.data.transforms import eval_transform
+from ltmp.evaluate.costs import measure_costs
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -163,8 +164,9 @@ def here(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     pytest.importorskip("gradio")
     monkeypatch.setattr("gradio.Blocks.launch", lambda page, **_: None)
     monkeypatch.setattr("gradio.Blocks.block_thread", lambda page: None)
-    monkeypatch.setattr("ltmp.serve.run", lambda app, **_: None)
+    monkeypatch.setattr("ltmp.serve.run", lambda app, bound=None, **_: bound and bound.close())
     monkeypatch.setattr("ltmp.app.default.demo_explorer", lambda *_: explorer())
+    monkeypatch.setitem(measure_costs.__kwdefaults__, "seconds", 0.001)
     return Path.cwd()
 
 

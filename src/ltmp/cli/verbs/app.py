@@ -46,7 +46,10 @@ class AppModel(ModelOptions, CertifiedOption):
 class AppData(PreprocessingOptions):
     """Pictures to try, and what they may show."""
 
-    images: Annotated[Path | None, option("Pictures to choose from and calibrate on; default: some photographs.", DATA, metavar="FOLDER")] = None
+    images: Annotated[
+        Path | None,
+        option("Pictures to choose from and calibrate on; default: some photographs.", DATA, metavar="FOLDER"),
+    ] = None
     class_names_file: Annotated[
         Path | None, option("Names of the model's classes, one a line (.txt).", DATA, "--class-names")
     ] = None

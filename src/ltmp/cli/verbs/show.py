@@ -137,7 +137,14 @@ def parse_blocks(text: str, depth: int) -> list[int]:
 
 def _rows(shown: list[Shown]) -> list[Row]:
     return [
-        {"image": one.image.name, "budget": name, "tokens": seen.tokens, "left": seen.left, "share": seen.share}
+        {
+            "image": one.image.name,
+            "budget": name,
+            "tokens": seen.tokens,
+            "left": seen.left,
+            "share": seen.share,
+            **({"answers": seen.answers} if seen.answers else {}),
+        }
         for one in shown
         for name, seen in one.budgets.items()
     ]
