@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 BLOCK = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
 
-CLASSES, MANY = ("ant", "bee", "cow"), 200
+CLASSES, MANY = ("ant", "bee", "cow", "dog", "eel"), 200
 NARROW: dict[str, dict[str, int]] = {
     "deit": {"embed_dim": 24, "num_heads": 3, "patch_size": 32},
     "vit": {"embed_dim": 24, "num_heads": 3},
@@ -43,8 +43,6 @@ FEW = {
     "compare": ("--calibration", "8", "--no-speed", "--limit", "8"),
     "eval": ("--no-speed", "--limit", "8"),
     "bench": ("--seconds", "0.01", "--no-compile", "--no-baseline"),
-    "certify": ("--no-speed", "--at-most", "0.5"),
-    "report": (),
 }
 """Options that make a verb quick; where a page gives one itself, the last one counts."""
 
@@ -63,7 +61,12 @@ NOT_HERE = {
     "push_to_hub": "the Hugging Face Hub: tests/test_hub.py",
     "user/deit-small-ltmp": "the Hugging Face Hub: tests/test_hub.py",
     "laion2b_s34b_b79k": "weights of open_clip: tests/hosts",
-    "{BUDGET}": "a shape, not a command",
+    "ltmp export": "traces for a minute: tests/export, tests/cli/test_exporting.py",
+    "ltmp.export": "traces for a minute: tests/export",
+    "--engine onnx": "needs that export: tests/export",
+    "onnxruntime": "needs that export: tests/export",
+    "at-most 0.01": "needs hundreds of images: tests/certification",
+    "at_most=0.01": "needs hundreds of images: tests/certification",
 }
 """Words of a command, or of a Python block, that is left out, and why."""
 
@@ -78,7 +81,7 @@ def left_out(text: str) -> bool:
 
 
 def narrow(create: Any) -> Any:
-    """timm's `create_model` with narrow models, three classes and random weights, the same each time."""
+    """timm's `create_model` with narrow models, few classes and random weights, the same each time."""
 
     def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
         torch.manual_seed(0)
@@ -101,12 +104,12 @@ def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
 
 def write_images(folder: Path) -> None:
     """Everything that pages name: folders, tars, single photographs."""
-    for split in ("train", "val"):
+    for s, split in enumerate(("train", "val")):
         for k, name in enumerate(CLASSES):
             place = folder / "imagenet" / split / name
             place.mkdir(parents=True)
-            for i in range(4):
-                picture(10 * k + i).save(place / f"{i}.jpg")
+            for i in range(3):
+                picture(100 * s + 10 * k + i).save(place / f"{i}.jpg")
     shutil.copytree(folder / "imagenet" / "val", folder / "val")
     for name in ("images", "photographs"):
         shutil.copytree(folder / "imagenet" / "val" / "ant", folder / name)
@@ -146,6 +149,17 @@ def write_thresholds(folder: Path) -> None:
     save_file(weights, folder / "mine.safetensors")
     other = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=MANY)
     save_file(other.state_dict(), folder / "vit.safetensors")
+    model = ltmp.attach(timm.create_model("vit_small_patch14_dinov2"))
+    model.ltmp.set(*dial.at(0.6))
+    ltmp.save(model, folder / "dinov2.safetensors")
+    write_comparison(folder)
+
+
+def write_comparison(folder: Path) -> None:
+    """What `ltmp compare` would have left."""
+    data = ["--data", str(folder / "val"), "--model", "deit_small_patch16_224", "--pretrained", "--no-speed"]
+    done = main(["compare", *data, "--thresholds", str(folder / "a.safetensors"), "--out", str(folder / "compare")])
+    assert done == 0
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +219,9 @@ def small_clip() -> Any:
 
     shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48}
     text = {**shape, "vocab_size": 50, "max_position_embeddings": 8}
-    return CLIPModel(CLIPConfig(text, {**shape, "image_size": 32, "patch_size": 4}, projection_dim=16))
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 4}, projection_dim=16)
+    )
 
 
 def tokens(texts: Any, **_: Any) -> Any:
@@ -243,7 +259,7 @@ def learning(function: Any, **few: Any) -> Any:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_a_page_runs_as_written(page: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(ltmp, "learn", learning(ltmp.learn, views=16, calibration=8))
-    monkeypatch.setattr(ltmp, "tune", learning(ltmp.tune, views=16, calibration=8))
+    monkeypatch.setattr(ltmp, "tune", learning(ltmp.tune, calibration=8))
     monkeypatch.setattr(ltmp, "learn_dial", learning(ltmp.learn_dial, views=0, calibration=8, knots=3))
     given = names_of(page)
     for language, text in blocks(page):
