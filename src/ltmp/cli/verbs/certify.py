@@ -92,9 +92,10 @@ def certify_verb(
     from ..runs import report_skipped
     from ..screen import suggest
 
+    name = model.name()
     if output.out is None and not model.thresholds.exists():
         raise UsageError(f"where to? {model.thresholds} is not a file here: give --out FILE.safetensors")
-    network = model.build(model.name())
+    network = model.build(name)
     load(network, model.thresholds, engine=run.engine)
     labelled = options.risk == "error"
     loader = data.open(data.data, network, split=data.split or "validation", labelled=labelled)
