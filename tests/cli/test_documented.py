@@ -42,7 +42,6 @@ FEW = {
     "learn": ("--views 16", "--calibration 8", "--limit 16"),
     "compare": ("--budget 0.6", "--calibration 8", "--no-speed", "--limit 8"),
     "eval": ("--no-speed", "--limit 8"),
-    "bench": ("--batch-size 1", "--seconds 0.01", "--no-compile", "--no-baseline"),
 }
 """Options that make a verb quick, where a page does not give them itself."""
 
@@ -61,6 +60,7 @@ NOT_HERE = {
     "push_to_hub": "the Hugging Face Hub: tests/test_hub.py",
     "user/deit-small-ltmp": "the Hugging Face Hub: tests/test_hub.py",
     "laion2b_s34b_b79k": "weights of open_clip: tests/hosts",
+    "ltmp bench": "times for a minute: tests/cli/test_benching.py",
     "ltmp export": "traces for a minute: tests/export, tests/cli/test_exporting.py",
     "ltmp.export": "traces for a minute: tests/export",
     "--engine onnx": "needs that export: tests/export",
