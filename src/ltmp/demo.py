@@ -67,7 +67,7 @@ class Setup:
     val_images: int = 1000
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """What makes its ViT another one than timm's of the same name."""
         return {
             "patch_size": PATCH, "in_chans": 1, "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads,
