@@ -269,7 +269,7 @@ class IgnoredKeys(Set[str]):
         yield from (f"ltmp.{name}" for name in self.policy.state_dict())
 
     def __contains__(self, key: object) -> bool:
-        return key in iter(self)
+        return any(key == name for name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

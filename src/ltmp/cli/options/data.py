@@ -74,8 +74,8 @@ class DataOptions(PreprocessingOptions, Source):
     ) -> Loader:
         """Batches of `source` as `model` takes them, after checking that its classes fit the head.
 
-        With a `limit`, a sample of the images, of all classes alike if `evenly`. With `augment`, randomly cropped, flipped
-        and coloured.
+        With a `limit`, a sample of the images, of all classes alike if `evenly`. With `augment`, cropped, flipped and
+        coloured at random.
         """
         from ...data import check_classes, image_mode, make_loader, open_dataset, transforms
         from ...data.sample import sampled

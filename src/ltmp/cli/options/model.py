@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
+from ...locate import BUNDLE
 from .groups import MODEL, option
 
 if TYPE_CHECKING:
@@ -53,6 +54,31 @@ class ModelOptions:
         from ...bundle import Bundle
 
         return Bundle("", About()) if self.source is None else Bundle.open(self.source, budget=budget)
+
+    def again(self, thresholds: Path | None, weights: Path | None = None) -> list[object]:
+        """How the next verb gets this model: the thresholds' file says the rest.
+
+        Args:
+            weights: those that were tuned, in place of the model's own.
+        """
+        from ...zoo.build import brings_weights
+
+        words: list[object] = [] if thresholds is None else ["--thresholds", thresholds]
+        name: str | None = getattr(self, "model", None)
+        if weights is not None and weights.is_dir():
+            return [*words, "--model", f"hf:{weights}"]
+        if name is not None and (thresholds is None or brings_weights(name)):
+            words += ["--model", name]
+        given = weights or self.weights
+        return [*words, *(["--weights", given] if given else ["--pretrained"] if self.pretrained else [])]
+
+    def deploy(self, thresholds: Path, weights: Path | None = None, budget: float | None = None) -> list[object]:
+        """The command that comes after thresholds are known to be good: pack them, or serve what is packed."""
+        at: list[object] = [] if budget is None else ["--budget", f"{budget:g}"]
+        if (thresholds / BUNDLE).is_file():
+            return ["ltmp", "serve", *self.again(thresholds, weights), *at]
+        folder = thresholds.parent if thresholds.is_file() else thresholds
+        return ["ltmp", "pack", folder / "bundle", *self.again(thresholds, weights), *at]
 
     def has_weights(self, name: str, bundle: Bundle) -> bool:
         """Whether the model gets weights of its own, or else random ones."""

@@ -125,6 +125,7 @@ def bench_verb(
     Example: ltmp bench --model deit_small_patch16_224 --share 0.55 --batch-size 32 --csv bench.csv
     """
     from ...evaluate import tables
+    from ..screen import suggest
     from ..timing import Target
 
     dtype, target = options.type, Target.of(budget)
@@ -149,6 +150,9 @@ def bench_verb(
         tables.write_csv(rows, output.csv)
     if any(row["note"] and row["way"] != "dense, compiled" for row in rows):
         raise typer.Exit(1)
+    if not output.quiet:
+        learn = ("ltmp", "dial", "--data", data.data or "IMAGES", *model.again(None), "--scores", "best")
+        suggest(*(model.deploy(model.thresholds, budget=share) if model.thresholds else learn))
 
 
 def _say_if_slow() -> None:

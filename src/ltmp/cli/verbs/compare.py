@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ...evaluate.compare import Entry, Wanted
 
 
+CURVE = (0.8, 0.6, 0.47)
+"""Budgets where nobody names any: one would be a point, and no curve."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(CertifiedOption):
     """Options for the methods that are compared, and for those learned here."""
@@ -32,7 +36,7 @@ class CompareOptions(CertifiedOption):
         list[float] | None,
         option(
             "FLOPs share that methods without a rate, and files with a dial, are to meet; may be repeated. "
-            "Default: 0.6, and what a file was saved at."
+            f"Default: {', '.join(map(str, CURVE))}, and of a file what it was saved at."
         ),
     ] = None
     thresholds: Annotated[
@@ -77,6 +81,7 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     from ... import attach
     from ...evaluate import compare as job
     from ..progress import progress_bar
+    from ..screen import suggest
 
     need("matplotlib")
     wanted = options.wanted()
@@ -91,6 +96,8 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
             network, loader, entries, device=run.place, amp=run.cast, limit=run.limit, speed=run.speed, progress=advance
         )
     _write(run.out, model.model, entries, results)
+    source = options.learn_data or data.data
+    suggest("ltmp", "dial", "--data", source, *model.again(None), "--scores", "best")
 
 
 def _from_files(
@@ -129,7 +136,7 @@ def _made(
     """Each method at each budget: learned here, or with the rate that meets it."""
     from ...evaluate.compare import fixed_entry
 
-    budgets = options.budget or [0.6]
+    budgets = options.budget or CURVE
     for method in wanted:
         if not method.learned:
             for target in [None] if method.r is not None else budgets:

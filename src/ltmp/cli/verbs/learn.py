@@ -172,6 +172,7 @@ def learn_verb(
     from ...learning.budget import check_share
     from ...learning.paper import BATCH
     from ..runs import Run, base_model, report_skipped, settings_of
+    from ..screen import suggest
 
     check_share(learning.target)
     tuning, config, place = learning.tuning(), replace(scores.config(), tau=learning.temperature()), run.place
@@ -202,6 +203,9 @@ def learn_verb(
         about |= base_model(network, model.pretrained and not model.weights)
     _report(job, network, about, learned["history"], output)
     report_skipped(loader.skipped)
+    if not output.quiet:
+        tuned = Path(learned["weights"]) if learned.get("tuned") else None
+        suggest(*model.deploy(job.thresholds, tuned))
 
 
 def _before(job: Run, network: nn.Module, checking: Loader | None, run: RunOptions) -> float | None:

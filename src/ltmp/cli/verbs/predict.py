@@ -150,6 +150,7 @@ def predict_verb(
     from ...predict import predict
     from ..progress import progress_bar
     from ..runs import InterruptedRunError
+    from ..screen import suggest
 
     ray, scoring = run.ray(), _scoring(model, data, run, output)
     with progress_bar("scoring", None) as bar:
@@ -171,6 +172,7 @@ def predict_verb(
             ) from None
     if not output.quiet:
         _show(summary)
+        suggest("python", "-c", f"import pyarrow.parquet as pq; print(pq.read_table({str(output.out)!r}))")
     if output.json:
         tables.write_json(asdict(summary), output.json)
 
