@@ -42,7 +42,7 @@ def own_points(model: nn.Module, given: argparse.Namespace) -> Iterator[Entry]:
     """Thresholds at each budget."""
     if given.thresholds:
         ltmp.load(model, given.thresholds)
-    images = None if given.thresholds else photographs(model, given.learn, 256)
+    images = None if given.thresholds else photographs(model, given.learn, given.calibration)
     for budget in given.budgets:
         if images is None:
             model.ltmp.set_budget(budget)
@@ -106,6 +106,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--thresholds", type=Path, help="a file with a dial")
     parser.add_argument("--learn", type=Path, help="images to calibrate thresholds on, where there is no file")
+    parser.add_argument("--calibration", type=int, default=256, help="how many of them")
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=1000, help="images to measure accuracy on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.5, 0.42])
@@ -130,7 +131,7 @@ def main() -> None:
         given.model, weights=given.weights, num_classes=given.num_classes, image_size=given.img_size
     ).eval()
     ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
-    images = photographs(model, given.val, max(64, *given.batch_sizes))
+    images = photographs(model, given.val, max(16, *given.batch_sizes))
     compared = points(model, images[:1], given)
     transform = eval_transform(model, crop_pct=1.0, crop_mode="squash")
     data = open_dataset(str(given.val), split="validation", transform=transform)
