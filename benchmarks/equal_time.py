@@ -5,7 +5,7 @@
 
 Accuracy and speed are measured apart: top-1 and agreement of each point in one pass over the images, its speed against
 the dense model in turns, each turn on another batch. At each speed of `--speeds`, values are interpolated between the
-two points around it; a cell is empty where a method does not get there. Thresholds are those of a dial at `--budgets`,
+two points around it, the dense model being the first; a cell is empty where a method does not get there. Thresholds are those of a dial at `--budgets`,
 or, with `--learn` instead of `--thresholds`, calibrated for each of them. Shrinking images is not timed.
 """
 
@@ -89,7 +89,7 @@ def speedup(model: nn.Module, point: Point, images: Tensor, batch: int, rounds: 
 
 
 def at_speed(rows: list[dict[str, Any]], speed: float, key: str) -> float | None:
-    """The best of `key` at `speed`, between two of a method's points or at one that is as fast."""
+    """`key` at `speed`, between the two of a method's points around it; None where it is not that fast."""
     ordered = sorted(rows, key=lambda row: row["speedup"])
     for slow, fast in pairwise(ordered):
         if slow["speedup"] <= speed <= fast["speedup"]:
@@ -151,7 +151,10 @@ def main() -> None:
                     "agreement": done.agreement, "speedup": speedup(model, point, images, batch, given.rounds),
                 })  # fmt: skip
         print(tables.markdown(rows), flush=True)
-        methods = {m: [row for row in rows if row["method"] == m] for m in dict.fromkeys(p.method for p in compared)}
+        start = {"speedup": 1.0, "top1": first.dense_top1, "agreement": 100.0}
+        methods = {
+            m: [start, *(row for row in rows if row["method"] == m)] for m in dict.fromkeys(p.method for p in compared)
+        }
         equal = [
             {"batch": batch, "speed": speed}
             | {f"{m}, {key}": at_speed(own, speed, key) for key in ("top1", "agreement") for m, own in methods.items()}
