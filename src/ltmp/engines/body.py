@@ -1,4 +1,4 @@
-"""What an engine needs to know of a model: its blocks and what decides in them."""
+"""An engine's view of a model: its blocks, and the policy that decides in them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Body:
         return self.recipe.prefix_only(self.host)
 
     def geometry(self, tokens: int, width: int) -> Geometry:
-        """What an image of `tokens` tokens costs here.
+        """Geometry of an image of `tokens` tokens, which its cost depends on.
 
         Raises:
             LTMPError: the layers of an MLP do not say what they cost.
@@ -124,7 +124,7 @@ Engine = Callable[[Body, Tensor, "Positions | None"], Reduced]
 
 @dataclass(frozen=True)
 class Running:
-    """What this thread runs instead of a model's own settings.
+    """This thread's override of a model's own settings.
 
     Attributes:
         engine: an engine, taken even where no threshold is on.

@@ -45,7 +45,7 @@ _KEPT = 64
 
 @dataclass
 class Trial:
-    """What is known of one kind of call.
+    """Times of one kind of call, and the verdict.
 
     Attributes:
         calls: how many there were.

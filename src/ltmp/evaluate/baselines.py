@@ -1,4 +1,4 @@
-"""What costs nothing to try instead of reducing tokens: the same model at lower resolution, and a smaller model."""
+"""Alternatives to reducing tokens that cost nothing to try: the same model at lower resolution, and a smaller one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AtResolution(nn.Module):
         return F.interpolate(images, self.size, mode="bicubic", antialias=True)
 
     def at_size(self, images: Tensor) -> Any:
-        """What the model makes of images [B, C, size, size]."""
+        """The output for images [B, C, size, size]."""
         return self.model(images, **self.how)
 
     def forward(self, images: Tensor) -> Any:
@@ -144,7 +144,7 @@ def _baseline(name: str, method: str, model: nn.Module, instead: nn.Module, imag
 
 
 def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
-    """What an image costs a model of a known host, attached or not.
+    """The cost of an image in a model of a known host, attached or not.
 
     Raises:
         LTMPError: its host is not known.

@@ -155,7 +155,7 @@ class Host:
         return self.reads == "prefix"
 
     def describe(self, host: nn.Module) -> dict[str, Any]:
-        """What the config of the encoder says: the same for all heads."""
+        """The encoder's config, the same for all heads."""
         config = self.inside(host).config
         patch, size = (getattr(config, name, None) for name in ("patch_size", "image_size"))
         return {
