@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,11 @@ class Positions:
 
     def argument(self, i: int) -> dict[str, Any]:
         """What the host would call block `i` with."""
-        return {self.rotary.name: self.rotary.own(self.value, i)}
+        return {self.rotary.name: self.rotary.own(self.value, i)} if self.rotary.name else {}
 
 
 def positions_of(
-    recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Positions | None:
     """What `host` says of the places of its `tokens` when it calls its blocks with `args` and `kwargs`.
 
@@ -55,4 +56,8 @@ def positions_of(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
             )
-    return None if rotary is None or given is None else Positions(rotary, given, rotary.table(host, given, tokens))
+    return (
+        None
+        if rotary is None or (rotary.name and given is None)
+        else Positions(rotary, given, rotary.table(host, given, tokens))
+    )
