@@ -388,20 +388,8 @@ CASES |= {
         refused="mask_ratio = 0", reason="set `model.config.mask_ratio = 0`",
     ),
     "hf-vit-mae-training": hf_case(
-        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder",
-        refused="tokens that a reduced encoder", reason="its decoder reads every patch",
-    ),
-    "hf-masked-images": hf_case(
-        "ViTForMaskedImageModeling", "ViTConfig", "masked image modelling",
-        refused="tokens that a reduced encoder", reason="its decoder reads every patch",
-    ),
-    "hf-backbone": hf_case(
-        "Dinov2Backbone", "Dinov2Config", "backbones of detectors",
-        refused="tokens that a reduced encoder", reason="they hand out grids of features",
-    ),
-    "hf-beit": hf_case(
-        "BeitForImageClassification", "BeitConfig", "BEiT",
-        refused="tokens that a reduced encoder", reason="its attention adds a bias for each pair of places",
+        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder", mask_ratio=0.75,
+        refused="mask_ratio = 0", reason="set `model.config.mask_ratio = 0`",
     ),
 }  # fmt: skip
 ATTACHED = {name: case for name, case in CASES.items() if not case.refused}

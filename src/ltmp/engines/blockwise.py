@@ -93,7 +93,8 @@ def _started(reached: Reached, x: Tensor, named: Mapping[str, Any]) -> Reached:
     entering = x if among is None else among.take(x)
     state = State.start(entering, packs=not body.policy.masks, positions=positions, unmerges=True, among=among)
     kept = state.tokens.counts() if state.counts is None else state.counts
-    trail = None if state.trail is None else (state.tokens.source,) * i
+    source = state.tokens.source
+    trail = None if state.trail is None or source is None else (source,) * i
     return replace(reached, state=replace(state, kept=(kept,) * i, trail=trail), among=among)
 
 

@@ -57,8 +57,13 @@ class Body:
         """Whether every patch is in its place after each block, for a host that reads them there."""
         return unmerging() or (self.policy.config.tokens or self.recipe.forms[0]) != "reduced"
 
-    def geometry(self, tokens: int | tuple[int, ...], width: int) -> Geometry:
-        """What images of `tokens` tokens cost here, see `Geometry`.
+    @property
+    def first(self) -> int:
+        """The first block that may remove tokens."""
+        return [*(self.recipe.reduces(self.host) or (True,)), True].index(True)
+
+    def geometry(self, tokens: int, width: int, each: tuple[int, ...] | None = None) -> Geometry:
+        """What an image of `tokens` tokens costs here, or images of as many as `each` says.
 
         Raises:
             LTMPError: the layers of an MLP do not say what they cost.
@@ -69,7 +74,7 @@ class Body:
                 f"cannot count the FLOPs of block {ratios.index(0)}: its MLP holds no layer with in_features and "
                 "out_features; count before its layers are replaced"
             )
-        return Geometry(tokens, width, ratios)
+        return Geometry(tokens, width, ratios, each)
 
     def active(self) -> Active:
         """For each block whether merging and pruning can select anything now; nothing inside `dense()`."""
@@ -119,8 +124,8 @@ class Body:
         """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`."""
         calls, traced = recording(), tracing()
         if calls is not None:
-            tokens = x.shape[-2] if images is None else images.tokens
-            calls.add(reduced.kept, self.geometry(tokens, x.shape[-1]))
+            each = None if images is None else images.tokens
+            calls.add(reduced.kept, self.geometry(max(each or x.shape[-2:-1]), x.shape[-1], each))
         if traced is not None and reduced.source is not None:
             traced.add(reduced.source, reduced.trail or ())
 

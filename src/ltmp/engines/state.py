@@ -62,7 +62,7 @@ class State:
     def _start_among(cls, x: Tensor, among: Images, packs: bool, positions: Positions | None) -> State:
         """`start` of images of different sizes, to be unmerged: what is not there never lives."""
         calls, live = tracing(), among.live
-        tokens = Tokens.start(*live.shape, x.device, traced=True)
+        tokens = Tokens.start(len(live), live.shape[1], x.device, traced=True)
         assert tokens.source is not None
         tokens = replace(
             tokens, keep=live.float(), source=tokens.source.where(live, -1),

@@ -133,7 +133,7 @@ class BlockForward:
         body = here.body
         x, others, named = _features(args, kwargs)
         if not here.reduced:
-            if self.i == 0:
+            if self.i == body.first:
                 note_whole(body, x, self._by_name(others, named))
             return self._own(body, x, others, named)
         if self.i:
@@ -163,9 +163,9 @@ class BlockForward:
 
 
 @cache
-def _names(block: type) -> tuple[str, ...]:
+def _names(block: Any) -> tuple[str, ...]:
     """Of the arguments of a block's forward."""
-    return tuple(inspect.signature(block.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(block.forward).parameters)[1:]
 
 
 _FEATURES = ("x", "hidden_states", "input")

@@ -20,7 +20,7 @@ from ..engines.body import Body
 from ..engines.images import Images
 from ..method.recipe import READS_LOGITS, Bias, Recipe, Rotary
 from .rotary import turned
-from .transformers import Host, recipe_of, refuse_records, rotate_halves, rotary_table
+from .transformers import Host, recipe_of, refuse_records, rotary_table, rotate_halves
 
 _APART = -1e5
 """Added to the score of tokens that do not see each other: their weight is 0, and no row of scores is empty."""

@@ -54,7 +54,9 @@ class _Attend(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             live = (keep > 0)[:, None, None, :]
             # the weight of each token, and the weight that a removed one would have: the gradient of keep
-            weight = _scores(q, k, size, added).sub_(lse).exp_()
+            weight = _scores(q, k, size, added).sub_(lse)
+            # a removed query may see no token that is left, and has no gradient
+            weight = (weight if added is None else weight.clamp_(max=30)).exp_()
             grad = grad.transpose(1, 2)
             delta = (grad.float() * out.transpose(1, 2).float()).sum(-1, keepdim=True)
             pull = (grad @ v.transpose(-2, -1)).float().sub_(delta).mul_(weight)
