@@ -7,6 +7,7 @@ there, whoever calls it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,11 @@ from .body import Body
 from .images import Images
 from .positions import positions_of
 from .state import Reduced, State
+
+
+PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
+"""Where calls of this thread say, after each block, which of the features [..., C] that they hand out are in the place
+of a token that is left, bool [...]; None where nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Call
         grid = reached.state.unmerged()
         grid = grid if reached.among is None else reached.among.put(x, grid)
         _note(reached, x)
+    places = PLACES.get()
+    if places is not None:
+        places.append(_places(reached, x))
     grid.ltmp_reached = reached
     return (grid, None) if body.recipe.wraps else grid
 
@@ -104,6 +113,21 @@ def _reduce(reached: Reached, named: Mapping[str, Any]) -> Reached:
     step = packed.step if state.counts is not None else masked.step
     state = step(body, i, replace(state, bias=body.recipe.bias(body.host, i, named)), reached.active)
     return replace(reached, block=i + 1, state=state)
+
+
+def _places(reached: Reached, x: Tensor) -> Tensor:
+    """bool [...], which of the features x [..., C] are in the place of a token that is left."""
+    if reached.state is None:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    tokens, among = reached.state.tokens, reached.among
+    image, slot = tokens.live.nonzero(as_tuple=True)
+    row = tokens.origin[image, slot]
+    if among is None:
+        row = image * x.shape[1] + row
+    elif reached.state.positions is None:
+        row = among.index[image, row]
+    found = torch.zeros(x[..., 0].numel(), dtype=torch.bool, device=x.device)
+    return found.index_fill(0, row, True).view(x.shape[:-1])
 
 
 def _note(reached: Reached, x: Tensor) -> None:

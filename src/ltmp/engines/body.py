@@ -53,9 +53,14 @@ class Body:
         return self.recipe.prefix_only(self.host)
 
     @property
+    def tokens(self) -> str:
+        """What the host gets behind its blocks, see `config.FORMS`."""
+        return self.policy.config.tokens or self.recipe.forms[0]
+
+    @property
     def grid(self) -> bool:
         """Whether every patch is in its place after each block, for a host that reads them there."""
-        return unmerging() or (self.policy.config.tokens or self.recipe.forms[0]) != "reduced"
+        return unmerging() or self.tokens != "reduced"
 
     @property
     def first(self) -> int:

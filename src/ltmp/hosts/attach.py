@@ -20,6 +20,7 @@ from ..method.policy import Policy
 from ..method.rates import Rates
 from ..method.recipe import READS_LOGITS, READS_TOKENS, Recipe
 from ..method.thresholds import Thresholds
+from .fewer import LANGUAGE, MarkedFeatures, Shortened, find_reader
 from .forward import BlockForward, Blocks, LoopForward
 from .sizes import carry_sizes
 
@@ -238,6 +239,9 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     """
     config = config or LTMPConfig()
     host, recipe = find_host(model)
+    reader = find_reader(model) if model is not host else None
+    if reader is not None:
+        recipe = replace(recipe, forms=(*recipe.forms, "fewer"))
     problems = recipe.problems(host)
     owner, name = _place(host, recipe.stack)
     blocks = tuple(getattr(owner, name)._modules.values())[: recipe.depth(host)]
@@ -266,6 +270,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     body = Body(blocks, recipe, policy, recipe.protected(host), host)
     made = Attachment(body, owner, name, model=weakref.ref(model))
     _take_over(made)
+    if reader is not None:
+        _shorten_texts(made, reader)
     # what runs all of its modules would run the policy, too; timm's feature extractor is a dictionary, but runs one
     runs_all = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     holder: nn.Module = host if runs_all and type(model).__name__ != "FeatureGetterNet" else model
@@ -293,6 +299,14 @@ def _take_over(made: Attachment) -> None:
     made.hooks += recipe.hooks(body)
     if torch.cuda.is_available():
         made.replace(host, "forward", GraphedForward(body, inner=vars(host).get("forward")))
+
+
+def _shorten_texts(made: Attachment, reader: nn.Module) -> None:
+    """Let a reader take fewer tokens where it is told to."""
+    for method in ("forward", "generate"):
+        made.replace(reader, method, Shortened(made.body, reader, method))
+    projector = reader.get_submodule(LANGUAGE[type(reader).__name__].projector)
+    made.hooks.append(projector.register_forward_hook(MarkedFeatures(made.body, reader)))
 
 
 def detach(model: Model) -> Model:

@@ -8,6 +8,7 @@ out. A block of a reduced model that is called by itself has every patch in its 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
@@ -126,7 +127,7 @@ class BlockForward:
         """All that the host gives this block beside the features, by the names that the block has for it."""
         if not others:
             return named
-        return {**dict(zip(_names(type(self.blocks.body.blocks[self.i]))[1:], others, strict=False)), **named}
+        return {**dict(zip(_names(type(self.blocks.body.blocks[self.i]).forward)[1:], others, strict=False)), **named}
 
     def _one_of_all(self, here: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """This block in a pass through all of them."""
@@ -163,9 +164,9 @@ class BlockForward:
 
 
 @cache
-def _names(block: Any) -> tuple[str, ...]:
-    """Of the arguments of a block's forward."""
-    return tuple(inspect.signature(block.forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Of the arguments of a block's forward, the block left out."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 _FEATURES = ("x", "hidden_states", "input")
