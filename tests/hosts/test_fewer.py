@@ -1,4 +1,4 @@
-"""`tokens="fewer"`: the language model receives the tokens that are left, as if its `inputs_embeds` were edited by hand."""
+"""`tokens="fewer"`: language models receive the tokens that are left, as if `inputs_embeds` were edited by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from towers import ATTACHED, IMAGE
+from towers import ATTACHED, IMAGE, START, VIDEO
 
 import ltmp
 from helpers import assert_close
@@ -17,7 +17,10 @@ from ltmp.hosts.fewer import LANGUAGE
 
 pytest.importorskip("transformers")
 
-SQUARES = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+SQUARES = (
+    "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration", "InternVLForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+)  # fmt: skip
 READERS = [name for name in LANGUAGE if name in ATTACHED]
 
 
@@ -35,8 +38,8 @@ def reduce(model: Any) -> None:
     model.ltmp.set([0.7] * depth, [prune] * depth)
 
 
-def survivors(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
-    """Of each image its features, and which patches are in the place of a token that is left.
+def survivors(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """What the reader makes of its images, and which patches are in the place of a token that is left.
 
     Written again: the reader's projector on the tower's grid, and each patch asked for itself.
     """
@@ -45,11 +48,11 @@ def survivors(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Tensor]
     token = PLACES.set(found)
     names = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw")
     given = {name: inputs[name] for name in names if name in inputs}
-    packed = model.get_image_features(**given).pooler_output
+    encoded = model.get_image_features(**given)
     PLACES.reset(token)
     model.ltmp.tokens = "fewer"
     tap = found[-2] if "Llava" in type(model).__name__ else found[-1]
-    return list(packed), tap
+    return encoded, tap
 
 
 def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
@@ -62,8 +65,8 @@ def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
                                   "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"])  # fmt: skip
 def test_equals_embeddings_edited_by_hand(name: str) -> None:
     model, inputs = fewer(name)
-    features, places = survivors(model, inputs)
-    places = places[:, -16:]
+    encoded, places = survivors(model, inputs)
+    features, places = encoded.pooler_output, places[:, -16:]
     if name in SQUARES:
         places = places.view(-1, 2, 2, 2, 2).any(4).any(2).flatten(1)
     embed, rows, masks = model.get_input_embeddings(), [], []
@@ -88,11 +91,11 @@ def test_equals_embeddings_edited_by_hand(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"])
+@pytest.mark.parametrize("name", [name for name in READERS if "VL" in name and "image_grid_thw" in ATTACHED[name].inputs()])
 def test_tokens_keep_their_places_in_the_picture(name: str) -> None:
     """By hand: positions of the whole text, of which columns are taken away with the embeddings."""
     model, inputs = fewer(name)
-    features, places = survivors(model, inputs)
+    encoded, places = survivors(model, inputs)
     stays = places.view(-1, 4).any(1)
     if "2_5" in name:
         # windows come one after the other in the tower, rows of the picture in the text: each window is whole here
@@ -100,16 +103,19 @@ def test_tokens_keep_their_places_in_the_picture(name: str) -> None:
         stays = stays[order.argsort()]
     text = inputs["input_ids"]
     row = model.get_input_embeddings()(text[0])
-    row[text[0] == IMAGE] = torch.cat(features)
+    row[text[0] == IMAGE] = torch.cat(encoded.pooler_output)
     keep = torch.ones_like(text[0], dtype=torch.bool)
     keep[text[0] == IMAGE] = stays
     assert 0 < stays.sum() < len(stays)
     positions, _ = model.model.get_rope_index(
         text, image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=inputs["mm_token_type_ids"]
     )
-    model.ltmp.tokens = "grid"
-    expected = model(inputs_embeds=row[None, keep], position_ids=positions[:, :, keep]).logits
-    model.ltmp.tokens = "fewer"
+    more = {}
+    if hasattr(encoded, "deepstack_features"):
+        more["deepstack_visual_embeds"] = [torch.cat(taps)[stays] for taps in encoded.deepstack_features]
+        more["visual_pos_masks"] = (text == IMAGE)[:, keep]
+    hidden = model.model.language_model(inputs_embeds=row[None, keep], position_ids=positions[:, :, keep], **more)
+    expected = model.lm_head(hidden.last_hidden_state)
     assert_close(model(**inputs).logits, expected, 1e-5 * float(expected.abs().max()))
 
 
@@ -127,13 +133,15 @@ def windows(model: Any, grid: Tensor) -> tuple[Tensor, Tensor]:
 def test_generates_from_a_cache_what_whole_calls_say(name: str) -> None:
     model, inputs = fewer(name)
     with ltmp.record() as calls:
-        new = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)[:, -3:]
+        new = model.generate(
+            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=[IMAGE, VIDEO, START]
+        )[:, -3:]
     assert calls.texts[0].lt((inputs["input_ids"] != 0).sum(1)).all()
     text = inputs["input_ids"]
     for i in range(3):
         logits = model(**longer(inputs, new[:, :i])).logits[:, -1]
         if i == 0 or "Pali" not in name:
-            logits[:, model.generation_config.eos_token_id or 2] = float("-inf")
+            logits[:, [2, IMAGE, VIDEO, START]] = float("-inf")
             assert logits.argmax(-1).tolist() == new[:, i].tolist(), f"word {i} of {text.shape}"
 
 

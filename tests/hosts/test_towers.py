@@ -47,7 +47,7 @@ def reduce(model: Any, tokens: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ATTACHED)
 def test_reads_what_a_dense_tower_gives(name: str) -> None:
-    """Off: bit for bit, and within 1e-5 masked. Reduced: masked as packed, and no two images alike. Detached: as was."""
+    """Off bit for bit, masked within 1e-5; reduced masked as packed; detached as it was."""
     read = ATTACHED[name]
     model = read.build()
     dense = outputs(model(**read.inputs()))

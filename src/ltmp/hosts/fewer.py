@@ -31,7 +31,6 @@ class Language:
         projector: dotted path of the module that makes the language model's features.
         layer: config's name for the number of the hidden states that it projects; "" for the last block's.
         offset: place of the first token of a text.
-        joined: whether the reader expects the features of all images as one tensor.
         whole_positions: name of the method that computes positions of the whole text in several dimensions; "" where
             they count the tokens that are there.
     """
@@ -39,7 +38,6 @@ class Language:
     projector: str
     layer: str = ""
     offset: int = 0
-    joined: bool = False
     whole_positions: str = ""
 
 
@@ -47,11 +45,15 @@ _QWEN = Language("model.visual.merger", whole_positions="get_rope_index")
 LANGUAGE: dict[str, Language] = {
     "LlavaForConditionalGeneration": Language("model.multi_modal_projector", "vision_feature_layer"),
     "LlavaNextForConditionalGeneration": Language("model.multi_modal_projector", "vision_feature_layer"),
-    "PaliGemmaForConditionalGeneration": Language("model.multi_modal_projector", offset=1, joined=True),
+    "PaliGemmaForConditionalGeneration": Language("model.multi_modal_projector", offset=1),
     "Idefics3ForConditionalGeneration": Language("model.connector"),
     "SmolVLMForConditionalGeneration": Language("model.connector"),
     "Qwen2VLForConditionalGeneration": _QWEN,
     "Qwen2_5_VLForConditionalGeneration": _QWEN,
+    "Qwen3VLForConditionalGeneration": _QWEN,
+    "Glm4vForConditionalGeneration": _QWEN,
+    "InternVLForConditionalGeneration": Language("model.multi_modal_projector", "vision_feature_layer"),
+    "Gemma3ForConditionalGeneration": Language("model.multi_modal_projector"),
 }
 """Readers that can take fewer, by the names of their classes."""
 
@@ -115,7 +117,9 @@ def shorten(reader: Any, body: Body, given: Mapping[str, Any]) -> dict[str, Any]
     features = [*pooled] if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
     stays = torch.cat([~row.isnan().any(-1) for row in features])
     kept = torch.cat(features)[stays]
-    encoded.pooler_output = kept if how.joined else [kept]
+    encoded.pooler_output = kept if isinstance(pooled, Tensor) else [kept]
+    if getattr(encoded, "deepstack_features", None) is not None:
+        encoded.deepstack_features = [[torch.cat(taps)[stays]] for taps in encoded.deepstack_features]
     text: Tensor = given["input_ids"]
     images = text == reader.config.image_token_id
     if int(images.sum()) != len(stays):
