@@ -16,11 +16,9 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerNorm, RmsNorm, SwiGLU, SwiGLUPacked
-from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
@@ -204,14 +202,6 @@ CASES: dict[str, Case] = {
     "vit-parallel": timm_case(
         VisionTransformer, "parallel blocks: `vit_22b`-like", block_fn=ParallelScalingBlock,
         refused="ParallelScalingBlock", reason="reduction acts between the two branches of a pre-norm block",
-    ),
-    "beit": timm_case(
-        Beit, "BEiT, BEiTv2: `beit_*`", use_rel_pos_bias=True, refused="relative position bias",
-        reason="a number for each pair of places is added to attention",
-    ),
-    "relpos": timm_case(
-        VisionTransformerRelPos, "`vit_relpos_*`", refused="each pair of places",
-        reason="a number for each pair of places is added to attention",
     ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),
     "eva02": timm_case(

@@ -91,7 +91,9 @@ def test_equals_embeddings_edited_by_hand(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in READERS if "VL" in name and "image_grid_thw" in ATTACHED[name].inputs()])
+@pytest.mark.parametrize(
+    "name", [name for name in READERS if "VL" in name and "image_grid_thw" in ATTACHED[name].inputs()]
+)
 def test_tokens_keep_their_places_in_the_picture(name: str) -> None:
     """By hand: positions of the whole text, of which columns are taken away with the embeddings."""
     model, inputs = fewer(name)

@@ -160,6 +160,10 @@ def clips(name: str = "pixel_values") -> dict[str, Any]:
     return {name: torch.stack([images(4, seed=seed) for seed in range(2)])}
 
 
+def square(size: int = 64) -> dict[str, Any]:
+    return {"x": images(size=size)}
+
+
 def outputs(found: Any) -> list[Tensor]:
     """All tensors of numbers in what a model returned, caches left out."""
     if isinstance(found, Tensor):
@@ -169,15 +173,23 @@ def outputs(found: Any) -> list[Tensor]:
     return [t for value in found for t in outputs(value)] if isinstance(found, list | tuple) else []
 
 
+def timm_model(name: str, **settings: Any) -> Any:
+    import timm
+
+    if name not in timm.list_models():
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    return timm.create_model(name, **{"depth": 3, "num_heads": 2, "embed_dim": 32, **settings})
+
+
 @dataclass(frozen=True)
 class Read:
     """A model that reads a tower's tokens.
 
     Attributes:
-        model: its class; also the key of `READERS` where there is one of them.
-        config: () -> its config.
+        model: its class.
+        config: () -> its config, or the model itself where it is timm's.
         inputs: () -> what to call it with.
-        kind: heading in the table.
+        kind: of model; "timm" for those of timm.
         note: what the table adds.
         refused: part of the message, where it cannot be attached.
         tokens: what comes out of the tower by default.
@@ -193,7 +205,9 @@ class Read:
 
     def build(self) -> Any:
         torch.manual_seed(0)
-        model = getattr(pytest.importorskip("transformers"), self.model)(self.config())
+        model = self.config()
+        if self.kind != "timm":
+            model = getattr(pytest.importorskip("transformers"), self.model)(model)
         liven(model)
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -450,6 +464,27 @@ READERS: list[Read] = [
         lambda: config("SegGptConfig", **{**VISION, "image_size": [32, 16]}, mlp_dim=64, merge_index=0,
                        intermediate_hidden_state_indices=[0, 1, 2], decoder_hidden_size=8),
         kind="dense", refused="depend on queries", note="positions that depend on queries",
+    ),
+    Read(
+        "Beit", partial(timm_model, "beit_base_patch16_224", img_size=64), square, "timm",
+        "BEiT, BEiTv2: `beit_*`; a merged token keeps the place of its receiver",
+    ),
+    Read(
+        "VisionTransformerRelPos", partial(timm_model, "vit_relpos_small_patch16_224", img_size=64), square, "timm",
+        "`vit_relpos_*`, `vit_srelpos_*`",
+    ),
+    Read(
+        "Qwen3VitClassifier", partial(timm_model, "qwen3_vit_88m", img_size=64, embed_dim=64), square, "timm",
+        "`qwen3_vit_*`, classifiers and encoders",
+    ),
+    Read(
+        "DeepseekVitClassifier", partial(timm_model, "deepseek_vit_412m", img_size=56, embed_dim=64),
+        partial(square, 56), "timm", "`deepseek_vit_*`, classifiers and encoders",
+    ),
+    Read(
+        "Gemma4VitClassifier",
+        partial(timm_model, "gemma4_vit_167m", embed_dim=64, head_dim=32, intermediate_size=64), partial(square, 96),
+        "timm", "`gemma4_vit_*`, classifiers and encoders",
     ),
 ]  # fmt: skip
 ATTACHED = {read.model: read for read in READERS if not read.refused}

@@ -23,7 +23,6 @@ from .images import Images
 from .positions import positions_of
 from .state import Reduced, State
 
-
 PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
 """Where calls of this thread say, after each block, which of the features [..., C] that they hand out are in the place
 of a token that is left, bool [...]; None where nobody asks."""

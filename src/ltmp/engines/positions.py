@@ -49,9 +49,11 @@ def positions_of(
         NotImplementedError: it says more than that.
     """
     rotary = recipe.rotary
-    given = None if rotary is None else kwargs.get(rotary.name)
+    names = () if rotary is None else rotary.name.split(",")
+    values = [kwargs.get(name) for name in names]
+    given = None if any(value is None for value in values) else values[0] if len(values) == 1 else tuple(values)
     for name, value in [*enumerate(args), *kwargs.items()]:
-        if (rotary is None or name != rotary.name) and recipe.refuses(value):
+        if name not in names and recipe.refuses(value):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"

@@ -27,7 +27,7 @@ from .sizes import carry_sizes
 Model = TypeVar("Model", bound=nn.Module)
 
 _LIBRARIES = {
-    "timm": ("timm", "eva", "naflex"),
+    "timm": ("timm", "eva", "naflex", "grids"),
     "torchvision": ("torchvision",),
     "open_clip": ("open_clip",),
     "transformers": ("transformers", "towers"),

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..engines.body import Body
 from ..engines.images import Images
 from ..method.recipe import READS_LOGITS, Bias, Recipe, Rotary
+from .relative import pairs
 from .rotary import turned
 from .transformers import Host, recipe_of, refuse_records, rotary_table, rotate_halves
 
@@ -115,11 +116,7 @@ def _relative(path: str, host: Any, block: int, named: Mapping[str, Any]) -> Bia
             window = height // patch, width // patch
             tokens = 1 + window[0] * window[1]
             found.append(module(window, bool(named.get("interpolate_pos_encoding")), dim_size=tokens))
-    return partial(_pairs, sum(found).flatten(0, -4).detach()) if found else None
-
-
-def _pairs(table: Tensor, origin: Tensor) -> Tensor:
-    return table[0][:, origin[:, :, None], origin[:, None]].transpose(0, 1)
+    return pairs(sum(found)) if found else None
 
 
 def _of_places(host: Any, _given: None, tokens: int) -> Tensor:

@@ -83,7 +83,8 @@ class Rotary:
     """How a host tells its attention where tokens are.
 
     Attributes:
-        name: the keyword of the blocks that carries the positions; "" where blocks find them by themselves.
+        name: the keyword of the blocks that carries the positions, or several with commas; "" where blocks find them by
+            themselves.
         table: (host, what came under that name, N tokens) -> [N, E], or [L, N, E] where the host gave each block its
             own; rows of prefix tokens say "not rotated".
         rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax sees them.
