@@ -15,7 +15,7 @@ from ltmp import checkpoint, demo
 from ltmp.data import load_digits
 from ltmp.errors import MissingExtraError
 
-SMALL = demo.Recipe(width=24, depth=3, heads=2, batch=32, small_epochs=0.05, full_epochs=0.02, views=100, val_images=40)
+SMALL = demo.Setup(width=24, depth=3, heads=2, batch=32, small_epochs=0.05, full_epochs=0.02, views=100, val_images=40)
 TARGETS = (0.8, 0.6)
 
 
@@ -39,7 +39,7 @@ class Bars:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out, bars = tmp_path_factory.mktemp("demo"), Bars()
-    return out, bars, demo.run_demo(out, progress=bars, recipe=SMALL, targets=TARGETS)
+    return out, bars, demo.run_demo(out, progress=bars, setup=SMALL, targets=TARGETS)
 
 
 def test_everything_promised_is_there(finished):
@@ -102,5 +102,5 @@ def test_missing_matplotlib_is_told_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     bars = Bars()
     with pytest.raises(MissingExtraError, match="matplotlib"):
-        demo.run_demo(tmp_path, progress=bars, recipe=SMALL)
+        demo.run_demo(tmp_path, progress=bars, setup=SMALL)
     assert bars.done == {}

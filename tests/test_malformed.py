@@ -24,9 +24,10 @@ import ltmp
 from helpers import make_dial, tiny_vit
 from ltmp import LTMPConfig, LTMPError
 from ltmp.about import About, Preprocessing
-from ltmp.checkpoint import FORMAT, read, split_thresholds
+from ltmp.checkpoint import FORMAT, read
 from ltmp.hosts.attach import is_attached
 from ltmp.tensorfiles import read_state_dict, strict_json
+from ltmp.thresholdfile import split_thresholds
 from ltmp.zoo.build import load_weights
 
 GOOD = {"merge": torch.full((3,), 0.5), "prune": torch.full((3,), 0.01)}

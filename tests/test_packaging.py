@@ -9,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ LAYERS = (
     ("bundle", "deploy", "visualize", "distributed"),
     ("data",),
     ("zoo",),
-    ("checkpoint", "describe", "schema"),
+    ("checkpoint", "describe", "schema", "thresholdfile"),
     ("hosts",),
     ("engines",),
     ("calls",),
@@ -102,14 +103,10 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
 def imports(path: Path) -> set[str]:
-    """What a file imports directly under `ltmp`, types left out."""
+    """What a file imports directly under `ltmp`, for types and inside functions, too."""
     package = path.relative_to(ROOT / "src" / "ltmp").parts[:-1]
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
             found |= {base[0]} if base else {alias.name for alias in node.names}
@@ -185,6 +182,18 @@ def test_no_circle_of_files():
     assert "predict/ray.py" in graph["predict/run.py"]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
     assert circles(graph) == []
+
+
+def test_a_name_means_one_thing():
+    named = [
+        (node.name, path.relative_to(ROOT).as_posix())
+        for path in sorted((ROOT / "src" / "ltmp").rglob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(named) > 150
+    twice = {name for name, times in Counter(name for name, _ in named).items() if times > 1}
+    assert [one for one in named if one[0] in twice] == []
 
 
 def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

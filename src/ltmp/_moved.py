@@ -45,7 +45,11 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Old module to the new ones that its names are in, below `ltmp`."""
 
 MOVED_NAMES: dict[str, dict[str, str]] = {
-    "checkpoint": {"plain_state": "zoo.build", "save_weights": "zoo.build"},
+    "checkpoint": {
+        "plain_state": "zoo.build",
+        "save_weights": "zoo.build",
+        "split_seed_state": "thresholdfile",
+    },
 }
 """Of modules that are still there: names that left them, each with the module that it is in now."""
 

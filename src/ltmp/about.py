@@ -1,4 +1,4 @@
-"""What a thresholds file says of itself and of its model: one value, checked, with JSON in and out."""
+"""The metadata of a thresholds file and its model: one checked value, to and from JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Preprocessing:
     crop_mode: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, JSON types."""
+        """The known settings, as JSON types."""
         return _plain({name: getattr(self, name) for name in _PREPROCESSING})
 
     @classmethod
@@ -55,7 +55,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class About:
-    """What the next one who opens a thresholds file needs to know; None, or empty, where nobody said.
+    """The metadata that whoever opens a thresholds file needs; None, or empty, where unknown.
 
     Attributes:
         model_name: what `--model` takes; architecture: what timm calls it; library: one of `LIBRARIES`.
@@ -88,13 +88,13 @@ class About:
     other: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, JSON types."""
+        """The known settings, as JSON types."""
         known = {name: getattr(self, name) for name in _ABOUT}
         return {**_plain({**known, "preprocessing": self.preprocessing.to_dict()}), **self.other}
 
     @classmethod
     def from_dict(cls, values: Any) -> About:
-        """What a file says.
+        """Check the metadata read from a file.
 
         Raises:
             ValueError: no mapping, or a value that cannot be right; the message is one short line.

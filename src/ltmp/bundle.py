@@ -30,7 +30,7 @@ log = logging.getLogger("ltmp")
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a thresholds file says of its model, with the weights beside it where it lies in a bundle.
+    """The metadata of a thresholds file's model, with the weights beside it if it is part of a bundle.
 
     Attributes:
         source: what was opened, for messages.

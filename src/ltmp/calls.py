@@ -1,4 +1,4 @@
-"""What calls of reduced models are told beside their arguments, and what is told of them."""
+"""Context of a call of a reduced model: requests beside its arguments, and records of what it did."""
 
 from __future__ import annotations
 

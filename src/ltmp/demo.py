@@ -37,7 +37,7 @@ BLANK = -MEAN / STD
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Setup:
     """How the demo's ViT is trained and its thresholds are learned; the defaults take minutes on two cores.
 
     Most of the training runs at half the resolution, where there are four times fewer tokens.
@@ -61,7 +61,7 @@ def run_demo(
     *,
     seed: int = 0,
     progress: Progress,
-    recipe: Recipe | None = None,
+    setup: Setup | None = None,
     targets: tuple[float, ...] = TARGETS,
 ) -> dict[float, Evaluation]:
     """Run the demo and write a table, a plot, pictures, the model and its thresholds to `out`.
@@ -70,7 +70,7 @@ def run_demo(
         out: folder; a model trained there before is used again.
         seed: of the training and the order of the images.
         progress: makes a progress bar from a text and a total; see `ltmp.cli.progress`.
-        recipe: what to train, and for how long.
+        setup: what to train, and for how long.
         targets: FLOPs shares to learn.
 
     Returns:
@@ -80,14 +80,14 @@ def run_demo(
         MissingExtraError: mlxtend or matplotlib is not installed.
         LTMPError: the folder cannot be written.
     """
-    recipe = recipe or Recipe()
+    setup = setup or Setup()
     new_figure(1, 1)  # before the minutes of training: is matplotlib there?
-    model = trained_model(out / "vit.safetensors", recipe, seed, progress)
-    val = torch.utils.data.Subset(load_digits("val"), range(recipe.val_images))
+    model = trained_model(out / "vit.safetensors", setup, seed, progress)
+    val = torch.utils.data.Subset(load_digits("val"), range(setup.val_images))
     budgets, pictures = {}, [_colours(val)]
     for target in targets:
         attach(model)
-        learn_target(model, target, recipe, seed, progress)
+        learn_target(model, target, setup, seed, progress)
         with progress(f"evaluating at {target:g}", len(val)) as advance:
             budgets[target] = evaluate_budget(model, make_loader(val, 100), f"target {target:g}", progress=advance)
         done = budgets[target].evaluation
@@ -100,7 +100,7 @@ def run_demo(
     return evaluations
 
 
-def trained_model(path: Path, recipe: Recipe, seed: int, progress: Progress) -> VisionTransformer:
+def trained_model(path: Path, setup: Setup, seed: int, progress: Progress) -> VisionTransformer:
     """The demo's ViT in evaluation mode: read from `path`, or trained and saved there."""
     torch.manual_seed(seed)
     model = VisionTransformer(
@@ -108,9 +108,9 @@ def trained_model(path: Path, recipe: Recipe, seed: int, progress: Progress) -> 
         patch_size=PATCH,
         in_chans=1,
         num_classes=10,
-        embed_dim=recipe.width,
-        depth=recipe.depth,
-        num_heads=recipe.heads,
+        embed_dim=setup.width,
+        depth=setup.depth,
+        num_heads=setup.heads,
         # timm's default suits widths of hundreds; at this width it would hardly train
         weight_init="jax",
     )
@@ -118,11 +118,11 @@ def trained_model(path: Path, recipe: Recipe, seed: int, progress: Progress) -> 
         load_weights(model, path)
         return model.eval()
     for size, epochs, lr in (
-        (SIZE // 2, recipe.small_epochs, recipe.small_lr),
-        (SIZE, recipe.full_epochs, recipe.full_lr),
+        (SIZE // 2, setup.small_epochs, setup.small_lr),
+        (SIZE, setup.full_epochs, setup.full_lr),
     ):
         model.set_input_size((size, size))
-        _train(model, size, epochs, lr, recipe.batch, seed, progress)
+        _train(model, size, epochs, lr, setup.batch, seed, progress)
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
     return model.eval()
@@ -163,17 +163,17 @@ def distort(images: Tensor) -> Tensor:
     return F.grid_sample(images - BLANK, grid, align_corners=False) + BLANK
 
 
-def learn_target(model: VisionTransformer, target: float, recipe: Recipe, seed: int, progress: Progress) -> None:
+def learn_target(model: VisionTransformer, target: float, setup: Setup, seed: int, progress: Progress) -> None:
     """Learn thresholds of the attached model on the digits that it was not trained on, and not evaluated on."""
     loader = make_loader(load_digits("learn"), 50, shuffle=True, seed=seed)
-    steps = max(1, round(recipe.views / loader.batch_size))
+    steps = max(1, round(setup.views / loader.batch_size))
     with progress(f"learning share {target:g}", steps) as advance:
         learn(
             model,
             loader,
             target,
-            views=recipe.views,
-            calibration=recipe.calibration,
+            views=setup.views,
+            calibration=setup.calibration,
             seed=seed,
             progress=False,
             on_step=lambda step: advance(1, f"learning share {target:g}, now {step.share:.3f}"),

@@ -47,7 +47,7 @@ def deployed(model: nn.Module, device: torch.device, *, amp: torch.dtype | None 
 
 @dataclass(frozen=True)
 class Output:
-    """What one call of a model gives.
+    """The result of one call of a model.
 
     Attributes:
         logits: float32 [B, K].

@@ -1,4 +1,4 @@
-"""What is known of a model: what a thresholds file says of it to the next one who opens the file."""
+"""Metadata of a model, for the thresholds files that are saved from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COMPUTED = ("architecture", "depth", "width", "input_size", "budget", "dial", "
 
 @dataclass(frozen=True)
 class Noted:
-    """What was said of thresholds, and which they were: of others only what is said of their model holds.
+    """Metadata of thresholds, with their fingerprint: for other thresholds only the model's part of it holds.
 
     Attributes:
         merge, prune: [L] on the CPU; None of fixed rates.
@@ -57,7 +57,7 @@ def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
 
 
 def about_of(model: nn.Module) -> About:
-    """What was noted of a model, by `note`, by loading thresholds or when it was built as a file says."""
+    """Metadata noted for a model: by `note`, by loading thresholds, or when it was built from a file."""
     if isinstance(model, nn.Module) and is_attached(model):
         policy = attachment(model).policy
         if policy.noted is not None:
@@ -86,7 +86,7 @@ def classes_of(model: Any) -> int | None:
 
 
 def _found(model: Any) -> About:
-    """What the model itself says."""
+    """Metadata that the model itself holds."""
     roots = {cls.__module__.partition(".")[0] for cls in type(attachment(model).host).__mro__}
     config = getattr(model, "pretrained_cfg", None) or {}
     names = labels_of(model) or tuple(map(str, config.get("label_names") or ()))
@@ -102,7 +102,7 @@ def _found(model: Any) -> About:
 
 
 def _said(known: dict[str, Any]) -> About:
-    """What of it a file can say: a model may call its classes anything."""
+    """The class names, if a file can hold them: a model may use anything as a name."""
     found = About()
     for name, value in known.items():
         try:
@@ -120,7 +120,7 @@ def _preprocessing(config: Any) -> Preprocessing:
 
 
 def _held(policy: Policy) -> About:
-    """What was noted and still holds."""
+    """Noted metadata that still holds."""
     noted: Noted | None = policy.noted
     if noted is None:
         return About()

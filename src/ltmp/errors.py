@@ -24,5 +24,5 @@ class MissingExtraError(LTMPError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line."""
+    """The message of another library's error, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -153,7 +153,7 @@ def push_to_hub(
 
 
 def measured(evaluation: Evaluation | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a thresholds file keeps of an evaluation; accuracies in percent."""
+    """The part of an evaluation that a thresholds file keeps; accuracies in percent."""
     if evaluation is None:
         return {}
     found: Mapping[str, Any] = asdict(evaluation) if is_dataclass(evaluation) else evaluation
@@ -208,7 +208,7 @@ Accuracies are in percent. Where a field is empty nothing was measured.
 
 
 def _certified(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What is guaranteed of which file, a line each, and how to ask for it."""
+    """The guarantee of each file, a line each, and how to use it."""
     found = {name: Certificate.from_dict(about["certificate"], name) for name, about in sorted(files.items())
              if about.get("certificate")}  # fmt: skip
     if not found:
@@ -244,13 +244,13 @@ def _default(about: Mapping[str, Any]) -> float:
 
 
 def _budget(about: Mapping[str, Any]) -> object:
-    """What a file was learned for: one budget, or a dial's range."""
+    """The budget of a file, or its dial's range."""
     dial = about.get("dial")
     return about.get("target") if dial is None else f"{dial[0]:g} to {dial[1]:g}"
 
 
 def _row(name: str, about: Mapping[str, Any]) -> dict[str, object]:
-    """What one file says of itself."""
+    """The description of one file."""
     said = about.get("speed")
     speed = said if isinstance(said, Mapping) else {}
     where = about.get("device")

@@ -31,7 +31,7 @@ _SUFFIXES = {".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt"}
 
 
 def file_name(budget: float | None) -> str:
-    """What the thresholds for a budget are called in a repository."""
+    """File name of the thresholds for a budget in a repository."""
     return "thresholds.safetensors" if budget is None else f"thresholds-{budget:g}.safetensors"
 
 
@@ -99,7 +99,7 @@ def download(repo: str, patterns: list[str], **hub: Any) -> Path:
 
 @contextmanager
 def told(repo: str) -> Iterator[None]:
-    """What can go wrong between here and a repository, each in one sentence.
+    """Report what goes wrong between here and a repository in one sentence.
 
     Raises:
         UsageError: `repo` is no name of a repository.

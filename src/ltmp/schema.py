@@ -10,7 +10,7 @@ from .config import LTMPConfig
 from .errors import first_line
 from .fingerprint import MOST as MOST_KEYS
 from .method.dial import PREFIX as DIAL
-from .tensorfiles import Entry, strict_json
+from .tensorfiles import TensorEntry, strict_json
 
 MOST_SAID = 1 << 22
 """Letters of what a file says of itself: the names of 20,000 classes have one million."""
@@ -20,7 +20,7 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def said_in(about: dict[str, str]) -> dict[str, Any]:
-    """What the metadata of a thresholds file say."""
+    """Read the metadata of a thresholds file."""
     text = about.get("ltmp", "")
     if len(text) > MOST_SAID:
         raise ValueError(f"it says {len(text):,} letters of itself")
@@ -34,7 +34,7 @@ def is_part(name: str) -> bool:
     return name in ("merge", "prune", "probe", "seen") or name.startswith(DIAL)
 
 
-def check_entries(entries: dict[str, Entry]) -> None:
+def check_entries(entries: dict[str, TensorEntry]) -> None:
     """Refuse types and shapes that no thresholds have, before they are read; names of newer versions are not."""
     for name, (dtype, shape) in entries.items():
         dimensions = 3 if name == "probe" else 1 if name in ("merge", "prune", "seen", f"{DIAL}share") else 2

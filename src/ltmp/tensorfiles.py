@@ -42,8 +42,8 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U1
 Keep = Callable[[str], bool]
 
 
-class Entry(NamedTuple):
-    """What a header says of a tensor."""
+class TensorEntry(NamedTuple):
+    """A tensor's entry in a header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ def strict_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors that a safetensors file says it has, and its metadata, after checking that it can have them.
 
     Raises:
@@ -95,7 +95,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
     return {name: _entry(name, said, size - 8 - length) for name, said in header.items()}, about
 
 
-def _entry(name: str, said: Any, room: int) -> Entry:
+def _entry(name: str, said: Any, room: int) -> TensorEntry:
     """A tensor's description, held against the bytes that the file has for all of them."""
     name = ascii(name[:100])
     if not isinstance(said, dict) or set(said) != {"dtype", "shape", "data_offsets"}:
@@ -107,7 +107,7 @@ def _entry(name: str, said: Any, room: int) -> Entry:
         raise ValueError(f"tensor {name} has no shape")
     if not (offsets[0] <= offsets[1] <= room and (offsets[1] - offsets[0]) * 8 == prod(shape) * _BITS[dtype]):
         raise ValueError(f"tensor {name} is not all in the file")
-    return Entry(dtype, tuple(shape))
+    return TensorEntry(dtype, tuple(shape))
 
 
 def _whole(values: Any) -> bool:
@@ -121,7 +121,7 @@ def read_tensors(path: str | os.PathLike[str], keep: Keep) -> dict[str, Tensor]:
 
 
 def load_plain(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
-    """What `torch.save` wrote: tensors, numbers and texts in lists and dictionaries. No code is unpickled.
+    """Read a file of `torch.save`: tensors, numbers and texts in lists and dictionaries. No code is unpickled.
 
     Args:
         lazy: read tensors when they are used, where the format allows it.

@@ -39,8 +39,8 @@ MOMENTS = {
     "after the thresholds' optimiser": (torch.optim.Adam, "step"),
     "after the weights": (weights.Weights, "update"),
     "before the step is counted": (torch.optim.lr_scheduler.OneCycleLR, "step"),
-    "after the step is counted": (optimiser.Run, "write"),
-    "after the step": (optimiser.Run, "update"),
+    "after the step is counted": (optimiser.ThresholdOptimiser, "write"),
+    "after the step": (optimiser.ThresholdOptimiser, "update"),
     "while it is remembered": (weights.Weights, "state"),
 }
 

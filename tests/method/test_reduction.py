@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import assert_close
 from ltmp.config import LEARNED, MATCHINGS, LTMPConfig, Scores
 from ltmp.method.rates import Rates
-from ltmp.method.reduction import Plan, fold, make_plan
+from ltmp.method.reduction import BlockPlan, fold, make_plan
 from ltmp.method.scores import BlockScores, Signals, attended_for, importance, merge_penalty
 from ltmp.method.thresholds import Thresholds
 from ltmp.method.tokens import Tokens, take
@@ -24,7 +24,7 @@ from ltmp.ops.match.reference import similarity_metric
 def plan_of(
     tokens: Tokens, metric: Tensor, importance: Tensor, merge: float, prune: float, variant: str, protected: int,
     matching: str = "bipartite",
-) -> Plan:  # fmt: skip
+) -> BlockPlan:  # fmt: skip
     thresholds = Thresholds(1, LTMPConfig(variant, Scores(matching=matching)))
     thresholds.set([merge], [prune])
     return make_plan(tokens, BlockScores(metric, importance), thresholds, 0, thresholds.config.steps, protected)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import assert_close, make_probe
 from ltmp.config import SCORES, VARIANTS, LTMPConfig, Scores
-from ltmp.engines.compiled import Rows, block_steps, reduce_rows
+from ltmp.engines.compiled import LiveRows, block_steps, reduce_rows
 from ltmp.method.policy import Policy
 from ltmp.method.rates import Rates
 from ltmp.method.reduction import fold, make_plan
@@ -71,7 +71,7 @@ def check(batch: Batch, policy: Policy, protected: int, x: Tensor | None = None,
     left = [int(n) for n in expected.tokens.counts().tolist()]
 
     size, origin = batch.size[: batch.live].numpy(), batch.origin[: batch.live].long().numpy()
-    rows = Rows(x, size, origin, torch.tensor(batch.counts).numpy(), source.numpy())
+    rows = LiveRows(x, size, origin, torch.tensor(batch.counts).numpy(), source.numpy())
     before = x.clone(), size.copy(), origin.copy(), source.clone()
     plan = block_steps(policy, policy.active(), protected)[BLOCK]
     assert plan is not None
@@ -180,9 +180,9 @@ def test_an_image_is_reduced_alike_in_any_batch() -> None:
     k, x = batch.heads[1][: batch.live], torch.randn(batch.live, WIDTH, generator=generator)
     received = torch.rand(batch.live, generator=generator).numpy() / 20
 
-    def reduced(rows: slice, counts: list[int]) -> Rows:
+    def reduced(rows: slice, counts: list[int]) -> LiveRows:
         size, origin = batch.size[rows].numpy(), batch.origin[rows].long().numpy()
-        state = Rows(x[rows], size, origin, torch.tensor(counts).numpy(), torch.empty(len(counts), 0).int().numpy())
+        state = LiveRows(x[rows], size, origin, torch.tensor(counts).numpy(), torch.empty(len(counts), 0).int().numpy())
         return reduce_rows(policy, plan, state, k[rows], received[rows], None)
 
     together = reduced(slice(batch.live), batch.counts)

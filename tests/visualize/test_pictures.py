@@ -11,17 +11,17 @@ from PIL import Image, ImageDraw
 
 import ltmp
 from ltmp.errors import MissingExtraError, UsageError
-from ltmp.visualize import Seen, figure, frames, panel, save_film, strip
+from ltmp.visualize import ReducedView, figure, frames, panel, save_film, strip
 from ltmp.visualize.pictures import choose_blocks
 
 
-def seen(blocks: int = 6, share: float = 0.6, last_drops: bool = False) -> Seen:
+def seen(blocks: int = 6, share: float = 0.6, last_drops: bool = False) -> ReducedView:
     groups = torch.arange(12).view(3, 4).repeat(blocks, 1, 1)
     groups[1:, :, 2:] = 2
     groups[2:, 0, 0] = -3
     if last_drops:
         groups[-1] = -blocks
-    return Seen(groups, [13 - i for i in range(blocks)], 13, share)
+    return ReducedView(groups, [13 - i for i in range(blocks)], 13, share)
 
 
 BUDGETS = {"target 0.6": seen(), "target 0.45": seen(share=0.45)}

@@ -113,7 +113,7 @@ class Budgets:
         thresholds_of(self.model).set(*self._known[share])
 
     def explain(self) -> str:
-        """What the slider does, in a sentence or two."""
+        """The effect of the slider, in a sentence or two."""
         if self.dial is not None:
             ends = f"from {self.dial.lowest:.2f} to {self.dial.highest:.2f}"
             return f"Thresholds were learned for every budget {ends}, as one dial; 1 is all off."

@@ -1,4 +1,4 @@
-"""What the app shows where nothing else was asked for: the demo's ViT and its digits, without a network."""
+"""The app's default, which needs no network: the demo's ViT and its digits."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..data import load_digits
 from ..data.embedded import CLASSES, MEAN, STD
-from ..demo import Progress, Recipe, trained_model
+from ..demo import Progress, Setup, trained_model
 from ..hosts.attach import attach
 from .budgets import Budgets
 from .explorer import Explorer
 
-QUICK = replace(Recipe(), small_epochs=5, full_epochs=0.3)
+QUICK = replace(Setup(), small_epochs=5, full_epochs=0.3)
 """Enough to tell most digits, in less than a minute."""
 
 DATA_OPTIONS = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
 
 
-def demo_explorer(folder: Path, progress: Progress, quick: Recipe = QUICK) -> Explorer:
+def demo_explorer(folder: Path, progress: Progress, quick: Setup = QUICK) -> Explorer:
     """The model and thresholds that `ltmp demo` left in `folder`, or else a quickly trained model, kept there.
 
     Without learned thresholds they are calibrated on digits for whatever share is asked for.
@@ -33,7 +33,7 @@ def demo_explorer(folder: Path, progress: Progress, quick: Recipe = QUICK) -> Ex
     finished = folder / "vit.safetensors"
     files = sorted(folder.glob("thresholds-*.safetensors")) if finished.exists() else []
     if finished.exists():
-        model = trained_model(finished, Recipe(), 0, progress)
+        model = trained_model(finished, Setup(), 0, progress)
     else:
         model = trained_model(folder / "app-vit.safetensors", quick, 0, progress)
     digits, _ = load_digits("learn").tensors

@@ -21,7 +21,7 @@ from ..engines.body import Body, running
 from ..hosts.attach import attachment
 from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
-from ..visualize import Seen, panel, see, strip
+from ..visualize import ReducedView, panel, see, strip
 from .budgets import Budgets
 
 WIDTH = 448
@@ -33,7 +33,7 @@ Top = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model says.
+    """The answer of one model.
 
     Attributes:
         blocks: after each block the five likeliest classes, as the model's own norm and head read them there.
@@ -63,7 +63,7 @@ class Look:
     """An image at one budget; `timed` says whether its seconds mean anything."""
 
     opened: Opened
-    seen: Seen
+    seen: ReducedView
     reduced: Answers
     timed: bool = True
 
@@ -72,7 +72,7 @@ class Look:
         return len(self.seen.kept)
 
     def picture(self, block: int, width: int = WIDTH) -> Image.Image:
-        """What is left after `block`, from 1; 0 is the image."""
+        """The tokens left after `block`, counted from 1; 0 is the image."""
         return panel(self.opened.view, self.seen, block - 1 if block else None, width)
 
     def strip(self) -> Image.Image:

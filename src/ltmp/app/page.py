@@ -150,7 +150,7 @@ def _refuse_in_words(page: Any) -> None:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """What the server says of a request that failed, with its reason in place of a traceback."""
+    """The server's answer to a request that failed: its reason in place of a traceback."""
     if record.exc_info and isinstance(record.exc_info[1], Exception):
         reason = printable(first_line(record.exc_info[1]))
         record.msg, record.args, record.exc_info = f"{record.getMessage().strip()}: {reason}", (), None

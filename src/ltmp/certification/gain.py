@@ -1,4 +1,4 @@
-"""What a certified budget brings here: speed against the dense model and against lower resolution, in a paragraph."""
+"""The gain of a certified budget on this machine, in a paragraph: speed against dense and against lower resolution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .run import Progress, certify
 
 @dataclass(frozen=True)
 class Gain:
-    """What was measured on one batch, in turns.
+    """Interleaved measurements on one batch.
 
     Attributes:
         batch_size: images of it.

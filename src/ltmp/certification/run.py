@@ -67,7 +67,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is certified: models at falling budgets, and the one that they are compared with.
+    """The candidates of a certificate: models at falling budgets, and the one they are compared with.
 
     Attributes:
         reference: gives the dense model's output by calling what it is given (a way to look at a model) on it.
@@ -144,7 +144,7 @@ def certify(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is to be certified.
+    """The request: risk, level and confidence.
 
     Raises:
         UsageError: a level or a confidence out of range.
@@ -320,7 +320,7 @@ def _run(subject: _Subject, risk: Risk, images: Tensor, labels: Tensor, level: f
 
 
 def _test(one: _Candidate, order: Any, level: float, confidence: float) -> tuple[Tested, int | None]:
-    """What a budget showed, and how many more images like these would certify it."""
+    """The measured risk of a budget, and how many more images like these would certify it."""
     kinds = {losses.dtype for losses in one.losses}
     p_value: PValue = binomial_p_value if kinds == {torch.bool} else betting_p_value
     losses: Floats = torch.cat([part.double() for part in one.losses]).numpy()

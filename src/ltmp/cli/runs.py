@@ -50,7 +50,7 @@ ELSEWHERE = {"resume", "no_eval", "dry_run", "tuned_weights", "val", "budget", "
 
 
 def settings_of(*groups: Any) -> dict[str, Any]:
-    """What makes two runs the same run."""
+    """The settings that identify a run."""
     return {name: value for group in groups for name, value in asdict(group).items() if name not in ELSEWHERE}
 
 
@@ -101,7 +101,7 @@ class Run:
         self._done = done
 
     def done(self, stage: str) -> Any:
-        """What a stage gave, or None where it is still to be done; the same on every rank."""
+        """The result of a finished stage, or None; the same on every rank."""
         return distributed.exchange(self._done.get(stage))[0]
 
     def finish(self, stage: str, result: Any) -> None:

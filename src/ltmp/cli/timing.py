@@ -26,7 +26,7 @@ class Target:
 
     @classmethod
     def of(cls, asked: SpeedOptions) -> Target | None:
-        """What was asked for, or None.
+        """The request, or None.
 
         Raises:
             UsageError: two targets, or several processes, which would time each other.

@@ -16,7 +16,7 @@ from .images import is_image_name
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder; hidden files and folders (`.ipynb_checkpoints`) are not looked at.
+    """The contents of a folder; hidden files and folders (`.ipynb_checkpoints`) are skipped.
 
     Attributes:
         images: paths in the folder, sorted, with their sizes in bytes; a size of -1 is that of a file out of reach.

@@ -124,7 +124,7 @@ def _members(path: str) -> Iterator[tarfile.TarInfo | Member]:
 
 
 def _empty_archive() -> tarfile.TarFile:
-    """What headers are parsed with. Opened on the tar itself it would read the first one, and fail with it."""
+    """A parser of headers. Opened on the tar itself it would read the first one, and fail with it."""
     return tarfile.TarFile(fileobj=BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
 
 
@@ -160,7 +160,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _targets(path: str) -> dict[str, Slice | str]:
-    """What links may lead to: every regular member by its name, and every link by that of its target."""
+    """The targets of links: every regular member by its name, and every link by that of its target."""
     found: dict[str, Slice | str] = {}
     for member in _members(path):
         if isinstance(member, tarfile.TarInfo):

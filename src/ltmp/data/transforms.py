@@ -49,7 +49,7 @@ def eval_transform(
 
 
 def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any) -> Tensor:
-    """What `model` sees of an image, for people to look at: the same crop, as it was before it was made small.
+    """The part of an image that `model` sees, for people to look at: the same crop at its original size.
 
     Args:
         image: RGB or greyscale.
@@ -73,7 +73,7 @@ def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any)
 def eval_settings(
     model: nn.Module, options: dict[str, Any] | None = None, image_size: int | tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """What timm's transforms take, from the model's config and the options of `eval_transform`."""
+    """Arguments for timm's transforms, from the model's config and the options of `eval_transform`."""
     from timm.data import resolve_data_config
 
     options = options or {}

@@ -29,7 +29,7 @@ class LostWorkerError(LTMPError):
 
 
 def start_worker(_worker: int) -> None:
-    """What a DataLoader's process does first.
+    """Set up a DataLoader's worker process.
 
     It hands batches over from a thread, and where that fails (no room in /dev/shm, a limit on the size or number of
     files) Python prints the error and goes on: the batch would be waited for without end. So the process ends instead,
@@ -55,7 +55,7 @@ def handed_over(batch: Tensor) -> Tensor | np.ndarray:
 
 
 def received(batch: Tensor | np.ndarray) -> Tensor:
-    """What `handed_over` gave, as a tensor."""
+    """The result of `handed_over` as a tensor."""
     return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 

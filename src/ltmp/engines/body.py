@@ -1,4 +1,4 @@
-"""What an engine needs to know of a model: its blocks and what decides in them."""
+"""An engine's view of a model: its blocks, and the policy that decides in them."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ Engine = Callable[[Body, Tensor, "Positions | None"], Reduced]
 
 @dataclass(frozen=True)
 class Running:
-    """What this thread runs instead of a model's own settings.
+    """This thread's override of a model's own settings.
 
     Attributes:
         engine: an engine, taken even where no threshold is on.

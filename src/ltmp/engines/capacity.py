@@ -44,7 +44,7 @@ class Level:
         return cls(top, tuple(most.clamp(min=1).tolist()))
 
     def scaled(self, stats: Sequence[Sequence[int]]) -> list[list[float]]:
-        """What a batch with these stats would take at the top."""
+        """Room that a batch with these stats would take at the top level."""
         growth = self.growth or (1.0,) * len(stats)
         return [[factor * n for n in block] for block, factor in zip(stats, growth, strict=True)]
 

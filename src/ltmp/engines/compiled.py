@@ -57,7 +57,7 @@ def applies(policy: Policy, x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows:
+class LiveRows:
     """The live tokens of a batch between two blocks, one image after the other.
 
     Attributes:
@@ -75,7 +75,7 @@ class Rows:
     merged: bool = True
 
     @classmethod
-    def start(cls, x: Tensor, traced: bool = False) -> Rows:
+    def start(cls, x: Tensor, traced: bool = False) -> LiveRows:
         """The tokens of x [B, N, C]."""
         images, length, width = x.shape
         origin = np.tile(np.arange(length), images)
@@ -103,7 +103,7 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
     for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         state = state.after(body.whole(i, state.x, positions), state.tokens, state.counts)
-    rows = Rows.start(state.x, state.tokens.source is not None)
+    rows = LiveRows.start(state.x, state.tokens.source is not None)
     kept, trail = [*state.kept], state.trail
     for i in range(first, policy.depth):
         rows = run_block(body, i, rows, planned[i], positions)
@@ -114,7 +114,7 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
     return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, body.protected)
 
 
-def run_block(body: Body, i: int, rows: Rows, planned: BlockSteps | None, positions: Positions | None) -> Rows:
+def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, positions: Positions | None) -> LiveRows:
     """Run block `i` on the live tokens."""
     block, policy, x, live = body.blocks[i], body.policy, rows.x, len(rows.size)
     half = halves(body.recipe, block, x)
@@ -177,14 +177,14 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSteps:
-    """What a block does, as the kernels are told."""
+    """A block's steps, as arguments of the kernels."""
 
     steps: Steps
     needs: Needs
 
 
 def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSteps | None]:
-    """What each block does, None where that is nothing. Reads the thresholds once."""
+    """The steps of each block, None where it has none. Reads the thresholds once."""
     from ..ops.plan.numba import Steps
 
     config, merges, prunes = policy.config, _cuts(policy, "merge"), _cuts(policy, "prune")
@@ -221,8 +221,8 @@ def _cuts(policy: Policy, step: str) -> list[Cut]:
 
 
 def reduce_rows(
-    policy: Policy, block: BlockSteps, rows: Rows, k: Tensor, received: Array | None, attended: Array | None
-) -> Rows:
+    policy: Policy, block: BlockSteps, rows: LiveRows, k: Tensor, received: Array | None, attended: Array | None
+) -> LiveRows:
     """Decide and fold: `method.reduction` on rows.
 
     Args:
@@ -246,11 +246,16 @@ def reduce_rows(
     if left < kept:
         x[left:kept] = 0
     x = x.as_strided((kept, x.shape[1]), x.stride())
-    return Rows(x, size[:left], origin[:left], counts, source, rows.merged or steps.merges)
+    return LiveRows(x, size[:left], origin[:left], counts, source, rows.merged or steps.merges)
 
 
 def _weigh(
-    policy: Policy, block: BlockSteps, rows: Rows, received: Array | None, attended: Array | None, read: Tensor | None
+    policy: Policy,
+    block: BlockSteps,
+    rows: LiveRows,
+    received: Array | None,
+    attended: Array | None,
+    read: Tensor | None,
 ) -> tuple[Array, Array]:
     """Importance and merge penalties, float32 [T], see `method.scores`; empty where no step needs them."""
     from ..ops.weigh.numba import weigh_rows

@@ -125,7 +125,7 @@ class GraphedForward:
 
     @property
     def body(self) -> Body:
-        """What this thread runs: another policy may take the place of the model's own for a while."""
+        """The policy that this thread runs, which may replace the model's own for a while."""
         return running_body(self.own)
 
     @property
@@ -323,7 +323,7 @@ class GraphedForward:
 
 
 def _note(kept: Tensor, geometry: Geometry) -> None:
-    """What the blocks would have recorded."""
+    """The record that the blocks would have written."""
     calls = recording()
     if calls is not None:
         calls.add(kept.clone(), geometry)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..method.policy import Active
-from ..method.reduction import Plan, make_plan
+from ..method.reduction import BlockPlan, make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens, take
 from ..ops.attend.reference import attend, attend_rows
@@ -95,7 +95,7 @@ def attend_to(
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
 
 
-def _fold_rows(x: Tensor, counts: list[int], plan: Plan) -> tuple[Tensor, Tokens, list[int]]:
+def _fold_rows(x: Tensor, counts: list[int], plan: BlockPlan) -> tuple[Tensor, Tokens, list[int]]:
     """`reduction.fold` on packed rows: survivors are gathered, and only what merges is added up.
 
     Args:

@@ -29,7 +29,7 @@ def is_patch_embedding(module: nn.Module) -> bool:
 
 
 def project_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """What `conv` makes of x [B, C, H, W]; the result [B, D, H / P, W / P] has its channels last in memory."""
+    """Apply `conv` to x [B, C, H, W]; the result [B, D, H / P, W / P] has its channels last in memory."""
     (high, wide), (height, width) = conv.kernel_size, x.shape[-2:]
     if x.ndim != 4 or height % high or width % wide:
         return conv._conv_forward(x, conv.weight, conv.bias)

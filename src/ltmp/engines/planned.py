@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .rows import Rows
 
 
-def slots(plan: reduction.Plan) -> Tensor:
+def slots(plan: reduction.BlockPlan) -> Tensor:
     """int64 [B, N], a plan of one merge step as the kernels write it: `ops.plan.triton.RowPlan.slot`."""
     place = torch.arange(plan.order.shape[1], device=plan.order.device).expand_as(plan.order)
     stays = torch.zeros_like(place).scatter(1, plan.order, torch.where(plan.tokens.live, place, -1))
@@ -40,7 +40,7 @@ def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
 def plan_rows(
     policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor,
     received: Tensor | None, protected: int, stats: Tensor, room: int | None, penalty: Tensor | None = None,
-) -> tuple[RowPlan, reduction.Plan]:  # fmt: skip
+) -> tuple[RowPlan, reduction.BlockPlan]:  # fmt: skip
     """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
 
     Args:
@@ -72,7 +72,7 @@ def plan_rows(
     return RowPlan(slot[image, place].int(), size[image, place], cu), plan
 
 
-def fuse_rows(x: Tensor, rows: Rows, plan: reduction.Plan) -> Tensor:
+def fuse_rows(x: Tensor, rows: Rows, plan: reduction.BlockPlan) -> Tensor:
     """`x` [T, C] with the mean of what is fused in its receiver's row, added up in a fixed order."""
     padding = Padding.of(rows.cu, rows.longest, x.shape[0])
     receiver = plan.into.gather(1, plan.merged.int().argmax(1, keepdim=True))

@@ -13,7 +13,7 @@ from ..method.recipe import Recipe, Rotary
 
 @dataclass(frozen=True)
 class Positions:
-    """What a host told its blocks of the places of a batch's tokens; a merged token keeps its receiver's.
+    """Positions that a host passes to its blocks with a batch; a merged token keeps its receiver's.
 
     Attributes:
         rotary: how this host turns queries and keys.
@@ -36,14 +36,14 @@ class Positions:
         return self.rotary.rotate(block, q, k, table[origin.long().clamp(0, len(table) - 1)])
 
     def argument(self, i: int) -> dict[str, Any]:
-        """What the host would call block `i` with."""
+        """The arguments that the host would call block `i` with."""
         return {self.rotary.name: self.rotary.own(self.value, i)} if self.rotary.name else {}
 
 
 def positions_of(
     recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Positions | None:
-    """What `host` says of the places of its `tokens` when it calls its blocks with `args` and `kwargs`.
+    """The positions of `tokens` in the arguments that `host` calls its blocks with.
 
     Raises:
         NotImplementedError: it says more than that.

@@ -1,4 +1,4 @@
-"""What turns a call into something that can be replayed, and what a recorded model consisted of."""
+"""Recorders, which turn a call into something that can be replayed, and snapshots of the recorded model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CudaRecorder:
 
 
 class Snapshot:
-    """What a module tree consisted of: its children, and where each weight lies.
+    """Snapshot of a module tree: its children, and where each weight lies.
 
     The weights are held, so that none is freed under a graph that reads it, and none of the same address is new.
     """

@@ -1,4 +1,4 @@
-"""What passes through an engine: the batch between two blocks, and what is handed back."""
+"""The state of an engine: the batch between two blocks, and the result."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class State:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What an engine hands back.
+    """The result of an engine.
 
     Attributes:
         x: [B, N', C], prefix tokens first, then the other live tokens; what rows of size 0 hold means nothing.

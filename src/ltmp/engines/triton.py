@@ -302,7 +302,7 @@ class Pass:
     def _plan(
         self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor, received: Tensor | None,
         stats: Tensor, room: int | None = None, penalty: Tensor | None = None,
-    ) -> tuple[RowPlan, reduction.Plan | None]:  # fmt: skip
+    ) -> tuple[RowPlan, reduction.BlockPlan | None]:  # fmt: skip
         """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
         policy, protected, config = self.policy, self.body.protected, self.policy.config
         if not isinstance(policy, Thresholds) or policy.bounded:

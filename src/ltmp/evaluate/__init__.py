@@ -1,4 +1,4 @@
-"""What a reduced model gives up and what it gains."""
+"""Accuracy and speed of a reduced model."""
 
 from ..deploy import deployed as deployed
 from .accuracy import Evaluation as Evaluation

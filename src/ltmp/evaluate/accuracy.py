@@ -25,7 +25,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on `images` images; accuracies and agreement in percent, None where there are no labels.
+    """Measurements on `images` images; accuracies and agreement in percent, None where there are no labels.
 
     Attributes:
         share: mean over images of the FLOPs share; `share_std`, `share_min` and `share_max` are its spread.
@@ -54,7 +54,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """What became of each image of a batch, a row an image, on the CPU.
+    """Per-image results of a batch, one row an image, on the CPU.
 
     Attributes:
         label: int64 [B], -1 where there is none.
@@ -95,7 +95,7 @@ class _Choices:
 
 @dataclass
 class _Tally:
-    """What one policy's answers add up to on one rank's images.
+    """Sums over one policy's answers to one rank's images.
 
     Attributes:
         share: float64 [B] of each batch; kept: float64 [L] of each batch, summed over its images.
@@ -123,7 +123,7 @@ class _Tally:
 
 @dataclass
 class _Part:
-    """What one rank finds: the dense model's answers, those of each policy, and images that could not be read."""
+    """One rank's results: the dense model's answers, those of each policy, and images that could not be read."""
 
     skipped: dict[str, str]
     tallies: dict[str, _Tally]

@@ -21,7 +21,7 @@ DECISIONS = 0.999
 
 
 def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None]:
-    """What enters the first block of an attached model, [B, N, C], and where its tokens are."""
+    """The input of an attached model's first block, [B, N, C], and the positions of its tokens."""
     found: list[tuple[Tensor, Positions | None]] = []
 
     def keep(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
@@ -71,7 +71,7 @@ def decisions_agree(body: Body, x: Tensor) -> float:
 def _reference_slots(
     body: Body, block: int, active: Any, rows: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """What the definition does with each row: 0 kept, -1 dropped, -2 - i merged into the token at place i.
+    """The reference decision for each row: 0 kept, -1 dropped, -2 - i merged into the token at place i.
 
     Args:
         x: [T, C], what the block's attention left; q, k, v: [T, H, D].

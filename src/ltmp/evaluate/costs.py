@@ -1,4 +1,4 @@
-"""What blocks cost on this device, by the tokens that they have.
+"""Time that a block takes on this device, by its number of tokens.
 
 The halves of a block are timed alone at a few numbers of tokens, without reduction and with it; the whole model at
 three budgets then says how they add up: what embedding and head take, and how much a block in its place differs from
@@ -170,7 +170,7 @@ def _compiled_pieces(
     body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
     """The same with a compiled plan."""
-    rows = compiled.Rows.start(x)
+    rows = compiled.LiveRows.start(x)
     steps = compiled.block_steps(body.policy, active, body.protected)[i]
     mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
     calls: dict[str, Call] = {

@@ -43,7 +43,7 @@ class BlockCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a batch costs in time on one device and engine.
+    """Time for a batch on one device and engine.
 
     Attributes:
         images: of the batch that was measured.

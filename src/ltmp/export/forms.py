@@ -25,7 +25,7 @@ from ..ops.match.reference import match_halves, match_mutual, penalise
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where the rows of a batch, [T] one image after the other, lie in a padded batch [B, N].
 
     Attributes:
@@ -52,21 +52,21 @@ class Layout:
         return flat if self.place is None else flat.index_select(0, self.place)
 
 
-Compact = Callable[[Tensor, int], tuple[Tensor, Layout]]
+Compact = Callable[[Tensor, int], tuple[Tensor, PackedLayout]]
 """(keep bool [B, M], N before) to the places [T] in [B * M] that stay, in order, and the layout that they then have."""
 
 
-def single(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
+def single(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
     """One image: what is left is all there is."""
     source = keep.flatten().nonzero().flatten()
-    return source, Layout(1, source.shape[0])
+    return source, PackedLayout(1, source.shape[0])
 
 
 _PLACES = 3
 """The fewest that the batch form pads an image to: a product of one place, or of half of two, is one of vectors."""
 
 
-def batch(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
+def batch(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
     """Any number of images: linear layers over the rows that are left, attention padded to the longest image."""
     images, places = keep.shape
     source = keep.flatten().nonzero().flatten()
@@ -79,16 +79,16 @@ def batch(keep: Tensor, _length: int) -> tuple[Tensor, Layout]:
     fill = (first[:, None] + place).clamp(max=source.shape[0] - 1).flatten()
     image = source // places
     at = torch.arange(source.shape[0], device=keep.device) + (image * longest - first.index_select(0, image))
-    return source, Layout(images, longest, place < counts[:, None], fill, at)
+    return source, PackedLayout(images, longest, place < counts[:, None], fill, at)
 
 
-def static(keep: Tensor, length: int) -> tuple[Tensor, Layout]:
+def static(keep: Tensor, length: int) -> tuple[Tensor, PackedLayout]:
     """Nothing shrinks: what is gone stays behind the live tokens, masked. Unique keys make any sort a stable one."""
     images, places = keep.shape
     place = torch.arange(places, device=keep.device)
     order = (keep * places - place).to(torch.float32).topk(length, dim=1).indices
     source = (order + places * torch.arange(images, device=keep.device)[:, None]).flatten()
-    return source, Layout(images, length, place[:length] < keep.sum(1, keepdim=True))
+    return source, PackedLayout(images, length, place[:length] < keep.sum(1, keepdim=True))
 
 
 FORMS: dict[str, Compact] = {"single": single, "batch": batch, "static": static}
@@ -104,7 +104,7 @@ class _State:
     x: Tensor
     size: Tensor
     origin: Tensor
-    layout: Layout
+    layout: PackedLayout
     weighed: bool = False
 
 
@@ -230,7 +230,7 @@ def _start(x: Tensor) -> _State:
     """[B, N, C], nothing reduced."""
     images, length, _ = x.shape
     tokens = Tokens.start(images, length, x.device)
-    return _State(x.flatten(0, 1), tokens.size, tokens.origin, Layout(images, length))
+    return _State(x.flatten(0, 1), tokens.size, tokens.origin, PackedLayout(images, length))
 
 
 def _rows(values: Tensor, source: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _rows(values: Tensor, source: Tensor) -> Tensor:
     return values.flatten(0, 1).index_select(0, source)
 
 
-def _moved(values: Tensor, source: Tensor, layout: Layout) -> Tensor:
+def _moved(values: Tensor, source: Tensor, layout: PackedLayout) -> Tensor:
     """[B, N, ...], the same in the layout that the rows then have."""
     return layout.pad(_rows(values, source))
 
@@ -256,7 +256,7 @@ def _there(state: _State) -> Tensor:
 
 
 def _bias(state: _State, power: float) -> Tensor | None:
-    """What is added to attention scores, [B, 1, 1, N]: log weight, and no attention to places without a token."""
+    """Bias for attention scores, [B, 1, 1, N]: log weight, and -inf for places without a token."""
     live = state.layout.live
     if live is None and not state.weighed:
         return None
@@ -367,11 +367,11 @@ def _only_prefix(state: _State, places: Tensor) -> _State:
     images, protected = places.shape
     padded = (_take(values, places) for values in (state.layout.pad(state.x), state.size, state.origin))
     x, size, origin = padded
-    return _State(x.flatten(0, 1), size, origin, Layout(images, protected))
+    return _State(x.flatten(0, 1), size, origin, PackedLayout(images, protected))
 
 
 def _finish(body: Body, state: _State, kept: Tensor) -> Reduced:
-    """What the host's norm, pooling and head get; no more than the prefix where they read nothing else."""
+    """Tokens for the host's norm, pooling and head; the prefix alone where they read nothing else."""
     protected = body.protected
     prefix = _only_prefix(state, _prefix(state.origin, protected)) if protected else state
     if protected and body.prefix_only:

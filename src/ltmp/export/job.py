@@ -32,7 +32,7 @@ IMAGES = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What to export.
+    """Settings of an export.
 
     Args:
         format: `onnx`, `program` (`torch.export`) or `aoti` (AOTInductor, compiled for this machine's CPU).
@@ -129,7 +129,7 @@ def export(
 
 
 def describe_export(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """What a file says of itself."""
+    """Metadata for an exported file."""
     about = {
         "version": __version__,
         "model": attachment(model).describe().get("architecture", type(model).__name__),

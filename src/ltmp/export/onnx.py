@@ -67,7 +67,7 @@ def check_opset(opset: int) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What an ONNX file says of itself.
+    """The metadata of an ONNX file.
 
     Raises:
         MissingExtraError: onnx is not installed.

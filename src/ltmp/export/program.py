@@ -25,7 +25,7 @@ INPUT, OUTPUTS = "images", ("logits", "counts")
 
 
 class Exportable(nn.Module):
-    """What is traced: images [B, C, H, W] to logits [B, K] and tokens after each block, int64 [B, L].
+    """The traced module: images [B, C, H, W] to logits [B, K] and tokens after each block, int64 [B, L].
 
     Args:
         model: attached, in evaluation mode.

@@ -167,7 +167,7 @@ class ExportedModel(nn.Module):
         self.geometry = self._geometry(model)
 
     def _geometry(self, model: nn.Module) -> Geometry:
-        """What an image costs, after checking that the sessions are of this model."""
+        """Geometry of an image, after checking that the sessions are of this model."""
         blank = torch.zeros(1, *self.reduced.shape)
         with deployed(model, blank.device), record() as calls, run_dense():
             wanted = (tuple(logits_of(model(blank)).shape), attachment(model).body.depth)

@@ -27,7 +27,7 @@ AGREE = 0.25
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check on `images` images found.
+    """Result of a check on `images` images.
 
     Attributes:
         undecided: images that the model itself decides otherwise when their pixels move by 1e-5, and which are not
@@ -51,7 +51,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model itself gives for some images.
+    """The model's own results for some images.
 
     Attributes:
         images: [B, C, H, W].

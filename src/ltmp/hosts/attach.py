@@ -110,7 +110,7 @@ def recipes(library: str) -> dict[type[nn.Module] | str, Recipe | str]:
 
 @dataclass(eq=False)
 class Attachment(Blocks):
-    """What `attach` did to a model, found again by `attachment`.
+    """A record of `attach`, which `attachment` looks up.
 
     Attributes:
         replaced: (module, attribute, what stands there now, what its dictionary held before) of each change.
@@ -137,7 +137,7 @@ class Attachment(Blocks):
 
     @property
     def policy(self) -> Policy:
-        """What decides which tokens go."""
+        """The policy that decides which tokens are removed."""
         return self.body.policy
 
     @property
@@ -155,7 +155,7 @@ class Attachment(Blocks):
         return self.policy
 
     def describe(self) -> dict[str, Any]:
-        """What thresholds of this model are bound to: its architecture's name and its shape."""
+        """The properties that thresholds are bound to: the model's architecture and shape."""
         known = {"depth": self.body.depth, **self.recipe.describe(self.host)}
         return {name: value for name, value in known.items() if value is not None}
 
@@ -187,7 +187,7 @@ _ABSENT = _Absent()
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """What is attached to `model`, to something inside it, or to what it is a part of.
+    """The attachment of `model`, of a module inside it, or of the model that it is a part of.
 
     Raises:
         LTMPError: nothing is.

@@ -1,4 +1,4 @@
-"""What stands in for the forward of an attached host's blocks, and for the method of the host that runs them all.
+"""Stand-ins for the forward of an attached host's blocks, and for the host's method that runs them all.
 
 The host keeps its container and its blocks. Where nothing is to be removed, a block's forward is its own. Where
 something is and the host runs all of its blocks, the first one runs the engine, and the others pass on what it handed
@@ -28,7 +28,7 @@ from .sizes import with_sizes
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class HostPass:
     """A call of all blocks, as each of them sees it.
 
     Attributes:
@@ -42,12 +42,12 @@ class Pass:
     differentiable: bool
 
 
-_PASS: ContextVar[Pass | None] = ContextVar("ltmp_pass", default=None)
+_PASS: ContextVar[HostPass | None] = ContextVar("ltmp_pass", default=None)
 
 
 @dataclass(frozen=True, eq=False)
 class Entered:
-    """What ran on the features that carry this, for a backward pass that runs it again."""
+    """The pass that made these features, for a backward pass that runs it again."""
 
     body: Body
     engine: Engine | None
@@ -84,7 +84,7 @@ class LoopForward:
         if body.grid if reduced else torch.compiler.is_exporting():
             # block by block
             return self._own(args, kwargs)
-        with held(_PASS, Pass(body, reduced, torch.is_grad_enabled())):
+        with held(_PASS, HostPass(body, reduced, torch.is_grad_enabled())):
             return self._own(args, kwargs)
 
 
@@ -129,7 +129,7 @@ class BlockForward:
             return named
         return {**dict(zip(_names(type(self.blocks.body.blocks[self.i]).forward)[1:], others, strict=False)), **named}
 
-    def _one_of_all(self, here: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _one_of_all(self, here: HostPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """This block in a pass through all of them."""
         body = here.body
         x, others, named = _features(args, kwargs)
@@ -174,7 +174,7 @@ _FEATURES = ("x", "hidden_states", "input")
 
 
 def _features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What a block was given: its features, and what came besides."""
+    """A block's arguments: its features, and the others."""
     if args:
         return args[0], args[1:], kwargs
     name = next((name for name in _FEATURES if name in kwargs), None)

@@ -27,7 +27,7 @@ class Layout:
 
     @property
     def attention(self) -> str:
-        """What holds the projections and knows the number of heads."""
+        """Name of the module that holds the projections and knows the number of heads."""
         return self.qkv[0].rpartition(".")[0]
 
     @property
@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def holders(self) -> set[str]:
-        """What only holds those, down from the block itself, and does not run."""
+        """Names of the containers of these modules, from the block down, which do not run themselves."""
         return {".".join(name.split(".")[:depth]) for name in self.names for depth in range(name.count(".") + 1)}
 
     def fits(self, block: nn.Module) -> bool:

@@ -34,7 +34,7 @@ def parts(
 
 
 def problems(name: str, block: Any, block_class: type[Any], attn: nn.Module) -> list[str]:
-    """What keeps the block called `name` from being reduced, one phrase each."""
+    """Reasons why the block called `name` cannot be reduced, one phrase each."""
     if type(block) is not block_class:
         return [f"{name} is a {type(block).__name__}, not the standard {block_class.__name__}"]
     if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.bias_k is not None:

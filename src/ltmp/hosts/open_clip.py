@@ -53,7 +53,7 @@ def _mlp_ratio(block: Any) -> float:
     return linear_ratio(block.mlp, block.attn.embed_dim)
 
 
-class SizedPool:
+class SizedGlobalPool:
     """open_clip's pooling, a merged token counting by its size. Stands in for `host._global_pool`."""
 
     def __init__(self, body: Body) -> None:
@@ -68,7 +68,7 @@ class SizedPool:
 
 
 def _overrides(body: Any) -> dict[str, Any]:
-    return {"_global_pool": SizedPool(body)}
+    return {"_global_pool": SizedGlobalPool(body)}
 
 
 def _final_norm(host: Any) -> nn.Module | None:

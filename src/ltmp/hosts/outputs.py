@@ -1,4 +1,4 @@
-"""What models return."""
+"""Outputs of models."""
 
 from __future__ import annotations
 

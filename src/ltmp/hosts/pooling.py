@@ -22,7 +22,7 @@ def without_prefix(size: Tensor, prefix: int) -> Tensor:
 
 
 def log_size(size: Tensor) -> Tensor:
-    """What attention pooling adds to its scores: -inf for rows that are not there, without a gradient to them.
+    """Bias for the scores of attention pooling: -inf for rows that are not there, without a gradient to them.
 
     The gradient of log(0) would be NaN.
     """

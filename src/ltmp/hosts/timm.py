@@ -98,7 +98,7 @@ def _problems(host: Any) -> list[str]:
 def find_problems(
     host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], method: str = "pool"
 ) -> list[str]:
-    """What keeps a host that timm has as a `base` of `block_class`es from being reduced, one phrase each."""
+    """Reasons why a host, which timm has as a `base` of `block_class`es, cannot be reduced, one phrase each."""
     found = []
     methods = ("forward", "forward_features", method)
     overridden = [name for name in methods if getattr(type(host), name) is not getattr(base, name)]

@@ -160,7 +160,7 @@ class Host:
         return self.reads == "prefix"
 
     def describe(self, host: nn.Module) -> dict[str, Any]:
-        """What the config of the encoder says: the same for all heads."""
+        """The encoder's config, the same for all heads."""
         inside = self.inside(host)
         config = inside.config
         patch, size = (getattr(config, name, None) for name in ("patch_size", "image_size"))

@@ -90,7 +90,7 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
 
 
 def described(model: nn.Module, loader: Any) -> dict[str, Any]:
-    """What a loader says of a model's classes and of how images are prepared for it, as `ltmp.save` keeps it."""
+    """A loader's class names and preprocessing, as `ltmp.save` keeps them."""
     dataset = getattr(loader, "dataset", None)
     # also where their labels are not looked at
     names = folder_names(dataset)

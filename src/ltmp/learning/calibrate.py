@@ -56,7 +56,7 @@ class Calibrating(Thresholds):
 
 @torch.inference_mode()
 def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
-    """What an image of these costs an attached model."""
+    """Geometry of one of these images for an attached model."""
     with record() as calls, dense():
         model(images[:1])
     return calls.geometry[0]

@@ -79,7 +79,7 @@ def learn_dial(
     Needs images and no labels, forward passes and no gradients. At `ANCHORS` budgets it searches how removal is best
     spread over the blocks, judged by how far answers are from the dense model's; then thresholds are calibrated for
     `knots` budgets on the same images, and each row of the dial says what these cost, corrected by what more images
-    cost at those few budgets: 512 photographs are on average some 0.004 dearer or cheaper than others.
+    cost at those few budgets: the mean share of 512 photographs varies by about 0.004.
 
     Args:
         model: attached, with learned thresholds; left in eval mode on `device`.
@@ -170,7 +170,7 @@ def anchors_of(low: float, high: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Calibrated:
     """Calibrated thresholds [L] and what they did to the images that they were calibrated on.
 
     Attributes:
@@ -211,7 +211,7 @@ class _Maker:
             self.progress(self.expected, self.expected, "the dial is made")
 
     @torch.inference_mode()
-    def run(self, shape: Shape, share: float, part: slice, text: str) -> _Row:
+    def run(self, shape: Shape, share: float, part: slice, text: str) -> _Calibrated:
         """Calibrate on some of the images."""
         own = thresholds_of(self.model)
         with record() as calls:
@@ -220,7 +220,7 @@ class _Maker:
         loss = task_loss(answers, None, self.answers[part], distribution=self.distribution)
         divergence = loss.clamp_min(0).sqrt().mean()
         values = (own.merge.detach().clone(), own.prune.detach().clone())
-        return _Row(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
+        return _Calibrated(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
 
     def score(self, shape: Shape, share: float, part: slice) -> float:
         """The lower the better: the divergence, corrected for what the shape cost more or less than asked."""
@@ -249,7 +249,7 @@ class _Maker:
 
     def table(self, shares: list[float], shapes: dict[float, Shape]) -> tuple[Dial, list[float]]:
         """A dial with a row near each of `shares`, and each row's divergence."""
-        rows: list[_Row] = []
+        rows: list[_Calibrated] = []
         for share in shares:
             row = self.run(searched(self.usual, shapes, share), share, slice(0, len(self.images)), "calibrating")
             # few images leave neighbours in the wrong order

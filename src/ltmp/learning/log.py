@@ -1,4 +1,4 @@
-"""What a learning run tells while it goes on, and where it tells it: TensorBoard, Weights & Biases, or your own."""
+"""Logs of a learning run: to TensorBoard, Weights & Biases, or a logger of your own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PICTURES_EVERY = 50
 
 
 class Logger(Protocol):
-    """What `ltmp.learn(log=...)` writes to; any object with these two methods will do."""
+    """The interface that `ltmp.learn(log=...)` writes to; any object with these two methods will do."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Take numbers by name; names have their group before a slash, as in `merge/00`."""

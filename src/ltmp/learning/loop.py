@@ -23,7 +23,7 @@ from .calibrate import calibrate, geometry_of
 from .heldout import Candidate, HeldOut
 from .log import Journal
 from .objective import Distribution, Objective, distribution_of, teacher
-from .optimiser import Run, Step
+from .optimiser import Step, ThresholdOptimiser
 from .options import LearnOptions, LearnSettings, with_keywords
 from .probe import learn_probe
 from .progress import Progress, telling
@@ -155,7 +155,7 @@ class _Job:
         self.distribution = distribution_of(model, teacher(model, self.images[:1]), labels)
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
-        self.run = Run(self.thresholds, options.lr, steps=steps)
+        self.run = ThresholdOptimiser(self.thresholds, options.lr, steps=steps)
         # the teacher: weights that train are no longer those of the model as it was
         self.original = model if options.tuning is None else copy.deepcopy(model).requires_grad_(False)
         self.cast = options.cast(place)
@@ -174,7 +174,7 @@ class _Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two runs the same run; a checkpoint of another one is refused."""
+        """The settings that identify a run; a checkpoint with others is refused."""
         options, config = self.options, self.thresholds.config
         return {
             "target": self.target,

@@ -34,7 +34,7 @@ class Step:
     kept: list[float] = field(default_factory=list)
 
 
-class Run:
+class ThresholdOptimiser:
     """The thresholds as the optimiser sees them: the merge threshold as it is, the prune threshold by its logarithm.
 
     Importance lives near 1/N; a step in its logarithm means the same for every model and block.

@@ -57,7 +57,7 @@ class DialSettings(RunSettings, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class LoopOptions:
     """The same with defaults, checked."""
 
     views: int
@@ -77,7 +77,7 @@ class RunOptions:
         return torch.autocast(device.type, self.amp) if self.amp is not None else nullcontext()
 
     def subject(self, model: nn.Module, loader: Any, images: Tensor) -> dict[str, Any]:
-        """What the run is of, among its settings where it is saved; see `resume.subject`."""
+        """The model and data of the run, saved among its settings; see `resume.subject`."""
         return subject(model, loader, images, self.amp) if self.checkpoint is not None else {}
 
     def save(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnOptions(RunOptions):
+class LearnOptions(LoopOptions):
     """Settings of `ltmp.learn`."""
 
     views: int = 16_000
@@ -115,7 +115,7 @@ class LearnOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialOptions(RunOptions):
+class DialOptions(LoopOptions):
     """Settings of `ltmp.learn_dial`."""
 
     views: int = 9_000

@@ -1,4 +1,4 @@
-"""What a learning run tells while it runs: a bar of its own in a terminal or a notebook, or whatever is asked for."""
+"""Progress of a learning run: a bar in a terminal or a notebook, or a callback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and what it is."""
 
 
-class Bar:
+class LearningBar:
     """tqdm's bar, which notebooks draw, too; drawn at the first call."""
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Bar:
 
 @contextmanager
 def telling(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """Whom to tell: `progress` itself, a bar for True, nobody for False; None is a bar in a terminal or a notebook."""
+    """The callback: `progress` itself, a bar for True, none for False; for None a bar in a terminal or notebook."""
     wanted = (sys.stderr.isatty() or "ipykernel" in sys.modules) if progress is None else progress
     if not isinstance(wanted, bool):
         yield wanted
         return
-    bar = Bar()
+    bar = LearningBar()
     try:
         yield bar if wanted else None
     finally:

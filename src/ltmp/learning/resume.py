@@ -109,7 +109,7 @@ def frozen(value: Any) -> Any:
 
 
 def subject(model: nn.Module, loader: Any, images: Tensor, amp: torch.dtype | None) -> dict[str, Any]:
-    """What a run is of: fingerprints of the model's weights and of the images, as far as these are always the same.
+    """Fingerprints of a run's weights and images, as far as these are the same each time.
 
     Args:
         images: [N, C, H, W], the first of the loader's.

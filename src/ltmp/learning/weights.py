@@ -1,4 +1,4 @@
-"""What light tuning trains: a few of the model's own weights, by an optimiser of their own."""
+"""The weights that light tuning trains: a few of the model's own, with an optimiser for them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Tuning:
         labels: part of the task loss that comes from labels, in [0, 1]; the rest is the divergence from the answers of
             the model as it was.
         rank: of the low-rank updates.
-        joint_every: the thresholds move at every so manieth step. In between nothing is masked but cut, as deployed,
-            which costs less than half.
+        joint_every: update thresholds every `joint_every` steps; the others train the weights only, on the packed
+            (deployed) form, which costs less than half.
 
     Raises:
         UsageError: a value that makes no sense.
@@ -174,7 +174,7 @@ def _vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _updates(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What peft added."""
+    """The modules that peft added."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 

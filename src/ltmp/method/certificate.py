@@ -17,7 +17,7 @@ from .dial import Dial
 
 @dataclass(frozen=True)
 class Tested:
-    """What one budget showed.
+    """The measurement of one budget.
 
     Attributes:
         budget: FLOPs share.
@@ -117,7 +117,7 @@ class Certificate:
 
     @property
     def found(self) -> Tested | None:
-        """What the certified budget showed, or None."""
+        """The measurement of the certified budget, or None."""
         return self.tested[self._passed - 1] if self._passed else None
 
     @property
@@ -187,7 +187,7 @@ _AGAIN = "certify again with `ltmp certify`, or load it without asking for what 
 
 
 def precision_of(model: nn.Module, amp: torch.dtype | None = None) -> str:
-    """What a model computes in: the type of its weights, and that of autocast."""
+    """A model's precision: the type of its weights, and that of autocast."""
     kinds = [p.dtype for name, p in model.named_parameters() if not name.startswith("ltmp.")]
     own = str(next((kind for kind in kinds if kind.is_floating_point), torch.float32)).removeprefix("torch.")
     return own if amp is None else f"{own}, autocast {str(amp).removeprefix('torch.')}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the cost of a block depends on.
+    """The sizes that the cost of a block depends on.
 
     Args:
         tokens: tokens that enter the first block, N (prefix tokens included); the most where images differ.

@@ -1,4 +1,4 @@
-"""What a host model must tell us: where its blocks are and what the two halves of a block do."""
+"""Description of a host model: where its blocks are and what the two halves of a block do."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def scales_of(layers: Sequence[Any], layer_scale: type[Any]) -> list[Tensor | No
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """What `Parts` calls an activation, or None where it is not one of those."""
+    """The name that `Parts` has for an activation, or None."""
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     # libraries' own classes, by name because they move between versions

@@ -19,7 +19,7 @@ from .tokens import Tokens, follow, take, take_all
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """One block's reduction.
 
     Attributes:
@@ -60,7 +60,7 @@ class _Draft:
 
 def make_plan(
     tokens: Tokens, scores: BlockScores, policy: Policy, block: int, steps: tuple[str, ...], protected: int
-) -> Plan:
+) -> BlockPlan:
     """Decide what happens to every token of a block (paper, section 3.2).
 
     Args:
@@ -102,7 +102,7 @@ def make_plan(
     order = order.gather(1, last)
     if tokens.source is not None:
         after = replace(after, source=follow(tokens.source, into, order, after.live, block))
-    return Plan(after, order, into, weight)
+    return BlockPlan(after, order, into, weight)
 
 
 def _live_first(keep: Tensor, turn: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def _fuse(state: _Draft, policy: Policy, block: int, protected: int) -> tuple[_D
     return replace(after, size=size, keep=torch.where(first, state.keep, after.keep)), into, weight
 
 
-def fold(x: Tensor, plan: Plan) -> Tensor:
+def fold(x: Tensor, plan: BlockPlan) -> Tensor:
     """Apply a plan to features: a receiver becomes the size-weighted mean of its group (paper, section 3.2).
 
     Args:

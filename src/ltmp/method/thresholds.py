@@ -244,7 +244,7 @@ class Thresholds(Policy):
         return self._look()[1][block]
 
     def _look(self) -> Answers:
-        """What `active` and `prunes_all` say: as it was the last time, where nothing changed."""
+        """The values of `active` and `prunes_all`, cached while the thresholds stay the same."""
         # not as attributes, which tracers replace
         both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
         if not all(type(p) is nn.Parameter and not p.is_meta for p in both):

@@ -1,4 +1,4 @@
-"""What a run is: its settings and its source, kept beside its results, so that nothing else is mixed with them."""
+"""The manifest of a run: its settings and source, kept beside its results so that no other run mixes with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {"batch_size": "batch size", "class_names": "class names", "amp": "--am
 
 
 def settings_of(predictor: Predictor) -> dict[str, Any]:
-    """What decides what is written, down to rounding, but for the device; what only speed depends on is left out."""
+    """Settings that decide the results, down to rounding, except the device; those of speed alone are left out."""
     scoring, deployment = predictor.scoring, predictor.deployment
     model = deployment.model
     attached = attachment(model).policy if deployment.attached else None

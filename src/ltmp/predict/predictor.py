@@ -62,7 +62,7 @@ class Scoring:
 
 @dataclass
 class Scored:
-    """What is known so far of one shard; numbers stay on the device until all are there."""
+    """Results so far of one shard; numbers stay on the device until it is complete."""
 
     keys: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)

@@ -49,7 +49,7 @@ class Batch:
     position: float
 
     def pin_memory(self) -> Batch:
-        """What torch's DataLoader calls for a copy to a GPU that waits for nothing."""
+        """Called by torch's DataLoader, for an asynchronous copy to a GPU."""
         self.handed = self.images.pin_memory()
         return self
 
@@ -82,7 +82,7 @@ class Decoder(Dataset):
             return item, Broken(item.key, reason(error))
 
 
-class Plan:
+class ShardBatches:
     """Batches of items, shard by shard, an `End` behind each shard; read while earlier batches are being decoded."""
 
     def __init__(self, shards: Iterable[Shard], batch_size: int) -> None:
@@ -116,7 +116,7 @@ def read_batches(
     """
     return DataLoader(
         Decoder(transform, mode),
-        batch_sampler=Plan(shards, batch_size),
+        batch_sampler=ShardBatches(shards, batch_size),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,

@@ -21,7 +21,7 @@ Report = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run gave, the parts that an earlier, interrupted run had finished included.
+    """Result of a run, including the parts that an earlier, interrupted run had finished.
 
     Attributes:
         images: rows written.

@@ -1,4 +1,4 @@
-"""What a run leaves: a Parquet file for each shard, and beside it what could not be read; each whole or not there."""
+"""Output of a run: a Parquet file for each shard, and beside it the unreadable images; each file appears whole."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def file_of(out: Path, shard: Shard) -> Path:
 
 
 def finished(out: Path, shard: Shard) -> Written | None:
-    """What is there of a shard, if all of it is; raises MissingExtraError before anything is scored."""
+    """The results of a finished shard, or None; raises MissingExtraError before anything is scored."""
     files = parquet()
     try:
         with file_of(out, shard).open("rb") as file:

@@ -27,7 +27,7 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a budget changes.
+    """The changes that a budget makes.
 
     Attributes:
         flipped: image indices whose answer is another one, those that were right before first.

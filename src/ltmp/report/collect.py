@@ -1,4 +1,4 @@
-"""What a report is made of, and the evaluation that fills it."""
+"""The data of a report, and the evaluation that fills it."""
 
 from __future__ import annotations
 

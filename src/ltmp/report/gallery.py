@@ -1,4 +1,4 @@
-"""Thumbnails of images that say something: the cheapest, the dearest, those whose answer changed."""
+"""Thumbnails of images that say something: the cheapest, the costliest, those whose answer changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 96
 
 
 @dataclass(frozen=True)
-class Shown:
+class GalleryImage:
     """One thumbnail.
 
     Attributes:
@@ -41,16 +41,16 @@ def row_length(budgets: int) -> int:
     return max(1, min(MOST, ALL // (3 * max(1, budgets))))
 
 
-def by_cost(report: Report, budget: Budget, count: int, *, dearest: bool) -> list[Shown]:
+def by_cost(report: Report, budget: Budget, count: int, *, costliest: bool) -> list[GalleryImage]:
     """The images that cost least, or most."""
     if budget.images is None:
         return []
-    order = budget.images.share.argsort(descending=dearest, stable=True)[:count].tolist()
+    order = budget.images.share.argsort(descending=costliest, stable=True)[:count].tolist()
     lines = {index: [f"share {budget.images.share[index]:.2f}", _label(report, budget, index)] for index in order}
     return _show(report, lines)
 
 
-def flipped(report: Report, budget: Budget, changes: Changes, count: int) -> list[Shown]:
+def flipped(report: Report, budget: Budget, changes: Changes, count: int) -> list[GalleryImage]:
     """Images whose answer changed, with both answers."""
     rows = budget.images
     if rows is None:
@@ -78,10 +78,10 @@ def _label(report: Report, budget: Budget, index: int) -> str:
     return f"is {class_name(report, label)}" if label >= 0 else ""
 
 
-def _show(report: Report, lines: dict[int, list[str]]) -> list[Shown]:
+def _show(report: Report, lines: dict[int, list[str]]) -> list[GalleryImage]:
     if report.picture is None:
         return []
-    return [Shown(thumbnail(report.picture(i)), report.image_name(i), text) for i, text in lines.items()]
+    return [GalleryImage(thumbnail(report.picture(i)), report.image_name(i), text) for i, text in lines.items()]
 
 
 def thumbnail(image: Image.Image) -> str:

@@ -25,13 +25,13 @@ class _Chart:
 
 @dataclass(frozen=True)
 class _Detail:
-    """What the page says of one budget."""
+    """The page's section on one budget."""
 
     budget: Budget
-    cheapest: list[gallery.Shown]
-    dearest: list[gallery.Shown]
+    cheapest: list[gallery.GalleryImage]
+    costliest: list[gallery.GalleryImage]
     changes: Changes
-    flipped: list[gallery.Shown]
+    flipped: list[gallery.GalleryImage]
     percentiles: dict[str, float]
 
 
@@ -164,8 +164,8 @@ def _detail(report: Report, budget: Budget, count: int) -> _Detail:
     share = budget.images.share
     return _Detail(
         budget=budget,
-        cheapest=gallery.by_cost(report, budget, count, dearest=False),
-        dearest=gallery.by_cost(report, budget, count, dearest=True),
+        cheapest=gallery.by_cost(report, budget, count, costliest=False),
+        costliest=gallery.by_cost(report, budget, count, costliest=True),
         changes=changes,
         flipped=gallery.flipped(report, budget, changes, count),
         percentiles={f"{100 * q:.0f} %": share.quantile(q).item() for q in (0.1, 0.5, 0.9)},

@@ -26,7 +26,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one JSON file adds to a report."""
+    """The part of a report that comes from one JSON file."""
 
     budgets: list[Budget] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)

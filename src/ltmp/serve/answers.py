@@ -15,7 +15,7 @@ from .limits import read_image
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says of one image.
+    """The model's answer for one image.
 
     Attributes:
         scores: float32 [K] on the CPU, probabilities of the classes.

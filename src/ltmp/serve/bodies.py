@@ -75,7 +75,7 @@ def image_in(body: bytes, content_type: str | None) -> bytes:
 
 
 def refused(headers: list[tuple[bytes, bytes]], most: int) -> ProblemError | None:
-    """What is wrong with the headers of a request, whatever it asks for; the connection ends with the answer.
+    """The problem with a request's headers, or None; the connection ends with the answer.
 
     A body with both a length and an encoding of its own may be read as two requests by one program and as one by the
     next (RFC 9112, section 6.1).

@@ -132,7 +132,7 @@ class _Decoder:
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """What the process does until its pipe is closed."""
+    """Main loop of the process, until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

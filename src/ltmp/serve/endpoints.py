@@ -55,7 +55,7 @@ class Health(BaseModel):
 
 
 class Info(BaseModel):
-    """What is served."""
+    """The model that is served."""
 
     version: str = Field(description="Of ltmp.")
     model: str | None
@@ -152,7 +152,7 @@ class Service:
         return Predictions(predictions=found, share=answer.share, tokens=answer.tokens)
 
     def info(self, about: dict[str, Any]) -> Info:
-        """What is served, without any path of this machine."""
+        """Description of the served model, without paths of this machine."""
         config = attachment(self.deployment.model).policy.config
         return Info(
             version=__version__,

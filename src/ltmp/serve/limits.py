@@ -1,4 +1,4 @@
-"""What a client may ask for, and images opened only after their header was believed."""
+"""Limits on requests; images are opened only after their header was checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the service did, for Prometheus and for its log."""
+"""Metrics of the service, for Prometheus and for its log."""
 
 from __future__ import annotations
 

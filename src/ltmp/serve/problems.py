@@ -53,7 +53,7 @@ class ProblemError(Exception):
         return STATUS[self.code]
 
     def body(self) -> dict[str, Any]:
-        """What is sent as JSON."""
+        """The problem as JSON."""
         title = HTTPStatus(self.status).phrase
         return {"title": title, "status": self.status, "code": self.code, "detail": self.detail}
 

@@ -2,7 +2,7 @@
 
 from .animation import save_film as save_film
 from .curves import plot_tradeoff as plot_tradeoff
-from .groups import Seen as Seen
+from .groups import ReducedView as ReducedView
 from .groups import patch_groups as patch_groups
 from .groups import see as see
 from .overlay import paint_groups as paint_groups

@@ -15,8 +15,8 @@ from ..hosts.attach import attachment
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What became of one image.
+class ReducedView:
+    """The reduction of one image.
 
     Attributes:
         groups: int32 [L, rows, columns]: after each block, the number of the token that each patch is part of, which
@@ -45,7 +45,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def see(model: nn.Module, images: Tensor) -> list[Seen]:
+def see(model: nn.Module, images: Tensor) -> list[ReducedView]:
     """Run an attached model and follow every patch.
 
     Args:
@@ -65,12 +65,12 @@ def see(model: nn.Module, images: Tensor) -> list[Seen]:
     grids = groups.unflatten(2, (rows, columns))
     kept = torch.cat(calls.kept).int().tolist()
     tokens, shares = calls.geometry[0].tokens, calls.share().tolist()
-    return [Seen(grid, left, tokens, share) for grid, left, share in zip(grids, kept, shares, strict=True)]
+    return [ReducedView(grid, left, tokens, share) for grid, left, share in zip(grids, kept, shares, strict=True)]
 
 
 @torch.inference_mode()
 def patch_groups(model: nn.Module, images: Tensor) -> Tensor:
-    """int32 [B, L, N], the groups of `Seen` for every token of `images` [B, C, H, W], prefix tokens first.
+    """int32 [B, L, N], the groups of `ReducedView` for every token of `images` [B, C, H, W], prefix tokens first.
 
     Raises:
         LTMPError: nothing is attached.

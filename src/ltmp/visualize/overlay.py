@@ -63,7 +63,7 @@ def _contrast(image: Tensor) -> Tensor:
 
 
 def _hatched(image: Tensor, stroke: int) -> Tensor:
-    """What is left of a pruned patch: a dark grey shadow under thin diagonal lines."""
+    """A pruned patch as it is drawn: a dark grey shadow under thin diagonal lines."""
     down, right = torch.arange(image.shape[1])[:, None], torch.arange(image.shape[2])
     line = (down + right) % (7 * stroke) < stroke
     return (0.06 + 0.3 * image.mean(0, keepdim=True) + 0.2 * line).expand(3, -1, -1)

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .curves import new_figure
-from .groups import Seen
+from .groups import ReducedView
 from .overlay import paint_groups
 
-Budgets = Mapping[str, Seen]
+Budgets = Mapping[str, ReducedView]
 """What became of one image at each budget, by the budget's name."""
 
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 
 
-def panel(image: Tensor, seen: Seen, block: int | None, width: int = 224) -> Image.Image:
+def panel(image: Tensor, seen: ReducedView, block: int | None, width: int = 224) -> Image.Image:
     """The image as `block` (from 0) leaves it, with its name and token count above; None is the image itself.
 
     Args:
@@ -106,7 +106,7 @@ def choose_blocks(budgets: Budgets, wanted: Sequence[int] | None, most: int | No
     return shown[:: -(len(shown) // most)][:most][::-1]
 
 
-def _painted(image: Tensor, seen: Seen, block: int | None, width: int) -> Tensor:
+def _painted(image: Tensor, seen: ReducedView, block: int | None, width: int) -> Tensor:
     """[3, height, width], the image as a block leaves it."""
     rows, columns = seen.groups.shape[1:]
     alone = torch.arange(rows * columns).view(rows, columns)
@@ -121,7 +121,7 @@ def _to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _summary(name: str, seen: Seen) -> str:
+def _summary(name: str, seen: ReducedView) -> str:
     return f"{name}: {seen.share:.2f} of the FLOPs" + (f", {seen.answers}" if seen.answers else "")
 
 

@@ -18,7 +18,7 @@ from ..errors import LTMPError, UsageError
 from ..files import atomic_path
 from ..hosts.attach import detach
 from .animation import save_film
-from .groups import Seen, see
+from .groups import ReducedView, see
 from .pictures import choose_blocks, frames, strip
 
 FORMATS = ("png", "gif", "mp4", "blocks")
@@ -33,7 +33,7 @@ class Shown:
     """One image: what became of it at each budget, and the files that show it."""
 
     image: Path
-    budgets: dict[str, Seen]
+    budgets: dict[str, ReducedView]
     files: list[Path]
 
 
@@ -89,8 +89,8 @@ def show_images(
 
 def see_budgets(
     deployment: Deployment, images: torch.Tensor, thresholds: Sequence[Path], budgets: Sequence[float] = ()
-) -> dict[str, Seen]:
-    """What becomes of the first of `images` at each budget, by a short name of the budget."""
+) -> dict[str, ReducedView]:
+    """The reduction of the first of `images` at each budget, by a short name of the budget."""
     if not thresholds:
         raise UsageError("nothing to show: give at least one thresholds file")
     model, found = deployment.model, {}
@@ -181,7 +181,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _write(
-    file: Path, view: torch.Tensor, budgets: dict[str, Seen], blocks: Sequence[int] | None, width: int
+    file: Path, view: torch.Tensor, budgets: dict[str, ReducedView], blocks: Sequence[int] | None, width: int
 ) -> list[Path]:
     if file.suffix.lower() != ".png":
         save_film(frames(view, budgets, blocks, width), file)

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..about import About
-from ..checkpoint import read_state_dict, split_thresholds
 from ..errors import LTMPError, UsageError, first_line
 from ..files import atomic_path
+from ..tensorfiles import read_state_dict
+from ..thresholdfile import split_thresholds
 from .hugging_face import PREFIX, build_classifier, is_of_transformers, save_classifier
 from .libraries import BUILDERS
 from .timm_names import no_weights, parse_name
@@ -203,7 +204,7 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLi
 
 
 def _hint(model: nn.Module, key: str, here: torch.Size, there: torch.Size) -> tuple[str, str] | None:
-    """What another shape of a parameter means, and the option that builds the model as the checkpoint has it."""
+    """Explain a parameter of another shape, and name the option that builds the model to match the checkpoint."""
     if _HEAD.match(key) and here[1:] == there[1:]:
         return f"has {there[0]} classes but the model's head has {here[0]}", f"--num-classes {there[0]}"
     embed: Any = getattr(model, "patch_embed", None)

@@ -106,7 +106,7 @@ def is_of_transformers(model: nn.Module) -> bool:
 
 
 def data_config(model: Any) -> dict[str, Any]:
-    """What a model's image processor does, in the words of timm's data configs.
+    """Preprocessing of a model's image processor, in the terms of timm's data configs.
 
     Raises:
         LTMPError: the processor cannot be had.

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import SEED_KEY, split_seed_state
 from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from ..hosts.attach import attach, is_attached, recipes, thresholds_of
 from ..method.recipe import Recipe
+from ..thresholdfile import SEED_KEY, split_seed_state
 from .prefixes import INFERENCE, PREFIXES
 
 MERGE_START, PRUNE_START = 0.9, 0.0
@@ -23,7 +23,7 @@ MERGE_START, PRUNE_START = 0.9, 0.0
 
 
 def entrypoint(full: str, registered: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module] | None:
-    """What builds the model `full`, where it is a name of ours and `registered` has the host that it ends in."""
+    """The builder of the model `full`, if it is one of our names and `registered` has the host it ends in."""
     variant, name = parse_name(full)
     if variant is None or (full.startswith(INFERENCE) and variant not in LEARNED):
         return None
@@ -113,7 +113,7 @@ def _build_host(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
 
 
 def no_weights(name: str, error: Exception, instead: str) -> LTMPError:
-    """What to say where timm could not get `name`'s weights; `instead` is how a file of them is given."""
+    """Message for when timm could not get `name`'s weights; `instead` is how to give a file of them."""
     return LTMPError(
         f"cannot get the pretrained weights of {name} ({first_line(error)}): without a network, copy the checkpoint "
         f"here and {instead}"

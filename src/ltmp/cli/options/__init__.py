@@ -5,7 +5,7 @@ from .data import ClassMap as ClassMap
 from .data import DataOptions as DataOptions
 from .data import GivenData as GivenData
 from .data import LearningData as LearningData
-from .data import Preprocessing as Preprocessing
+from .data import PreprocessingOptions as PreprocessingOptions
 from .data import Source as Source
 from .groups import DATA as DATA
 from .groups import MODEL as MODEL

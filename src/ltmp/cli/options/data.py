@@ -34,7 +34,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class PreprocessingOptions:
     """How an image becomes what the model takes; by default as its configuration says."""
 
     interpolation: Annotated[str | None, option("Resizing: bicubic, bilinear, ...; default: the model's.", DATA)] = None
@@ -51,7 +51,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Preprocessing, Source):
+class DataOptions(PreprocessingOptions, Source):
     """Which images, and how they come in batches."""
 
     class_map: ClassMap = None

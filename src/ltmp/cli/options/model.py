@@ -48,7 +48,7 @@ class ModelOptions:
         return None if first is None else Path(first)
 
     def opened(self, budget: float | None = None) -> Bundle:
-        """What the thresholds' file says of its model, and the weights beside it."""
+        """The metadata of the thresholds file's model, and the weights beside it."""
         from ...about import About
         from ...bundle import Bundle
 

@@ -12,7 +12,7 @@ from .groups import METHOD, option
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """What is learned."""
+    """Options for the reduction that is learned."""
 
     variant: Annotated[
         str, option("ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.", METHOD)

@@ -14,7 +14,7 @@ from ..options import (
     CertifiedOption,
     Device,
     ModelOptions,
-    Preprocessing,
+    PreprocessingOptions,
     name_in,
     option,
     pick_device,
@@ -43,7 +43,7 @@ class AppModel(ModelOptions, CertifiedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AppData(Preprocessing):
+class AppData(PreprocessingOptions):
     """Pictures to try, and what they may show."""
 
     images: Annotated[Path | None, option("Folder of pictures to choose from and calibrate on.", DATA)] = None

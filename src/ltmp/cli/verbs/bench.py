@@ -69,7 +69,7 @@ class BenchModel(SavedModel):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchData(Source):
-    """What is timed on."""
+    """Options for the images that are timed."""
 
     data: Annotated[str | None, option("Images to time on, like --data of eval; default: smooth noise.", DATA)] = None
     class_map: ClassMap = None

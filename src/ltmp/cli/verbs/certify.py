@@ -32,7 +32,7 @@ RISKS = "disagree (another first choice than the dense model's), error (accuracy
 
 @dataclass(frozen=True, kw_only=True)
 class CertifyOptions:
-    """What is to be guaranteed."""
+    """Options for the guarantee."""
 
     risk: Annotated[str, typer.Option(help=f"{RISKS}.")] = "disagree"
     at_most: Annotated[float, typer.Option(help="The level: 0.01 is 1 % of images, or 1 point of accuracy.")] = 0.01

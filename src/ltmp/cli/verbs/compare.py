@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(CertifiedOption):
-    """What takes part, and what is learned here."""
+    """Options for the methods that are compared, and for those learned here."""
 
     method: Annotated[
         list[str] | None,

@@ -32,7 +32,7 @@ REPORTED = (0.8, 0.6, 0.47, 0.37)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialOptions(StageOptions):
+class DialStage(StageOptions):
     """Which budgets, and from how much."""
 
     low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.")] = 0.3
@@ -69,7 +69,7 @@ def dial_verb(
     data: LearningData,
     model: NamedModel,
     scores: ScoreOptions,
-    options: DialOptions,
+    options: DialStage,
     run: RunOptions,
     output: FolderOptions,
 ) -> None:
@@ -122,7 +122,7 @@ def _certified(network: nn.Module, loader: Loader, level: float, run: RunOptions
     return certified_with_bar(network, loader, CertifyOptions(at_most=level), run, speed=True)
 
 
-def _learn(job: Run, network: nn.Module, loader: Loader, options: DialOptions, run: RunOptions) -> None:
+def _learn(job: Run, network: nn.Module, loader: Loader, options: DialStage, run: RunOptions) -> None:
     """Learn a dial and write it, or read that of a run that came as far."""
     from ... import distributed, load, save
     from ...learning import learn_dial
@@ -175,7 +175,7 @@ def _report(
 
 
 def _foretell(
-    network: nn.Module, loader: Loader, checking: Loader | None, options: DialOptions, run: RunOptions, job: Run
+    network: nn.Module, loader: Loader, checking: Loader | None, options: DialStage, run: RunOptions, job: Run
 ) -> None:
     """Say what would be done, and how long it takes about."""
     from ..runs import foretell_time

@@ -29,7 +29,7 @@ RUNTIMES = ("onnx", "openvino")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(FormOptions):
-    """What runs the reduced model."""
+    """Options for the runtime of the reduced model."""
 
     engine: Annotated[
         str | None,

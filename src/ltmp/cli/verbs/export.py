@@ -15,7 +15,7 @@ from ..options import (
     DataOptions,
     FormOptions,
     OutputOptions,
-    Preprocessing,
+    PreprocessingOptions,
     ReducedModel,
     Source,
     option,
@@ -51,7 +51,7 @@ class ExportOptions(FormOptions, CertifiedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportData(Source, Preprocessing):
+class ExportData(Source, PreprocessingOptions):
     """Images that the file is verified on."""
 
     data: Annotated[str | None, option("Images to verify on, as for `ltmp eval`; default: made ones.", DATA)] = None

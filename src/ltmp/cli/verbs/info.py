@@ -10,7 +10,7 @@ import typer
 from ..options import OutputOptions, verb
 
 if TYPE_CHECKING:
-    from ...checkpoint import ThresholdFile
+    from ...thresholdfile import ThresholdFile
 
 
 @verb

@@ -79,7 +79,7 @@ class TuningOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningOptions(TuningOptions, StageOptions):
-    """What to learn for, and from how much."""
+    """Options for the budget, and for how much to learn from."""
 
     target: Annotated[float, option("Share of the dense model's FLOPs to end at, in (0, 1).")] = 0.6
     views: Annotated[
@@ -259,7 +259,7 @@ def _write_weights(network: nn.Module, path: Path | None, folder: Path) -> Path:
 
 
 def _about(model: str, learned: dict[str, Any], before: float | None, after: Evaluation | None) -> dict[str, Any]:
-    """What a thresholds file says about itself; measured on held-out images where there are any.
+    """Metadata for the thresholds file; measured on held-out images where there are any.
 
     With tuned weights `top1_dense` is that of those before.
     """

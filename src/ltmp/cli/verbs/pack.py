@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import Budget, ClassMap, Preprocessing, ReducedModel, verb
+from ..options import Budget, ClassMap, PreprocessingOptions, ReducedModel, verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class PackedModel(ReducedModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Preprocessing):
+class Reading(PreprocessingOptions):
     """How images and answers are read."""
 
     class_map: ClassMap = None

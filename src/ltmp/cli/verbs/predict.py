@@ -21,7 +21,7 @@ from ..options import (
     CertifiedOption,
     ClassMap,
     OutputOptions,
-    Preprocessing,
+    PreprocessingOptions,
     RunOptions,
     SavedModel,
     name_in,
@@ -72,7 +72,7 @@ class PredictModel(SavedModel, CertifiedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictData(Preprocessing):
+class PredictData(PreprocessingOptions):
     """From a source to images."""
 
     class_map: ClassMap = None
@@ -82,7 +82,7 @@ class PredictData(Preprocessing):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictRun(RunOptions):
-    """What runs the model, and where."""
+    """Options for the engine and the device."""
 
     batch_size: BatchSize = 64
     workers: Annotated[
@@ -110,7 +110,7 @@ class PredictRun(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOutput(OutputOptions):
-    """What is written."""
+    """Options for the output."""
 
     out: Annotated[Path, option("Output folder; an interrupted run there goes on.", OUTPUT)]
     top: Annotated[

@@ -15,7 +15,7 @@ from ..options import option, verb
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions:
-    """What the repository says, and how it is made."""
+    """Options for the repository."""
 
     evaluation: Annotated[
         Path | None, option("What `ltmp eval --json FILE` wrote: accuracy and speed for the card.")

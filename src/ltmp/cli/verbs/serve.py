@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..options import Budget, CertifiedOption, Engine, Preprocessing, ReducedModel, RunOptions, option, verb
+from ..options import Budget, CertifiedOption, Engine, PreprocessingOptions, ReducedModel, RunOptions, option, verb
 
 if TYPE_CHECKING:
     from ...serve import Limits
@@ -60,7 +60,7 @@ class ServedModel(ReducedModel, CertifiedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestOptions(Preprocessing):
+class RequestOptions(PreprocessingOptions):
     """From a request's image to its answer."""
 
     class_map: Annotated[

@@ -16,7 +16,7 @@ from ..options import (
     CertifiedOption,
     Device,
     OutputOptions,
-    Preprocessing,
+    PreprocessingOptions,
     SavedModel,
     name_in,
     option,
@@ -42,7 +42,7 @@ class ShowModel(SavedModel, CertifiedOption):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(OutputOptions):
-    """What is drawn."""
+    """Options for the drawing."""
 
     out: Annotated[Path, option("Folder, or for one image a .png, .gif or .mp4.", OUTPUT)] = Path("ltmp-show")
     formats: Annotated[
@@ -65,7 +65,7 @@ class Pictures(OutputOptions):
 def show_verb(
     images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="IMAGE")],
     model: ShowModel,
-    reading: Preprocessing,
+    reading: PreprocessingOptions,
     pictures: Pictures,
 ) -> None:
     """Draw which patches of photographs survive, block by block: merged ones in one colour, pruned ones hatched.

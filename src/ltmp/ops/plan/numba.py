@@ -35,7 +35,7 @@ class Cut(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What a block does.
+    """The steps of a block.
 
     Attributes:
         merges, prunes: whether it does; prunes_first: the order. mutual: how tokens are matched, or else bipartite.
