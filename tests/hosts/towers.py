@@ -217,7 +217,7 @@ class Read:
                 elif weight.ndim == 2 and any(part in name for part in ("language_model", "decoder", "metric_head")):
                     weight.mul_(0.5)
                 if name.startswith("head") and name.endswith("bias"):
-                    weight.abs_().add_(3)  # depth is not negative, and all of it would be 0
+                    weight.abs_().add_(30)  # depth is not negative, and all of it would be 0
         return model.eval()
 
 

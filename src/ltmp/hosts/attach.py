@@ -245,6 +245,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     problems = recipe.problems(host)
     owner, name = _place(host, recipe.stack)
     blocks = tuple(getattr(owner, name)._modules.values())[: recipe.depth(host)]
+    if not blocks:
+        problems.append("none of its blocks can be reduced")
     if len(set(map(id, blocks))) < len(blocks):
         problems.append("it runs a block several times (shared weights), and thresholds are for one place each")
     if config.needs_class_attention and not recipe.class_first(host):
@@ -266,7 +268,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     policy.forms = recipe.forms
     policy.train(host.training)
     # so that who traces the model before its first call need not read it
-    policy.active()
+    if not next(host.parameters()).is_meta:
+        policy.active()
     body = Body(blocks, recipe, policy, recipe.protected(host), host)
     made = Attachment(body, owner, name, model=weakref.ref(model))
     _take_over(made)

@@ -47,7 +47,7 @@ def _refuses_nothing(_value: Any) -> bool:
 def _given(name: str, own: Callable[[Any], Tensor | None], host: Any, block: int, named: Mapping[str, Any]) -> Any:
     """What a block's own table and the one that all share add for each pair of places."""
     found = [bias for bias in (own(host.blocks[block].attn), named.get(name)) if bias is not None]
-    return pairs(sum(found)) if found else None
+    return pairs(torch.stack(found).sum(0)) if found else None
 
 
 def _beit_own(attn: Any) -> Tensor | None:

@@ -116,7 +116,7 @@ def _relative(path: str, host: Any, block: int, named: Mapping[str, Any]) -> Bia
             window = height // patch, width // patch
             tokens = 1 + window[0] * window[1]
             found.append(module(window, bool(named.get("interpolate_pos_encoding")), dim_size=tokens))
-    return pairs(sum(found)) if found else None
+    return pairs(sum(found[1:], found[0])) if found else None
 
 
 def _of_places(host: Any, _given: None, tokens: int) -> Tensor:
@@ -163,6 +163,7 @@ _TABLE: dict[str, tuple[Tower, dict[str, Any]]] = {
     "InstructBlipVisionModel": (Tower("", _CLIP, "", 1), {}),
     "InstructBlipVideoVisionModel": (Tower("", _CLIP, "", 1), {}),
     "Kosmos2VisionTransformer": (Tower("", _CLIP, "", 1), {}),
+    "GitVisionTransformer": (Tower("", _CLIP, "", 1), {}),
     "MetaClip2VisionModel": (Tower("", _CLIP, "", 1), {}),
     "Siglip2VisionModel": (Tower("", _CLIP, "", 0), {}),
     "Idefics2VisionTransformer": (Tower("", _CLIP, "", 0), {}),
@@ -182,6 +183,9 @@ _TABLE: dict[str, tuple[Tower, dict[str, Any]]] = {
     ),
     "Qwen3VLVisionModel": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
     "Qwen3VLMoeVisionModel": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
+    "Qwen3_5VisionModel": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
+    "Qwen3_5MoeVisionModel": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
+    "Qwen3OmniMoeVisionEncoder": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
     "Glm4vVisionModel": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
     "Glm4vMoeVisionModel": (Tower("", _BLOCKS, "", 0), {"rotary": _ROTARY}),
     "PixtralVisionModel": (Tower("", "transformer.layers", "", 0), {"rotary": _ROTARY}),
