@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -46,6 +48,33 @@ def eval_transform(
     # what is learned from such images is of images that were prepared so
     transform.settings = settings
     return transform
+
+
+def train_transform(model: nn.Module, **options: Any) -> Transform:
+    """timm's training transform for `model`: a random crop of 8 to 100 % of the image, flips, and colour jitter of 0.4.
+
+    Its random numbers follow from torch's generator alone, so that one seed repeats them.
+
+    Args:
+        options: as in `eval_transform`; `crop_pct` and `crop_mode` have no meaning here.
+    """
+    from timm.data import create_transform
+
+    settings = eval_settings(model, options)
+    kept = {name: settings[name] for name in ("input_size", "interpolation", "mean", "std")}
+    transform = create_transform(**kept, is_training=True, color_jitter=0.4, auto_augment=None, re_prob=0.0)
+    return Augmentation(transform, settings)
+
+
+class Augmentation:
+    """A transform that draws from Python's generator, seeded for each image from torch's."""
+
+    def __init__(self, transform: Transform, settings: dict[str, Any]) -> None:
+        self.transform, self.settings = transform, settings
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        random.seed(int(torch.randint(1 << 62, ())))
+        return self.transform(image)
 
 
 def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +13,10 @@ from ...locate import BUNDLE
 from .groups import MODEL, option
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ...bundle import Bundle
+    from ...evaluate.baselines import Baseline
 
 Name = Annotated[
     str,
@@ -129,6 +130,49 @@ class ReducedModel(SavedModel):
     def name(self, budget: float | None = None) -> str:
         """The model's name; refuses a budget that the thresholds cannot be set to."""
         return self.model or name_in(self.thresholds, budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstOptions:
+    """Another model to compare with, such as a smaller one."""
+
+    against: Annotated[
+        str | None, option("A smaller model to compare with, a name like --model; it takes the same images.", MODEL)
+    ] = None
+    against_weights: Annotated[Path | None, option("Its checkpoint; default: like those of --model.", MODEL)] = None
+
+    def baselines(
+        self, network: nn.Module, images: Tensor, sizes: Iterable[int] = (), *, pretrained: bool = False
+    ) -> list[Baseline]:
+        """Dense models to compare the attached `network` with: itself at lower resolutions, and the one asked for.
+
+        Args:
+            images: [B, C, H, W] on its device, one is enough. sizes: pixels a side.
+            pretrained: take timm's weights where no file is given; random ones otherwise.
+        """
+        from ...evaluate.baselines import at_resolution, instead_of
+
+        found = [at_resolution(network, size, images) for size in sizes]
+        if self.against is None:
+            if self.against_weights is not None:
+                raise UsageError("--against-weights is for the model of --against: give both")
+            return found
+        return [*found, instead_of(network, self._built(network, images, pretrained), self.against, images)]
+
+    def _built(self, network: nn.Module, images: Tensor, pretrained: bool) -> nn.Module:
+        """The other model, with a head and a place like those of `network`."""
+        import torch
+
+        from ...hosts.outputs import logits_of
+        from ...zoo.build import build_model
+
+        with torch.inference_mode():
+            classes = logits_of(network(images[:1])).shape[-1]
+        other = build_model(
+            self.against or "", weights=self.against_weights, num_classes=classes,
+            pretrained=pretrained and self.against_weights is None, image_size=images.shape[-1],
+        )  # fmt: skip
+        return other.to(images.device, images.dtype).eval()
 
 
 def name_in(thresholds: Path, budget: float | None = None) -> str:

@@ -44,7 +44,7 @@ class CertifyOptions:
         list[float] | None,
         typer.Option(metavar="SHARE", help="FLOPs share to test; may be repeated. Default: every 0.05 on the dial."),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, drawn at random.")] = None
 
     def settings(self, run: RunOptions) -> dict[str, Any]:
         """The arguments of `ltmp.certify`."""
@@ -98,7 +98,9 @@ def certify_verb(
     network = model.build(name)
     load(network, model.thresholds, engine=run.engine)
     labelled = options.risk == "error"
-    loader = data.open(data.data, network, split=data.split or "validation", labelled=labelled)
+    loader = data.open(
+        data.data, network, split=data.split or "validation", labelled=labelled, limit=options.limit, evenly=False
+    )
     certificate, gain = certified_with_bar(network, loader, options, run, speed=run.speed)
     report_skipped(loader.skipped)
     path = output.out or locate(model.thresholds)
