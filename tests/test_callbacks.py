@@ -40,7 +40,7 @@ def test_the_mean_share_is_that_of_all_images_apart_in_training() -> None:
     assert meter.means(training=True)["share"] == pytest.approx(shares[:2].mean().item())
     assert meter.means(training=True) == {}
     meter.close()
-    assert all(p.requires_grad for p in model.ltmp.parameters())
+    assert model.ltmp.masks
     model(images)
     assert meter.means(training=True) == {}
 
@@ -70,7 +70,7 @@ def test_thresholds_that_moved_are_an_error_and_unattached_models_too() -> None:
 def test_the_trainer_of_hugging_face_logs_share_and_budget(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from ltmp.callbacks.transformers import ReductionCallback
+    from ltmp.callbacks.transformers import TrainerReduction
 
     config = transformers.ViTConfig(
         image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
@@ -84,7 +84,7 @@ def test_the_trainer_of_hugging_face_logs_share_and_budget(tmp_path) -> None:
     )  # fmt: skip
     weight = next(model.vit.parameters()).detach().clone()
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[ReductionCallback(budget=0.6)]
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[TrainerReduction(budget=0.6)]
     )
     trainer.train()
     steps = [line for line in trainer.state.log_history if "loss" in line]
@@ -98,7 +98,7 @@ def test_the_trainer_of_hugging_face_logs_share_and_budget(tmp_path) -> None:
 
 def test_lightning_logs_share_and_budget() -> None:
     lightning = pytest.importorskip("lightning")
-    from ltmp.callbacks.lightning import ReductionCallback
+    from ltmp.callbacks.lightning import LightningReduction
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -118,7 +118,7 @@ def test_lightning_logs_share_and_budget() -> None:
     loader = DataLoader(TensorDataset(random_images(8), torch.arange(8) % 5), batch_size=4)
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[ReductionCallback(budget=0.6, every=1)],
+        enable_model_summary=False, callbacks=[LightningReduction(budget=0.6, every=1)],
     )  # fmt: skip
     trainer.fit(module, loader, loader)
     assert trainer.logged_metrics["budget"] == pytest.approx(0.6)

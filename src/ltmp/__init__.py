@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .learning import learn as learn
     from .learning import learn_dial as learn_dial
     from .learning import tune as tune
-    from .state import Summary as Summary
+    from .state import ModelSummary as ModelSummary
     from .state import summary as summary
 
 _PUBLIC = {
@@ -54,7 +54,7 @@ _PUBLIC = {
     "hosts.attach": ("attach", "detach"),
     "hub": ("from_pretrained", "push_to_hub"),
     "learning": ("DialResult", "LearnResult", "learn", "learn_dial", "tune"),
-    "state": ("Summary", "summary"),
+    "state": ("ModelSummary", "summary"),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -15,7 +15,7 @@ from .method.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
-class Summary:
+class ModelSummary:
     """What `ltmp.summary` finds; None where nobody knows. Its text is a short table.
 
     Attributes:
@@ -60,7 +60,7 @@ class Summary:
 _BLOCKS = ("merge", "prune", "tokens")
 
 
-def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
+def summary(model: nn.Module, images: Tensor | None = None) -> ModelSummary:
     """The state of an attached model.
 
     >>> print(ltmp.summary(model))
@@ -85,7 +85,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
         kept, share = calls.kept[0].float().mean(0).tolist(), float(calls.share().mean())
     values: dict[str, Any] = {name: getattr(policy, name) if learned else None for name in ("merge", "prune", "dial")}
     dial, certificate = values.pop("dial"), getattr(policy, "certificate", None)
-    return Summary(
+    return ModelSummary(
         model=facts.get("model_name") or facts.get("architecture"),
         library=facts.get("library"),
         variant=config.variant,

@@ -13,13 +13,13 @@ except ImportError as error:
     raise MissingExtraError("lightning", "callbacks", "The Lightning callback") from error
 
 
-class ReductionCallback(Callback):
+class LightningReduction(Callback):
     """Keeps the thresholds of an attached model as they are while Lightning trains it, and logs what it costs.
 
     `share` and `budget` are logged every `every` training steps, `val_share` at the end of each validation.
 
     >>> ltmp.load(module.model, "thresholds.safetensors")
-    >>> Trainer(max_epochs=3, callbacks=[ReductionCallback()]).fit(module, loader)
+    >>> Trainer(max_epochs=3, callbacks=[LightningReduction()]).fit(module, loader)
 
     Args:
         budget: a FLOPs share to set the dial to; None leaves the thresholds as they are.

@@ -34,6 +34,7 @@ class Reduction:
         if budget is not None:
             made.thresholds.set_budget(budget)
         self._trained = {parameter: parameter.requires_grad for parameter in self.policy.parameters()}
+        self._trains = self.policy.trains
         self._values = [parameter.detach().clone() for parameter in self._trained]
         self.policy.requires_grad_(False)
         self._sums: dict[bool, Tensor] = {}
@@ -65,6 +66,7 @@ class Reduction:
         for hook in self._hooks:
             hook.remove()
         same = all(torch.equal(p.detach().cpu(), v.cpu()) for p, v in zip(self._trained, self._values, strict=True))
+        self.policy.trains = self._trains
         for parameter, before in self._trained.items():
             parameter.requires_grad_(before)
         if not same:

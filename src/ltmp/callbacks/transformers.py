@@ -13,13 +13,13 @@ except ImportError as error:
     raise MissingExtraError("transformers", "callbacks", "The Trainer callback") from error
 
 
-class ReductionCallback(TrainerCallback):
+class TrainerReduction(TrainerCallback):
     """Keeps the thresholds of an attached model as they are while a Trainer trains it, and logs what it costs.
 
     `share` and `budget` join what the Trainer logs, `eval_share` what it evaluates.
 
     >>> ltmp.load(model, "thresholds.safetensors")
-    >>> Trainer(model, arguments, train_dataset=images, callbacks=[ReductionCallback()]).train()
+    >>> Trainer(model, arguments, train_dataset=images, callbacks=[TrainerReduction()]).train()
 
     Reporters that the Trainer calls first, such as TensorBoard, do not see them; `state.log_history` does.
 

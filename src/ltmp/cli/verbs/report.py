@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,6 @@ from ..options import (
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import nn
 
     from ...data import Loader
@@ -121,8 +120,7 @@ def _evaluated(
     network = model.build(name)
     loader = data.open(source, network, split=data.split or "validation", limit=run.limit)
     shares = model.shares(network, files, run.cast, model.budget)
-    finding = _lookups(loader)
-    budgets = _evaluate_all(network, loader, named_budgets(files, shares), run, finding.get("picture"), data.transform)
+    budgets = _evaluate_all(network, loader, named_budgets(files, shares), run, data.transform)
     own = shown_path(model.weights) if model.weights else "timm's pretrained"
     # a data set's name is no path
     shown = shown_path(source) if Path(source).exists() else source
@@ -135,7 +133,7 @@ def _evaluated(
         budgets=budgets,
         classes=class_names(network, loader.dataset, data.class_names_file, pretrained=model.weights is None),
         settings=about | _settings_of(budgets) | page.settings,
-        **finding,
+        **_lookups(loader),
     )
 
 
@@ -144,7 +142,6 @@ def _evaluate_all(
     loader: Loader,
     files: Mapping[str, tuple[Path, float | None]],
     run: ReportRun,
-    picture: Callable[[int], Image.Image] | None,
     transform: dict[str, Any],
 ) -> list[Budget]:
     """Each thresholds file at its budget, by name, with a progress bar; they may be of different variants."""
@@ -165,6 +162,8 @@ def _evaluate_all(
             about["certificate"] = file.certificate.sentence()
         with progress_bar(f"evaluating {name}", total) as advance:
             budget = evaluate_budget(network, loader, name, about=about, progress=advance, **how)
+        # which images cannot be read is known by now
+        picture = _lookups(loader).get("picture")
         if picture is not None:
             budget = with_left(Deployment(network, options=transform), budget, picture)
         budgets.append(budget)
