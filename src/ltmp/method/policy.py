@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LTMPConfig
-from ..errors import LTMPError
+from ..errors import LTMPError, UsageError
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
@@ -41,6 +42,23 @@ class Policy(nn.Module, ABC):
         self.trains = False
         # what `ltmp.save` says of these thresholds, see `ltmp.describe`
         self.noted: Any = None
+        # the forms of `tokens` that the host can take, its default first; set by `attach`
+        self.forms: tuple[str, ...] = ("reduced",)
+
+    @property
+    def tokens(self) -> str:
+        """What the host gets behind its blocks, one of `config.FORMS`; may be set, and is saved with the thresholds.
+
+        Raises:
+            UsageError: on setting, the host cannot take that form.
+        """
+        return self.config.tokens or self.forms[0]
+
+    @tokens.setter
+    def tokens(self, form: str) -> None:
+        if form not in self.forms:
+            raise UsageError(f"tokens={form!r} does not suit this host: expected {' or '.join(map(repr, self.forms))}")
+        self.config = replace(self.config, tokens=form)
 
     def requires_grad_(self: P, requires_grad: bool = True) -> P:
         """Train the thresholds, or freeze them again."""
@@ -99,6 +117,15 @@ class Policy(nn.Module, ABC):
         """
         return None
 
+    def facts(self) -> dict[str, Any]:
+        """Settings for its repr, with the noted target and measured share."""
+        noted = None if self.noted is None else self.noted.held(self)
+        known = {"depth": self.depth, "target": noted and noted.target, "share": noted and noted.share}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.config.variant, *(f"{name}={_short(value)}" for name, value in self.facts().items())])
+
     @property
     def bounded(self) -> bool:
         """Whether a floor or a ceiling may overrule a decision."""
@@ -135,3 +162,7 @@ def rank(score: Tensor, free: Tensor) -> Tensor:
     order = score.masked_fill(~free, float("-inf")).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(score.shape[1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place).masked_fill_(~free, score.shape[1])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("'", "")

@@ -73,6 +73,8 @@ class Thresholds(Policy):
     """
 
     probe: Tensor | None
+    log_prune = True
+    """Whether the prune decision's gradient is taken in log space; not in the paper's own training."""
     seen: Seen | None = None
     certificate: Certificate | None = None
 
@@ -207,8 +209,8 @@ class Thresholds(Policy):
 
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         """1 above the block's threshold, else 0."""
-        if step == "merge":
-            return over(score, self.merge[block], self.config.tau)
+        if step == "merge" or not self.log_prune:
+            return over(score, getattr(self, step)[block], self.config.tau)
         return log_over(score, self.prune[block], PRUNE_TAU)
 
     def pruned_whole(self) -> Tensor:
@@ -311,5 +313,20 @@ class Thresholds(Policy):
         rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def extra_repr(self) -> str:
-        return f"{self.config.variant}, depth={self.depth}"
+    def facts(self) -> dict[str, Any]:
+        """With the scores, and the dial's budget and mean tokens after each block."""
+        known = {"scores": self.config.scores.name or "custom", **super().facts()}
+        if self.dial is None or self.merge.is_meta:
+            return known
+        known["dial"] = f"{self.dial.lowest:.3g} to {self.dial.highest:.3g}"
+        budget = self.budget
+        if budget is not None:
+            known["budget"] = budget
+        tokens = self.kept()
+        return known if tokens is None else {**known, "tokens": [round(count) for count in tokens]}
+
+    def kept(self) -> list[float] | None:
+        """Mean tokens after each block at the dial's budget; None without a budget, and where all is off."""
+        budget = self.budget
+        known = self.dial is not None and budget not in (None, 1)
+        return self.dial.kept_at(budget).tolist() if known else None  # type: ignore[union-attr,arg-type]

@@ -90,10 +90,12 @@ def certify_verb(
     from ...checkpoint import annotate
     from ...locate import locate
     from ..runs import report_skipped
+    from ..screen import suggest
 
+    name = model.name()
     if output.out is None and not model.thresholds.exists():
         raise UsageError(f"where to? {model.thresholds} is not a file here: give --out FILE.safetensors")
-    network = model.build(model.name())
+    network = model.build(name)
     load(network, model.thresholds, engine=run.engine)
     labelled = options.risk == "error"
     loader = data.open(
@@ -106,6 +108,8 @@ def certify_verb(
     show_certificate(certificate, gain, path, output)
     if certificate.budget is None:
         raise typer.Exit(1)
+    if not output.quiet:
+        suggest("ltmp", "serve", *model.again(path), "--certified")
 
 
 def certified_with_bar(

@@ -81,7 +81,7 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
     """
     from ... import serve
     from ...data import read_names
-    from ..screen import say
+    from ..screen import say, suggest
 
     limits = service.limits()
     names = read_names(reading.class_map) if reading.class_map else None
@@ -91,7 +91,9 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
         deployment, about = _deployed(model, reading, run, names)
         app = serve.create_app(deployment, limits, about=about)
         address = f"[{service.host}]" if ":" in service.host else service.host
-        say(f"serving {about['model_name']} on http://{address}:{bound.getsockname()[1]} (see /docs)")
+        url = f"http://{address}:{bound.getsockname()[1]}"
+        say(f"serving {about['model_name']} on {url} (see {url}/docs)")
+        suggest("curl", "-F", "file=@cat.jpg", f"{url}/v1/predict")
         sys.stdout.flush()
         serve.run(app, bound=bound)
 
