@@ -244,7 +244,7 @@ def test_verbs_open_a_folder_with_one_argument(
     packed: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("pack", "again", "--thresholds", packed) == 0
-    assert "next: ltmp serve --thresholds again" in capsys.readouterr().out
+    assert "next: ltmp serve --thresholds again" in capsys.readouterr().err
     assert read(packed).about.class_names == tuple(NAMES)
     assert read(packed).about.preprocessing.crop_pct == 0.8
     picture = next(images.rglob("*.png"))

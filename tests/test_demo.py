@@ -104,3 +104,26 @@ def test_missing_matplotlib_is_told_before_training(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match="matplotlib"):
         demo.run_demo(tmp_path, progress=bars, setup=SMALL)
     assert bars.done == {}
+
+
+def test_it_leaves_a_bundle_that_needs_no_more_words(finished):
+    import ltmp
+    from ltmp.bundle import Bundle
+    from ltmp.data import eval_transform, read_image
+
+    out = finished[0]
+    bundle = Bundle.open(out / demo.BUNDLE)
+    assert (bundle.about.target, list(bundle.about.class_names)) == (0.8, demo.CLASSES)
+    model = ltmp.from_pretrained(out / demo.BUNDLE)
+    trained = demo.trained_model(out / "vit.safetensors", SMALL, 0, Bars())
+    ltmp.load(trained, out / "thresholds-0.8.safetensors")
+    picture = read_image(out / demo.DIGITS / "7.png", "L")
+    images = eval_transform(model)(picture)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(images), trained(images))
+    assert sorted(file.stem for file in (out / demo.DIGITS).iterdir()) == demo.CLASSES
+
+
+def test_its_report_shows_what_is_left(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert page.count('title="what is left"') == 2 * 12 * len(TARGETS)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ltmp
 from helpers import tiny_vit
@@ -208,3 +209,13 @@ def test_what_killed_saves_left_is_swept_and_nothing_else(tmp_path, state):
     assert sorted(os.listdir(tmp_path)) == sorted(
         [*others, ".link.0123abcd.ltmp-tmp", "file.txt", *(["t.safetensors", "m.onnx"] if state == "lives" else [])]
     )
+
+
+def test_files_of_safetensors_have_the_mode_of_any_other(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with atomic_path(tmp_path / "weights.safetensors") as temporary:
+            save_file({"w": torch.zeros(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o644

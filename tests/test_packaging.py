@@ -21,12 +21,13 @@ HEAVY = ("timm", "torchvision", "transformers", "triton", "numba", "typer", "ric
 EXTRAS = (
     "typer", "rich", "matplotlib", "mlxtend", "sklearn", "pandas", "transformers", "open_clip", "onnx", "onnxscript",
     "onnxruntime", "openvino", "pyarrow", "ray", "fastapi", "uvicorn", "prometheus_client", "gradio", "imageio_ffmpeg",
-    "tensorboard", "wandb", "peft", "numba",
+    "tensorboard", "wandb", "peft", "numba", "lightning",
 )  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing
 NEED_EXTRAS = re.compile(
-    r"ltmp\.cli\..+|ltmp\..*(triton|numba)|ltmp\.hosts\.(transformers|towers|open_clip)"
+    r"ltmp\.cli\..+|ltmp\.callbacks\.(transformers|lightning)|ltmp\..*(triton|numba)"
+    r"|ltmp\.hosts\.(transformers|towers|open_clip)"
     r"|ltmp\.serve\.(endpoints|metrics|bodies|server|protocol)"
 )
 
@@ -88,7 +89,7 @@ LAYERS = (
     ("demo",),
     ("hub", "export", "serve", "report"),
     ("learning", "evaluate", "predict", "certification"),
-    ("bundle", "deploy", "visualize", "distributed"),
+    ("bundle", "callbacks", "deploy", "state", "visualize", "distributed"),
     ("data",),
     ("zoo",),
     ("checkpoint", "describe", "schema", "thresholdfile"),

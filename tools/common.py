@@ -49,10 +49,13 @@ def variant(args: argparse.Namespace) -> str:
     return parse_name(args.model)[0] or "ltmp"
 
 
-def open_images(args: argparse.Namespace, model: nn.Module, split: str, *, shuffle: bool = False) -> Loader:
+def open_images(
+    args: argparse.Namespace, model: nn.Module, split: str, *, shuffle: bool = False, augment: bool = False
+) -> Loader:
     """Batches of a split of the data folder."""
     options = DataOptions(class_map=args.class_map, batch_size=args.batch_size, workers=args.workers)
-    return options.open(args.data_dir, model, split=split, shuffle=shuffle, seed=getattr(args, "seed", 0))
+    seed = getattr(args, "seed", 0)
+    return options.open(args.data_dir, model, split=split, shuffle=shuffle, seed=seed, augment=augment)
 
 
 def tell(message: str) -> None:

@@ -22,9 +22,28 @@ from ltmp.errors import UsageError
 from ltmp.evaluate import Evaluation, evaluate, tables
 from ltmp.files import atomic_path
 from ltmp.hosts.attach import thresholds_of
-from ltmp.learning import LearnResult, Step
+from ltmp.learning import LearnResult, Step, views_of
+from ltmp.learning.paper import HELD_OUT, TAU
 
+VIEWS = 16_000
 SEED_RATES = (5e-6, 5e-3)
+INSTEAD = {
+    "--epochs": "--views counts images; --recipe paper looks at each once",
+    "--resume": "the same command goes on from the run in --output",
+    "--experiment": "--output names the folder",
+    "--validation-batch-size": "-b is the batch of both",
+    "--smoothing": "it is 0.1 with --recipe paper",
+    **dict.fromkeys(("--opt", "--momentum", "--weight-decay"), "SGD with neither is --recipe paper"),
+    **dict.fromkeys(("--sched", "--warmup-epochs", "--warmup-lr", "--min-lr"), "--recipe paper has constant rates"),
+    **dict.fromkeys(("--scale", "--ratio", "--hflip", "--color-jitter"), "--recipe paper augments as the paper does"),
+    **dict.fromkeys(
+        ("--aa", "--mixup", "--cutmix", "--reprob", "--drop", "--drop-path", "--model-ema", "--sync-bn"),
+        "two numbers a block need none of it",
+    ),
+    **dict.fromkeys(("--native-amp", "--apex-amp"), "--amp computes in bfloat16"),
+    **dict.fromkeys(("--log-wandb", "--log-interval"), "`ltmp learn --log` writes logs"),
+}
+"""Options of timm's training script, which the paper's code extends, that are not taken, and why."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,34 +60,61 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "(the logarithm of the prune threshold) and has its own rates: the pair only scales them, by the geometric "
         "mean of its ratios to the paper's 5e-6 and 5e-3",
     )
-    parser.add_argument("--tau", type=float, default=ltmp.LTMPConfig.tau, help="temperature of the merge gradient")
-    parser.add_argument("--views", type=int, default=16_000, help="images to look at")
+    parser.add_argument(
+        "--recipe",
+        default="ltmp",
+        choices=("ltmp", "paper"),
+        help="paper: the training of the paper's code itself (SGD, one epoch, augmented images, label smoothing)",
+    )
+    parser.add_argument("--tau", type=float, help="temperature of the gradients; default 0.1, with --recipe paper 0.5")
+    parser.add_argument("--views", type=int, help="images to look at; default 16,000, with --recipe paper one epoch")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="output folder; default: output/MODEL-TARGET")
-    return parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    for given in rest:
+        name = given.partition("=")[0]
+        if name in INSTEAD:
+            parser.error(f"{name} is not taken here: {INSTEAD[name]}")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
-def rate_factor(rates: list[float]) -> float:
-    """What the pair of rates means to `ltmp.learn`: a factor on its own."""
+def rate_factor(rates: list[float], recipe: str = "ltmp") -> float:
+    """The pair of rates as `ltmp.learn` takes it: a factor on its own rates.
+
+    Raises:
+        UsageError: a rate that is not positive, or with the paper's recipe a pair that is no multiple of the paper's.
+    """
     if len(rates) > 2 or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise UsageError(f"--lr {' '.join(map(str, rates))}: expected two positive rates, for prune and merge")
     pair = rates if len(rates) == 2 else [SEED_RATES[0] * rates[0] / SEED_RATES[1], rates[0]]
-    return math.sqrt(math.prod(rate / usual for rate, usual in zip(pair, SEED_RATES, strict=True)))
+    factors = [rate / usual for rate, usual in zip(pair, SEED_RATES, strict=True)]
+    if recipe == "paper" and not math.isclose(*factors, rel_tol=1e-6):
+        raise UsageError(f"--lr {pair[0]:g} {pair[1]:g}: --recipe paper takes multiples of {SEED_RATES[0]:g} "
+                         f"{SEED_RATES[1]:g}")  # fmt: skip
+    return math.sqrt(math.prod(factors))
 
 
 def train(args: argparse.Namespace) -> None:
     folder = args.output or Path("output") / f"{args.model}-{args.reduction_target:g}"
     device, amp = pick_device(args.device), autocast_type(args.amp)
-    model = ltmp.attach(build(args, args.weights), ltmp.LTMPConfig(variant=variant(args), tau=args.tau))
-    loader = open_images(args, model, "train", shuffle=True)
+    paper, lr = args.recipe == "paper", rate_factor(args.lr, args.recipe)
+    tau = args.tau or (TAU if paper else ltmp.LTMPConfig.tau)
+    model = ltmp.attach(build(args, args.weights), ltmp.LTMPConfig(variant=variant(args), tau=tau))
+    loader = open_images(args, model, "train", shuffle=True, augment=paper)
+    apart = {"calibration": max(2, round(HELD_OUT * loader.images))} if paper else {}
+    views = args.views or (views_of(loader, 1, apart["calibration"]) if paper else VIEWS)
     run_file = folder / "run.pt"
     try:
         result = ltmp.learn(
             model,
             loader,
             args.reduction_target,
-            views=args.views,
-            lr=rate_factor(args.lr),
+            views=views,
+            recipe=args.recipe,
+            lr=lr,
+            **apart,
             seed=args.seed,
             device=device,
             amp=amp,
@@ -86,6 +132,8 @@ def train(args: argparse.Namespace) -> None:
     run_file.unlink(missing_ok=True)
     if evaluation:
         tables.show(tables.comparison(evaluation), f"{args.model}, {evaluation.images} validation images")
+    if paper:
+        print(f"share in training {result.trained_share:.4f}")
     print(f"share {result.share:.4f} of the dense FLOPs (target {result.target:g}); thresholds in {folder}")
 
 

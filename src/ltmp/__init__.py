@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .learning import learn as learn
     from .learning import learn_dial as learn_dial
     from .learning import tune as tune
+    from .state import ModelSummary as ModelSummary
+    from .state import summary as summary
 
 _PUBLIC = {
     "bundle": ("pack",),
@@ -52,6 +54,7 @@ _PUBLIC = {
     "hosts.attach": ("attach", "detach"),
     "hub": ("from_pretrained", "push_to_hub"),
     "learning": ("DialResult", "LearnResult", "learn", "learn_dial", "tune"),
+    "state": ("ModelSummary", "summary"),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -216,7 +216,8 @@ class LTMPConfig:
         variant: learned thresholds: `ltmp` (merge, then prune), `ltpm` (prune, then merge), `ltm` (merge only) or `ltp`
             (prune only); fixed rates: `m`, `p`, `mp`, `pm`, `topk`, `evit` or `random`, see `VARIANTS`.
         scores: how tokens are scored: `paper`, `attention`, `best`, or a `Scores` value of your own.
-        engine: which engine runs the deployed model. `auto` chooses; a named engine works or raises.
+        engine: which engine runs the deployed model. `auto` chooses, and runs dense where that is faster
+            (docs/speed.md); a named engine reduces or raises.
         tau: temperature of the merge decision's gradient, in units of cosine similarity.
         r: for fixed rates, how many tokens each step removes from an image in each block: a count (8), a fraction of
             the unprotected tokens (0.12), or one of these per block.

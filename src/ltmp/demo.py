@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
-from . import attach, learn, save
+from . import attach, learn, pack, save
 from .data import load_digits, make_loader
 from .data.embedded import CLASSES, MEAN, STD
+from .deploy import Deployment
 from .evaluate import Evaluation, describe_machine, tables
 from .files import atomic_path
 from .report import Budget, Report, evaluate_budget, write_report
+from .report.gallery import with_left
 from .text import printable
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
@@ -34,6 +37,14 @@ TARGETS = (0.75, 0.6, 0.5)
 # 196 patches and a class token, as many tokens as DeiT has at 224 pixels.
 SIZE, PATCH = 28, 2
 BLANK = -MEAN / STD
+NAME = "vit_tiny_patch16_224"
+"""What timm calls a ViT that its arguments make into the demo's."""
+
+READ: dict[str, Any] = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic"}
+"""How its images are read."""
+
+BUNDLE, DIGITS = "bundle", "digits"
+"""Folders that are written beside the results: see `ltmp.pack`, and pictures to try it on."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,20 @@ class Setup:
     depth: int = 6
     heads: int = 4
     batch: int = 64
-    small_epochs: float = 20
+    small_epochs: float = 12
     small_lr: float = 1e-2
-    full_epochs: float = 2
+    full_epochs: float = 1.5
     full_lr: float = 3e-3
-    views: int = 2000
+    views: int = 1500
     calibration: int = 256
     val_images: int = 1000
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What makes its ViT another one than timm's of the same name."""
+        return {
+            "patch_size": PATCH, "in_chans": 1, "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads,
+        }  # fmt: skip
 
 
 def run_demo(
@@ -90,8 +108,12 @@ def run_demo(
         learn_target(model, target, setup, seed, progress)
         with progress(f"evaluating at {target:g}", len(val)) as advance:
             budgets[target] = evaluate_budget(model, make_loader(val, 100), f"target {target:g}", progress=advance)
+        budgets[target] = with_left(Deployment(model, options=READ), budgets[target], partial(_digit, val))
         done = budgets[target].evaluation
-        save(model, out / f"thresholds-{target:g}.safetensors", target=target, share=done.share, top1=done.top1)
+        about = {"target": target, "share": done.share, "top1": done.top1}
+        save(model, out / f"thresholds-{target:g}.safetensors", **about)
+        if target == sorted(targets)[len(targets) // 2]:
+            _write_bundle(model, out, setup, val, about)
         pictures.append(survivors(model, val))
     evaluations = {target: budget.evaluation for target, budget in budgets.items()}
     _write_results(out, evaluations)
@@ -105,14 +127,10 @@ def trained_model(path: Path, setup: Setup, seed: int, progress: Progress) -> Vi
     torch.manual_seed(seed)
     model = VisionTransformer(
         img_size=SIZE,
-        patch_size=PATCH,
-        in_chans=1,
         num_classes=10,
-        embed_dim=setup.width,
-        depth=setup.depth,
-        num_heads=setup.heads,
         # timm's default suits widths of hundreds; at this width it would hardly train
         weight_init="jax",
+        **setup.shape,
     )
     if path.exists():
         load_weights(model, path)
@@ -192,6 +210,17 @@ def survivors(model: VisionTransformer, digits: Any) -> list[Tensor]:
     ]
 
 
+def _write_bundle(
+    model: VisionTransformer, out: Path, setup: Setup, digits: Any, about: dict[str, float | None]
+) -> None:
+    """The model with its thresholds in one folder, and a digit of each class to try it on."""
+    known = {"model_name": NAME, "model_kwargs": setup.shape, "class_names": CLASSES, "preprocessing": READ}
+    pack(model, out / BUNDLE, **known, **about)
+    for name, image in zip(CLASSES, _colours(digits), strict=True):
+        with atomic_path(out / DIGITS / f"{name}.png") as temporary:
+            to_pil_image(image).save(temporary, "PNG")
+
+
 def draw_survivors(columns: list[list[Tensor]], titles: list[str], path: Path) -> None:
     """A picture with a row for each digit and a column for each budget."""
     figure, axes = new_figure(len(columns[0]), len(columns))
@@ -218,16 +247,18 @@ def _colours(digits: Any) -> list[Tensor]:
     return list((images * STD + MEAN).clamp(0, 1).expand(-1, 3, -1, -1))
 
 
-def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
-    def picture(index: int) -> Image.Image:
-        return to_pil_image((digits[index][0] * STD + MEAN).clamp(0, 1))
+def _digit(digits: Any, index: int) -> Image.Image:
+    """A digit as a picture."""
+    return to_pil_image((digits[index][0] * STD + MEAN).clamp(0, 1))
 
+
+def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
     data = f"{len(digits)} MNIST digits that were neither trained nor learned on"
     page = Report(
         "The demo: a small ViT on digits",
         budgets,
         classes=CLASSES,
-        picture=picture,
+        picture=partial(_digit, digits),
         image_name="digit {}".format,
         settings={"data": data, **describe_machine()},
     )
@@ -258,5 +289,6 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         "accuracy.png": "accuracy against compute",
         "patches.png": "which patches survived",
         "vit.safetensors": "the trained model, used again next time",
+        BUNDLE: f"model and thresholds for every verb, {DIGITS}: pictures for them",
     }.items():
         print(printable(f"{out / name}: {what}"))

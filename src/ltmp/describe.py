@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class Noted:
     merge: Tensor | None
     prune: Tensor | None
 
+    def held(self, policy: Policy) -> About:
+        """What of it still holds."""
+        same = all(map(_same, (self.merge, self.prune), _vectors(policy)))
+        return self.about if same else About(**{name: getattr(self.about, name) for name in MODEL_FACTS})
+
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """All that is known of an attached model and its thresholds, JSON types; what was noted goes first."""
@@ -61,7 +66,7 @@ def about_of(model: nn.Module) -> About:
     if isinstance(model, nn.Module) and is_attached(model):
         policy = attachment(model).policy
         if policy.noted is not None:
-            return _held(policy)
+            return cast("About", policy.noted.held(policy))
     built: About | None = getattr(model, _BUILT, None)
     return built or About()
 
@@ -117,15 +122,6 @@ def _preprocessing(config: Any) -> Preprocessing:
         return Preprocessing.from_dict(config)
     except ValueError:
         return Preprocessing()
-
-
-def _held(policy: Policy) -> About:
-    """Noted metadata that still holds."""
-    noted: Noted | None = policy.noted
-    if noted is None:
-        return About()
-    same = all(map(_same, (noted.merge, noted.prune), _vectors(policy)))
-    return noted.about if same else About(**{name: getattr(noted.about, name) for name in MODEL_FACTS})
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

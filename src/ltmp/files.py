@@ -45,7 +45,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         with _beside(target, Path.touch) as temporary:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
+            # safetensors puts a file of its own in its place, for this user only
+            temporary.chmod(mode)
             temporary.replace(target)
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error

@@ -61,7 +61,7 @@ def test_every_format_and_json(ltmp, budgets, photo, tmp_path, capsys):
     names = {file.name for file in out.iterdir()}
     assert {"photo-patches.png", "photo-patches.gif", "photo-patches.mp4", "photo-patches-00.png"} <= names
     assert len(one["budgets"]["target 0.5"]["kept"]) == 3
-    assert re.fullmatch(r"dense class \d \d+% → reduced class \d \d+%", one["budgets"]["target 0.5"]["answers"])
+    assert re.fullmatch(r"dense class \d \d+% -> reduced class \d \d+%", one["budgets"]["target 0.5"]["answers"])
     assert one["budgets"]["target 0.5"]["share"] < one["budgets"]["target 0.8"]["share"] <= 1
     assert Image.open(out / "photo-patches.gif").n_frames == len([name for name in names if name.endswith(".png")]) - 1
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ltmp.data import images
-from ltmp.data.images import MAX_SCANS, decode, is_image_name, read_bytes, read_image, reason
+from ltmp.data.images import MAX_SCANS, UnfitImageError, decode, is_image_name, open_part, read_image, reason
 from ltmp.errors import LTMPError
 
 
@@ -164,9 +164,57 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         with pytest.raises(LTMPError, match=why):
             read_image(tmp_path / f"{name}.png")
     with pytest.raises(IsADirectoryError):
-        read_bytes(tmp_path)
+        open_part(tmp_path)
 
 
 def test_names_of_images():
     assert all(map(is_image_name, ("a.JPG", "x/y.webp", "./a.tif", "../b.gif", "a.b.png")))
     assert not any(map(is_image_name, (".a.png", "._a.png", ".x/a.png", "a.txt", "png", "a/.b/c.png")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("PNG", {}), ("WEBP", {}), ("JPEG", {"progressive": True}), ("TIFF", {}), ("BMP", {}), ("JPEG2000", {})],
+)
+def test_what_takes_much_memory_is_refused_by_its_header(kind, how, monkeypatch):
+    file = encoded(Image.new("RGB", (600, 400)), kind, **how)
+    assert decode(file).size == (600, 400)
+    monkeypatch.setattr(images, "MAX_DECODED", 700_000)
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(UnfitImageError, match=f"600 x 400 pixels of {kind} take .* to decode"):
+        decode(file)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("kind", ["L", "LA", "RGB", "RGBA", "P", "I;16", "CMYK"])
+def test_large_images_are_reduced_piece_by_piece_to_what_they_are(kind, mode, monkeypatch):
+    smooth = Image.effect_noise((7, 5), 90).convert("RGB").resize((700, 500), Image.Resampling.BICUBIC)
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = smooth.convert(kind)
+    name = "PNG" if kind != "CMYK" else "TIFF"
+    whole = decode(encoded(image, name), mode)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "DRAFT_SIZE", (125, 125))
+    small = decode(encoded(image, name), mode)
+    assert (small.size, small.mode) == ((175, 125), mode)
+    assert np.abs(np.asarray(small, int) - np.asarray(whole.reduce(4), int)).max() <= 1
+
+
+def test_large_files_are_decoded_from_where_they_lie(tmp_path, monkeypatch):
+    image = Image.effect_noise((64, 48), 90)
+    for kind in ("PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG"):
+        data = encoded(image, kind).read()
+        path = tmp_path / f"image.{kind}"
+        path.write_bytes(b"before" + data + bytes(5000))
+        monkeypatch.undo()
+        expected = decode(open_part(path, 6, len(data)))
+        monkeypatch.setattr(images, "LARGE_BYTES", 100)
+        with open_part(path, 6, len(data) + 5000) as file:
+            assert not isinstance(file, io.BytesIO)
+            assert decode(file).tobytes() == expected.tobytes()
+        with open_part(path, 6, len(data)) as file:
+            assert file.read() == data
+    with pytest.raises(ValueError, match="empty"):
+        open_part(path, 0, 0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
 
-from ltmp.data import open_dataset
+from ltmp.data import make_loader, open_dataset
 from ltmp.data.sample import sampled
 
 
@@ -53,3 +57,34 @@ def test_a_source_without_labels_is_sampled_all_over() -> None:
     chosen = [few.source[i] for i in range(10)]
     assert chosen == sorted(set(chosen))
     assert chosen[-1] > 500
+
+
+def test_images_can_be_drawn_alike(folder: Path) -> None:
+    """A certificate is for images like those of the folder, so its sample has classes as often as that."""
+    images = open_dataset(folder, split="x")
+    counts: Counter[int] = Counter()
+    for seed in range(60):
+        few = sampled(images, 8, seed=seed, evenly=False)
+        counts.update(few[i][1] for i in range(8))
+    assert 3 * counts[1] < counts[0]
+
+
+class Streaming(IterableDataset):
+    classes = 20
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return ((np.full(1, k, "float32"), k) for k in range(first, self.classes, step))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_streams_gives_its_first_images_and_says_so(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "ltmp"):
+        few = sampled(Streaming(), 5)
+    assert "the first 5 images are taken" in caplog.text
+    assert few.classes == 20
+    seen = [int(label) for _, labels in make_loader(few, 2, workers=workers) for label in labels]
+    assert sorted(seen) == [0, 1, 2, 3, 4]

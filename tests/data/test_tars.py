@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from helpers import colour_image
 from ltmp.data import Broken, open_dataset
-from ltmp.data.tars import read_content, tar_images
+from ltmp.data.tars import open_content, tar_images
 from ltmp.errors import LTMPError
 
 
@@ -43,7 +43,7 @@ def found(path: Path) -> list[tuple[str, bytes | None]]:
     result = []
     for one in tar_images(str(path)):
         try:
-            data = None if isinstance(one.content, Broken) else read_content(one.content)
+            data = None if isinstance(one.content, Broken) else open_content(one.content).read()
         except ValueError:
             data = None
         result.append((one.name, data))

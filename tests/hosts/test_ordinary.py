@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import ltmp
 from helpers import assert_close, attach_reducing, embed, random_images, run_recorded, tiny_vit
-from ltmp.hosts.attach import attachment, is_attached
+from ltmp.hosts.attach import attachment, find_attachment, is_attached
+from ltmp.ops.probe.reference import WIDTH
 
 IMAGES = random_images(3)
 
@@ -168,6 +170,22 @@ def test_two_transformers_in_one_model_are_asked_about() -> None:
     ltmp.attach(both["teacher"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_copies_of_blocks_alone_are_plain_blocks(name: str) -> None:
+    """Not copies of the whole model that hang on them."""
+    build, path = CONTAINERS[name]
+    blocks, own = ltmp.attach(build()).get_submodule(path), build().get_submodule(path)
+    whole = sum(p.numel() for p in own.parameters())
+    for part, plain in ((blocks[0], own[0]), (blocks, own)):
+        twin = copy.deepcopy(part)
+        assert find_attachment(twin) is None
+        assert len(pickle.dumps(twin)) < 4 * whole + 100_000
+        x = torch.rand(2, 17, 32 if name != "timm" else 16)
+        if not isinstance(part, nn.ModuleList):
+            assert torch.equal(twin(x), plain(x))
+
+
 # -- hooks
 
 
@@ -286,6 +304,14 @@ def test_optimisers_of_the_model_leave_thresholds_alone() -> None:
     assert kept[:, -1].lt(17).all()
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[name]) for name, value in model.ltmp.state_dict().items())
+    # nor does it ask to unfreeze the whole model
+    for unfreeze in (model.requires_grad_, lambda on: [p.requires_grad_(on) for p in model.parameters()]):
+        unfreeze(False)
+        unfreeze(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+        model(IMAGES).sum().backward()
+        optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in model.ltmp.state_dict().items())
     # asked for, they train
     model.ltmp.requires_grad_(True)
     model(IMAGES).sum().backward()
@@ -348,6 +374,9 @@ def test_save_pretrained_writes_the_model_alone(tmp_path: Path) -> None:
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
     assert torch.equal(again.classifier.weight, model.classifier.weight)
+    assert "ltmp.probe" not in model._keys_to_ignore_on_save
+    model.ltmp.set_probe(torch.zeros(3, 33, WIDTH + 2))
+    assert {"ltmp.merge", "ltmp.prune", "ltmp.probe"} <= set(model._keys_to_ignore_on_save) <= set(model.state_dict())
     ltmp.detach(model)
     assert "ltmp.merge" not in (model._keys_to_ignore_on_save or ())
 
@@ -455,6 +484,31 @@ def test_blocks_sharded_one_by_one_are_refused() -> None:
 
 
 @torch.no_grad()
+def test_sharding_by_fsdp2(tmp_path: Path) -> None:
+    """The real one, in one process: the model as a whole works, blocks one by one are refused."""
+    dist = pytest.importorskip("torch.distributed")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    mesh = pytest.importorskip("torch.distributed.device_mesh")
+    if not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    expected, plain = reducing()(IMAGES), tiny_vit()(IMAGES)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        here = mesh.init_device_mesh("cpu", (1,))
+        model = fsdp.fully_shard(reducing(), mesh=here)
+        assert_close(model(IMAGES), expected, 1e-6)
+        blocks = reducing()
+        for block in blocks.blocks:
+            fsdp.fully_shard(block, mesh=here)
+        with pytest.raises(ltmp.LTMPError, match=r"became FSDPBlocks.*\(FSDP\)"):
+            blocks(IMAGES)
+        with ltmp.dense():
+            assert_close(blocks(IMAGES), plain, 1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
 def test_offloaded_weights_are_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, plain = reducing(), off()
@@ -493,6 +547,21 @@ def test_weights_of_another_kind_run_in_their_own_layers() -> None:
             layer._parameters["weight"] = layer.weight.detach().as_subclass(Quantised)
     assert_close(model(IMAGES), expected, 1e-5)
     assert Quantised.products >= 3 * 4
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_weights_of_torchao(config: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = reducing()
+    _, kept = run_recorded(model, IMAGES)
+    for block in model.blocks:
+        quantization.quantize_(block, getattr(quantization, config)())
+    assert type(model.blocks[0].mlp.fc1.weight) is not nn.Parameter
+    logits, again = run_recorded(model, IMAGES)
+    assert logits.isfinite().all()
+    assert (again - kept).abs().max() <= 3
 
 
 @torch.no_grad()
@@ -568,13 +637,18 @@ def test_what_transformers_records_and_masks(training: bool) -> None:
 @torch.no_grad()
 def test_tracers_of_a_model_that_is_off() -> None:
     expected = tiny_vit()(IMAGES)
-    program = torch.export.export(off(), (IMAGES,))
-    assert_close(program.module()(IMAGES), expected, 1e-5)
+    for strict in (False, True):
+        program = torch.export.export(off(), (IMAGES,), strict=strict)
+        assert_close(program.module()(IMAGES), expected, 1e-5)
     with pytest.warns():
         traced = torch.jit.trace(off(), (IMAGES,))
     assert_close(traced(IMAGES), expected, 1e-5)
     found = timm_extractor(off(), {"blocks.1": "out"})(IMAGES)
     wanted = timm_extractor(tiny_vit(), {"blocks.1": "out"})(IMAGES)
+    assert torch.equal(found["out"], wanted["out"])
+    nodes = get_graph_node_names(tiny_vit(global_pool="avg"))[1]
+    assert get_graph_node_names(off(global_pool="avg"))[1] == nodes
+    found, wanted = (timm_extractor(build(global_pool="avg"), {nodes[-1]: "out"})(IMAGES) for build in (off, tiny_vit))
     assert torch.equal(found["out"], wanted["out"])
     model, plain = ltmp.attach(torchvision_vit()), torchvision_vit()
     nodes = get_graph_node_names(plain)[1]
@@ -586,6 +660,13 @@ def test_tracers_of_a_model_that_is_off() -> None:
 
 def trace_export(model: Any) -> Any:
     return torch.export.export(model, (IMAGES,))
+
+
+def trace_export_strictly(model: Any) -> Any:
+    try:
+        return torch.export.export(model, (IMAGES,), strict=True)
+    except torch._dynamo.exc.Unsupported as error:  # what the compiler makes of any exception
+        raise ltmp.LTMPError(str(error)) from error
 
 
 def trace_onnx(model: Any) -> Any:
@@ -601,6 +682,7 @@ TRACERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "fx": (torch.fx.symbolic_trace, r"torch\.fx"),
     "fx-timm": (lambda model: timm_extractor(model, {"blocks.1": "out"}), "create_feature_extractor"),
     "export": (trace_export, r"torch\.export"),
+    "export-strict": (trace_export_strictly, r"torch\.export"),
 }
 
 

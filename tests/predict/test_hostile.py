@@ -122,7 +122,7 @@ def test_names_of_300_letters_and_not_of_utf8(tmp_path):
 def test_batches_are_bounded_by_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "AHEAD", 2500)
     path = parquet_file(tmp_path / "a.parquet", image=[bytes(1000)] * 10)
-    plan = reading.Plan(find_shards([path]), 64)
+    plan = reading.ShardBatches(find_shards([path]), 64)
     assert [len(batch) for batch in plan] == [3, 3, 3, 1, 1]
 
 

@@ -213,6 +213,31 @@ def test_help_teaches(capsys):
     assert "curl" in capsys.readouterr().out
 
 
+def test_a_start_that_fails_leaves_no_socket_open(tmp_path, monkeypatch, capsys):
+    model, weights, thresholds = save_model(tmp_path)
+    opened = []
+    monkeypatch.setattr("ltmp.serve.bind", lambda *address: opened.append(bind(*address)) or opened[0])
+    arguments = ["serve", *model, "--weights", weights, "--thresholds", thresholds, "--port", "0", "--budget", "0.01"]
+    assert main(list(map(str, arguments))) == 2
+    assert "budget" in capsys.readouterr().err
+    assert [one.fileno() for one in opened] == [-1]
+
+
+def test_a_taken_port_leaves_no_socket_open(monkeypatch):
+    opened = []
+
+    class Seen(socket.socket):
+        def __init__(self, *how):
+            super().__init__(*how)
+            opened.append(self)
+
+    with closing(bind("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr("ltmp.serve.server.socket.socket", Seen)
+        with pytest.raises(LTMPError, match="cannot listen"):
+            bind("127.0.0.1", taken.getsockname()[1])
+    assert [one.fileno() for one in opened] == [-1]
+
+
 @pytest.mark.slow
 def test_serve_from_the_command_line_until_sigterm(tmp_path):
     """The whole way: a port of its own, an answer, and a stop that finishes what is queued and exits with 0."""

@@ -85,6 +85,27 @@ def test_train_writes_thresholds_and_a_whole_checkpoint(trained: Path, weights: 
     assert not (trained / "run.pt").exists()
 
 
+def test_the_papers_own_training_reports_both_shares(images: Path, weights: Path, tmp_path: Path) -> None:
+    done = tool("train.py", images, *MODEL, "--weights", weights, "-b", 8, "--recipe", "paper", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "share in training" in done.stdout
+    file = read(tmp_path / "thresholds.safetensors")
+    assert file.config.tau == 0.5
+    # one epoch of steps of at most 0.005 from where the paper starts
+    assert 0.8 < file.merge.min() <= file.merge.max() <= 1
+
+
+def test_options_of_timms_script_are_refused_by_name(images: Path) -> None:
+    for option, why in (("--opt=adamw", "SGD with neither"), ("--epochs", "--views counts images")):
+        done = tool("train.py", images, *MODEL, option, "3")
+        assert done.returncode == 2
+        assert f"{option.partition('=')[0]} is not taken here: " in done.stderr
+        assert why in done.stderr
+    done = tool("train.py", images, *MODEL, "--recipe", "paper", "--lr", "0.1", "0.2")
+    assert done.returncode == 2
+    assert "takes multiples of 5e-06 0.005" in done.stderr
+
+
 def test_trained_checkpoint_loads_by_name_in_timm(trained: Path) -> None:
     model = timm.create_model(
         f"inference_{NAME}", img_size=32, num_classes=3, patch_size=8, embed_dim=24, depth=3,

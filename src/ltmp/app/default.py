@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from ..data import load_digits
+from ..data import load_digits, read_image
 from ..data.embedded import CLASSES, MEAN, STD
 from ..demo import Progress, Setup, trained_model
 from ..hosts.attach import attach
@@ -20,6 +21,23 @@ QUICK = replace(Setup(), small_epochs=5, full_epochs=0.3)
 """Enough to tell most digits, in less than a minute."""
 
 DATA_OPTIONS = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
+
+
+PHOTOGRAPHS = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")
+"""Of those that scikit-image ships: free, in colour, of one thing each."""
+
+
+def photographs(mode: str) -> list[Image.Image]:
+    """Photographs to try a model on where nobody gives others; none where scikit-image is not installed.
+
+    Args:
+        mode: Pillow's name of what the model takes.
+    """
+    found = find_spec("skimage")
+    if found is None or found.origin is None:
+        return []
+    files = [Path(found.origin).parent / "data" / name for name in PHOTOGRAPHS]
+    return [read_image(file, mode) for file in files if file.is_file()]
 
 
 def demo_explorer(folder: Path, progress: Progress, quick: Setup = QUICK) -> Explorer:

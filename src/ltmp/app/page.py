@@ -31,6 +31,12 @@ STYLE = """
 #strip, #strip .image-container, #strip .image-frame { width: 100%; height: auto; min-height: 4rem; }
 #picture img { min-height: 10rem; object-fit: contain; }
 .ltmp-figures { font-size: 1.1em; }
+@media (max-width: 600px) {
+  .ltmp-blocks table { font-size: .85em; }
+  .ltmp-blocks th, .ltmp-blocks td { padding: .15rem .25rem !important; }
+  #strip { overflow-x: auto !important; }
+  #strip img { width: 46rem; max-width: none; }
+}
 footer { display: none !important; }
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -19,3 +21,8 @@ def say(text: object) -> None:
 def tell(text: object) -> None:
     """A line beside the results, which no narrow screen breaks."""
     console.print(Text(printable(text)), soft_wrap=True)
+
+
+def suggest(*words: object) -> None:
+    """The last line of a verb: the command that comes next, as it can be pasted."""
+    tell(f"next: {shlex.join(map(str, words))}")

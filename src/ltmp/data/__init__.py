@@ -14,3 +14,4 @@ from .transforms import eval_transform as eval_transform
 from .transforms import image_mode as image_mode
 from .transforms import input_channels as input_channels
 from .transforms import sharp_view as sharp_view
+from .transforms import train_transform as train_transform

@@ -7,9 +7,9 @@ import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from io import BytesIO, IOBase
+from io import IOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import LTMPError, UsageError
 from .folders import class_folders, describe_others, list_images, natural_key
 from .images import EXTENSIONS, Broken, decode, reason
-from .tars import Content, read_content, tar_images
+from .tars import Content, open_content, tar_images
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ class Listed:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[IOBase, int]:
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
         content = self.contents[index]
         if isinstance(content, Broken):
             raise ValueError(content.reason)
-        return BytesIO(read_content(content)), self.labels[index]
+        return open_content(content), self.labels[index]
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """The name of image `index`; that of a file with its folder, where `absolute`."""

@@ -7,21 +7,27 @@ import re
 import stat
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
-from typing import IO
+from io import BufferedReader, BytesIO, RawIOBase
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import LTMPError, UsageError
 
-# From here on a JPEG is decoded at reduced size: a ViT sees a few hundred pixels a side.
+# From here on an image is reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
+# Decoded images beyond this many bytes are not read; a process of bulk scoring has that much for one.
+MAX_DECODED = 2**29
+# What decoders take for a pixel of their own, whatever size is asked for; measured on Pillow 12.
+_DECODERS = {"WEBP": 16, "JPEG2000": 20, "AVIF": 10}
 # Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
 MAX_ASPECT = 50
 # Encoded images beyond this are not read: nothing that a ViT sees needs as much, and sparse files cost nothing to make.
 MAX_BYTES = 2**30
+# Those beyond this are decoded from where they lie, which reads no more of them than it takes.
+LARGE_BYTES = 2**26
 # Each scan of a JPEG is a pass over all of its pixels, however few bytes it has; encoders write about ten.
 MAX_SCANS = 100
 # Pillow reads these by starting other programs.
@@ -55,30 +61,69 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(file)[1].lower() in EXTENSIONS
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The whole file.
+def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> IO[bytes]:
+    """The bytes of a file from `offset` on, `size` of them or all: in memory, or where they lie if that is much.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file (a pipe would be waited for, a device read for ever), or over 1 GB.
+        ValueError: it is no regular file (a pipe would be waited for, a device read for ever), empty, or over 1 GB.
     """
     # without O_NONBLOCK opening a pipe waits until somebody writes to it
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(os.open(path, how), "rb")  # noqa: SIM115 - it may be what is returned
+    try:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a regular file, but a pipe, a device or a socket")
-        if about.st_size > MAX_BYTES:
-            raise ValueError(
-                f"{about.st_size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image"
-            )
-        return file.read()
+        size = about.st_size - offset if size is None else size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image")
+        if size == 0:
+            raise ValueError("the file is empty")
+        if size > LARGE_BYTES:
+            return BufferedReader(Part(file, offset, size))
+        file.seek(offset)
+        data = BytesIO(file.read(size))
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return data
+
+
+class Part(RawIOBase):
+    """Part of an open file, read where it lies."""
+
+    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        self.at = max(0, start + at)
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.at)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])  # type: ignore[attr-defined]
+        self.at += count
+        return int(count)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
     """The image in `source`, upright, as `mode` ("RGB" or "L").
 
     Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not
-    clipped; JPEGs over 50 megapixels are decoded at reduced size. Raises what Pillow raises for bytes that are
+    clipped; what is over 50 megapixels comes at reduced size. Raises what Pillow raises for bytes that are
     no image, and `UnfitImageError` for floating-point pixels, whose range no file states, for stripes, and for JPEGs of
     hundreds of scans, which take minutes.
     """
@@ -86,9 +131,28 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
     _check_scans(image)
+    _check_memory(image)
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
-    image = _upright(image)
+    image.load()
+    turn = _turn(image)
+    times = min(image.size) // max(DRAFT_SIZE)
+    many = image.width * image.height > LARGE_PIXELS and times > 1
+    image = _reduced(image, mode, times) if many else _converted(image, mode)
+    return image if turn is None else image.transpose(turn)
+
+
+def _reduced(image: Image.Image, mode: str, times: int) -> Image.Image:
+    """`_converted` and so many times smaller, piece by piece: whole copies of this many pixels take gigabytes."""
+    small = Image.new(mode, (image.width // times, image.height // times))
+    for top in range(0, small.height, 64):
+        bottom = min(top + 64, small.height)
+        strip = image.crop((0, times * top, times * small.width, times * bottom))
+        small.paste(_converted(strip, mode).reduce(times), (0, top))
+    return small
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F":
         raise UnfitImageError("floating-point pixels: convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -96,7 +160,7 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
     if image.mode == "P":
         # Straight to RGB, Pillow warns about palettes with transparency.
         image = image.convert("RGBA")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
@@ -107,7 +171,8 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
         LTMPError: it cannot be read as an image; the message says why.
     """
     try:
-        return decode(BytesIO(read_bytes(path)), mode)
+        with open_part(path) as file:
+            return decode(file, mode)
     except FileNotFoundError as error:
         raise UsageError(f"no image {path}: check the path") from error
     # what Pillow raises for broken files depends on the format
@@ -144,15 +209,29 @@ _TURNS = {
 """EXIF's orientations, and how to undo them."""
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; unlike Pillow's function this never writes EXIF, which may fail."""
-    image.load()
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright by its EXIF orientation; unlike Pillow's function this never writes EXIF."""
     try:
-        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+        return _TURNS.get(image.getexif().get(0x0112, 1))
     # damaged EXIF is no reason to lose the pixels
     except Exception:
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return None
+
+
+def _check_memory(image: Image.Image) -> None:
+    """Refuse what takes gigabytes to decode, by the header; raises `UnfitImageError`."""
+    large = image.width * image.height > LARGE_PIXELS
+    if image.format in ("JPEG", "MPO"):
+        # all coefficients of a progressive one are kept, of others a few rows
+        each = 7 if image.info.get("progressive") else 1 if large else 4
+    else:
+        each = _DECODERS.get(image.format or "", 1 if image.mode in ("1", "L", "P") else 4)
+    needed = each * image.width * image.height
+    if needed > MAX_DECODED:
+        raise UnfitImageError(
+            f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e9:.1f} GB to decode: over the "
+            f"limit of {MAX_DECODED / 1e9:.1f} GB"
+        )
 
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -166,7 +245,8 @@ def _check_scans(image: Image.Image) -> None:
         return
     place = file.tell()
     file.seek(0)
-    data = file.read()
+    # no image of a size that is decoded takes more
+    data = file.read(4 * LARGE_BYTES)
     file.seek(place)
     # counted properly only where there may be too many: thumbnails and videos behind the image hold such bytes, too
     if data.count(b"\xff\xda") > MAX_SCANS and _count_scans(data) > MAX_SCANS:

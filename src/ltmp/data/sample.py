@@ -5,21 +5,34 @@ from __future__ import annotations
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from .dataset import Images
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .dataset import Images, log
 
 
-def sampled(images: Images, limit: int, seed: int = 0) -> Images:
-    """At most `limit` images, as evenly over their classes as these allow, in the order that they had.
+def sampled(
+    images: Images | IterableDataset, limit: int, seed: int = 0, *, evenly: bool = True
+) -> Images | IterableDataset:
+    """At most `limit` images, in the order that they had.
 
-    Which ones depends on the seed alone. The first `limit` of a folder would be those of its first classes.
+    Which ones depends on the seed alone. The first `limit` of a folder would be those of its first classes; of a
+    source that streams they are taken all the same, and a warning says so.
+
+    Args:
+        evenly: as evenly over the classes as these allow; otherwise all images are drawn alike.
     """
+    if isinstance(images, IterableDataset):
+        log.warning("the source streams, so the first %d images are taken: they need not be of all classes", limit)
+        return _First(images, limit)
     if limit >= len(images):
         return images
+    labels = _labels(images.source) if evenly else [0] * len(images)
     few = copy.copy(images)
-    few.source = _Few(images.source, _chosen(_labels(images.source), limit, seed))
+    few.source = _Few(images.source, _chosen(labels, limit, seed))
     return few
 
 
@@ -64,3 +77,21 @@ class _Few:
         """Where an image comes from, if the source says so."""
         named = getattr(self.source, "filename", None)
         return named(self.indices[index], **how) if named else None
+
+
+class _First(IterableDataset):
+    """The first images of each pass of a source that streams, which says everything else itself."""
+
+    def __init__(self, source: IterableDataset, limit: int) -> None:
+        self.source = source
+        self.limit = limit
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return islice(iter(self.source), self.limit // count + (number < self.limit % count))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "source":  # not there before a copy has its state
+            raise AttributeError(name)
+        return getattr(self.source, name)

@@ -7,9 +7,9 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from .images import MAX_BYTES, Broken, is_image_name, read_bytes
+from .images import Broken, is_image_name, open_part
 
 _CHUNK = 1 << 20
 
@@ -40,7 +40,7 @@ class Member(NamedTuple):
     offset: int
 
 
-def read_content(content: Content) -> bytes:
+def open_content(content: Content) -> IO[bytes]:
     """The encoded image. A tar is opened anew for each: a position in a file cannot be shared by several processes.
 
     Raises:
@@ -48,22 +48,14 @@ def read_content(content: Content) -> bytes:
         ValueError: it is no regular file, too large, empty, or ends inside the image.
     """
     if isinstance(content, Slice):
-        encoded = _read_slice(content)
-    else:
-        encoded = content if isinstance(content, bytes) else read_bytes(content)
-    if not encoded:
-        raise ValueError("the file is empty")
-    return encoded
-
-
-def _read_slice(part: Slice) -> bytes:
-    if part.offset + part.size > os.path.getsize(part.path):
-        raise ValueError("the .tar ends inside this image")
-    if part.size > MAX_BYTES:
-        raise ValueError(f"{part.size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image")
-    with open(part.path, "rb") as file:
-        file.seek(part.offset)
-        return file.read(part.size)
+        if content.offset + content.size > os.path.getsize(content.path):
+            raise ValueError("the .tar ends inside this image")
+        return open_part(*content)
+    if isinstance(content, bytes):
+        if not content:
+            raise ValueError("the file is empty")
+        return BytesIO(content)
+    return open_part(content)
 
 
 def tar_images(path: str) -> Iterator[Member]:

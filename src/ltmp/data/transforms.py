@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from statistics import fmean
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -48,6 +51,33 @@ def eval_transform(
     return transform
 
 
+def train_transform(model: nn.Module, **options: Any) -> Transform:
+    """timm's training transform for `model`: a random crop of 8 to 100 % of the image, flips, and colour jitter of 0.4.
+
+    Its random numbers follow from torch's generator alone, so that one seed repeats them.
+
+    Args:
+        options: as in `eval_transform`; `crop_pct` and `crop_mode` have no meaning here.
+    """
+    from timm.data import create_transform
+
+    settings = eval_settings(model, options)
+    kept = {name: settings[name] for name in ("input_size", "interpolation", "mean", "std")}
+    transform = create_transform(**kept, is_training=True, color_jitter=0.4, auto_augment=None, re_prob=0.0)
+    return Augmentation(transform, settings)
+
+
+class Augmentation:
+    """A transform that draws from Python's generator, seeded for each image from torch's."""
+
+    def __init__(self, transform: Transform, settings: dict[str, Any]) -> None:
+        self.transform, self.settings = transform, settings
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        random.seed(int(torch.randint(1 << 62, ())))
+        return self.transform(image)
+
+
 def sharp_view(model: nn.Module, image: Image.Image, width: int, **options: Any) -> Tensor:
     """The part of an image that `model` sees, for people to look at: the same crop at its original size.
 
@@ -86,8 +116,27 @@ def eval_settings(
         if given is not None and _listed(given) != _listed(value):
             _say(f"{name} {given} goes before {value}, with which the thresholds were made")
     config = {**_config(model), **known}
-    size = _pair(image_size or _built_size(model, config))
-    return resolve_data_config({**options, "input_size": (input_channels(model), *size)}, config)
+    size, channels = _pair(image_size or _built_size(model, config)), input_channels(model)
+    own = {name: _for_channels(name, options[name], channels) for name in ("mean", "std") if options.get(name)}
+    settings = resolve_data_config({**options, **own, "input_size": (channels, *size)}, config)
+    # a config of colours says nothing of a greyscale model's one channel: it gets their average
+    return settings | {
+        name: settings[name] if len(settings[name]) == channels else (fmean(settings[name]),) * channels
+        for name in ("mean", "std")
+    }
+
+
+def _for_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number for each colour channel; one that stands for all may be given once or for each of three.
+
+    Raises:
+        UsageError: as many as the model has no channels, and not all the same.
+    """
+    given = tuple(values)
+    if len(given) != channels and len(set(given)) > 1:
+        raise UsageError(f"{name} {' '.join(f'{value:g}' for value in given)}: this model takes {channels} channel"
+                         f"{'s' * (channels > 1)}, give a number for each")  # fmt: skip
+    return given if len(given) == channels else given[:1] * channels
 
 
 def input_channels(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from ..errors import LTMPError
 from ..method.policy import Active
 from ..method.rates import Rates
 from ..method.thresholds import Thresholds
-from . import masked, packed
+from . import masked, packed, trial
 from .body import Body, Run, running_engine
 from .positions import Positions
 from .state import Reduced
@@ -35,7 +35,9 @@ def run(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
     active = body.active()
     if not x.shape[0] or not any(map(any, active)):
         return body.all_whole(x, positions)
-    chosen = masked.run if body.policy.masks else engine(body.policy.config.engine, x.device)
+    if body.policy.masks:
+        return masked.run(body, x, active, positions)
+    chosen = trial.run if trial.applies(body, x) else engine(body.policy.config.engine, x.device)
     return chosen(body, x, active, positions)
 
 
@@ -43,7 +45,7 @@ def engine(name: str, device: torch.device) -> Run:
     """The engine called `name`; `auto` picks what is best for `device`.
 
     `graph` and `auto` run the whole host in a CUDA graph where they can (`graph.GraphedForward`); what comes here in
-    their name runs at exact sizes.
+    their name runs at exact sizes. On a CPU, `run` lets `auto` run dense where reduction does not pay (`trial`).
 
     Raises:
         LTMPError: a named engine cannot run on `device`; the message says why.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import Record, dense, record
+from ..calls import dense, record
 from ..deploy import deployed
 from ..distributed import exchange, merge, my_batches, rank
 from ..engines.body import running
@@ -18,6 +19,7 @@ from ..hosts.attach import attachment, is_attached
 from ..hosts.outputs import logits_of
 from ..method.flops import flops_share
 from ..method.policy import Policy
+from .baselines import Baseline
 from .timing import Throughput, measure
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -93,6 +95,16 @@ class _Choices:
         return 100 * right / self.labelled if self.labelled else None
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Of a batch: logits [B, K], FLOPs share [B], tokens after each block [B, L], and those that enter the first."""
+
+    logits: Tensor
+    share: Tensor
+    kept: Tensor
+    tokens: int
+
+
 @dataclass
 class _Tally:
     """Sums over one policy's answers to one rank's images.
@@ -108,14 +120,13 @@ class _Tally:
     kept: list[Tensor] = field(default_factory=list)
     throughput: Throughput | None = None
 
-    def add(self, logits: Tensor, labels: Tensor, dense_choices: Tensor, calls: Record) -> ImageRows:
-        """Count a batch, whose call alone is in `calls`."""
-        choices = self.choices.add(logits, labels)
-        kept, geometry = calls.kept[-1], calls.geometry[-1]
-        found = (labels, dense_choices, choices, flops_share(kept, geometry), kept)
+    def add(self, labels: Tensor, dense_choices: Tensor, answer: _Answer) -> ImageRows:
+        """Count a batch."""
+        choices = self.choices.add(answer.logits, labels)
+        found = (labels, dense_choices, choices, answer.share, answer.kept)
         rows = ImageRows(*(values.cpu() for values in found))
         self.agreed += int((rows.dense == rows.reduced).sum())
-        self.tokens = geometry.tokens
+        self.tokens = answer.tokens
         self.share.append(rows.share.double())
         self.kept.append(rows.kept.double().sum(0))
         return rows
@@ -162,6 +173,7 @@ def evaluate_policies(
     speed: bool = True,
     progress: Callable[[int], None] | None = None,
     on_images: Callable[[str, ImageRows], None] | None = None,
+    baselines: Iterable[Baseline] = (),
 ) -> dict[str, Evaluation]:
     """Run an attached model by several policies, and dense, on the same images in one pass over the data.
 
@@ -175,15 +187,17 @@ def evaluate_policies(
         limit: stop after this many images.
         speed: measure images per second on the first batch, too.
         progress: called after each batch with its number of images.
-        on_images: called after each batch for each policy.
+        on_images: called after each batch for each policy and baseline.
+        baselines: dense models that take part under their names, on `device`.
 
     Raises:
         LTMPError: like `evaluate`.
     """
     device = torch.device(device) if device else next(model.parameters()).device
-    part = _Part(getattr(loader, "skipped", {}), {name: _Tally() for name in policies})
+    ways = {name: partial(_by_policy, policy) for name, policy in policies.items()}
+    ways |= {baseline.name: partial(_by_baseline, baseline) for baseline in baselines}
+    part = _Part(getattr(loader, "skipped", {}), {name: _Tally() for name in ways})
     with deployed(model, device, amp=amp):
-        body = attachment(model).body
         for images, labels in my_batches(loader, limit):
             images, labels = images.to(device), labels.to(device)
             # records that nobody reads: dense and timed calls are no result, neither here nor of our caller's
@@ -191,22 +205,42 @@ def evaluate_policies(
                 dense_logits = logits_of(model(images))
             _check(images, labels, dense_logits)
             dense_choices = part.plain.add(dense_logits, labels)
-            for name, policy in policies.items():
+            for name, way in ways.items():
                 tally = part.tallies[name]
-                with running(body=replace(body, policy=policy.eval())):
-                    with record() as calls:
-                        logits = logits_of(model(images))
-                    rows = tally.add(logits, labels, dense_choices, calls)
-                    if speed and tally.throughput is None and rank() == 0:
-                        with record():
-                            tally.throughput = measure(model, images)
+                answer, throughput = way(model, images, timed=speed and tally.throughput is None and rank() == 0)
+                tally.throughput = throughput or tally.throughput
+                rows = tally.add(labels, dense_choices, answer)
                 if on_images:
                     on_images(name, rows)
             if progress:
                 progress(len(images))
     merge(part.skipped)
     parts = exchange(part)
-    return {name: _summary(parts, name) for name in policies}
+    return {name: _summary(parts, name) for name in ways}
+
+
+def _by_policy(policy: Policy, model: nn.Module, images: Tensor, timed: bool) -> tuple[_Answer, Throughput | None]:
+    """The answer of the attached model by a policy, and its speed."""
+    with running(body=replace(attachment(model).body, policy=policy.eval())):
+        with record() as calls:
+            logits = logits_of(model(images))
+        with record():
+            throughput = measure(model, images) if timed else None
+    kept, geometry = calls.kept[-1], calls.geometry[-1]
+    return _Answer(logits, flops_share(kept, geometry), kept, geometry.tokens), throughput
+
+
+def _by_baseline(
+    baseline: Baseline, model: nn.Module, images: Tensor, timed: bool
+) -> tuple[_Answer, Throughput | None]:
+    """The answer of a baseline, and its speed in turns with the dense model's."""
+    logits = logits_of(baseline.model(images))
+    with record():
+        throughput = measure(model, images, baseline) if timed else None
+    share = torch.full((len(images),), baseline.share)
+    return _Answer(
+        logits, share, torch.tensor(baseline.kept).expand(len(images), -1), int(baseline.kept[0])
+    ), throughput
 
 
 def _summary(parts: list[_Part], name: str) -> Evaluation:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..engines import select
+from ..engines import select, trial
 from ..engines.body import running
 from ..errors import LTMPError, UsageError, first_line
 from ..hosts.attach import attachment, detach
@@ -67,6 +68,22 @@ class Row:
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Other:
+    """A way that a caller brings, whose outputs are its own affair.
+
+    Attributes:
+        way: its name; run: images to an output.
+        share: of the dense FLOPs; None where it is the reduced model's.
+        prepared: what is done to images [B, C, H, W] before they are timed.
+    """
+
+    way: str
+    run: Callable[[Any], Any]
+    share: float | None
+    prepared: Callable[[Tensor], Any] = lambda images: images
+
+
 def _under(policy: Policy, engine: str) -> Policy:
     """A policy with the same thresholds, shared and not copied, that runs by a named engine."""
     other = copy.copy(policy)
@@ -82,10 +99,18 @@ class Bench:
         images: [B, 3, H, W] like it.
         compiled: try `torch.compile` for the dense model, too.
         baseline: compare with a fixed-rate merge at the same share.
+        others: more ways to time.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, compiled: bool = True, baseline: bool = True) -> None:
-        self.model, self.images = model, images
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        compiled: bool = True,
+        baseline: bool = True,
+        others: Sequence[Other] = (),
+    ) -> None:
+        self.model, self.images, self.others = model, images, others
         self.body = attachment(model).body
         self.baseline = baseline
         self.dense = detach(copy.deepcopy(model))
@@ -126,6 +151,8 @@ class Bench:
             if self.images.is_cuda:
                 ways["graph"] = self._graph_way("graph")
                 ways["auto"] = self._graph_way("auto")
+        if not self.images.is_cuda:
+            ways["auto"] = self._way("auto")
         if self.baseline:
             try:
                 self.fixed = rates_for(self.model, self.images[:1], "m", self._recorded(ways["packed"])[1])
@@ -190,20 +217,41 @@ class Bench:
         self.rows = [self._checked(name, call, exact) for name, call in self.ways.items()]
         nan = math.nan
         self.rows += [Row(name, None, nan, nan, None, None, nan, why) for name, why in self.absent.items()]
+        self.rows += [self._brought(other) for other in self.others]
         return self.rows
 
     @torch.inference_mode()
     def time(self, seconds: float = 2.0) -> list[Row]:
         """Speeds of the ways that `check` found right."""
         right = {row.way: self.ways[row.way] for row in self.rows if not row.note}
+        if "auto" in right and not self.images.is_cuda:
+            for _ in range(trial.FIRST + trial.PAIRS):
+                right["auto"]()
         speeds = timed(right, len(self.images), seconds)
+        chose_dense = self._chose_dense()
         best = max((speed for way, speed in speeds.items() if way.startswith("dense")), default=None)
         done = []
         for row in self.rows:
             speed = speeds.get(row.way)
             ratio = speed / best if speed is not None and best is not None else None
+            row = replace(row, share=1.0, ideal=1.0) if row.way == "auto" and chose_dense else row
             done.append(replace(row, images_per_second=speed, ratio=ratio))
         return done
+
+    def _chose_dense(self) -> bool:
+        """Whether `auto` found on this CPU that reduction does not pay."""
+        body = replace(self.body, policy=_under(self.body.policy, "auto"))
+        x = entering(self.model, self.images)[0]
+        return trial.applies(body, x) and trial.chosen_dense(body, x)
+
+    def _brought(self, other: Other) -> Row:
+        """The row of a way that the caller brought, which from here on is one of `ways`."""
+        images = other.prepared(self.images)
+        self.ways[other.way] = lambda: other.run(images)
+        output, nan = other.run(images), math.nan
+        share = other.share or next(row.share for row in self.rows if row.way == "packed")
+        finite = torch.isfinite(output[0] if isinstance(output, tuple) else logits_of(output)).all()
+        return Row(other.way, None, share, 1 / share, None, None, nan, "" if finite else "logits are not finite")
 
     def _reference(self) -> dict[str, Tensor]:
         """Logits of the dense, the reduced and the fixed-rate model in float32, on a few images."""
@@ -244,7 +292,8 @@ class Bench:
         """How many decisions of a reduced way are right, and what is wrong with it."""
         few, allowed, decisions = len(wanted), LOGITS[self.images.dtype], None
         packed_logits, wanted_share = self._recorded(self._way("packed", policy))
-        if name not in ("packed", FIXED):
+        # on a CPU `auto` is the packed engine
+        if name not in ("packed", FIXED) and (self.images.is_cuda or name != "auto"):
             allowed += _distance(packed_logits[:few], wanted)
             decisions = decisions_agree(replace(self.body, policy=policy), entering(self.model, self.images[:few])[0])
             if decisions < DECISIONS:

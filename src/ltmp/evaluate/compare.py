@@ -17,6 +17,10 @@ from ..hosts.attach import attachment
 from ..method.policy import Policy
 from ..method.rates import Rates
 from .accuracy import Batches, Evaluation, evaluate_policies
+from .baselines import Baseline
+
+RESIZE = "resize"
+"""The method of lower resolution, no variant of ours."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,16 @@ class Wanted:
     """A method that takes part.
 
     Attributes:
-        variant: see `ltmp.config.VARIANTS`.
-        r: its fixed rate, or None for one that meets each budget.
+        variant: see `ltmp.config.VARIANTS`, or `resize`, the dense model at lower resolution.
+        r: its fixed rate, or its pixels a side; None for a rate that meets each budget.
     """
 
     variant: str
     r: int | float | None = None
+
+    @property
+    def resized(self) -> bool:
+        return self.variant == RESIZE
 
     @property
     def learned(self) -> bool:
@@ -37,14 +45,20 @@ class Wanted:
 
     @classmethod
     def parse(cls, text: str) -> Wanted:
-        """`"ltmp"`, `"m"`, `"m:16"` or `"m:0.12"`.
+        """`"ltmp"`, `"m"`, `"m:16"`, `"m:0.12"` or `"resize:168"`.
 
         Raises:
             UsageError: no such method, or no such rate.
         """
         variant, colon, rate = text.partition(":")
+        if variant == RESIZE:
+            if not rate.isdecimal():
+                raise UsageError(f"method {text!r}: expected pixels a side, e.g. resize:168")
+            return cls(variant, int(rate))
         if variant not in VARIANTS:
-            raise UsageError(f"no method {variant!r}: expected one of {', '.join(VARIANTS)}, e.g. ltmp, m or m:16")
+            raise UsageError(
+                f"no method {variant!r}: expected one of {', '.join(VARIANTS)}, e.g. ltmp, m, m:16 or resize:168"
+            )
         if not colon:
             return cls(variant)
         try:
@@ -60,11 +74,11 @@ class Entry:
     """A policy that takes part, and how it came about.
 
     Attributes:
-        name: unique; variant: its method; target: the budget it was made for, None where a rate was given.
+        name: unique; method: its variant; target: the budget it was made for, None where a rate was given.
     """
 
     name: str
-    variant: str
+    method: str
     target: float | None
     policy: Policy
 
@@ -133,16 +147,18 @@ def _run(model: nn.Module, images: Tensor, policy: Policy) -> Any:
 def compare(
     model: nn.Module,
     loader: Batches,
-    entries: Sequence[Entry],
+    entries: Sequence[Entry | Baseline],
     *,
     progress: Callable[[int], None] | None = None,
     **how: Any,
 ) -> dict[str, Evaluation]:
     """Evaluate all entries in one pass over the data; see `evaluate_policies` for `how`."""
-    return evaluate_policies(model, loader, {entry.name: entry.policy for entry in entries}, progress=progress, **how)
+    policies = {entry.name: entry.policy for entry in entries if isinstance(entry, Entry)}
+    baselines = [entry for entry in entries if isinstance(entry, Baseline)]
+    return evaluate_policies(model, loader, policies, progress=progress, baselines=baselines, **how)
 
 
-def rows(entries: Iterable[Entry], results: dict[str, Evaluation]) -> list[dict[str, Any]]:
+def rows(entries: Iterable[Entry | Baseline], results: dict[str, Evaluation]) -> list[dict[str, Any]]:
     """The dense model and each entry, a row each: for tables, CSV and plots; accuracies in percent."""
     first = next(iter(results.values()))
     speed = first.throughput
@@ -157,17 +173,16 @@ def rows(entries: Iterable[Entry], results: dict[str, Evaluation]) -> list[dict[
         result = results[entry.name]
         speed = result.throughput
         found.append({
-            "method": entry.variant, "name": entry.name, "target": entry.target, "share": result.share,
+            "method": entry.method, "name": entry.name, "target": entry.target, "share": result.share,
             "ideal": 1 / result.share, "top1": result.top1, "top5": result.top5, "agreement": result.agreement,
             "images_per_second": speed.reduced if speed else None, "speedup": speed.speedup if speed else None,
         })  # fmt: skip
     return found
 
 
-def as_json(entries: Iterable[Entry], results: dict[str, Evaluation], **about: Any) -> dict[str, Any]:
+def as_json(entries: Iterable[Entry | Baseline], results: dict[str, Evaluation], **about: Any) -> dict[str, Any]:
     """Everything that was measured as plain values."""
     entries = list(entries)
-    details = {
-        entry.name: {"config": entry.policy.config.to_dict(), **asdict(results[entry.name])} for entry in entries
-    }
+    configs = {entry.name: entry.policy.config.to_dict() for entry in entries if isinstance(entry, Entry)}
+    details = {entry.name: {"config": configs.get(entry.name), **asdict(results[entry.name])} for entry in entries}
     return {**about, "rows": rows(entries, results), "evaluations": details}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import dense
+from .baselines import Baseline
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,30 @@ class Throughput:
     speedup: float
 
 
-def measure(model: nn.Module, images: Tensor, *, rounds: int = 9, warmup: int = 1, seconds: float = 20.0) -> Throughput:
-    """Time an attached model on one batch [B, C, H, W], dense and reduced in turns.
+def measure(
+    model: nn.Module,
+    images: Tensor,
+    baseline: Baseline | None = None,
+    *,
+    rounds: int = 9,
+    warmup: int = 1,
+    seconds: float = 20.0,
+) -> Throughput:
+    """Time an attached model on one batch [B, C, H, W], dense and reduced, or a baseline in its place, in turns.
 
     Stops after `rounds` turns, or after 3 once `seconds` are over.
 
     The caller has put the model in evaluation mode, where gradients, autocast and the device are as deployed.
     """
     times: dict[bool, list[float]] = {True: [], False: []}
+    reduced = (lambda: model(images)) if baseline is None else partial(baseline.run, baseline.prepared(images))
     start = perf_counter()
     for turn in range(warmup + rounds):
         if turn >= warmup + 3 and perf_counter() - start > seconds:
             break
-        for plain in (True, False):
-            with dense() if plain else nullcontext():
-                times[plain].append(_seconds(lambda: model(images), images.device))
+        with dense():
+            times[True].append(_seconds(lambda: model(images), images.device))
+        times[False].append(_seconds(reduced, images.device))
     slow, fast = times[True][warmup:], times[False][warmup:]
     return Throughput(
         batch_size=len(images),
@@ -55,7 +65,7 @@ def measure(model: nn.Module, images: Tensor, *, rounds: int = 9, warmup: int = 
     )
 
 
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     _wait(device)
     start = perf_counter()
     call()

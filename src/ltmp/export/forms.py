@@ -110,21 +110,32 @@ class _State:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Tokens of a block on their way through its steps, padded: x [B, N, C], metric [B, N, D], the others [B, N]."""
+    """Tokens of a block on their way through its steps, padded: x [B, N, C], metric [B, N, D], the others [B, N].
+
+    `keep` is None where every place holds a token that stays.
+    """
 
     x: Tensor
     size: Tensor
     origin: Tensor
-    keep: Tensor
+    keep: Tensor | None
     importance: Tensor | None
     merge_penalty: Tensor | None
     metric: Tensor | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Scored:
         """Every tensor changed alike."""
-        maybe = (self.importance, self.merge_penalty, self.metric)
+        maybe = (self.keep, self.importance, self.merge_penalty, self.metric)
         some = (None if values is None else change(values) for values in maybe)
-        return _Scored(*(change(values) for values in (self.x, self.size, self.origin, self.keep)), *some)
+        return _Scored(*(change(values) for values in (self.x, self.size, self.origin)), *some)
+
+    def kept(self, where: Tensor) -> _Scored:
+        """Only those `where` it is true, bool [B, N]."""
+        return replace(self, keep=where if self.keep is None else self.keep & where)
+
+    def places(self) -> Tensor:
+        """bool [B, N], `keep`."""
+        return torch.ones_like(self.size, dtype=torch.bool) if self.keep is None else self.keep
 
     def at(self, index: Tensor) -> _Scored:
         """Only the places `index`, the same of each image."""
@@ -139,7 +150,7 @@ class _Scored:
             torch.cat([self.x, other.x], 1),
             torch.cat([self.size, other.size], 1),
             torch.cat([self.origin, other.origin], 1),
-            torch.cat([self.keep, other.keep], 1),
+            torch.cat([self.places(), other.places()], 1),
             importance,
             None,
             None,
@@ -208,7 +219,7 @@ class Form:
         """The steps of block `i` (paper, section 3.2), as `reduction.make_plan` and `fold` have them."""
         layout = state.layout
         scored = _Scored(
-            layout.pad(state.x), state.size, state.origin, _there(state),
+            layout.pad(state.x), state.size, state.origin, layout.live,
             scores.importance, scores.merge_penalty, scores.metric,
         )  # fmt: skip
         for step in steps:
@@ -217,11 +228,11 @@ class Form:
                 continue
             if step is not steps[0]:
                 # parity is taken among those that are left
-                source, layout = self.compact(scored.keep, layout.length)
+                source, layout = self.compact(scored.places(), layout.length)
                 scored = scored.each(partial(_moved, source=source, layout=layout))
-                scored = scored if layout.live is None else replace(scored, keep=layout.live)
+                scored = replace(scored, keep=layout.live)
             scored = (_merge_pairs if mutual else _merge)(scored, self.merge[i], protected)
-        source, layout = self.compact(scored.keep, layout.length)
+        source, layout = self.compact(scored.places(), layout.length)
         size, origin = (_moved(values, source, layout) for values in (scored.size, scored.origin))
         return _State(_rows(scored.x, source), size, origin, layout, state.weighed or "merge" in steps)
 
@@ -299,12 +310,24 @@ def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
 def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Drop what is not above the threshold; see `reduction`."""
     assert scored.importance is not None
-    kept = (scored.importance > threshold) | (scored.origin < protected)
-    if protected == 0:
+    kept = scored.importance > threshold
+    if protected:
+        kept = kept | ~_patches(scored.origin, protected)
+    else:
         # without a class token nothing else would keep an image from losing every token
-        top = scored.importance.masked_fill(~scored.keep, float("-inf")).argmax(1, keepdim=True)
+        top = scored.importance.masked_fill(~scored.places(), float("-inf")).argmax(1, keepdim=True)
         kept = kept | (torch.arange(kept.shape[1], device=kept.device) == top)
-    return replace(scored, keep=scored.keep & kept)
+    return scored.kept(kept)
+
+
+def _patches(origin: Tensor, protected: int) -> Tensor:
+    """bool [B, N], tokens that are no prefix.
+
+    One prefix token needs no `origin`: it is first, and so even, and never moved.
+    """
+    if protected > 1:
+        return origin >= protected
+    return (torch.arange(origin.shape[1], device=origin.device) >= protected).expand(origin.shape[0], -1)
 
 
 def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
@@ -313,32 +336,32 @@ def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
     Returns:
         The evens, then the odds; there are as many odds as evens, the last one not kept where there is none.
     """
-    length = scored.keep.shape[1]
-    evens = 2 * torch.arange((length + 1) // 2, device=scored.keep.device)
+    length = scored.size.shape[1]
+    evens = 2 * torch.arange((length + 1) // 2, device=scored.size.device)
     even, odd = scored.at(evens), scored.at((evens + 1).clamp(max=length - 1))
-    odd = replace(odd, keep=odd.keep & (evens + 1 < length))
+    odd = odd.kept((evens + 1 < length).expand(odd.size.shape[0], -1))
     assert even.metric is not None
     assert odd.metric is not None
-    free_even, free_odd = (side.keep & (side.origin >= protected) for side in (even, odd))
+    free_even = even.kept(_patches(even.origin, protected)).places()
+    # a single prefix token is even
+    free_odd = odd.kept(odd.origin >= protected).places() if protected > 1 else odd.places()
     best, partner = match_halves(even.metric, odd.metric, free_even, free_odd)
     if even.merge_penalty is not None and odd.merge_penalty is not None:
         best = penalise(best, even.merge_penalty, odd.merge_penalty.gather(1, partner))
     moved = best > threshold
     odd = _received(odd, even, (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :])
-    even = replace(even, keep=even.keep & ~moved)
-    return even.then(odd)
+    return even.kept(~moved).then(odd)
 
 
 def _merge_pairs(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Fold the later of each mutual pair above the threshold into the earlier one; see `reduction`."""
     assert scored.metric is not None
-    best, partner = match_mutual(scored.metric, scored.keep & (scored.origin >= protected))
+    best, partner = match_mutual(scored.metric, scored.kept(_patches(scored.origin, protected)).places())
     if scored.merge_penalty is not None:
         best = penalise(best, scored.merge_penalty, scored.merge_penalty.gather(1, partner))
     moved = best > threshold
-    place = torch.arange(scored.keep.shape[1], device=scored.keep.device)
-    after = _received(scored, scored, (partner[:, None, :] == place[:, None]) & moved[:, None, :])
-    return replace(after, keep=scored.keep & ~moved)
+    place = torch.arange(scored.size.shape[1], device=scored.size.device)
+    return _received(scored, scored, (partner[:, None, :] == place[:, None]) & moved[:, None, :]).kept(~moved)
 
 
 def _received(tokens: _Scored, others: _Scored, into: Tensor) -> _Scored:
@@ -357,7 +380,7 @@ def _prefix(origin: Tensor, protected: int) -> Tensor:
     """int64 [B, P], where the prefix tokens lie, in their order of entering."""
     if protected == 1:
         # at place 0, it is even, first and never moved
-        return torch.zeros_like(origin[:, :1])
+        return origin.new_zeros(origin.shape[0], 1)
     wanted = torch.arange(protected, device=origin.device)[:, None]
     return (origin[:, None, :] == wanted).to(torch.int32).argmax(-1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -282,10 +282,26 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     vars(model).update({"ltmp": policy} if holder is not model else {})
     if hasattr(holder, "_keys_to_ignore_on_save"):
         # transformers' save_pretrained writes the model alone, which loads everywhere
-        mine: Any = holder._keys_to_ignore_on_save
-        ignored = {*(mine or ()), *(f"ltmp.{name}" for name in policy.stored())}
-        made.replace(holder, "_keys_to_ignore_on_save", ignored)
+        own: Any = holder._keys_to_ignore_on_save
+        made.replace(holder, "_keys_to_ignore_on_save", IgnoredKeys(own or (), policy))
     return model
+
+
+class IgnoredKeys(Set[str]):
+    """The keys that a host of transformers does not save, and those that the policy has at the time."""
+
+    def __init__(self, own: Iterable[str], policy: Policy) -> None:
+        self.own, self.policy = frozenset(own), policy
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.own
+        yield from (f"ltmp.{name}" for name in self.policy.state_dict())
+
+    def __contains__(self, key: object) -> bool:
+        return any(key == name for name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _take_over(made: Attachment) -> None:
@@ -293,7 +309,7 @@ def _take_over(made: Attachment) -> None:
     body, host, recipe = made.body, made.host, made.recipe
     for i, block in enumerate(body.blocks):
         made.replace(block, "forward", BlockForward(made, i))
-    made.replace(made.owner, recipe.loop, LoopForward(made, recipe.loop))
+    made.replace(made.owner, recipe.loop, LoopForward(made, made.owner, recipe.loop))
     for path, value in recipe.overrides(body).items():
         made.replace(*_place(host, path), value)
     norm = recipe.final_norm(host)

@@ -7,15 +7,17 @@ out. A block of a reduced model that is called by itself has every patch in its 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calls import held
 from ..engines import select
@@ -53,26 +55,38 @@ class Entered:
     engine: Engine | None
 
 
-class LoopForward:
-    """Stands in for the method of a host that runs all of its blocks.
+class StandIn:
+    """Stands in for a method of a module in a host.
 
     Args:
-        blocks: which.
-        method: the name of the method of their owner.
+        blocks: of the host.
+        module: whose method it is.
+        method: its name.
     """
 
-    def __init__(self, blocks: Blocks, method: str) -> None:
-        self.blocks, self.method = blocks, method
+    def __init__(self, blocks: Blocks, module: nn.Module, method: str) -> None:
+        self.blocks, self.module, self.method = blocks, module, method
 
     @property
     def __signature__(self) -> inspect.Signature:
-        owner = self.blocks.owner
-        return inspect.signature(getattr(type(owner), self.method).__get__(owner))
+        return inspect.signature(MethodType(getattr(type(self.module), self.method), self.module))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Part of a copy of the host; a copy of the module alone has its own method again."""
+        if id(self.module) in memo and id(self.blocks.body.host) not in memo:
+            module = memo[id(self.module)]
+            return MethodType(getattr(type(module), self.method), module)
+        made = memo[id(self)] = copy.copy(self)
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+
+class LoopForward(StandIn):
+    """Stands in for the method of a host that runs all of its blocks."""
 
     def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's own method."""
-        owner = self.blocks.owner
-        return getattr(type(owner), self.method)(owner, *args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         body = running_body(self.blocks.body)
@@ -88,20 +102,12 @@ class LoopForward:
             return self._own(args, kwargs)
 
 
-class BlockForward:
-    """Stands in for the forward of one block.
-
-    Args:
-        blocks: whose `i`-th block it is.
-    """
+class BlockForward(StandIn):
+    """Stands in for the forward of the `i`-th block."""
 
     def __init__(self, blocks: Blocks, i: int) -> None:
-        self.blocks, self.i = blocks, i
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        block = self.blocks.body.blocks[self.i]
-        return inspect.signature(type(block).forward.__get__(block))
+        super().__init__(blocks, blocks.body.blocks[i], "forward")
+        self.i = i
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         here = _PASS.get()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..calls import unmerging
 from ..engines.body import Body, running_body
@@ -29,8 +29,8 @@ def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
     Raises:
         LTMPError: none were, so that nobody knows which rows are there: `x` was cut or copied on its way.
     """
-    if hasattr(x, "ltmp_size"):
-        return x.ltmp_size
+    if _has_sizes(x):
+        return x.ltmp_size  # type: ignore[attr-defined]
     if unmerging() or (body is not None and (running_body(body).grid or not running_body(body).reduces())):
         return None
     raise LTMPError(
@@ -41,5 +41,10 @@ def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
 
 def carry_sizes(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the norm between blocks and pooling: sizes go on with the tokens."""
-    if hasattr(inputs[0], "ltmp_size"):
+    if _has_sizes(inputs[0]):
         with_sizes(output, inputs[0].ltmp_size)
+
+
+def _has_sizes(x: Any) -> bool:
+    """Not what torch.fx traces with, which has any attribute and would write the question down."""
+    return hasattr(x, "ltmp_size") and not isinstance(x, fx.Proxy)

@@ -72,13 +72,17 @@ class HeldOut:
     def candidate(self, target: float, text: str = "meeting the budget") -> Candidate:
         """Move the model's thresholds onto the budget and judge them as deployed."""
         self._done = 0
-        share, looks = self.meet_budget(target)
-        loss = self.loss()
-        thresholds = thresholds_of(self.model)
-        values = (thresholds.merge.detach().cpu().clone(), thresholds.prune.detach().cpu().clone())
+        found = self.judged(*self.meet_budget(target))
         if self.progress is not None:
             self.progress(self._most, self._most, text)
-        return Candidate(*values, share, loss, looks + 1)
+        return found
+
+    def judged(self, share: float | None = None, looks: int = 1) -> Candidate:
+        """The model's thresholds as they are, whose share is looked at unless it is known."""
+        share = self.share() if share is None else share
+        thresholds = thresholds_of(self.model)
+        values = (thresholds.merge.detach().cpu().clone(), thresholds.prune.detach().cpu().clone())
+        return Candidate(*values, share, self.loss(), looks + 1)
 
     @torch.inference_mode()
     def share(self) -> float:

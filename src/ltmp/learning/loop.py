@@ -25,6 +25,7 @@ from .log import Journal
 from .objective import Distribution, Objective, distribution_of, teacher
 from .optimiser import Step, ThresholdOptimiser
 from .options import LearnOptions, LearnSettings, with_keywords
+from .paper import PaperOptimiser, linear_gradients, set_start
 from .probe import learn_probe
 from .progress import Progress, telling
 from .randomness import preserved_random_state
@@ -38,12 +39,16 @@ CALIBRATED = 128
 """Images that the calibrated start is taken from; the budget is met on all that are kept apart."""
 
 
+_LEARNED_WITH = ("recipe", "views", "accumulate", "lr", "distill", "budget_weight")
+
+
 @dataclass(frozen=True)
 class LearnResult:
     """How a run ended.
 
     Attributes:
         target: the share asked for; share: the share deployed, on the images kept apart.
+        trained_share: of the last tenth of the steps, on their images; None where there were none.
         views: images looked at, calibration and final adjustment included.
         seconds: wall time of this process.
         history: one entry an optimisation step.
@@ -59,6 +64,12 @@ class LearnResult:
     history: list[Step] = field(default_factory=list)
     tuned: bool = False
     distribution: Distribution = "categorical"
+
+    @property
+    def trained_share(self) -> float | None:
+        """See the class."""
+        last = self.history[-max(1, len(self.history) // 10) :]
+        return sum(step.share for step in last) / len(last) if last else None
 
 
 @with_keywords(LearnOptions)
@@ -87,6 +98,10 @@ def learn(
             run resumes exactly where the loader gives the same batches again. Labels are class numbers [B]; [B, K] of
             0 and 1 for multi-label heads, whose outputs, like a single logit, are then compared one by one.
         target: share of the dense model's multiply-adds, in (0, 1).
+        recipe: `ltmp`, as above, or `paper`, the paper's own training, for comparisons: SGD from a fixed start (merge
+            0.9, prune 0), no calibration, label smoothing, and the thresholds of the last step with whatever share they
+            have when deployed. Attach with `LTMPConfig(tau=0.5)`, take batches of 128 and augmented images, and look at
+            each image once, as `ltmp learn --recipe paper` does.
         views: images to optimise on, 0 for the calibrated start alone; calibration and the final adjustment add at most
             `23 * calibration`, and a probe, where the scores ask for one, at most 512.
         accumulate: batches an optimisation step.
@@ -155,7 +170,8 @@ class _Job:
         self.distribution = distribution_of(model, teacher(model, self.images[:1]), labels)
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
-        self.run = ThresholdOptimiser(self.thresholds, options.lr, steps=steps)
+        optimiser = PaperOptimiser if options.paper else ThresholdOptimiser
+        self.run = optimiser(self.thresholds, options.lr, steps=steps)
         # the teacher: weights that train are no longer those of the model as it was
         self.original = model if options.tuning is None else copy.deepcopy(model).requires_grad_(False)
         self.cast = options.cast(place)
@@ -178,7 +194,7 @@ class _Job:
         options, config = self.options, self.thresholds.config
         return {
             "target": self.target,
-            **{name: getattr(options, name) for name in ("views", "accumulate", "lr", "distill", "budget_weight")},
+            **{name: getattr(options, name) for name in _LEARNED_WITH},
             "batch": self.batch * world(),
             "calibrate": len(self.images),
             "seed": options.seed,
@@ -199,20 +215,29 @@ class _Job:
                 self.seen.add_keys(state["seen"])
         else:
             with self.cast:
-                # all of them are in memory at once, and 128 images have some 10,000 scores a block
-                calibrate(self.model, self.images[:CALIBRATED], self.target)
-                # ranks on unlike hardware may round unlike
-                self.thresholds.set(*exchange((self.thresholds.merge.tolist(), self.thresholds.prune.tolist()))[0])
-                run.begin(self.held_out.candidate(self.target))
+                run.begin(self._start())
                 self.journal.deployed(0, run.start)
         torch.manual_seed(options.seed + run.step)
         self.objective = Objective(
-            self.model, self.target, options.budget_weight, options.labels, self.original, self.cast, self.distribution
-        )
-        kept = 0 if options.tuning is None else -(-apart(self.loader, len(self.images)) // self.batch)
+            self.model, self.target, options.budget_weight, options.labels, self.original, self.cast,
+            self.distribution, options.smoothing,
+        )  # fmt: skip
+        trains = options.tuning is None and not options.paper
+        kept = 0 if trains else -(-apart(self.loader, len(self.images)) // self.batch)
         batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
         self.batches = self.seen.watch(batches)
         return state
+
+    def _start(self) -> Candidate:
+        """Thresholds to start from: calibrated and on budget, or the paper's."""
+        if self.options.paper:
+            set_start(self.thresholds)
+            return self.held_out.judged()
+        # all of them are in memory at once, and 128 images have some 10,000 scores a block
+        calibrate(self.model, self.images[:CALIBRATED], self.target)
+        # ranks on unlike hardware may round unlike
+        self.thresholds.set(*exchange((self.thresholds.merge.tolist(), self.thresholds.prune.tolist()))[0])
+        return self.held_out.candidate(self.target)
 
     def optimise(self, weights: Weights | None, state: dict[str, Any] | None) -> None:
         """Take the steps that are left, and save where asked, at the latest when it is stopped."""
@@ -221,7 +246,7 @@ class _Job:
                 weights.restore(state["tuned"])
         self.run.complete(weights)
         try:
-            with _learning(self.thresholds):
+            with _learning(self.thresholds), linear_gradients(self.thresholds, self.options.paper):
                 while self.run.step < self.run.steps:
                     self._step(weights)
         except (KeyboardInterrupt, LostRankError):
@@ -259,7 +284,9 @@ class _Job:
         if weights is not None:
             weights.fold()
         with self.cast:
-            learned = self.held_out.candidate(self.target)
+            learned = self.held_out.judged() if self.options.paper else self.held_out.candidate(self.target)
+        if self.options.paper:
+            return learned, start.looks + learned.looks
         # single batches are noisy, and the calibrated start is good: learning must not end behind it
         best = min(learned, start, key=lambda candidate: candidate.loss)
         if weights is not None and best is not learned:
@@ -303,12 +330,11 @@ def _only(model: nn.Module, thresholds: Thresholds) -> Iterator[None]:
 @contextmanager
 def _learning(thresholds: Thresholds) -> Iterator[None]:
     """Masked form inside, with gradients to the thresholds; the host stays in eval mode, without dropout."""
-    trained = {parameter: parameter.requires_grad for parameter in thresholds.parameters()}
+    before = thresholds.trains
     thresholds.train().requires_grad_(True)
     try:
         yield
     finally:
-        thresholds.eval()
-        for parameter, before in trained.items():
+        thresholds.eval().requires_grad_(before)
+        for parameter in thresholds.parameters():
             parameter.grad = None
-            parameter.requires_grad_(before)

@@ -62,7 +62,7 @@ def teacher(model: nn.Module, images: Tensor) -> Tensor:
 
 def task_loss(
     logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float = 0.0,
-    distribution: Distribution = "categorical",
+    distribution: Distribution = "categorical", smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Loss of each image: divergence from the dense model's answer, cross-entropy with its label, or a mixture.
 
@@ -72,6 +72,7 @@ def task_loss(
         taught: [B, K] logits of the dense model, or None.
         part: weight of the cross-entropy, in [0, 1].
         distribution: of the answers; losses of independent outputs are summed.
+        smoothing: share of a label that is spread over all classes.
 
     Returns:
         float32 [B].
@@ -90,7 +91,7 @@ def task_loss(
                 "the batches have no labels to learn from: give (images, labels), or a dict with labels, or learn from "
                 "the dense model's answers (distill=True, --distill)"
             )
-        loss = loss + part * _cross_entropy(logits, labels, distribution)
+        loss = loss + part * _cross_entropy(logits, labels, distribution, smoothing)
     return loss
 
 
@@ -106,7 +107,7 @@ def _divergence(logits: Tensor, taught: Tensor, distribution: Distribution) -> T
     return found.sum(-1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, distribution: Distribution) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, distribution: Distribution, smoothing: float) -> Tensor:
     """[B], cross-entropy of the answers `logits` with the labels."""
     if distribution == "bernoulli":
         wanted = labels[:, None] if labels.ndim == 1 and logits.shape[1] == 1 else labels
@@ -121,7 +122,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor, distribution: Distribution) -
             f"labels {list(labels.shape)} for {logits.shape[1]} classes: expected the number of a class for each "
             "image, or a probability for each class"
         )
-    return F.cross_entropy(logits, labels.long() if labels.ndim == 1 else labels.float(), reduction="none")
+    wanted = labels.long() if labels.ndim == 1 else labels.float()
+    return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Objective:
         taught_by: the model that gives those, with nothing removed.
         cast: autocast of the forward passes.
         distribution: of the model's answers.
+        smoothing: of labels that are class numbers.
     """
 
     model: nn.Module
@@ -142,6 +145,7 @@ class Objective:
     taught_by: nn.Module
     cast: AbstractContextManager[Any]
     distribution: Distribution = "categorical"
+    smoothing: float = 0.0
 
     def gradients(
         self, batches: Iterator[tuple[Tensor, Tensor | None]], count: int
@@ -164,7 +168,7 @@ class Objective:
                 with record() as calls:
                     logits = answers_in(self.model(images))
             share = mean(calls.share())
-            task = mean(task_loss(logits, labels, taught, self.labels, self.distribution))
+            task = mean(task_loss(logits, labels, taught, self.labels, self.distribution, self.smoothing))
             loss = task + budget_loss(share, self.target, self.budget_weight)
             if not loss.isfinite():
                 raise LTMPError(

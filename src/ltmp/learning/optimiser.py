@@ -52,10 +52,10 @@ class ThresholdOptimiser:
         self.mean = {name: torch.zeros_like(value) for name, value in self.latent.items()}
         # Adam's steps are all of one size at first: a short run takes smaller ones, or it would end in their noise
         lr *= min(1.0, math.sqrt(max(1, steps) / self.FULL_RUN))
-        self.optimizer = torch.optim.Adam(
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
             [{"params": [self.latent[name]], "lr": lr * self.RATES[name]} for name in self.names], betas=(0.9, 0.99)
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+        self.schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             [group["lr"] for group in self.optimizer.param_groups],
             total_steps=steps + 1,
@@ -68,11 +68,10 @@ class ThresholdOptimiser:
         self.completed: dict[str, Any] = {}
 
     def begin(self, start: Candidate) -> None:
-        """Take the thresholds as they are: those of the calibrated `start`."""
+        """Take the thresholds as they are: those of `start`."""
         self.start = start
         for name, latent in self.latent.items():
-            value = getattr(self.thresholds, name).data
-            latent.copy_(value.clamp_min(1e-6).log() if name == "prune" else value)
+            latent.copy_(self.to_latent(name, getattr(self.thresholds, name).data))
 
     def update(self) -> None:
         """One step of the optimiser from the gradients that the thresholds hold; without any, they wait."""
@@ -82,11 +81,7 @@ class ThresholdOptimiser:
             if threshold.grad is None:
                 continue
             moved = True
-            if name == "prune":
-                # a threshold of 1 drops all there is, on purpose (see calibrate): it stays
-                latent.grad = threshold.grad * threshold.data * (threshold.data < 1)
-            else:
-                latent.grad = threshold.grad
+            latent.grad = self.gradient(name, threshold)
             threshold.grad = None
         if moved:
             self.optimizer.step()
@@ -104,8 +99,23 @@ class ThresholdOptimiser:
 
     def write(self, latent: dict[str, Tensor]) -> None:
         for name, value in latent.items():
-            plain = value.exp().clamp(max=1) if name == "prune" else value.clamp(-1, 1)
-            getattr(self.thresholds, name).data.copy_(plain)
+            getattr(self.thresholds, name).data.copy_(self.to_threshold(name, value))
+
+    def to_latent(self, name: str, threshold: Tensor) -> Tensor:
+        """The number [L] that is optimised, from the threshold."""
+        return threshold.clamp_min(1e-6).log() if name == "prune" else threshold
+
+    def to_threshold(self, name: str, latent: Tensor) -> Tensor:
+        """The threshold [L] from the number that is optimised."""
+        return latent.exp().clamp(max=1) if name == "prune" else latent.clamp(-1, 1)
+
+    def gradient(self, name: str, threshold: Tensor) -> Tensor:
+        """Gradient [L] of the number that is optimised, from that of the threshold."""
+        assert threshold.grad is not None
+        if name == "prune":
+            # a threshold of 1 drops all there is, on purpose (see calibrate): it stays
+            return threshold.grad * threshold.data * (threshold.data < 1)
+        return threshold.grad
 
     def state(self) -> dict[str, Any]:
         return {

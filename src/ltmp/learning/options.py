@@ -17,10 +17,13 @@ from ..errors import UsageError
 from ..method.thresholds import Thresholds
 from .log import Logger
 from .optimiser import Step
+from .paper import SMOOTHING
 from .progress import Progress
 from .resume import load_run, save_run, subject
 from .weights import Tuning
 
+RECIPES = ("ltmp", "paper")
+"""See `ltmp.learn`."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -39,6 +42,7 @@ class RunSettings(TypedDict, total=False):
 class LearnSettings(RunSettings, total=False):
     """Keywords of `ltmp.learn`."""
 
+    recipe: str
     accumulate: int
     lr: float
     distill: bool
@@ -95,6 +99,7 @@ class LearnOptions(LoopOptions):
     """Settings of `ltmp.learn`."""
 
     views: int = 16_000
+    recipe: str = "ltmp"
     accumulate: int = 1
     lr: float = 1.0
     distill: bool = False
@@ -107,6 +112,22 @@ class LearnOptions(LoopOptions):
     def __post_init__(self) -> None:
         if self.views < 0 or self.accumulate < 1 or self.calibration < 2:
             raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
+        if self.recipe not in RECIPES:
+            raise UsageError(f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}")
+        if self.paper and (self.distill or self.tuning is not None):
+            raise UsageError("the paper's recipe learns thresholds alone, from labels: leave out distill and tuning")
+        if self.paper and not self.views:
+            raise UsageError("the paper's recipe has no calibrated start: give it views, one epoch in the paper")
+
+    @property
+    def paper(self) -> bool:
+        """Whether thresholds are learned by the paper's own training; see `learning.paper`."""
+        return self.recipe == "paper"
+
+    @property
+    def smoothing(self) -> float:
+        """Of labels."""
+        return SMOOTHING if self.paper else 0.0
 
     @property
     def labels(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from ..errors import LTMPError, UsageError
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
+
+P = TypeVar("P", bound="Policy")
 
 
 class Policy(nn.Module, ABC):
@@ -28,14 +30,16 @@ class Policy(nn.Module, ABC):
     def masks(self) -> bool:
         """Whether gradients are to reach the decisions, so that tokens are masked instead of removed.
 
-        So it is in train mode where a threshold requires a gradient; attaching leaves them frozen.
+        So it is in train mode once somebody asked for it by `requires_grad_` of the policy. Unfreezing a whole model by
+        `model.requires_grad_(True)` does not ask: thresholds get no gradient, and optimisers leave them alone.
         """
-        return self.training and any(parameter.requires_grad for parameter in self.parameters())
+        return self.training and self.trains and any(parameter.requires_grad for parameter in self.parameters())
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__()
         self.config = config
         self.depth = depth
+        self.trains = False
         # what `ltmp.save` says of these thresholds, see `ltmp.describe`
         self.noted: Any = None
         # the forms of `tokens` that the host can take, its default first; set by `attach`
@@ -55,6 +59,11 @@ class Policy(nn.Module, ABC):
         if form not in self.forms:
             raise UsageError(f"tokens={form!r} does not suit this host: expected {' or '.join(map(repr, self.forms))}")
         self.config = replace(self.config, tokens=form)
+
+    def requires_grad_(self: P, requires_grad: bool = True) -> P:
+        """Train the thresholds, or freeze them again."""
+        self.trains = requires_grad
+        return super().requires_grad_(requires_grad)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by `torch.jit.script`, which compiles the code of a host and sees nothing that stands in for it."""
@@ -108,9 +117,14 @@ class Policy(nn.Module, ABC):
         """
         return None
 
-    def stored(self) -> tuple[str, ...]:
-        """Names of all that its state dict may hold."""
-        return tuple(self.state_dict())
+    def facts(self) -> dict[str, Any]:
+        """Settings for its repr, with the noted target and measured share."""
+        noted = None if self.noted is None else self.noted.held(self)
+        known = {"depth": self.depth, "target": noted and noted.target, "share": noted and noted.share}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.config.variant, *(f"{name}={_short(value)}" for name, value in self.facts().items())])
 
     @property
     def bounded(self) -> bool:
@@ -148,3 +162,7 @@ def rank(score: Tensor, free: Tensor) -> Tensor:
     order = score.masked_fill(~free, float("-inf")).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(score.shape[1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place).masked_fill_(~free, score.shape[1])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("'", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,8 @@ class Rates(Policy):
             return (free & (rank(score, free) < removed)).to(score.dtype)
         return (rank(-score, free) >= removed).to(score.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{self.config.variant}, r={self.config.r}, depth={self.depth}"
+    def facts(self) -> dict[str, Any]:
+        return {"r": self.config.r, **super().facts()}
 
 
 def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate, ...]:

@@ -6,7 +6,6 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -74,6 +73,8 @@ class Thresholds(Policy):
     """
 
     probe: Tensor | None
+    log_prune = True
+    """Whether the prune decision's gradient is taken in log space; not in the paper's own training."""
     seen: Seen | None = None
     certificate: Certificate | None = None
 
@@ -208,14 +209,9 @@ class Thresholds(Policy):
 
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         """1 above the block's threshold, else 0."""
-        if step == "merge":
-            return over(score, self.merge[block], self.config.tau)
+        if step == "merge" or not self.log_prune:
+            return over(score, getattr(self, step)[block], self.config.tau)
         return log_over(score, self.prune[block], PRUNE_TAU)
-
-    def stored(self) -> tuple[str, ...]:
-        """See `Policy.stored`."""
-        dial = (f"{PREFIX}{field.name}" for field in fields(Dial))
-        return ("merge", "prune", "probe", *dial)
 
     def pruned_whole(self) -> Tensor:
         """No mean of attention weights is above 1."""
@@ -245,6 +241,16 @@ class Thresholds(Policy):
 
     def _look(self) -> Answers:
         """The values of `active` and `prunes_all`, cached while the thresholds stay the same."""
+        return self._constant() if torch.compiler.is_exporting() else self._look_now()
+
+    def _constant(self) -> Answers:
+        """`_look_now`, which `torch.export(strict=True)` calls and does not trace."""
+        return self._look_now()
+
+    # what torch.compiler.assume_constant_result does, which would import the compiler
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _look_now(self) -> Answers:
         # not as attributes, which tracers replace
         both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
         if not all(type(p) is nn.Parameter and not p.is_meta for p in both):
@@ -307,5 +313,20 @@ class Thresholds(Policy):
         rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def extra_repr(self) -> str:
-        return f"{self.config.variant}, depth={self.depth}"
+    def facts(self) -> dict[str, Any]:
+        """With the scores, and the dial's budget and mean tokens after each block."""
+        known = {"scores": self.config.scores.name or "custom", **super().facts()}
+        if self.dial is None or self.merge.is_meta:
+            return known
+        known["dial"] = f"{self.dial.lowest:.3g} to {self.dial.highest:.3g}"
+        budget = self.budget
+        if budget is not None:
+            known["budget"] = budget
+        tokens = self.kept()
+        return known if tokens is None else {**known, "tokens": [round(count) for count in tokens]}
+
+    def kept(self) -> list[float] | None:
+        """Mean tokens after each block at the dial's budget; None without a budget, and where all is off."""
+        budget = self.budget
+        known = self.dial is not None and budget not in (None, 1)
+        return self.dial.kept_at(budget).tolist() if known else None  # type: ignore[union-attr,arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import Broken
 from ..data.dataset import Transform
 from ..data.images import decode, reason
-from ..data.tars import read_content
+from ..data.tars import open_content
 from ..data.workers import handed_over, received, start_worker
 from .shards import Item, Shard
 
@@ -76,7 +75,8 @@ class Decoder(Dataset):
         if isinstance(item, End) or isinstance(item.content, Broken):
             return item if isinstance(item, End) else (item, item.content)
         try:
-            return item, self.transform(decode(BytesIO(read_content(item.content)), self.mode))
+            with open_content(item.content) as file:
+                return item, self.transform(decode(file, self.mode))
         # Decoders fail in many ways on damaged bytes; each means that this image cannot be read.
         except Exception as error:
             return item, Broken(item.key, reason(error))

@@ -40,6 +40,7 @@ class Budget:
         images: what became of each image, None where only the figures are known.
         merge, prune: thresholds a block, None where there are none, or they are not known.
         about: what the thresholds file says of itself.
+        left: index of an evaluated image to a picture of what the last blocks see of it; see `gallery.with_left`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Budget:
     merge: Sequence[float] | None = None
     prune: Sequence[float] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[int, Image.Image] = field(default_factory=dict)
 
     def measured(self) -> list[Measured]:
         """The dense model and this budget."""

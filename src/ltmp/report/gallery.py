@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from ..deploy import Deployment
+from ..visualize import paint_last, see
 from .changes import Changes
 from .collect import Budget, Report
 
@@ -29,16 +31,36 @@ class GalleryImage:
         source: a data URI.
         name: where the image is from.
         lines: what is written below.
+        left: another data URI, of what is left of the image; empty where nobody looked.
     """
 
     source: str
     name: str
     lines: Sequence[str]
+    left: str = ""
 
 
 def row_length(budgets: int) -> int:
-    """How many thumbnails a row may have where each of `budgets` budgets has three rows."""
-    return max(1, min(MOST, ALL // (3 * max(1, budgets))))
+    """How many thumbnails a row may have where each of `budgets` budgets has three rows, two of them twice."""
+    return max(1, min(MOST, ALL // (5 * max(1, budgets))))
+
+
+def with_left(deployment: Deployment, budget: Budget, picture: Callable[[int], Image.Image]) -> Budget:
+    """The budget with pictures of what is left of its cheapest and its costliest images.
+
+    Args:
+        deployment: the model with this budget's thresholds.
+        picture: index of an evaluated image to the image.
+    """
+    if budget.images is None:
+        return budget
+    order = budget.images.share.argsort(stable=True).tolist()
+    found = {}
+    for index in {*order[:MOST], *order[-MOST:]}:
+        image = picture(index)
+        (seen,) = see(deployment.model, deployment.prepare(image)[None].to(deployment.device))
+        found[index] = paint_last(deployment.view(image, 2 * SIDE), seen, 2 * SIDE)
+    return replace(budget, left=found)
 
 
 def by_cost(report: Report, budget: Budget, count: int, *, costliest: bool) -> list[GalleryImage]:
@@ -47,7 +69,7 @@ def by_cost(report: Report, budget: Budget, count: int, *, costliest: bool) -> l
         return []
     order = budget.images.share.argsort(descending=costliest, stable=True)[:count].tolist()
     lines = {index: [f"share {budget.images.share[index]:.2f}", _label(report, budget, index)] for index in order}
-    return _show(report, lines)
+    return _show(report, lines, budget)
 
 
 def flipped(report: Report, budget: Budget, changes: Changes, count: int) -> list[GalleryImage]:
@@ -78,10 +100,15 @@ def _label(report: Report, budget: Budget, index: int) -> str:
     return f"is {class_name(report, label)}" if label >= 0 else ""
 
 
-def _show(report: Report, lines: dict[int, list[str]]) -> list[GalleryImage]:
+def _show(report: Report, lines: dict[int, list[str]], budget: Budget | None = None) -> list[GalleryImage]:
+    """Thumbnails, where a budget is given with what it leaves of them."""
     if report.picture is None:
         return []
-    return [GalleryImage(thumbnail(report.picture(i)), report.image_name(i), text) for i, text in lines.items()]
+    left = {} if budget is None else budget.left
+    return [
+        GalleryImage(thumbnail(report.picture(i)), report.image_name(i), text, thumbnail(left[i]) if i in left else "")
+        for i, text in lines.items()
+    ]
 
 
 def thumbnail(image: Image.Image) -> str:

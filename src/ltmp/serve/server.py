@@ -26,6 +26,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         LTMPError: the address is not this machine's, or is taken.
     """
+    bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -33,6 +34,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.listen()
     except (OSError, OverflowError) as error:
+        if bound is not None:
+            bound.close()
         why = getattr(error, "strerror", None) or error
         raise LTMPError(f"cannot listen on {host} port {port}: {why}; choose another --host or --port") from error
     return bound

@@ -8,5 +8,6 @@ from .groups import see as see
 from .overlay import paint_groups as paint_groups
 from .pictures import figure as figure
 from .pictures import frames as frames
+from .pictures import paint_last as paint_last
 from .pictures import panel as panel
 from .pictures import strip as strip

@@ -50,6 +50,9 @@ def plot_methods(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         panel.plot([dense[key]], [dense[value]], "o", color="grey", label="dense")
         for method in dict.fromkeys(row["method"] for row in rows[1:]):
             points = sorted((row[key], row[value]) for row in rows[1:] if row["method"] == method)
+            if key == "share":
+                # with nothing to remove each method is the dense model
+                points.append((dense[key], dense[value]))
             panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
         panel.set(xlabel=label, ylabel="top-1 accuracy (%)" if value == "top1" else "agreement with dense (%)")
         panel.grid(alpha=0.3)

@@ -31,6 +31,12 @@ def panel(image: Tensor, seen: ReducedView, block: int | None, width: int = 224)
     return _titled(_to_pil(_painted(image, seen, block, width)), text, _text_size(width))
 
 
+def paint_last(image: Tensor, seen: ReducedView, width: int = 224) -> Image.Image:
+    """The image as the last block with patches leaves it, without words."""
+    shown = seen.shown_blocks()
+    return _to_pil(_painted(image, seen, shown[-1] if shown else None, width))
+
+
 def strip(image: Tensor, budgets: Budgets, blocks: Sequence[int] | None = None, width: int = 224) -> Image.Image:
     """One row of pictures a budget: the image, and what some blocks leave of it.
 

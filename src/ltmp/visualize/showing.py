@@ -120,7 +120,7 @@ def _answers(deployment: Deployment, image: torch.Tensor) -> str:
         (deployment.name(int(chances.argmax())), chances.max().item())
         for chances in (logits[0].softmax(-1) for logits in answers)
     )
-    return f"dense {first} {before:.0%} → reduced {second} {after:.0%}"
+    return f"dense {first} {before:.0%} -> reduced {second} {after:.0%}"
 
 
 def named_budgets(thresholds: Sequence[Path], budgets: Sequence[float] = ()) -> dict[str, tuple[Path, float | None]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,9 +61,10 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
     if kernels:
         raise UsageError(f"{source} computes attention by code from {kernels}: no code of a model is loaded")
     try:
-        model, report = AutoModelForImageClassification.from_pretrained(
-            source, **{"dtype": torch.float32, **kwargs}, **_SAFE, output_loading_info=True
-        )
+        with quiet_in_logs():
+            model, report = AutoModelForImageClassification.from_pretrained(
+                source, **{"dtype": torch.float32, **kwargs}, **_SAFE, output_loading_info=True
+            )
     except Exception as error:  # the network, the hub, the files and the config fail each in their own way
         raise _unavailable("model", source, error) from error
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
@@ -89,15 +93,38 @@ def save_classifier(model: Any, state: dict[str, Tensor], folder: str | os.PathL
     """Write a model with these weights, and its image processor, as `hf:FOLDER` reads them.
 
     Raises:
-        LTMPError: the folder cannot be written.
+        LTMPError: the folder cannot be written, or nobody knows the model's image processor.
     """
     from transformers import AutoImageProcessor
 
+    source = model.config.name_or_path
+    if not source:
+        raise LTMPError(
+            "this model does not say where its image processor is, without which nobody can read images for it: "
+            "save_pretrained both into one folder, and load the model from there"
+        )
     try:
-        model.save_pretrained(folder, state_dict=state)
-        AutoImageProcessor.from_pretrained(model.config.name_or_path, trust_remote_code=False).save_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        with quiet_in_logs():
+            model.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
     except OSError as error:
         raise LTMPError(f"cannot save the model in {folder}: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet_in_logs() -> Iterator[None]:
+    """No progress bars of transformers inside, where stderr is a file or a pipe and no bar can move."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def is_of_transformers(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from .groups import OUTPUT as OUTPUT
 from .groups import RUN as RUN
 from .groups import option as option
 from .groups import verb as verb
+from .model import AgainstOptions as AgainstOptions
 from .model import ModelOptions as ModelOptions
 from .model import NamedModel as NamedModel
 from .model import ReducedModel as ReducedModel

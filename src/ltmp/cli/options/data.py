@@ -69,26 +69,30 @@ class DataOptions(PreprocessingOptions, Source):
         shuffle: bool = False,
         seed: int = 0,
         limit: int | None = None,
+        augment: bool = False,
+        evenly: bool = True,
     ) -> Loader:
         """Batches of `source` as `model` takes them, after checking that its classes fit the head.
 
-        With a `limit`, images of all classes alike; where the source streams, whoever reads it has to count.
+        With a `limit`, a sample of the images, of all classes alike if `evenly`. With `augment`, cropped, flipped and
+        coloured at random.
         """
-        from ...data import Images, check_classes, eval_transform, image_mode, make_loader, open_dataset
+        from ...data import check_classes, image_mode, make_loader, open_dataset, transforms
         from ...data.sample import sampled
 
+        prepare = transforms.train_transform if augment else transforms.eval_transform
         dataset = open_dataset(
             source,
             split=split,
-            transform=eval_transform(model, **self.transform),
+            transform=prepare(model, **self.transform),
             mode=image_mode(model),
             labelled=labelled,
             class_map=self.class_map,
             root=self.data_root,
         )
         check_classes(dataset, int(getattr(model, "num_classes", 0)), self.class_map)
-        if limit is not None and isinstance(dataset, Images):
-            dataset = sampled(dataset, limit)
+        if limit is not None:
+            dataset = sampled(dataset, limit, evenly=evenly)
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )
@@ -109,15 +113,18 @@ class LearningData(GivenData):
 
     limit: Limit = None
 
-    def open_both(self, model: nn.Module, *, labelled: bool, seed: int, check: bool) -> tuple[Loader, Loader | None]:
+    def open_both(
+        self, model: nn.Module, *, labelled: bool, seed: int, check: bool, augment: bool = False
+    ) -> tuple[Loader, Loader | None]:
         """Images to learn from, shuffled, and with `check` others to report on, where there are any.
 
         Raises:
             LTMPError: they are not of the same classes.
         """
         learned = self.open(
-            self.data, model, split=self.split or "train", labelled=labelled, shuffle=True, seed=seed, limit=self.limit
-        )
+            self.data, model, split=self.split or "train", labelled=labelled, shuffle=True, seed=seed,
+            limit=self.limit, augment=augment,
+        )  # fmt: skip
         source = self.val
         if source is None and any((Path(self.data) / name).is_dir() for name in ("val", "validation")):
             source = self.data

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
+from ...locate import BUNDLE
 from .groups import MODEL, option
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ...bundle import Bundle
+    from ...evaluate.baselines import Baseline
 
 Name = Annotated[
     str,
@@ -53,6 +55,31 @@ class ModelOptions:
         from ...bundle import Bundle
 
         return Bundle("", About()) if self.source is None else Bundle.open(self.source, budget=budget)
+
+    def again(self, thresholds: Path | None, weights: Path | None = None) -> list[object]:
+        """How the next verb gets this model: the thresholds' file says the rest.
+
+        Args:
+            weights: those that were tuned, in place of the model's own.
+        """
+        from ...zoo.build import brings_weights
+
+        words: list[object] = [] if thresholds is None else ["--thresholds", thresholds]
+        name: str | None = getattr(self, "model", None)
+        if weights is not None and weights.is_dir():
+            return [*words, "--model", f"hf:{weights}"]
+        if name is not None and (thresholds is None or brings_weights(name)):
+            words += ["--model", name]
+        given = weights or self.weights
+        return [*words, *(["--weights", given] if given else ["--pretrained"] if self.pretrained else [])]
+
+    def deploy(self, thresholds: Path, weights: Path | None = None, budget: float | None = None) -> list[object]:
+        """The command that comes after thresholds are known to be good: pack them, or serve what is packed."""
+        at: list[object] = [] if budget is None else ["--budget", f"{budget:g}"]
+        if (thresholds / BUNDLE).is_file():
+            return ["ltmp", "serve", *self.again(thresholds, weights), *at]
+        folder = thresholds.parent if thresholds.is_file() else thresholds
+        return ["ltmp", "pack", folder / "bundle", *self.again(thresholds, weights), *at]
 
     def has_weights(self, name: str, bundle: Bundle) -> bool:
         """Whether the model gets weights of its own, or else random ones."""
@@ -103,6 +130,49 @@ class ReducedModel(SavedModel):
     def name(self, budget: float | None = None) -> str:
         """The model's name; refuses a budget that the thresholds cannot be set to."""
         return self.model or name_in(self.thresholds, budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstOptions:
+    """Another model to compare with, such as a smaller one."""
+
+    against: Annotated[
+        str | None, option("A smaller model to compare with, a name like --model; it takes the same images.", MODEL)
+    ] = None
+    against_weights: Annotated[Path | None, option("Its checkpoint; default: like those of --model.", MODEL)] = None
+
+    def baselines(
+        self, network: nn.Module, images: Tensor, sizes: Iterable[int] = (), *, pretrained: bool = False
+    ) -> list[Baseline]:
+        """Dense models to compare the attached `network` with: itself at lower resolutions, and the one asked for.
+
+        Args:
+            images: [B, C, H, W] on its device, one is enough. sizes: pixels a side.
+            pretrained: take timm's weights where no file is given; random ones otherwise.
+        """
+        from ...evaluate.baselines import at_resolution, instead_of
+
+        found = [at_resolution(network, size, images) for size in sizes]
+        if self.against is None:
+            if self.against_weights is not None:
+                raise UsageError("--against-weights is for the model of --against: give both")
+            return found
+        return [*found, instead_of(network, self._built(network, images, pretrained), self.against, images)]
+
+    def _built(self, network: nn.Module, images: Tensor, pretrained: bool) -> nn.Module:
+        """The other model, with a head and a place like those of `network`."""
+        import torch
+
+        from ...hosts.outputs import logits_of
+        from ...zoo.build import build_model
+
+        with torch.inference_mode():
+            classes = logits_of(network(images[:1])).shape[-1]
+        other = build_model(
+            self.against or "", weights=self.against_weights, num_classes=classes,
+            pretrained=pretrained and self.against_weights is None, image_size=images.shape[-1],
+        )  # fmt: skip
+        return other.to(images.device, images.dtype).eval()
 
 
 def name_in(thresholds: Path, budget: float | None = None) -> str:

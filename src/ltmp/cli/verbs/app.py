@@ -46,7 +46,10 @@ class AppModel(ModelOptions, CertifiedOption):
 class AppData(PreprocessingOptions):
     """Pictures to try, and what they may show."""
 
-    images: Annotated[Path | None, option("Folder of pictures to choose from and calibrate on.", DATA)] = None
+    images: Annotated[
+        Path | None,
+        option("Pictures to choose from and calibrate on; default: some photographs.", DATA, metavar="FOLDER"),
+    ] = None
     class_names_file: Annotated[
         Path | None, option("Names of the model's classes, one a line (.txt).", DATA, "--class-names")
     ] = None
@@ -69,6 +72,8 @@ def app_verb(model: AppModel, data: AppData, page: Page) -> None:
 
     Example: ltmp app --thresholds runs/60/thresholds.safetensors --thresholds runs/50/thresholds.safetensors
     --pretrained --images photographs/
+
+    Or with nothing at hand: ltmp app --model deit_small_patch16_224 --pretrained
     """
     need("gradio", "matplotlib")
     from ...app import build_page, serving_options
@@ -99,12 +104,13 @@ def _explorer(model: AppModel, data: AppData) -> Explorer:
     import torch
 
     from ...app import Budgets, Explorer
+    from ...app.default import photographs
     from ...data import class_names, eval_transform, image_mode
 
     thresholds = model.thresholds or []
     network = model.build(model.model or name_in(thresholds[0])).to(pick_device(model.device))
     mode = image_mode(network)
-    samples = _pictures(data.images, mode) if data.images else []
+    samples = _pictures(data.images, mode) if data.images else photographs(mode)
     transform = eval_transform(network, **data.transform)
     tensors = torch.stack([transform(image) for image in samples[:16]]) if samples else None
     tensors = None if tensors is None else tensors.to(next(network.parameters()))

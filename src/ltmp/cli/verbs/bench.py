@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from ...errors import UsageError
 from ..options import (
     DATA,
     RUN,
+    AgainstOptions,
     ClassMap,
     DataOptions,
     Device,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ...evaluate.bench import Row
+    from ...evaluate.bench import Other, Row
     from ..timing import Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,7 +89,7 @@ class BenchData(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(AgainstOptions):
     """Which ways are timed, for how long."""
 
     batch_size: Annotated[list[int] | None, option("May be repeated; default: 1, 8 and 32.", RUN, min=1)] = None
@@ -95,6 +97,12 @@ class BenchOptions:
     seconds: Annotated[float, option("About how many seconds to time each way.", min=0.01)] = 2.0
     compile: Annotated[bool, option("Time torch.compile of the dense model, too.")] = True
     baseline: Annotated[bool, option("Time fixed-rate merging at the same share, too.")] = True
+    resize: Annotated[
+        list[int] | None, option("Time the dense model at so many pixels a side, too; may be repeated.", min=1)
+    ] = None
+    runtimes: Annotated[
+        bool, option("Time exports in ONNX Runtime and OpenVINO, too, where they are installed; takes minutes.")
+    ] = False
     device: Device = "auto"
 
     @property
@@ -118,6 +126,9 @@ def bench_verb(
 ) -> None:
     """Time every way to run a model, in turns: dense (eager, compiled, in graphs), fixed-rate merging, engines.
 
+    Baselines that cost nothing to try take part where they are asked for: the same model at lower resolution
+    (--resize), a smaller one (--against), and exports in other runtimes (--runtimes).
+
     Each way is first compared with float32: one whose token counts or answers are off gets no speed, and the exit code
     is 1. Without --weights or --pretrained the weights are random, which is as fast. The ratio is over the fastest
     dense way, ideal is 1 / share.
@@ -125,6 +136,7 @@ def bench_verb(
     Example: ltmp bench --model deit_small_patch16_224 --share 0.55 --batch-size 32 --csv bench.csv
     """
     from ...evaluate import tables
+    from ..screen import suggest
     from ..timing import Target
 
     dtype, target = options.type, Target.of(budget)
@@ -141,7 +153,9 @@ def bench_verb(
     about = _about(name, model, place, options.dtype) | {"budget": share}
     if place.type == "cpu" and not output.quiet:
         _say_if_slow()
-    rows = _timed(network, images, options, timed=target is not None, title=None if output.quiet else about)
+    given = model.has_weights(name, model.opened(budget.budget)) and model.pretrained
+    others = _others(network, images, options, pretrained=given)
+    rows = _timed(network, images, options, others, timed=target is not None, title=None if output.quiet else about)
     if output.json:
         about["scores"] = _scores(network)
         tables.write_json({**about, "image_size": list(images.shape[-2:]), "rows": rows}, output.json)
@@ -149,6 +163,9 @@ def bench_verb(
         tables.write_csv(rows, output.csv)
     if any(row["note"] and row["way"] != "dense, compiled" for row in rows):
         raise typer.Exit(1)
+    if not output.quiet:
+        learn = ("ltmp", "dial", "--data", data.data or "IMAGES", *model.again(None), "--scores", "best")
+        suggest(*(model.deploy(model.thresholds, budget=share) if model.thresholds else learn))
 
 
 def _say_if_slow() -> None:
@@ -173,7 +190,13 @@ def _reduce(network: nn.Module, images: Tensor, model: BenchModel, budget: float
 
 
 def _timed(
-    network: nn.Module, images: Tensor, options: BenchOptions, *, timed: bool, title: dict[str, Any] | None
+    network: nn.Module,
+    images: Tensor,
+    options: BenchOptions,
+    others: list[Other],
+    *,
+    timed: bool,
+    title: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """A row each way and batch size, shown under a title as they are found."""
     from ...evaluate.bench import Bench, table
@@ -184,9 +207,8 @@ def _timed(
     rows = []
     with progress_bar("timing", len(options.sizes)) as advance:
         for size in options.sizes:
-            found = Bench(network, images[:size], compiled=options.compile, baseline=options.baseline).run(
-                options.seconds
-            )
+            bench = Bench(network, images[:size], compiled=options.compile, baseline=options.baseline, others=others)
+            found = bench.run(options.seconds)
             rows += [_plain(row, size) for row in found]
             if title is not None:
                 pixels = "x".join(map(str, images.shape[-2:]))
@@ -197,6 +219,36 @@ def _timed(
                     say_measured(size, own)
             advance()
     return rows
+
+
+def _others(network: nn.Module, images: Tensor, options: BenchOptions, *, pretrained: bool) -> list[Other]:
+    """Baselines and exports that are asked for."""
+    from ...evaluate.bench import Other
+
+    baselines = options.baselines(network, images[:1], options.resize or (), pretrained=pretrained)
+    found = [Other(baseline.name, baseline.run, baseline.share, baseline.prepared) for baseline in baselines]
+    return [*found, *(_exported(network, images) if options.runtimes else ())]
+
+
+def _exported(network: nn.Module, images: Tensor) -> Iterator[Other]:
+    """The dense and the reduced model in each runtime that is installed: one form for any batch."""
+    import importlib.util
+
+    from ...evaluate.bench import Other
+    from ...export.job import in_runtime
+
+    if images.is_cuda or str(images.dtype) != "torch.float32":
+        raise UsageError("--runtimes is for float32 on a CPU: exports are made of that")
+    for runtime, (title, package) in RUNTIMES.items():
+        if not importlib.util.find_spec(package):
+            continue
+        sessions = in_runtime(network, runtime, images=images[:8])
+        yield Other(f"{title}, dense", sessions.dense_model, 1.0)
+        yield Other(f"{title}, reduced", sessions.reduced, None)
+
+
+RUNTIMES = {"onnx": ("ONNX Runtime", "onnxruntime"), "openvino": ("OpenVINO", "openvino")}
+"""Of exports: what they are called in the table, and the package that brings them."""
 
 
 def _about(name: str, model: BenchModel, place: torch.device, dtype: str) -> dict[str, Any]:

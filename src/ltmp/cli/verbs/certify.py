@@ -44,7 +44,7 @@ class CertifyOptions:
         list[float] | None,
         typer.Option(metavar="SHARE", help="FLOPs share to test; may be repeated. Default: every 0.05 on the dial."),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, drawn at random.")] = None
 
     def settings(self, run: RunOptions) -> dict[str, Any]:
         """The arguments of `ltmp.certify`."""
@@ -90,13 +90,17 @@ def certify_verb(
     from ...checkpoint import annotate
     from ...locate import locate
     from ..runs import report_skipped
+    from ..screen import suggest
 
+    name = model.name()
     if output.out is None and not model.thresholds.exists():
         raise UsageError(f"where to? {model.thresholds} is not a file here: give --out FILE.safetensors")
-    network = model.build(model.name())
+    network = model.build(name)
     load(network, model.thresholds, engine=run.engine)
     labelled = options.risk == "error"
-    loader = data.open(data.data, network, split=data.split or "validation", labelled=labelled)
+    loader = data.open(
+        data.data, network, split=data.split or "validation", labelled=labelled, limit=options.limit, evenly=False
+    )
     certificate, gain = certified_with_bar(network, loader, options, run, speed=run.speed)
     report_skipped(loader.skipped)
     path = output.out or locate(model.thresholds)
@@ -104,6 +108,8 @@ def certify_verb(
     show_certificate(certificate, gain, path, output)
     if certificate.budget is None:
         raise typer.Exit(1)
+    if not output.quiet:
+        suggest("ltmp", "serve", *model.again(path), "--certified")
 
 
 def certified_with_bar(

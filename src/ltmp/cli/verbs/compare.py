@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
 from ..extras import need
-from ..options import CertifiedOption, Engine, EvaluationOptions, GivenData, NamedModel, config_of, option, verb
+from ..options import (
+    AgainstOptions,
+    CertifiedOption,
+    Engine,
+    EvaluationOptions,
+    GivenData,
+    NamedModel,
+    config_of,
+    option,
+    verb,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -17,22 +27,30 @@ if TYPE_CHECKING:
 
     from ...data import Loader
     from ...evaluate import Evaluation
+    from ...evaluate.baselines import Baseline
     from ...evaluate.compare import Entry, Wanted
 
 
+CURVE = (0.8, 0.6, 0.47)
+"""Budgets where nobody names any: one would be a point, and no curve."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(CertifiedOption):
+class CompareOptions(CertifiedOption, AgainstOptions):
     """Options for the methods that are compared, and for those learned here."""
 
     method: Annotated[
         list[str] | None,
-        option("ltmp, ltpm, ltm, ltp, m, p, mp, pm, topk, evit, random; m:16 at that rate. May be repeated."),
+        option(
+            "ltmp, ltpm, ltm, ltp, m, p, mp, pm, topk, evit, random; m:16 at that rate; resize:168, the dense model at "
+            "so many pixels. May be repeated."
+        ),
     ] = None
     budget: Annotated[
         list[float] | None,
         option(
             "FLOPs share that methods without a rate, and files with a dial, are to meet; may be repeated. "
-            "Default: 0.6, and what a file was saved at."
+            f"Default: {', '.join(map(str, CURVE))}, and of a file what it was saved at."
         ),
     ] = None
     thresholds: Annotated[
@@ -68,7 +86,8 @@ class CompareRun(EvaluationOptions):
 def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, run: CompareRun) -> None:
     """Compare token-reduction methods at several budgets on one model and data set: a table and a plot.
 
-    All run on the same engine. Learned thresholds come from --thresholds files or are made here from --learn-data;
+    All run on the same engine, beside the same model at lower resolution (--method resize:168) and a smaller one
+    (--against MODEL), both dense. Learned thresholds come from --thresholds files or are made here from --learn-data;
     methods with fixed rates take the rate whose FLOPs share is closest to each budget.
 
     Example: ltmp compare --data imagenet/val --model deit_small_patch16_224 --pretrained --method ltmp --method m
@@ -77,6 +96,7 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     from ... import attach
     from ...evaluate import compare as job
     from ..progress import progress_bar
+    from ..screen import suggest
 
     need("matplotlib")
     wanted = options.wanted()
@@ -84,13 +104,21 @@ def compare_verb(data: GivenData, model: NamedModel, options: CompareOptions, ru
     loader = data.open(data.data, network, split=data.split or "validation", limit=run.limit)
     attach(network, config_of(engine=run.engine))
     few = next(iter(loader))[0][:1].to(run.place)
-    entries = [*_from_files(network, options, run.engine, run.cast), *_made(network, wanted, options, data, run, few)]
+    made = [method for method in wanted if not method.resized]
+    entries: list[Entry | Baseline] = [
+        *_from_files(network, options, run.engine, run.cast),
+        *_made(network, made, options, data, run, few),
+    ]
     attach(network, config_of(engine=run.engine))
+    sizes = [int(method.r or 0) for method in wanted if method.resized]
+    entries += options.baselines(network, few, sizes, pretrained=model.pretrained)
     with progress_bar("comparing", min(run.limit or loader.images, loader.images)) as advance:
         results = job.compare(
             network, loader, entries, device=run.place, amp=run.cast, limit=run.limit, speed=run.speed, progress=advance
         )
     _write(run.out, model.model, entries, results)
+    source = options.learn_data or data.data
+    suggest("ltmp", "dial", "--data", source, *model.again(None), "--scores", "best")
 
 
 def _from_files(
@@ -129,7 +157,7 @@ def _made(
     """Each method at each budget: learned here, or with the rate that meets it."""
     from ...evaluate.compare import fixed_entry
 
-    budgets = options.budget or [0.6]
+    budgets = options.budget or CURVE
     for method in wanted:
         if not method.learned:
             for target in [None] if method.r is not None else budgets:
@@ -159,7 +187,7 @@ def _learned(
     return Entry(f"{variant} {target:g}", variant, target, thresholds_of(network))
 
 
-def _write(out: Path, model: str, entries: list[Entry], results: dict[str, Evaluation]) -> None:
+def _write(out: Path, model: str, entries: list[Entry | Baseline], results: dict[str, Evaluation]) -> None:
     import torch
 
     from ...evaluate import compare as job

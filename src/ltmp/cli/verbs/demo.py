@@ -15,8 +15,10 @@ def demo_verb(
     seed: Annotated[int, option("Seed of the training.")] = 0,
 ) -> None:
     """Train a small ViT on digits, learn three budgets, and draw what came out: about five minutes on two cores."""
-    from ...demo import run_demo
+    from ...demo import BUNDLE, DIGITS, run_demo
     from ..progress import progress_bar
+    from ..screen import suggest
 
     need("mlxtend", "matplotlib", "jinja2")
     run_demo(out, seed=seed, progress=progress_bar)
+    suggest("ltmp", "show", out / DIGITS, "--thresholds", out / BUNDLE, "--out", out / "show")

@@ -83,6 +83,7 @@ def dial_verb(
     from ... import attach, distributed
     from ...hosts.attach import thresholds_of
     from ..runs import Run, base_model, report_skipped, settings_of
+    from ..screen import suggest
 
     options.check()
     config, place = scores.config(), run.place
@@ -115,6 +116,8 @@ def dial_verb(
     }  # fmt: skip
     _report(job, network, about, {**learned, "certified": certified}, output)
     report_skipped(loader.skipped)
+    if not output.quiet:
+        suggest(*model.deploy(job.thresholds))
 
 
 def _certified(network: nn.Module, loader: Loader, level: float, run: RunOptions) -> tuple[Certificate, Gain | None]:

@@ -87,6 +87,7 @@ def eval_verb(
     """
     from ... import distributed, load
     from ..runs import evaluate_with_bar, report_skipped
+    from ..screen import suggest
     from ..timing import Target
 
     target = Target.of(budget)
@@ -109,6 +110,8 @@ def eval_verb(
     report_skipped(loader.skipped)
     about: dict[str, Any] = {"model": name, "thresholds": str(model.thresholds), "device": str(place)}
     _write(result, about | ({} if share is None else {"budget": share}), timed=target is not None, output=output)
+    if not output.quiet:
+        suggest(*model.deploy(model.thresholds, budget=share))
 
 
 def _write(result: Any, about: dict[str, Any], *, timed: bool, output: TableOptions) -> None:

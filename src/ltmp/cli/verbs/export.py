@@ -79,7 +79,7 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
     from ...evaluate import tables
     from ...export import FORMATS, export
     from ..progress import progress_bar
-    from ..screen import say, tell
+    from ..screen import say, suggest, tell
 
     plan, name = options.plan(), model.name(options.budget)
     path = options.out or Path(f"{name}_{plan.form}{'_int8' if plan.int8 else ''}{FORMATS[plan.format]}")
@@ -108,6 +108,9 @@ def export_verb(model: ReducedModel, options: ExportOptions, data: ExportData, o
         )
     if found.note:
         tell(found.note)
+    if plan.format == "onnx" and not plan.dense and not output.quiet:
+        where = ("--engine", "onnx", "--exported", path)
+        suggest("ltmp", "eval", "--data", data.data or "IMAGES", *model.again(model.thresholds), *where)
     if output.json:
         written = {"path": str(path), "format": plan.format, "form": plan.form, "opset": plan.opset, "int8": plan.int8}
         tables.write_json({**written, **found.to_dict()}, output.json)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ...config import LTMPConfig
 from ...errors import UsageError
 from ..extras import need
 from ..options import (
@@ -93,6 +94,17 @@ class LearningOptions(TuningOptions, StageOptions):
     calibration: Annotated[int, option("Images kept apart, to calibrate the start and to meet the budget.", min=2)] = (
         512
     )
+    recipe: Annotated[
+        str,
+        option(
+            "ltmp, or paper: the paper's own training, for comparisons (SGD, no calibration, batches of 128, augmented "
+            "images, tau 0.5, 2 % of the images kept apart)."
+        ),
+    ] = "ltmp"
+    tau: Annotated[
+        float | None,
+        option("Temperature of the decisions' gradients.", show_default="0.1; with --recipe paper 0.5"),
+    ] = None
     accumulate: Annotated[int, option("Batches per step.", min=1)] = 1
     lr: Annotated[float, option("Factor on the learning rates.")] = 1.0
     distill: Annotated[bool, option("Learn from the dense model's answers instead of labels.", None, "--distill")] = (
@@ -104,10 +116,23 @@ class LearningOptions(TuningOptions, StageOptions):
     def counted(self, loader: Loader) -> LearningOptions:
         """With the number of images to optimise on."""
         from ...learning import views_of
+        from ...learning.paper import HELD_OUT
 
-        if self.views is not None:
-            return self
-        return replace(self, views=VIEWS if self.tune is None else views_of(loader, 1, self.calibration))
+        apart = self.calibration
+        if self.recipe == "paper":
+            apart = max(2, round(HELD_OUT * loader.images)) if loader.images else apart
+        once = self.tune is not None or self.recipe == "paper"
+        views = self.views if self.views is not None else views_of(loader, 1, apart) if once else VIEWS
+        return replace(self, views=views, calibration=apart)
+
+    def temperature(self) -> float:
+        """That of --tau, or the recipe's."""
+        from ...learning.options import RECIPES
+        from ...learning.paper import TAU
+
+        if self.recipe not in RECIPES:
+            raise UsageError(f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}")
+        return self.tau if self.tau is not None else TAU if self.recipe == "paper" else LTMPConfig.tau
 
     def from_answers(self, loader: Loader) -> bool:
         """Whether the dense model's answers stand for labels."""
@@ -145,16 +170,21 @@ def learn_verb(
     from ... import attach, distributed
     from ...learning import open_log
     from ...learning.budget import check_share
+    from ...learning.paper import BATCH
     from ..runs import Run, base_model, report_skipped, settings_of
+    from ..screen import suggest
 
     check_share(learning.target)
-    tuning, config, place = learning.tuning(), scores.config(), run.place
+    tuning, config, place = learning.tuning(), replace(scores.config(), tau=learning.temperature()), run.place
+    paper = learning.recipe == "paper"
+    if paper and data.batch_size == LearningData.batch_size:
+        data = replace(data, batch_size=BATCH)
     folder = output.folder(model.model, scores.variant, f"{learning.target:g}")
     job = Run(folder, settings_of(data, model, scores, learning, run), learning.resume)
     log = open_log(output.log) if output.log and distributed.is_first() else None
     network = attach(model.build(model.model), config)
     loader, checking = data.open_both(
-        network, labelled=not learning.unlabelled, seed=learning.seed, check=not learning.no_eval
+        network, labelled=not learning.unlabelled, seed=learning.seed, check=not learning.no_eval, augment=paper
     )
     learning = learning.counted(loader)
     if learning.dry_run:
@@ -173,6 +203,9 @@ def learn_verb(
         about |= base_model(network, model.pretrained and not model.weights)
     _report(job, network, about, learned["history"], output)
     report_skipped(loader.skipped)
+    if not output.quiet:
+        tuned = Path(learned["weights"]) if learned.get("tuned") else None
+        suggest(*model.deploy(job.thresholds, tuned))
 
 
 def _before(job: Run, network: nn.Module, checking: Loader | None, run: RunOptions) -> float | None:
@@ -207,6 +240,7 @@ def _learn(
             options.target,
             views=options.views or 0,
             calibration=options.calibration,
+            recipe=options.recipe,
             accumulate=options.accumulate,
             lr=options.lr,
             distill=options.from_answers(loader),
@@ -219,6 +253,8 @@ def _learn(
             tuning=tuning,
         )
     found: dict[str, Any] = {"target": result.target, "share": result.share, "views": result.views}
+    if options.recipe == "paper":
+        found |= {"recipe": options.recipe, "trained_share": result.trained_share}
     if tuning is not None:
         found["tuned"] = tuning.parts if result.tuned else None
     if distributed.rank() == 0:
@@ -266,7 +302,7 @@ def _about(model: str, learned: dict[str, Any], before: float | None, after: Eva
     about: dict[str, Any] = {"model_name": model, "target": learned["target"], "share": learned["share"]}
     if after is not None:
         about |= {"share": after.share, "top1_dense": after.dense_top1, "top1": after.top1}
-    about["views"] = learned["views"]
+    about |= {name: learned[name] for name in ("views", "recipe", "trained_share") if name in learned}
     if "tuned" in learned:
         about["tuned"] = learned["tuned"]
         if after is not None:
@@ -288,6 +324,7 @@ def _report(
         tell("tuning did not lower the loss on the images kept apart: the model keeps the weights it had")
     if not output.quiet:
         names = {"model_name": "model", "target": "target", "share": "share", "top1_dense": "top-1 dense"}
+        names |= {"trained_share": "share in training"}
         names |= {"top1_dense_tuned": "top-1 tuned", "top1": "top-1", "views": "images looked at"}
         tables.show([{new: about[old] for old, new in names.items() if old in about}])
         say(f"thresholds in {job.thresholds}")

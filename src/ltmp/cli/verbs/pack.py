@@ -38,6 +38,7 @@ def pack_verb(
     from ... import load, pack
     from ...data import class_names
     from ...data.transforms import eval_settings
+    from ..screen import say, suggest
 
     name = model.name(model.budget)
     network = model.build(name, budget=model.budget)
@@ -45,4 +46,5 @@ def pack_verb(
     names = class_names(network, file=reading.class_map, pretrained=model.pretrained)
     settings = eval_settings(network, reading.transform)
     pack(network, out, model_name=name, class_names=names, preprocessing=settings)
-    typer.echo(f"{out} holds all that it takes; next: ltmp serve --thresholds {out}")
+    say(f"{out} holds all that it takes")
+    suggest("ltmp", "serve", "--thresholds", out)

@@ -45,7 +45,7 @@ def push_verb(
     Example: ltmp push runs/deit/thresholds.safetensors user/deit-small-ltmp --evaluation result.json
     """
     from ...hub import push_to_hub
-    from ..screen import say
+    from ..screen import say, suggest
 
     url = push_to_hub(
         thresholds,
@@ -58,6 +58,7 @@ def push_verb(
         budget=options.budget,
     )
     say(url)
+    suggest("ltmp", "info", repo)
 
 
 def _read(path: Path) -> dict[str, Any]:

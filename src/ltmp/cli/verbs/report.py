@@ -88,7 +88,7 @@ def report_verb(
     """
     from ...evaluate import describe_machine
     from ...report import Report, write_report
-    from ..screen import say
+    from ..screen import say, suggest
 
     if bool(model.thresholds) != bool(data.data):
         raise UsageError("evaluating needs both --data and --thresholds: give the other one, too, or neither")
@@ -101,6 +101,7 @@ def report_verb(
     page = _with_results(replace(page, title=output.title or page.title), results or [])
     write_report(page, output.out)
     say(f"{output.out}: the report ({output.out.stat().st_size / 1e6:.1f} MB)")
+    suggest("python", "-m", "webbrowser", output.out)
 
 
 def _now() -> str:
@@ -119,7 +120,7 @@ def _evaluated(
     network = model.build(name)
     loader = data.open(source, network, split=data.split or "validation", limit=run.limit)
     shares = model.shares(network, files, run.cast, model.budget)
-    budgets = _evaluate_all(network, loader, named_budgets(files, shares), run)
+    budgets = _evaluate_all(network, loader, named_budgets(files, shares), run, data.transform)
     own = shown_path(model.weights) if model.weights else "timm's pretrained"
     # a data set's name is no path
     shown = shown_path(source) if Path(source).exists() else source
@@ -137,11 +138,17 @@ def _evaluated(
 
 
 def _evaluate_all(
-    network: nn.Module, loader: Loader, files: Mapping[str, tuple[Path, float | None]], run: ReportRun
+    network: nn.Module,
+    loader: Loader,
+    files: Mapping[str, tuple[Path, float | None]],
+    run: ReportRun,
+    transform: dict[str, Any],
 ) -> list[Budget]:
     """Each thresholds file at its budget, by name, with a progress bar; they may be of different variants."""
     from ... import detach, load
+    from ...deploy import Deployment
     from ...report import evaluate_budget, shown_path
+    from ...report.gallery import with_left
     from ..progress import progress_bar
     from ..runs import report_skipped
 
@@ -154,7 +161,12 @@ def _evaluate_all(
         if file.certificate is not None:
             about["certificate"] = file.certificate.sentence()
         with progress_bar(f"evaluating {name}", total) as advance:
-            budgets.append(evaluate_budget(network, loader, name, about=about, progress=advance, **how))
+            budget = evaluate_budget(network, loader, name, about=about, progress=advance, **how)
+        # which images cannot be read is known by now
+        picture = _lookups(loader).get("picture")
+        if picture is not None:
+            budget = with_left(Deployment(network, options=transform), budget, picture)
+        budgets.append(budget)
     report_skipped(loader.skipped)
     return budgets
 

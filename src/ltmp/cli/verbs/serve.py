@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..options import Budget, CertifiedOption, Engine, PreprocessingOptions, ReducedModel, RunOptions, option, verb
 
 if TYPE_CHECKING:
+    from ...deploy import Deployment
     from ...serve import Limits
 
 _SERVICE, _LIMITS = "Service", "Limits"
@@ -78,28 +79,42 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
 
     SIGTERM and Ctrl-C stop it when everything is answered.
     """
-    from ... import load, serve
-    from ...data import class_names, read_names
-    from ..screen import say
+    from ... import serve
+    from ...data import read_names
+    from ..screen import say, suggest
 
     limits = service.limits()
     names = read_names(reading.class_map) if reading.class_map else None
     serve.log_to_stderr(as_json=service.json_logs)
     # before the model is built: a taken port is the most likely mistake
-    bound = serve.bind(service.host, service.port)
+    with serve.bind(service.host, service.port) as bound:
+        deployment, about = _deployed(model, reading, run, names)
+        app = serve.create_app(deployment, limits, about=about)
+        address = f"[{service.host}]" if ":" in service.host else service.host
+        url = f"http://{address}:{bound.getsockname()[1]}"
+        say(f"serving {about['model_name']} on {url} (see {url}/docs)")
+        suggest("curl", "-F", "file=@cat.jpg", f"{url}/v1/predict")
+        sys.stdout.flush()
+        serve.run(app, bound=bound)
+
+
+def _deployed(
+    model: ServedModel, reading: RequestOptions, run: RunOptions, names: list[str] | None
+) -> tuple[Deployment, dict[str, str]]:
+    """The model at its budget, and what there is to tell of it."""
+    from ... import load
+    from ...data import class_names
+    from ...deploy import Deployment
+
     name = model.name(model.budget)
     network = model.build(name, budget=model.budget)
     share = model.share(network, model.thresholds, run.cast, model.budget)
     file = load(network, model.thresholds, engine=model.engine, budget=share)
-    deployment = serve.Deployment(
+    deployment = Deployment(
         network,
         options=reading.transform,
         device=run.place,
         amp=run.cast,
         names=names or class_names(network, pretrained=model.pretrained),
     )
-    app = serve.create_app(deployment, limits, about={"model_name": name, **file.metadata})
-    address = f"[{service.host}]" if ":" in service.host else service.host
-    say(f"serving {name} on http://{address}:{bound.getsockname()[1]} (see /docs)")
-    sys.stdout.flush()
-    serve.run(app, bound=bound)
+    return deployment, {"model_name": name, **file.metadata}

@@ -77,7 +77,7 @@ def show_verb(
     from ...evaluate import tables
     from ...visualize.showing import show_images
     from ..progress import progress_bar
-    from ..screen import say
+    from ..screen import say, suggest
 
     images = [file for path in images for file in _files(path)]
     name = model.model or name_in(model.thresholds[0])
@@ -104,6 +104,8 @@ def show_verb(
         tables.show(_rows(shown), f"{name}: tokens that enter and those that are left")
         for file in (file for one in shown for file in one.files):
             say(file)
+        folder = images[0].parent
+        suggest("ltmp", "app", *model.again(model.thresholds[0]), "--images", folder)
 
 
 def _files(path: Path) -> list[Path]:
@@ -135,7 +137,14 @@ def parse_blocks(text: str, depth: int) -> list[int]:
 
 def _rows(shown: list[Shown]) -> list[Row]:
     return [
-        {"image": one.image.name, "budget": name, "tokens": seen.tokens, "left": seen.left, "share": seen.share}
+        {
+            "image": one.image.name,
+            "budget": name,
+            "tokens": seen.tokens,
+            "left": seen.left,
+            "share": seen.share,
+            **({"answers": seen.answers} if seen.answers else {}),
+        }
         for one in shown
         for name, seen in one.budgets.items()
     ]
