@@ -42,6 +42,7 @@ FEW = {
     "learn": ("--views 16", "--calibration 8", "--limit 16"),
     "compare": ("--budget 0.6", "--calibration 8", "--no-speed", "--limit 8"),
     "eval": ("--no-speed", "--limit 8"),
+    "show": ("--width 48",),
 }
 """Options that make a verb quick, where a page does not give them itself."""
 
@@ -60,6 +61,7 @@ NOT_HERE = {
     "push_to_hub": "the Hugging Face Hub: tests/test_hub.py",
     "user/deit-small-ltmp": "the Hugging Face Hub: tests/test_hub.py",
     "laion2b_s34b_b79k": "weights of open_clip: tests/hosts",
+    "compare ...": "an excerpt of a longer command: tests/cli/test_comparing.py",
     "ltmp bench": "times for a minute: tests/cli/test_benching.py",
     "ltmp export": "traces for a minute: tests/export, tests/cli/test_exporting.py",
     "ltmp.export": "traces for a minute: tests/export",
