@@ -17,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent / "hosts"))
 
 
 @pytest.fixture(autouse=True)
+def reduction_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are faster dense, and tests are of reduced answers, however often they ask for them."""
+    monkeypatch.setattr("ltmp.engines.trial.MARGIN", float("inf"))
+
+
+@pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
     """Each test reads the log as ever: `ltmp serve`, which a fixture may run, configures it, and libraries do."""
     logging.disable(logging.NOTSET)

@@ -26,7 +26,8 @@ EXTRAS = (
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ltmp.__path__, "ltmp."))
 # these are the command line and the kernels: they are imported by what needs them, and say what is missing
 NEED_EXTRAS = re.compile(
-    r"ltmp\.cli\..+|ltmp\.callbacks\.(transformers|lightning)|ltmp\..*(triton|numba)|ltmp\.hosts\.(transformers|open_clip)"
+    r"ltmp\.cli\..+|ltmp\.callbacks\.(transformers|lightning)|ltmp\..*(triton|numba)"
+    r"|ltmp\.hosts\.(transformers|towers|open_clip)"
     r"|ltmp\.serve\.(endpoints|metrics|bodies|server|protocol)"
 )
 

@@ -37,7 +37,8 @@ def entered(call: Any) -> list[str]:
 
 def test_a_call_takes_the_walk_of_the_docs() -> None:
     pytest.importorskip("numba", reason="compiled decisions need the extra cpu")
-    model = ltmp.attach(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=2).eval())
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=2).eval()
+    ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
     model.ltmp.set(torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0.001, 0.01, 0.01]))
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

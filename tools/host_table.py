@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the tables of hosts in docs/hosts.md from the cases of the tests (tests/hosts/cases.py); --check only looks.
+"""Write the tables of hosts in docs/hosts.md from the cases of the tests (tests/hosts/cases.py and towers.py); --check
+only looks.
 
 The table of a library stands between `<!-- begin: python tools/host_table.py LIBRARY -->` and `<!-- end -->`.
 """
@@ -20,12 +21,19 @@ def tables() -> dict[str, str]:
     """For each library one row a case, in the registry's order."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "hosts")]
     from cases import CASES
+    from towers import READERS
+
+    from ltmp.hosts.fewer import LANGUAGE
 
     rows: dict[str, list[str]] = {}
     for case in CASES.values():
         status = f"refused: {case.reason or case.refused}" if case.refused else "tested"
         head = ["| class | models | status |", "| --- | --- | --- |"]
         rows.setdefault(case.library, head).append(f"| {case.host} | {case.what} | {status} |")
+    for read in READERS:
+        head = ["| class | kind | tokens | note |", "| --- | --- | --- | --- |"]
+        form = "refused" if read.refused else f"`{read.tokens}`" + (", `fewer`" if read.model in LANGUAGE else "")
+        rows.setdefault("readers", head).append(f"| {read.model} | {read.kind} | {form} | {read.note} |")
     return {library: "\n".join(lines) + "\n" for library, lines in rows.items()}
 
 

@@ -22,10 +22,12 @@ class Record:
     Attributes:
         kept: one [B, L] tensor a call, tokens after each block.
         geometry: one a call; shares follow from both.
+        texts: one [B] a call of a model whose language model receives fewer tokens, tokens of each text that enter it.
     """
 
     kept: list[Tensor] = field(default_factory=list)
     geometry: list[Geometry] = field(default_factory=list)
+    texts: list[Tensor] = field(default_factory=list)
 
     def add(self, kept: Tensor, geometry: Geometry) -> None:
         self.kept.append(kept)

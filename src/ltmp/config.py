@@ -54,6 +54,10 @@ FIXED = tuple(name for name, method in VARIANTS.items() if method.fixed)
 
 ENGINES = ("auto", "packed", "triton", "graph")
 SCHEDULES = ("constant", "decreasing")
+FORMS = ("reduced", "grid", "fewer")
+"""What a host gets behind its blocks: `reduced`, the tokens that are left; `grid`, every patch with the features of the
+token that it ended in, in its place; `fewer`, a grid for the host's own code, of which its language model receives one
+feature for each token that is left."""
 SIMILARITIES = ("mean", "heads", "probe")
 MATCHINGS = ("bipartite", "mutual")
 IMPORTANCES = ("received", "probe")
@@ -223,6 +227,7 @@ class LTMPConfig:
         floor: fewest tokens that an image keeps, prefix tokens included, whatever the thresholds.
         ceiling: most tokens that an image keeps after each block, as far as the block's last step can remove them
             (merging removes at most half of them); None for no limit.
+        tokens: what the host gets behind its blocks, see `FORMS`; None for what suits it (docs/hosts.md).
 
     Raises:
         ValueError: a setting is unknown or out of range; the message lists the known ones.
@@ -238,11 +243,12 @@ class LTMPConfig:
     seed: int = 0
     floor: int = 0
     ceiling: int | None = None
+    tokens: str | None = None
 
     def __init__(
         self, variant: str = variant, scores: str | Scores = "paper", engine: str = engine, tau: float = tau,
         r: Rate | Sequence[Rate] = r, r_prune: Rate | Sequence[Rate] | None = r_prune, schedule: str = schedule,
-        seed: int = seed, floor: int = floor, ceiling: int | None = ceiling, **former: Any,
+        seed: int = seed, floor: int = floor, ceiling: int | None = ceiling, tokens: str | None = tokens, **former: Any,
     ) -> None:  # fmt: skip
         """See the class; `former` are settings from before there was `scores`, deprecated."""
         _check_name("variant", variant, VARIANTS)
@@ -251,7 +257,7 @@ class LTMPConfig:
             found = _with_former(found, former)
         settings = {"variant": variant, "scores": _of_variant(variant, found), "engine": engine, "tau": tau,
                     "r": _tuple(r), "r_prune": _tuple(r_prune), "schedule": schedule, "seed": seed, "floor": floor,
-                    "ceiling": ceiling}  # fmt: skip
+                    "ceiling": ceiling, "tokens": tokens}  # fmt: skip
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -259,6 +265,8 @@ class LTMPConfig:
     def _check(self) -> None:
         _check_name("engine", self.engine, ENGINES)
         _check_name("schedule", self.schedule, SCHEDULES)
+        if self.tokens is not None:
+            _check_name("tokens", self.tokens, FORMS)
         if not (_is_number(self.tau) and self.tau > 0):
             raise ValueError(f"tau must be a positive number, got {self.tau!r}")
         if not isinstance(self.seed, int):

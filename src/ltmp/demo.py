@@ -58,11 +58,11 @@ class Setup:
     depth: int = 6
     heads: int = 4
     batch: int = 64
-    small_epochs: float = 20
+    small_epochs: float = 12
     small_lr: float = 1e-2
-    full_epochs: float = 2
+    full_epochs: float = 1.5
     full_lr: float = 3e-3
-    views: int = 2000
+    views: int = 1500
     calibration: int = 256
     val_images: int = 1000
 

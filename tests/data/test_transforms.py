@@ -42,6 +42,17 @@ def test_models_of_one_channel():
     assert transform(Image.new("L", (40, 40))).shape == (1, 32, 32)
 
 
+def test_numbers_for_colours_are_made_to_fit_one_channel():
+    """timm's configs, and options of three numbers, are for colours."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    white = Image.new("L", (40, 40), 255)
+    assert torch.allclose(eval_transform(model)(white), torch.tensor((1 - 0.5) / 0.2))
+    assert torch.allclose(eval_transform(model, mean=(0.25,) * 3, std=(0.5,) * 3)(white), torch.tensor(1.5))
+    with pytest.raises(UsageError, match=r"mean 0\.1 0\.2 0\.3: this model takes 1 channel, give a number for each"):
+        eval_transform(model, mean=(0.1, 0.2, 0.3))
+
+
 def test_crop_pct_out_of_range_is_refused(small_vit):
     with pytest.raises(UsageError, match=r"crop_pct is 1\.5"):
         eval_transform(small_vit, crop_pct=1.5)

@@ -7,6 +7,7 @@ import torch
 
 import ltmp
 from helpers import TINY, assert_close, random_images, tiny_vit
+from ltmp.engines import trial
 from ltmp.errors import UsageError
 from ltmp.evaluate.baselines import at_resolution, geometry_of, instead_of
 from ltmp.evaluate.bench import Bench, Other
@@ -102,4 +103,14 @@ def test_bench_times_what_is_brought() -> None:
     assert named["broken"].images_per_second is None
     assert named["broken"].note == "logits are not finite"
     assert named["auto"].images_per_second
-    assert named["auto"].share in (1, named["packed"].share)
+    assert named["auto"].share == named["packed"].share
+
+
+def test_bench_says_where_auto_chose_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "MARGIN", 0.0)
+    model = ltmp.attach(tiny_vit())
+    model.ltmp.set([0.5] * 3, [0.04] * 3)
+    done = Bench(model, random_images(2), compiled=False, baseline=False).run(0.01)
+    named = {row.way: row for row in done}
+    assert (named["auto"].share, named["auto"].ideal) == (1, 1)
+    assert named["packed"].share < 1

@@ -16,11 +16,9 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerNorm, RmsNorm, SwiGLU, SwiGLUPacked
-from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
@@ -205,14 +203,6 @@ CASES: dict[str, Case] = {
         VisionTransformer, "parallel blocks: `vit_22b`-like", block_fn=ParallelScalingBlock,
         refused="ParallelScalingBlock", reason="reduction acts between the two branches of a pre-norm block",
     ),
-    "beit": timm_case(
-        Beit, "BEiT, BEiTv2: `beit_*`", use_rel_pos_bias=True, refused="relative position bias",
-        reason="a number for each pair of places is added to attention",
-    ),
-    "relpos": timm_case(
-        VisionTransformerRelPos, "`vit_relpos_*`", refused="each pair of places",
-        reason="a number for each pair of places is added to attention",
-    ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),
     "eva02": timm_case(
         Eva, "EVA-02, rotary: `eva02_*`", use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False,
@@ -388,20 +378,8 @@ CASES |= {
         refused="mask_ratio = 0", reason="set `model.config.mask_ratio = 0`",
     ),
     "hf-vit-mae-training": hf_case(
-        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder",
-        refused="tokens that a reduced encoder", reason="its decoder reads every patch",
-    ),
-    "hf-masked-images": hf_case(
-        "ViTForMaskedImageModeling", "ViTConfig", "masked image modelling",
-        refused="tokens that a reduced encoder", reason="its decoder reads every patch",
-    ),
-    "hf-backbone": hf_case(
-        "Dinov2Backbone", "Dinov2Config", "backbones of detectors",
-        refused="tokens that a reduced encoder", reason="they hand out grids of features",
-    ),
-    "hf-beit": hf_case(
-        "BeitForImageClassification", "BeitConfig", "BEiT",
-        refused="tokens that a reduced encoder", reason="its attention adds a bias for each pair of places",
+        "ViTMAEForPreTraining", "ViTMAEConfig", "ViT-MAE with its decoder", mask_ratio=0.75,
+        refused="mask_ratio = 0", reason="set `model.config.mask_ratio = 0`",
     ),
 }  # fmt: skip
 ATTACHED = {name: case for name, case in CASES.items() if not case.refused}

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -115,8 +116,27 @@ def eval_settings(
         if given is not None and _listed(given) != _listed(value):
             _say(f"{name} {given} goes before {value}, with which the thresholds were made")
     config = {**_config(model), **known}
-    size = _pair(image_size or _built_size(model, config))
-    return resolve_data_config({**options, "input_size": (input_channels(model), *size)}, config)
+    size, channels = _pair(image_size or _built_size(model, config)), input_channels(model)
+    own = {name: _for_channels(name, options[name], channels) for name in ("mean", "std") if options.get(name)}
+    settings = resolve_data_config({**options, **own, "input_size": (channels, *size)}, config)
+    # a config of colours says nothing of a greyscale model's one channel: it gets their average
+    return settings | {
+        name: settings[name] if len(settings[name]) == channels else (fmean(settings[name]),) * channels
+        for name in ("mean", "std")
+    }
+
+
+def _for_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number for each colour channel; one that stands for all may be given once or for each of three.
+
+    Raises:
+        UsageError: as many as the model has no channels, and not all the same.
+    """
+    given = tuple(values)
+    if len(given) != channels and len(set(given)) > 1:
+        raise UsageError(f"{name} {' '.join(f'{value:g}' for value in given)}: this model takes {channels} channel"
+                         f"{'s' * (channels > 1)}, give a number for each")  # fmt: skip
+    return given if len(given) == channels else given[:1] * channels
 
 
 def input_channels(model: nn.Module) -> int:

@@ -6,17 +6,26 @@ there, whoever calls it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..calls import recording, tracing
 from ..errors import LTMPError
 from ..method.policy import Active
 from . import masked, packed
 from .body import Body
-from .positions import Positions
+from .images import Images
+from .positions import positions_of
 from .state import Reduced, State
+
+PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
+"""Where calls of this thread say, after each block, which of the features [..., C] that they hand out are in the place
+of a token that is left, bool [...]; None where nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -26,66 +35,114 @@ class Reached:
     Attributes:
         block: the one that comes next.
         body, active: of the call.
-        state: what is left; without its features where they are those that were handed out.
+        state: what is left, or None where nothing was removed yet.
+        among: where images are among the features that are handed out, if not of N tokens each.
     """
 
     block: int
     body: Body
     active: Active
-    state: State
+    state: State | None = None
+    among: Images | None = None
 
 
-def run_block(body: Body, i: int, x: Tensor, positions: Positions | None) -> Tensor:
-    """Block `i`: [B, N, C], what the block before gave, to [B, N, C].
+def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Callable[[], Any]) -> Any:
+    """Block `i`: [B, N, C], or rows that `Recipe.images` knows, as the block before gave them, to the same.
+
+    Args:
+        named: what else the host calls this block with.
+        own: calls the host's own block with all that; so it is as long as nothing was removed and nothing will be.
+
+    Returns:
+        What `own` would: the features, or a pair where the recipe says so.
 
     Raises:
         LTMPError: `x` is not what the block before handed out.
     """
     reached = getattr(x, "ltmp_reached", None)
     if i == 0 and not (recomputing() and isinstance(reached, Reached) and reached.block == 0):
-        reached = _start(body, x, positions)
+        active = body.active()
+        # here patches are read whatever the head reads
+        reached = Reached(0, body, body.read_whole(active) if active[-1][1] else active)
+        if torch.is_grad_enabled() and body.grad_checkpointing:
+            # found again when the host recomputes this block, whatever this thread runs by then
+            x.ltmp_reached = reached  # type: ignore[attr-defined]
     if not isinstance(reached, Reached) or reached.block != i or reached.body.host is not body.host:
         raise LTMPError(
             f"block {i} of a reduced model goes on from what block {i - 1} handed out, and was given something else: "
             "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
         )
-    return _step(reached, x)
+    if not any(map(any, reached.active[: i + 1])):
+        found = own()
+        grid = found[0] if body.recipe.wraps else found
+        # a block may hand back what it was given
+        grid = grid if grid is not x else grid.view_as(grid)
+        reached = replace(reached, block=i + 1)
+        if i + 1 == body.depth:
+            note_whole(reached.body, x, named)
+    else:
+        reached = _reduce(_started(reached, x, named) if reached.state is None else reached, named)
+        assert reached.state is not None
+        grid = reached.state.unmerged()
+        grid = grid if reached.among is None else reached.among.put(x, grid)
+        _note(reached, x)
+    places = PLACES.get()
+    if places is not None:
+        places.append(_places(reached, x))
+    grid.ltmp_reached = reached
+    return (grid, None) if body.recipe.wraps else grid
 
 
-def _start(body: Body, x: Tensor, positions: Positions | None) -> Reached:
-    active = body.active()
-    # here patches are read whatever the head reads
-    active = body.read_whole(active) if active[-1][1] else active
-    state = State.start(x, packs=not body.policy.masks, positions=positions, unmerges=True)
-    reached = Reached(0, body, active, _bare(state, x))
-    if torch.is_grad_enabled() and body.grad_checkpointing:
-        # found again when the host recomputes this block, whatever this thread runs by then
-        x.ltmp_reached = reached  # type: ignore[attr-defined]
-    return reached
+def _started(reached: Reached, x: Tensor, named: Mapping[str, Any]) -> Reached:
+    """At the first block that may remove something."""
+    i, body = reached.block, reached.body
+    among = body.recipe.images(body.host, x, named)
+    positions = positions_of(body.recipe, body.host, x.shape[-2], (), named)
+    entering = x if among is None else among.take(x)
+    state = State.start(entering, packs=not body.policy.masks, positions=positions, unmerges=True, among=among)
+    kept = state.tokens.counts() if state.counts is None else state.counts
+    source = state.tokens.source
+    trail = None if state.trail is None or source is None else (source,) * i
+    return replace(reached, state=replace(state, kept=(kept,) * i, trail=trail), among=among)
 
 
-def _step(reached: Reached, x: Tensor) -> Tensor:
-    i, body, active, state = reached.block, reached.body, reached.active, reached.state
-    # features that nothing was removed from are what was handed out
-    reduced = any(map(any, active[: i + 1]))
-    state = state if any(map(any, active[:i])) else replace(state, x=x, dropped=x)
+def _reduce(reached: Reached, named: Mapping[str, Any]) -> Reached:
+    i, body, state = reached.block, reached.body, reached.state
+    assert state is not None
     step = packed.step if state.counts is not None else masked.step
-    state = step(body, i, state, active)
-    grid = state.unmerged() if reduced else state.x
-    # an engine may hand back what it was given
-    grid = grid if grid is not x else grid.view_as(grid)
-    if i + 1 == body.depth and not recomputing():
+    state = step(body, i, replace(state, bias=body.recipe.bias(body.host, i, named)), reached.active)
+    return replace(reached, block=i + 1, state=state)
+
+
+def _places(reached: Reached, x: Tensor) -> Tensor:
+    """bool [...], which of the features x [..., C] are in the place of a token that is left."""
+    if reached.state is None:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    tokens, among = reached.state.tokens, reached.among
+    image, slot = tokens.live.nonzero(as_tuple=True)
+    row = tokens.origin[image, slot]
+    if among is None:
+        row = image * x.shape[1] + row
+    elif reached.state.positions is None:
+        row = among.index[image, row]
+    found = torch.zeros(x[..., 0].numel(), dtype=torch.bool, device=x.device)
+    return found.index_fill(0, row, True).view(x.shape[:-1])
+
+
+def _note(reached: Reached, x: Tensor) -> None:
+    """Tell of a call that has passed its last block."""
+    body, state = reached.body, reached.state
+    assert state is not None
+    if reached.block == body.depth and not recomputing():
         kept = torch.stack([torch.as_tensor(k, dtype=torch.float32, device=x.device) for k in state.kept], 1)
-        body.note(x, Reduced(grid, state.tokens.size, kept, state.tokens.source, state.trail))
-    state = state if reduced else _bare(state, x)
-    grid.ltmp_reached = Reached(i + 1, body, active, state)  # type: ignore[attr-defined]
-    return grid
+        body.note(x, Reduced(x, state.tokens.size, kept, state.tokens.source, state.trail), reached.among)
 
 
-def _bare(state: State, x: Tensor) -> State:
-    """The state without its features, to ride on them: a tensor that holds itself would not be freed in time."""
-    empty = x.new_empty(0)
-    return replace(state, x=empty, dropped=empty)
+def note_whole(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:
+    """Tell `record()` and `trace()` of a call with these features that removes nothing."""
+    if recording() is not None or tracing() is not None:
+        among = body.recipe.images(body.host, x, named)
+        body.note(x, Reduced.whole(x if among is None else among.take(x), body.depth, among), among)
 
 
 def recomputing() -> bool:

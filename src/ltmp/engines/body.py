@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..calls import held, is_dense, recording, tracing
+from ..calls import held, is_dense, recording, tracing, unmerging
 from ..errors import LTMPError
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
 from ..method.recipe import Recipe
+from .images import Images
 from .positions import Positions
 from .state import Reduced
 
@@ -51,8 +52,23 @@ class Body:
         """Whether the host's head reads the prefix tokens alone: after the last attention no other token counts."""
         return self.recipe.prefix_only(self.host)
 
-    def geometry(self, tokens: int, width: int) -> Geometry:
-        """Geometry of an image of `tokens` tokens, which its cost depends on.
+    @property
+    def tokens(self) -> str:
+        """What the host gets behind its blocks, see `config.FORMS`."""
+        return self.policy.config.tokens or self.recipe.forms[0]
+
+    @property
+    def grid(self) -> bool:
+        """Whether every patch is in its place after each block, for a host that reads them there."""
+        return unmerging() or self.tokens != "reduced"
+
+    @property
+    def first(self) -> int:
+        """The first block that may remove tokens."""
+        return [*(self.recipe.reduces(self.host) or (True,)), True].index(True)
+
+    def geometry(self, tokens: int, width: int, each: tuple[int, ...] | None = None) -> Geometry:
+        """What an image of `tokens` tokens costs here, or images of as many as `each` says.
 
         Raises:
             LTMPError: the layers of an MLP do not say what they cost.
@@ -63,7 +79,7 @@ class Body:
                 f"cannot count the FLOPs of block {ratios.index(0)}: its MLP holds no layer with in_features and "
                 "out_features; count before its layers are replaced"
             )
-        return Geometry(tokens, width, ratios)
+        return Geometry(tokens, width, ratios, each)
 
     def active(self) -> Active:
         """For each block whether merging and pruning can select anything now; nothing inside `dense()`."""
@@ -73,6 +89,9 @@ class Body:
         if self.policy.masks:
             # a threshold that selects nothing today may learn to
             active = ((True, True),) * self.depth
+        spared = self.recipe.reduces(self.host)
+        if spared is not None:
+            active = tuple((merge and on, prune and on) for (merge, prune), on in zip(active, spared, strict=True))
         return self.read_whole(active) if active[-1][1] and not self.prefix_only else active
 
     def read_whole(self, active: Active) -> Active:
@@ -106,11 +125,12 @@ class Body:
             x = self.whole(i, x, positions)
         return Reduced.whole(x, self.depth)
 
-    def note(self, x: Tensor, reduced: Reduced) -> None:
-        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C]."""
+    def note(self, x: Tensor, reduced: Reduced, images: Images | None = None) -> None:
+        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`."""
         calls, traced = recording(), tracing()
         if calls is not None:
-            calls.add(reduced.kept, self.geometry(x.shape[1], x.shape[2]))
+            each = None if images is None else images.tokens
+            calls.add(reduced.kept, self.geometry(max(each or x.shape[-2:-1]), x.shape[-1], each))
         if traced is not None and reduced.source is not None:
             traced.add(reduced.source, reduced.trail or ())
 

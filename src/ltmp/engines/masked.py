@@ -37,7 +37,8 @@ def _block(body: Body, i: int, state: State, active: Active) -> State:
     q, k, v = recipe.qkv(block, x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, tokens.origin)
-    y, received = attend(q, k, v, thresholds.weight(i, tokens.size), tokens.keep)
+    added = None if state.bias is None else state.bias(tokens.origin)
+    y, received = attend(q, k, v, thresholds.weight(i, tokens.size), tokens.keep, added)
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)
     if steps:

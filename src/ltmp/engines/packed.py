@@ -49,7 +49,9 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
     weight = thresholds.weight(i, tokens.size)
-    y, received = attend_to(q, k, v, weight, tokens.keep, counts, thresholds.config.scores.needs_received(steps))
+    added = None if state.bias is None else state.bias(tokens.origin)
+    need_importance = thresholds.config.scores.needs_received(steps)
+    y, received = attend_to(q, k, v, weight, tokens.keep, counts, need_importance, added)
     x = x + run_branch(half.out, y.flatten(-2), counts)
     if steps:
         state = state.attended(x)
@@ -72,13 +74,24 @@ def _counts(state: State) -> list[int]:
 
 
 def attend_to(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, keep: Tensor, counts: list[int], need_importance: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    counts: list[int],
+    need_importance: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention on rows: image by image on a CPU, where a map fits the cache, padded elsewhere, to fill the device."""
-    if q.device.type == "cpu":
+    """Attention on rows: image by image on a CPU, where a map fits the cache, padded elsewhere, to fill the device.
+
+    Args:
+        added: to the scores of padded images, see `ops.attend.reference.attend`.
+    """
+    if q.device.type == "cpu" and added is None:
         return attend_rows(q, k, v, rows(weight, counts), counts, need_importance)
     padded_q, padded_k, padded_v = (pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v))
-    out, importance = attend(padded_q, padded_k, padded_v, weight, keep)
+    out, importance = attend(padded_q, padded_k, padded_v, weight, keep, added)
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,11 @@ class Positions:
 
     def argument(self, i: int) -> dict[str, Any]:
         """The arguments that the host would call block `i` with."""
-        return {self.rotary.name: self.rotary.own(self.value, i)}
+        return {self.rotary.name: self.rotary.own(self.value, i)} if self.rotary.name else {}
 
 
 def positions_of(
-    recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Positions | None:
     """The positions of `tokens` in the arguments that `host` calls its blocks with.
 
@@ -48,11 +49,17 @@ def positions_of(
         NotImplementedError: it says more than that.
     """
     rotary = recipe.rotary
-    given = None if rotary is None else kwargs.get(rotary.name)
+    names = () if rotary is None else rotary.name.split(",")
+    values = [kwargs.get(name) for name in names]
+    given = None if any(value is None for value in values) else values[0] if len(values) == 1 else tuple(values)
     for name, value in [*enumerate(args), *kwargs.items()]:
-        if (rotary is None or name != rotary.name) and recipe.refuses(value):
+        if name not in names and recipe.refuses(value):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
             )
-    return None if rotary is None or given is None else Positions(rotary, given, rotary.table(host, given, tokens))
+    return (
+        None
+        if rotary is None or (rotary.name and given is None)
+        else Positions(rotary, given, rotary.table(host, given, tokens))
+    )

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..calls import is_dense, tracing, unmerging
+from ..calls import is_dense, tracing
 from ..errors import LTMPError
 from ..method.policy import Active
 from ..method.rates import Rates
@@ -80,7 +80,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def on_device(body: Body) -> bool:
     """Whether the decisions need no host and nobody asks where patches went: all that the Triton engines know."""
-    return type(body.policy) in (Thresholds, Rates) and tracing() is None and not unmerging()
+    return type(body.policy) in (Thresholds, Rates) and tracing() is None and not body.grid
 
 
 def _trains(body: Body, x: Tensor) -> bool:

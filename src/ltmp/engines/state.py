@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..calls import tracing
+from ..method.recipe import Bias
 from ..method.tokens import Tokens, spread
+from .images import Images
 from .positions import Positions
 
 
@@ -25,6 +27,7 @@ class State:
         trail: the sources after each block so far, where every block is traced, or None.
         dropped: [B, tokens at the start, C], the features of each pruned patch when it went, where unmerging asks.
         positions: of the tokens at the start, where the host's attention needs them.
+        bias: what the next block adds to its attention, where it adds something; see `Recipe.bias`.
     """
 
     x: Tensor
@@ -34,16 +37,42 @@ class State:
     trail: tuple[Tensor, ...] | None = None
     dropped: Tensor | None = None
     positions: Positions | None = None
+    bias: Bias | None = None
 
     @classmethod
-    def start(cls, x: Tensor, *, packs: bool, positions: Positions | None, unmerges: bool = False) -> State:
-        """[B, N, C] as it enters the first block; `unmerges` says whether `unmerged` will be asked for."""
+    def start(
+        cls, x: Tensor, *, packs: bool, positions: Positions | None, unmerges: bool = False, among: Images | None = None
+    ) -> State:
+        """[B, N, C] as it enters the first block.
+
+        Args:
+            unmerges: whether `unmerged` will be asked for.
+            among: where images are among the host's features, if not of N tokens each.
+        """
+        if among is not None:
+            return cls._start_among(x, among, packs, positions)
         images, length, _ = x.shape
         calls = tracing()
         tokens = Tokens.start(images, length, x.device, traced=calls is not None or unmerges)
         trail = () if calls is not None and calls.every_block else None
         dropped = x if unmerges else None
         return cls(x, tokens, [length] * images if packs else None, (), trail, dropped, positions)
+
+    @classmethod
+    def _start_among(cls, x: Tensor, among: Images, packs: bool, positions: Positions | None) -> State:
+        """`start` of images of different sizes, to be unmerged: what is not there never lives."""
+        calls, live = tracing(), among.live
+        tokens = Tokens.start(len(live), live.shape[1], x.device, traced=True)
+        assert tokens.source is not None
+        tokens = replace(
+            tokens, keep=live.float(), source=tokens.source.where(live, -1),
+            # rows of the host's positions, which differ between images
+            origin=tokens.origin if positions is None else among.index,
+        )  # fmt: skip
+        trail = () if calls is not None and calls.every_block else None
+        if packs:
+            return cls(x[live], tokens, live.sum(1).tolist(), (), trail, x, positions)
+        return cls(x, tokens, None, (), trail, x, positions)
 
     def attended(self, x: Tensor) -> State:
         """The same with the features `x` that a block's attention left: what is dropped next is remembered so."""
@@ -93,9 +122,11 @@ class Reduced:
     trail: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def whole(cls, x: Tensor, depth: int) -> Reduced:
-        """[B, N, C] after `depth` blocks that removed nothing."""
+    def whole(cls, x: Tensor, depth: int, among: Images | None = None) -> Reduced:
+        """[B, N, C] after `depth` blocks that removed nothing; `among` says which tokens there were."""
         images, length, _ = x.shape
         start = Tokens.start(images, length, x.device, traced=True)
         kept = torch.full((images, depth), float(length), device=x.device, dtype=torch.float32)
+        if among is not None:
+            kept = among.live.sum(1, keepdim=True).expand(-1, depth).float()
         return cls(x, start.size, kept, start.source, (start.source,) * depth if start.source is not None else None)

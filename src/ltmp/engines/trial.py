@@ -24,6 +24,7 @@ from ..method.rates import Rates
 from ..method.thresholds import Thresholds
 from . import packed
 from .body import Body
+from .hooks import hooked_inside
 from .onednn import watched
 from .positions import Positions
 from .state import Reduced
@@ -94,6 +95,8 @@ def applies(body: Body, x: Tensor) -> bool:
         and recording() is None
         and tracing() is None
         and not (unmerging() or torch.compiler.is_compiling() or torch.jit.is_tracing() or watched())
+        # they would see both ways of a call that is timed
+        and not any(map(hooked_inside, body.blocks))
     )
 
 

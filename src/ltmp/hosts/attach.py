@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,20 +18,23 @@ from ..engines.graph import GraphedForward
 from ..errors import LTMPError
 from ..method.policy import Policy
 from ..method.rates import Rates
-from ..method.recipe import Recipe
+from ..method.recipe import READS_LOGITS, READS_TOKENS, Recipe
 from ..method.thresholds import Thresholds
+from .fewer import LANGUAGE, MarkedFeatures, Shortened, find_reader
 from .forward import BlockForward, Blocks, LoopForward
 from .sizes import carry_sizes
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _LIBRARIES = {
-    "timm": ("timm", "eva", "naflex"),
+    "timm": ("timm", "eva", "naflex", "grids"),
     "torchvision": ("torchvision",),
     "open_clip": ("open_clip",),
-    "transformers": ("transformers",),
+    "transformers": ("transformers", "towers"),
 }
 """Host library to our modules with its recipes; imported only when a model of that library is attached."""
+
+_PASS_BY = (READS_TOKENS, READS_LOGITS)
 
 
 def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
@@ -41,50 +44,65 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Recipe]:
         LTMPError: nothing inside is known, or more than one; the message names what is.
     """
     found = list(_hosts(model))
-    attachable = [(name, module, recipe) for name, module, recipe in found if isinstance(recipe, Recipe)]
+    attachable = [host for host in found if isinstance(host.recipe, Recipe)]
     if len(attachable) > 1:
-        places = ", ".join(f"{name or 'model'} ({type(module).__name__})" for name, module, _ in attachable)
+        places = ", ".join(f"{host.name or 'model'} ({type(host.module).__name__})" for host in attachable)
         raise LTMPError(
             f"this {type(model).__name__} holds several vision transformers, and thresholds are for one: attach to one "
             f"of {places}"
         )
-    if attachable:
-        return attachable[0][1:]
-    if found:
-        _, module, reason = found[0]
-        raise LTMPError(f"cannot attach to {type(module).__name__}: {reason}; docs/hosts.md lists what can be attached")
+    for host in (*attachable, *found):
+        if isinstance(host.recipe, Recipe):
+            return host.module, host.recipe
+        raise LTMPError(
+            f"cannot attach to {type(host.module).__name__}: {host.recipe}; docs/hosts.md lists what can be attached"
+        )
     raise LTMPError(
         f"cannot attach to {type(model).__name__}: found none of the known hosts inside "
         f"(vision transformers of {', '.join(_LIBRARIES)}; docs/hosts.md lists them)"
     )
 
 
-def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str]]:
-    """The known hosts in `model`, each with its name there; not those inside others."""
+class _Found(NamedTuple):
+    """A known host in a model: its name there, and its recipe or why it has none."""
+
+    name: str
+    module: nn.Module
+    recipe: Recipe | str
+
+
+def _hosts(model: nn.Module) -> Iterator[_Found]:
+    """The known hosts in `model`; not those inside others, unless these read grids."""
     inside: tuple[str, ...] = ()
+    readers: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
         recipe = _recipe(type(module))
-        if recipe is not None:
-            if not name:
-                yield name, module, recipe
-                return
-            inside = (*inside, f"{name}.")
-            yield name, module, recipe
+        if recipe is None or recipe in _PASS_BY:
+            if recipe == READS_TOKENS:
+                readers[f"{name}." if name else ""] = type(module)
+            continue
+        if isinstance(recipe, Recipe) and any(name.startswith(reader) for reader in readers):
+            recipe = replace(recipe, forms=tuple(form for form in recipe.forms if form != "reduced"))
+        yield _Found(name, module, recipe)
+        if not name:
+            return
+        inside = (*inside, f"{name}.")
 
 
 def _recipe(kind: type[nn.Module]) -> Recipe | str | None:
     for cls in kind.__mro__:
         known = recipes(cls.__module__.partition(".")[0])
-        if cls in known:
-            return known[cls]
+        for key in (cls, cls.__name__):
+            if key in known and (key is cls or cls.__module__.startswith("transformers.models.")):
+                return known[key]
     return None
 
 
-def recipes(library: str) -> dict[type[nn.Module], Recipe | str]:
-    """The hosts of a library that is installed, each with its recipe, or why it is known not to have one."""
-    found: dict[type[nn.Module], Recipe | str] = {}
+def recipes(library: str) -> dict[type[nn.Module] | str, Recipe | str]:
+    """The hosts of a library that is installed, by class or its name, each with its recipe, or why it has none."""
+    found: dict[type[nn.Module] | str, Recipe | str] = {}
     for name in _LIBRARIES.get(library, ()):
         found |= importlib.import_module(f"{__package__}.{name}").HOSTS
     return found
@@ -221,15 +239,22 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     """
     config = config or LTMPConfig()
     host, recipe = find_host(model)
+    reader = find_reader(model) if model is not host else None
+    if reader is not None:
+        recipe = replace(recipe, forms=(*recipe.forms, "fewer"))
     problems = recipe.problems(host)
     owner, name = _place(host, recipe.stack)
-    blocks = tuple(getattr(owner, name)._modules.values())
+    blocks = tuple(getattr(owner, name)._modules.values())[: recipe.depth(host)]
+    if not blocks:
+        problems.append("none of its blocks can be reduced")
     if len(set(map(id, blocks))) < len(blocks):
         problems.append("it runs a block several times (shared weights), and thresholds are for one place each")
     if config.needs_class_attention and not recipe.class_first(host):
         power = config.scores.class_power
         which = f"class_power {power:g}" if power else f"variant {config.variant}"
         problems.append(f"{which} needs a class token's attention, and this model has no class token")
+    if config.tokens is not None and config.tokens not in recipe.forms:
+        problems.append(f"tokens={config.tokens!r} does not suit it: expected {' or '.join(map(repr, recipe.forms))}")
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
     present = find_attachment(model)
@@ -240,12 +265,16 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     if present is not None:
         detach(model)
     policy = _policy(len(blocks), config).to(next(host.parameters()).device)
+    policy.forms = recipe.forms
     policy.train(host.training)
     # so that who traces the model before its first call need not read it
-    policy.active()
+    if not next(host.parameters()).is_meta:
+        policy.active()
     body = Body(blocks, recipe, policy, recipe.protected(host), host)
     made = Attachment(body, owner, name, model=weakref.ref(model))
     _take_over(made)
+    if reader is not None:
+        _shorten_texts(made, reader)
     # what runs all of its modules would run the policy, too; timm's feature extractor is a dictionary, but runs one
     runs_all = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     holder: nn.Module = host if runs_all and type(model).__name__ != "FeatureGetterNet" else model
@@ -289,6 +318,14 @@ def _take_over(made: Attachment) -> None:
     made.hooks += recipe.hooks(body)
     if torch.cuda.is_available():
         made.replace(host, "forward", GraphedForward(body, inner=vars(host).get("forward")))
+
+
+def _shorten_texts(made: Attachment, reader: nn.Module) -> None:
+    """Let a reader take fewer tokens where it is told to."""
+    for method in ("forward", "generate"):
+        made.replace(reader, method, Shortened(made.body, reader, method))
+    projector = reader.get_submodule(LANGUAGE[type(reader).__name__].projector)
+    made.hooks.append(projector.register_forward_hook(MarkedFeatures(made.body, reader)))
 
 
 def detach(model: Model) -> Model:

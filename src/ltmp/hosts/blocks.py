@@ -50,7 +50,8 @@ class Blocks:
             LTMPError: the host's blocks are not as they were when they were attached to.
         """
         blocks, host = self.body.blocks, type(self.body.host).__name__
-        if tuple(self.owner._modules[self.name]._modules.values()) != blocks:  # type: ignore[union-attr]
+        present = tuple(self.owner._modules[self.name]._modules.values())  # type: ignore[union-attr]
+        if (present if self.body.recipe.depth(self.body.host) is None else present[: len(blocks)]) != blocks:
             raise LTMPError(
                 f"the blocks of this {host} were changed after attaching, and its thresholds are for those of before: "
                 "call ltmp.detach(model) first, or attach after such changes"

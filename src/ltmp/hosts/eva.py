@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionRope
-from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,14 +41,15 @@ def _bias(attn: Any) -> Tensor | None:
 
 def _out(block: Any, y: Tensor) -> Tensor:
     attn = block.attn
-    return block.drop_path1(_scaled(attn.proj_drop(attn.proj(attn.norm(y))), block.gamma_1))
+    return block.drop_path1(scaled(attn.proj_drop(attn.proj(attn.norm(y))), getattr(block, "gamma_1", None)))
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
+    return block.drop_path2(scaled(block.mlp(block.norm2(x)), getattr(block, "gamma_2", None)))
 
 
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """`x` times a layer scale, where there is one."""
     return x if gamma is None else gamma * x
 
 
@@ -76,7 +75,7 @@ def _parts(block: Any) -> Parts | None:
         return None
     bias = _bias(attn)
     qkv = attn.qkv if bias is None else linear_of(attn.qkv.weight, bias)
-    return standard_parts(block, qkv, (block.gamma_1, block.gamma_2))
+    return standard_parts(block, qkv, (block.gamma_1, getattr(block, "gamma_2", None)))
 
 
 def _problems(host: Any) -> list[str]:
@@ -97,8 +96,4 @@ RECIPE = replace(
     rotary=Rotary("rope", _table, _rotate, _own_table),
 )  # fmt: skip
 
-HOSTS: dict[type[nn.Module], Recipe | str] = {
-    Eva: RECIPE,
-    Beit: "its attention adds a number for each pair of places (relative position bias), which no engine knows",
-    VisionTransformerRelPos: "its attention adds a number for each pair of places, which no engine knows",
-}
+HOSTS: dict[type[nn.Module], Recipe | str] = {Eva: RECIPE}

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import held, recording, tracing, unmerging
+from ..calls import held
 from ..engines import select
-from ..engines.blockwise import recomputing, run_block
+from ..engines.blockwise import note_whole, recomputing, run_block
 from ..engines.body import Body, Engine, running, running_body, running_engine
 from ..engines.positions import positions_of
-from ..engines.state import Reduced
 from ..errors import LTMPError
 from .blocks import Blocks, refuse_replica, refuse_tracers
 from .sizes import with_sizes
@@ -93,8 +94,8 @@ class LoopForward(StandIn):
         reduced = body.reduces()
         if reduced:
             refuse_tracers((*args, *kwargs.values()))
-            self.blocks.check(whole=not unmerging())
-        if unmerging() if reduced else torch.compiler.is_exporting():
+            self.blocks.check(whole=not body.grid)
+        if body.grid if reduced else torch.compiler.is_exporting():
             # block by block
             return self._own(args, kwargs)
         with held(_PASS, HostPass(body, reduced, torch.is_grad_enabled())):
@@ -120,19 +121,27 @@ class BlockForward(StandIn):
         body = running_body(self.blocks.body)
         if body.reduces() and self.i < body.depth:
             self.blocks.check(whole=False)
-            positions = positions_of(body.recipe, body.host, x.shape[1], others, named)
-            return with_sizes(run_block(body, self.i, x, positions), None)
+            own = partial(self._own, body, x, others, named)
+            found = run_block(body, self.i, x, self._by_name(others, named), own)
+            with_sizes(found[0] if isinstance(found, tuple) else found, None)
+            return found
         if self.i == body.depth - 1:
-            note_whole(body, x)
+            note_whole(body, x, self._by_name(others, named))
         return self._own(body, x, others, named)
+
+    def _by_name(self, others: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """All that the host gives this block beside the features, by the names that the block has for it."""
+        if not others:
+            return named
+        return {**dict(zip(_names(type(self.blocks.body.blocks[self.i]).forward)[1:], others, strict=False)), **named}
 
     def _one_of_all(self, here: HostPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """This block in a pass through all of them."""
         body = here.body
         x, others, named = _features(args, kwargs)
         if not here.reduced:
-            if self.i == 0:
-                note_whole(body, x)
+            if self.i == body.first:
+                note_whole(body, x, self._by_name(others, named))
             return self._own(body, x, others, named)
         if self.i:
             if not hasattr(x, "ltmp_size"):
@@ -158,6 +167,12 @@ class BlockForward(StandIn):
         if rotary is not None and rotary.name in named:
             named = {**named, rotary.name: rotary.own(named[rotary.name], self.i)}
         return type(block).forward(block, x, *others, **named)
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Of the arguments of a block's forward, the block left out."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 _FEATURES = ("x", "hidden_states", "input")
@@ -192,9 +207,3 @@ def run_all(body: Body, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not recomputing():
         body.note(x, reduced)
     return with_sizes(reduced.x, reduced.size)
-
-
-def note_whole(body: Body, x: Tensor) -> None:
-    """Tell `record()` and `trace()` of a call with x [B, N, C] that removes nothing."""
-    if recording() is not None or tracing() is not None:
-        body.note(x, Reduced.whole(x, body.depth))

@@ -31,7 +31,7 @@ def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
     """
     if _has_sizes(x):
         return x.ltmp_size  # type: ignore[attr-defined]
-    if unmerging() or (body is not None and not running_body(body).reduces()):
+    if unmerging() or (body is not None and (running_body(body).grid or not running_body(body).reduces())):
         return None
     raise LTMPError(
         "the sizes of these tokens got lost between the blocks and the pooling: give forward_head what "

@@ -18,7 +18,19 @@ from .sizes import sizes_of
 
 # of the ViT's blocks and of the EVA family's, which have fewer
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
-_ATTENTION_PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+_ATTENTION_PARTS = {
+    "qkv",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "q_norm",
+    "k_norm",
+    "attn_drop",
+    "norm",
+    "proj",
+    "proj_drop",
+    "rel_pos",
+}
 _MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
 
 
@@ -93,7 +105,7 @@ def find_problems(
     if overridden:
         found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
     for i, block in enumerate(host.blocks):
-        trouble = _block_problems(block, block_class, attentions)
+        trouble = block_problems(block, block_class, attentions)
         if trouble:
             found.append(f"blocks.{i} {trouble}")
             break
@@ -103,7 +115,7 @@ def find_problems(
     return found
 
 
-def _block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...]) -> str | None:
+def block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...]) -> str | None:
     """Why this block is not the standard pre-norm one that the recipe describes, or None."""
     if type(block) is not block_class:
         return f"is a {type(block).__name__}, not timm's standard {block_class.__name__}"

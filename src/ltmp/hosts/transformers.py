@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from ..engines.body import Body, running_body
-from ..method.recipe import Parts, Recipe, Rotary, activation_name, linear_ratio
+from ..method.recipe import READS_TOKENS, Parts, Recipe, Rotary, activation_name, linear_ratio
 from .forward import BlockForward
 from .layouts import LAYOUTS, Layout
 from .pooling import log_size, sized_mean, without_prefix
@@ -57,7 +57,8 @@ def _layout(block: nn.Module) -> Layout:
 
 def _apply(block: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
     for name in names:
-        x = attrgetter(name)(block)(x)
+        part = attrgetter(name)(block)
+        x = part * x if isinstance(part, Tensor) else part(x)
     return x
 
 
@@ -68,7 +69,10 @@ def _heads(attention: Any) -> int:
 def _qkv(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(block)
     x, attention = attrgetter(layout.norm)(block)(x), attrgetter(layout.attention)(block)
-    q, k, v = (attrgetter(name)(block)(x) for name in layout.qkv)
+    found = [attrgetter(name)(block)(x) for name in layout.qkv]
+    q, k, v = found if len(found) == 3 else found[0].chunk(3, -1)
+    if layout.qk_norm:
+        q, k = (attrgetter(name)(block)(t) for name, t in zip(layout.qk_norm, (q, k), strict=True))
     if getattr(attention, "q_bias", None) is not None:
         q, v = q + attention.q_bias, v + attention.v_bias
     q, k, v = (t.unflatten(-1, (_heads(attention), -1)) for t in (q, k, v))
@@ -89,7 +93,7 @@ def _mlp(block: nn.Module, x: Tensor) -> Tensor:
 
 def _mlp_ratio(block: nn.Module) -> float:
     norm, *layers = (attrgetter(name)(block) for name in _layout(block).mlp)
-    return sum(linear_ratio(layer, norm.normalized_shape[0]) for layer in layers)
+    return sum(linear_ratio(layer, len(norm.weight)) for layer in layers if isinstance(layer, nn.Module))
 
 
 def _block_problems(block: nn.Module) -> str | None:
@@ -105,6 +109,7 @@ def _block_problems(block: nn.Module) -> str | None:
     if not type(mlp).__module__.startswith("transformers.models."):
         return f"has a {type(mlp).__name__}, which is not known to treat each token by itself"
     dropout = next((getattr(attention, name) for name in _DROPOUTS if hasattr(attention, name)), 0)
+    dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
     if dropout > 0:
         return f"has attention dropout {dropout}: build the model with 0"
     _FOUND[type(block)] = layout
@@ -156,11 +161,14 @@ class Host:
 
     def describe(self, host: nn.Module) -> dict[str, Any]:
         """The encoder's config, the same for all heads."""
-        config = self.inside(host).config
+        inside = self.inside(host)
+        config = inside.config
         patch, size = (getattr(config, name, None) for name in ("patch_size", "image_size"))
         return {
             "architecture": f"{config.model_type}_patch{patch}",
-            "width": config.hidden_size,
+            "width": len(
+                attrgetter(f"{self.blocks}.0.{_layout(attrgetter(self.blocks)(inside)[0]).norm}")(inside).weight
+            ),
             "input_size": [size, size] if isinstance(size, int) else size and list(size),
         }
 
@@ -201,7 +209,8 @@ class Host:
 
 def refuse_records(body: Body, encoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
     """Forward hook before the encoder: what is recorded of each block would be short by what a reduced one lacks."""
-    if not running_body(body).reduces():
+    body = running_body(body)
+    if not body.reduces():
         return
     mask = kwargs.get("attention_mask")
     if mask is not None and not torch.as_tensor(mask).all():
@@ -209,7 +218,8 @@ def refuse_records(body: Body, encoder: Any, _args: Any, kwargs: dict[str, Any])
             "a reduced model does not take an attention_mask: call it inside `with ltmp.dense():`, or call "
             "ltmp.detach(model) for this"
         )
-    names = ("output_hidden_states", "output_attentions")
+    # hooks on blocks see grids
+    names = ("output_attentions",) if body.grid else ("output_hidden_states", "output_attentions")
     wanted = [name for name in names if kwargs.get(name, getattr(encoder.config, name, False))]
     if wanted:
         raise NotImplementedError(
@@ -247,12 +257,12 @@ def keep_order(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, kwargs
 
 
-def _table(_host: nn.Module, given: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+def rotary_table(_host: nn.Module, given: tuple[Tensor, Tensor], tokens: int) -> Tensor:
     cos, sin = given
     return turn_table(sin, cos, tokens)
 
 
-def _rotate(_block: nn.Module, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_halves(_block: nn.Module, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows[..., None, :]
     return turned(q, rows, half=True), turned(k, rows, half=True)
 
@@ -308,15 +318,17 @@ def _parts(block: nn.Module) -> Parts | None:
     norm1, attention, norm2, mlp = attrgetter(layout.norm, layout.attention, *layout.mlp[:2])(block)
     names = _MLPS.get(frozenset(mlp._modules))
     norms = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
-    if names is None or not norms or getattr(attention, "q_bias", None) is not None:
+    if names is None or not norms or layout.qk_norm or getattr(attention, "q_bias", None) is not None:
         return None
     fc1, activation, fc2 = attrgetter(*names)(block)
     act = activation_name(activation)
     if act is None:
         return None
-    scale1, scale2 = (getattr(getattr(block, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2))
-    q, k, v, proj = attrgetter(*layout.qkv, layout.out[0])(block)
-    return Parts(norm1, (q, k, v), _heads(attention), _SAME, _SAME, proj, scale1, norm2, fc1, act, fc2, scale2)
+    scale1, scale2 = (
+        getattr(getattr(block, f"layer_scale{i}", None), "lambda1", getattr(block, f"lambda_{i}", None)) for i in (1, 2)
+    )
+    *qkv, proj = attrgetter(*layout.qkv, layout.out[0])(block)
+    return Parts(norm1, tuple(qkv), _heads(attention), _SAME, _SAME, proj, scale1, norm2, fc1, act, fc2, scale2)
 
 
 def _refuses_nothing(_value: Any) -> bool:
@@ -324,15 +336,16 @@ def _refuses_nothing(_value: Any) -> bool:
     return False
 
 
-def _recipe(cls: type[nn.Module], host: Host) -> Recipe:
-    rotary = cls is DINOv3ViTModel
+def recipe_of(cls: str, host: Host) -> Recipe:
+    """The recipe of a class of transformers."""
+    rotary = cls == DINOv3ViTModel.__name__
     clip = host.blocks == "encoder.layers"
-    name, stack = f"transformers {cls.__name__}", f"{host.encoder}.{host.blocks}".lstrip(".")
+    name, stack = f"transformers {cls}", f"{host.encoder}.{host.blocks}".lstrip(".")
     return Recipe(
         name, stack, _qkv, _out, _mlp, _attention, _parts, host.problems, _mlp_ratio, host.protected, host.class_first,
         final_norm=host.final_norm,
         prefix_only=host.prefix_only,
-        rotary=Rotary("position_embeddings", _table, _rotate) if rotary else None,
+        rotary=Rotary("position_embeddings", rotary_table, rotate_halves) if rotary else None,
         grad_checkpointing=host.grad_checkpointing,
         hooks=host.hooks,
         describe=host.describe,
@@ -347,6 +360,6 @@ for _around, _name, _prefix in ((CLIPModel, "CLIPVisionTransformer", 1), (Siglip
     if _inner is not None:
         _TABLE[_inner] = Host("", "encoder.layers", "post_layernorm", _prefix)
 
-HOSTS: dict[type[nn.Module], Recipe | str] = {cls: _recipe(cls, host) for cls, host in _TABLE.items()}
+HOSTS: dict[type[nn.Module], Recipe | str] = {cls: recipe_of(cls.__name__, host) for cls, host in _TABLE.items()}
 # any other model of transformers
-HOSTS[PreTrainedModel] = "it may read tokens that a reduced encoder inside it no longer has"
+HOSTS[PreTrainedModel] = READS_TOKENS

@@ -13,14 +13,16 @@ class Geometry:
     """The sizes that the cost of a block depends on.
 
     Args:
-        tokens: tokens that enter the first block, N (prefix tokens included).
+        tokens: tokens that enter the first block, N (prefix tokens included); the most where images differ.
         width: C.
         mlp_ratio: hidden width over C of a two-layer MLP of the same cost, one number for each block.
+        each: tokens of each image where they differ, or None.
     """
 
     tokens: int
     width: int
     mlp_ratio: tuple[float, ...]
+    each: tuple[int, ...] | None = None
 
     @property
     def depth(self) -> int:
@@ -42,7 +44,7 @@ def flops_share(kept: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         [...] in (0, 1], one share an image: average shares, never counts (the cost is quadratic in them).
     """
-    dense = torch.full_like(kept[..., :1], geometry.tokens)
+    dense = kept.new_tensor(geometry.each or geometry.tokens)[..., None].expand_as(kept[..., :1])
     entering = torch.cat([dense, kept[..., :-1]], -1)
     full = dense.expand_as(kept)
     return block_costs(entering, kept, geometry).sum(-1) / block_costs(full, full, geometry).sum(-1)

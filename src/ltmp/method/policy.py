@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LTMPConfig
-from ..errors import LTMPError
+from ..errors import LTMPError, UsageError
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
@@ -41,6 +42,23 @@ class Policy(nn.Module, ABC):
         self.trains = False
         # what `ltmp.save` says of these thresholds, see `ltmp.describe`
         self.noted: Any = None
+        # the forms of `tokens` that the host can take, its default first; set by `attach`
+        self.forms: tuple[str, ...] = ("reduced",)
+
+    @property
+    def tokens(self) -> str:
+        """What the host gets behind its blocks, one of `config.FORMS`; may be set, and is saved with the thresholds.
+
+        Raises:
+            UsageError: on setting, the host cannot take that form.
+        """
+        return self.config.tokens or self.forms[0]
+
+    @tokens.setter
+    def tokens(self, form: str) -> None:
+        if form not in self.forms:
+            raise UsageError(f"tokens={form!r} does not suit this host: expected {' or '.join(map(repr, self.forms))}")
+        self.config = replace(self.config, tokens=form)
 
     def requires_grad_(self: P, requires_grad: bool = True) -> P:
         """Train the thresholds, or freeze them again."""

@@ -83,7 +83,8 @@ class Rotary:
     """How a host tells its attention where tokens are.
 
     Attributes:
-        name: the keyword of the blocks that carries the positions.
+        name: the keyword of the blocks that carries the positions, or several with commas; "" where blocks find them by
+            themselves.
         table: (host, what came under that name, N tokens) -> [N, E], or [L, N, E] where the host gave each block its
             own; rows of prefix tokens say "not rotated".
         rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax sees them.
@@ -94,6 +95,28 @@ class Rotary:
     table: Callable[[nn.Module, Any, int], Tensor]
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     own: Callable[[Any, int], Any] = the_same
+
+
+READS_TOKENS = "reads tokens"
+"""Stands in for a recipe where a model reads the tokens of an encoder inside it, each in its place."""
+READS_LOGITS = "reads logits"
+"""The same where it reads no tokens."""
+
+Bias = Callable[[Tensor], Tensor]
+"""Places of tokens, int [B, N], as `Tokens.origin` has them -> what to add to their attention, [B, H or 1, N, N]."""
+
+
+def no_bias(_host: nn.Module, _block: int, _named: Mapping[str, Any]) -> Bias | None:
+    """Attention adds nothing to its scores."""
+    return None
+
+
+def one_sequence(_host: nn.Module, _x: Tensor, _named: Mapping[str, Any]) -> None:
+    """Features are [B, N, C], prefix tokens first."""
+
+
+def every_block(_host: nn.Module) -> None:
+    """All blocks may remove tokens."""
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -216,6 +239,13 @@ class Recipe:
         hooks: body -> handles of the hooks it registered, which are removed with the attachment.
         refuses: argument of the blocks that is no position -> whether to refuse the call.
         arguments: what the host's own blocks cannot be called without.
+        forms: what the host can get behind its blocks (`config.FORMS`), its default first.
+        bias: (host, number of a block, what the host gives that block by name) -> what its attention adds, or None.
+        images: (host, features, what it gives its blocks by name) -> `engines.images.Images`, or None where features
+            are [B, N, C] with the prefix tokens first.
+        reduces: host -> for each block whether it may remove tokens, or None for all.
+        wraps: whether blocks return a pair, the second of them None unless attention maps are asked for.
+        depth: host -> number of its blocks that are run, or None for all; later ones are the host's own.
         describe: host -> what thresholds are bound to, and what is good to know of it, JSON types by the names
             `architecture`, `width` and `input_size`; None where it is not known.
     """
@@ -240,4 +270,10 @@ class Recipe:
     hooks: Callable[[Any], list[RemovableHandle]] = no_hooks
     refuses: Callable[[Any], bool] = asks_something
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    forms: tuple[str, ...] = ("reduced", "grid")
+    bias: Callable[[nn.Module, int, Mapping[str, Any]], Bias | None] = no_bias
+    images: Callable[[nn.Module, Tensor, Mapping[str, Any]], Any] = one_sequence
+    reduces: Callable[[nn.Module], Sequence[bool] | None] = every_block
+    wraps: bool = False
+    depth: Callable[[nn.Module], int | None] = every_block
     describe: Callable[[nn.Module], dict[str, Any]] = describe_timm

@@ -42,7 +42,11 @@ def _builds_a_host(build: Callable[..., nn.Module] | None) -> bool:
 
 @cache
 def _hosts() -> set[str]:
-    return {cls.__name__ for cls, recipe in recipes("timm").items() if isinstance(recipe, Recipe)}
+    return {
+        cls.__name__
+        for cls, recipe in recipes("timm").items()
+        if isinstance(recipe, Recipe) and not isinstance(cls, str)
+    }
 
 
 def parse_name(name: str) -> tuple[str | None, str]:

@@ -53,6 +53,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
+    # Typer wraps to the screen, and would break where the source does, too
+    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in (inspect.getdoc(run) or "").split("\n\n"))
     return run
 
 

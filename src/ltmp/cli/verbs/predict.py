@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,7 @@ def predict_verb(
             ) from None
     if not output.quiet:
         _show(summary)
-        suggest("python", "-c", f"import pyarrow.parquet as pq; print(pq.read_table({str(output.out)!r}))")
+        suggest("python", "-c", f"import pyarrow.parquet as pq; print(pq.read_table({json.dumps(str(output.out))}))")
     if output.json:
         tables.write_json(asdict(summary), output.json)
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from ...errors import LTMPError
 
 
-def _scores(q: Tensor, k: Tensor, size: Tensor) -> Tensor:
-    """float32 [B, H, N, N]: `q k^T / sqrt(D) + log size_j`; half-precision products are summed in float32."""
+def _scores(q: Tensor, k: Tensor, size: Tensor, added: Tensor | None) -> Tensor:
+    """float32 [B, H, N, N]: `q k^T / sqrt(D) + log size_j + added`; half-precision products are summed in float32."""
     bias = size.float().log()[:, None, None, :]
+    if added is not None:
+        bias = bias + added.float()
     scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
@@ -24,9 +26,11 @@ class _Attend(torch.autograd.Function):
     """Keeps no [N, N] map between forward and backward, to need no more memory than fused attention."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor, added: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            score = _scores(q, k, size)
+            score = _scores(q, k, size, added)
             live = keep > 0
             score.masked_fill_(~live[:, None, None, :], float("-inf"))
             lse = score.logsumexp(-1, keepdim=True)
@@ -35,7 +39,7 @@ class _Attend(torch.autograd.Function):
             # removed queries do not count
             votes = live[:, None, None, :].to(p.dtype) @ p
             importance = votes.sum((1, 2)) / (q.shape[1] * live.sum(1, keepdim=True))
-        ctx.save_for_backward(q, k, v, size, keep, lse, out)
+        ctx.save_for_backward(q, k, v, size, keep, lse, out, added)
         ctx.mark_non_differentiable(importance)
         return out, importance
 
@@ -46,34 +50,39 @@ class _Attend(torch.autograd.Function):
                 "a model whose tokens are masked has no gradients of gradients (create_graph=True): freeze its "
                 "thresholds (model.ltmp.requires_grad_(False)), or call it inside `with ltmp.dense():`"
             )
-        q, k, v, size, keep, lse, out = ctx.saved_tensors
+        q, k, v, size, keep, lse, out, added = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             live = (keep > 0)[:, None, None, :]
             # the weight of each token, and the weight that a removed one would have: the gradient of keep
-            weight = _scores(q, k, size).sub_(lse).exp_()
+            weight = _scores(q, k, size, added).sub_(lse)
+            # a removed query may see no token that is left, and has no gradient
+            weight = (weight if added is None else weight.clamp_(max=30)).exp_()
             grad = grad.transpose(1, 2)
             delta = (grad.float() * out.transpose(1, 2).float()).sum(-1, keepdim=True)
             pull = (grad @ v.transpose(-2, -1)).float().sub_(delta).mul_(weight)
             grad_keep = pull.sum((1, 2)).to(keep.dtype) if ctx.needs_input_grad[4] else None
             grad_score = pull.mul_(live).mul_(q.shape[-1] ** -0.5).to(q.dtype)
             grad_v = weight.mul_(live).to(v.dtype).transpose(-2, -1) @ grad
-            return grad_score @ k, grad_score.transpose(-2, -1) @ q, grad_v, None, grad_keep
+            return grad_score @ k, grad_score.transpose(-2, -1) @ q, grad_v, None, grad_keep, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor, keep: Tensor, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Proportional attention over the live tokens of padded images, differentiable in `keep` (paper, section 3.1).
 
     Args:
         q, k, v: [B, N, H, D].
         size: float32 [B, N], weight of each token: its patches, or see `Policy.weight`.
         keep: float32 [B, N], 1 live and 0 removed; its gradient at a removed token is that of restoring it.
+        added: [B, H or 1, N, N], to the scores before the softmax; gets no gradient.
 
     Returns:
         out: [B, N, H, D] in v's type.
         importance: float32 [B, N], mean attention received over heads and live queries (section 3.3); no gradient.
     """
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return _Attend.apply(*heads_first, size, keep)
+    return _Attend.apply(*heads_first, size, keep, added)
 
 
 def attend_rows(
