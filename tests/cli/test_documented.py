@@ -200,6 +200,7 @@ def names_of(page: str) -> dict[str, Any]:
     data = open_dataset("imagenet", split="train", transform=eval_transform(model))
     given: dict[str, Any] = {"ltmp": ltmp, "timm": timm, "torch": torch, "model": model, "names": CLASSES}
     given |= {"loader": make_loader(data, 8), "images": torch.stack([data[i][0] for i in range(4)])}
+    given |= {"labels": torch.arange(4), "criterion": torch.nn.functional.cross_entropy}
     if page == "transformers.md":
         write_classifier(Path("vit-base"))
         given |= {"clip": small_clip(), "tokenizer": tokens, "loader": [(torch.rand(4, 3, 32, 32), None)]}
