@@ -14,8 +14,8 @@ from ..errors import LTMPError
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
 from ..method.recipe import Recipe
-from .images import Images
 from .positions import Positions
+from .segments import Segments
 from .state import Reduced
 
 
@@ -125,7 +125,7 @@ class Body:
             x = self.whole(i, x, positions)
         return Reduced.whole(x, self.depth)
 
-    def note(self, x: Tensor, reduced: Reduced, images: Images | None = None) -> None:
+    def note(self, x: Tensor, reduced: Reduced, images: Segments | None = None) -> None:
         """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`."""
         calls, traced = recording(), tracing()
         if calls is not None:
