@@ -23,6 +23,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,15 @@ def flipped(whole: bytes) -> Bytes:
     return make
 
 
+@cache
 def hostile_bytes() -> dict[str, Bytes]:
     """Kinds of bytes that are no image, or one that costs too much, by what is wrong with them."""
     small, comment = Image.effect_noise((64, 64), 50).convert("RGB"), PngImagePlugin.PngInfo()
     comment.add_text("x", "y" * 100_000)
-    bomb, texts, most = endless(side=1000), png_of_texts(), png_of_size(13_000, 13_000)
-    large, high, stripe = png_of_size(30_000, 30_000), png_of_size(3, 2**31 - 1), png_of_size(60_000, 4)
     frames = [Image.new("P", (64, 64), color) for color in range(200)]
+    bomb, texts, most = endless(side=1000), png_of_texts(), png_of_size(13_000, 13_000)
+    animation = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    large, high, stripe = png_of_size(30_000, 30_000), png_of_size(3, 2**31 - 1), png_of_size(60_000, 4)
     whole = {kind: saved(small, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")}
     return {
         "empty": lambda draw: b"",
@@ -103,7 +106,7 @@ def hostile_bytes() -> dict[str, Bytes]:
         "high": lambda draw: high,
         "stripe": lambda draw: stripe,
         "tags": tiff_of_tags,
-        "frames": lambda draw: saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "frames": lambda draw: animation,
         "comment": lambda draw: saved(small, "PNG", pnginfo=comment),
         **{f"cut {kind}": cut(data) for kind, data in whole.items()},
         **{f"flipped {kind}": flipped(data) for kind, data in whole.items()},

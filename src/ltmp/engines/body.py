@@ -54,7 +54,7 @@ class Body:
 
     @property
     def tokens(self) -> str:
-        """What the host gets behind its blocks, see `config.FORMS`."""
+        """The form of the tokens that the host gets behind its blocks, see `config.FORMS`."""
         return self.policy.config.tokens or self.recipe.forms[0]
 
     @property
@@ -68,7 +68,7 @@ class Body:
         return [*(self.recipe.reduces(self.host) or (True,)), True].index(True)
 
     def geometry(self, tokens: int, width: int, each: tuple[int, ...] | None = None) -> Geometry:
-        """What an image of `tokens` tokens costs here, or images of as many as `each` says.
+        """Geometry of an image of `tokens` tokens, or of images of as many as `each` says.
 
         Raises:
             LTMPError: the layers of an MLP do not say what they cost.

@@ -221,7 +221,7 @@ def _recipe(name: str, tower: Tower, others: dict[str, Any]) -> Recipe:
 
 
 def _no_images(_host: nn.Module, _x: Tensor, _named: Mapping[str, Any]) -> None:
-    """What comes as an attention mask is a bias."""
+    """Nothing: an attention mask of these hosts is a bias, not padding."""
 
 
 HOSTS: dict[type[nn.Module] | str, Recipe | str] = {name: _recipe(name, *row) for name, row in _TABLE.items()}
