@@ -68,7 +68,7 @@ class Setup:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What makes its ViT another one than timm's of the same name."""
+        """Arguments that make timm's ViT of this name into the demo's."""
         return {
             "patch_size": PATCH, "in_chans": 1, "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads,
         }  # fmt: skip

@@ -39,7 +39,7 @@ class Noted:
     prune: Tensor | None
 
     def held(self, policy: Policy) -> About:
-        """What of it still holds."""
+        """The part of it that still holds."""
         same = all(map(_same, (self.merge, self.prune), _vectors(policy)))
         return self.about if same else About(**{name: getattr(self.about, name) for name in MODEL_FACTS})
 

@@ -16,7 +16,7 @@ from .method.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What `ltmp.summary` finds; None where nobody knows. Its text is a short table.
+    """The result of `ltmp.summary`; None where unknown. Its text is a short table.
 
     Attributes:
         model, library: of what is attached.

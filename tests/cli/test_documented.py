@@ -42,6 +42,7 @@ FEW = {
     "learn": ("--views 16", "--calibration 8", "--limit 16"),
     "compare": ("--budget 0.6", "--calibration 8", "--no-speed", "--limit 8"),
     "eval": ("--no-speed", "--limit 8"),
+    "show": ("--width 48",),
 }
 """Options that make a verb quick, where a page does not give them itself."""
 
@@ -60,6 +61,7 @@ NOT_HERE = {
     "push_to_hub": "the Hugging Face Hub: tests/test_hub.py",
     "user/deit-small-ltmp": "the Hugging Face Hub: tests/test_hub.py",
     "laion2b_s34b_b79k": "weights of open_clip: tests/hosts",
+    "compare ...": "an excerpt of a longer command: tests/cli/test_comparing.py",
     "ltmp bench": "times for a minute: tests/cli/test_benching.py",
     "ltmp export": "traces for a minute: tests/export, tests/cli/test_exporting.py",
     "ltmp.export": "traces for a minute: tests/export",
@@ -198,6 +200,7 @@ def names_of(page: str) -> dict[str, Any]:
     data = open_dataset("imagenet", split="train", transform=eval_transform(model))
     given: dict[str, Any] = {"ltmp": ltmp, "timm": timm, "torch": torch, "model": model, "names": CLASSES}
     given |= {"loader": make_loader(data, 8), "images": torch.stack([data[i][0] for i in range(4)])}
+    given |= {"labels": torch.arange(4), "criterion": torch.nn.functional.cross_entropy}
     if page == "transformers.md":
         write_classifier(Path("vit-base"))
         given |= {"clip": small_clip(), "tokenizer": tokens, "loader": [(torch.rand(4, 3, 32, 32), None)]}

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: thresholds that stay as they are, and the share of what runs meanwhile."""
+"""The common part of the callbacks: thresholds that stay as they are, and the share of the calls meanwhile."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Reduction:
 
     @property
     def budget(self) -> float | None:
-        """What the dial is set to, or else the share that the thresholds were learned for."""
+        """The budget of the dial, or else the share that the thresholds were learned for."""
         own = self.policy.budget if isinstance(self.policy, Thresholds) else None
         return own if own is not None else self.policy.facts().get("target")
 

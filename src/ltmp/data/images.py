@@ -210,7 +210,7 @@ _TURNS = {
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright by its EXIF orientation; unlike Pillow's function this never writes EXIF."""
+    """The transposition that makes the image upright by its EXIF orientation; unlike Pillow's it never writes EXIF."""
     try:
         return _TURNS.get(image.getexif().get(0x0112, 1))
     # damaged EXIF is no reason to lose the pixels

@@ -19,8 +19,8 @@ from ..errors import LTMPError
 from ..method.policy import Active
 from . import masked, packed
 from .body import Body
-from .images import Images
 from .positions import positions_of
+from .segments import Segments
 from .state import Reduced, State
 
 PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
@@ -43,7 +43,7 @@ class Reached:
     body: Body
     active: Active
     state: State | None = None
-    among: Images | None = None
+    among: Segments | None = None
 
 
 def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Callable[[], Any]) -> Any:

@@ -14,8 +14,8 @@ from ..errors import LTMPError
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
 from ..method.recipe import Recipe
-from .images import Images
 from .positions import Positions
+from .segments import Segments
 from .state import Reduced
 
 
@@ -54,7 +54,7 @@ class Body:
 
     @property
     def tokens(self) -> str:
-        """What the host gets behind its blocks, see `config.FORMS`."""
+        """The form of the tokens that the host gets behind its blocks, see `config.FORMS`."""
         return self.policy.config.tokens or self.recipe.forms[0]
 
     @property
@@ -68,7 +68,7 @@ class Body:
         return [*(self.recipe.reduces(self.host) or (True,)), True].index(True)
 
     def geometry(self, tokens: int, width: int, each: tuple[int, ...] | None = None) -> Geometry:
-        """What an image of `tokens` tokens costs here, or images of as many as `each` says.
+        """Geometry of an image of `tokens` tokens, or of images of as many as `each` says.
 
         Raises:
             LTMPError: the layers of an MLP do not say what they cost.
@@ -125,7 +125,7 @@ class Body:
             x = self.whole(i, x, positions)
         return Reduced.whole(x, self.depth)
 
-    def note(self, x: Tensor, reduced: Reduced, images: Images | None = None) -> None:
+    def note(self, x: Tensor, reduced: Reduced, images: Segments | None = None) -> None:
         """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`."""
         calls, traced = recording(), tracing()
         if calls is not None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..calls import tracing
 from ..method.recipe import Bias
 from ..method.tokens import Tokens, spread
-from .images import Images
 from .positions import Positions
+from .segments import Segments
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,13 @@ class State:
 
     @classmethod
     def start(
-        cls, x: Tensor, *, packs: bool, positions: Positions | None, unmerges: bool = False, among: Images | None = None
+        cls,
+        x: Tensor,
+        *,
+        packs: bool,
+        positions: Positions | None,
+        unmerges: bool = False,
+        among: Segments | None = None,
     ) -> State:
         """[B, N, C] as it enters the first block.
 
@@ -59,7 +65,7 @@ class State:
         return cls(x, tokens, [length] * images if packs else None, (), trail, dropped, positions)
 
     @classmethod
-    def _start_among(cls, x: Tensor, among: Images, packs: bool, positions: Positions | None) -> State:
+    def _start_among(cls, x: Tensor, among: Segments, packs: bool, positions: Positions | None) -> State:
         """`start` of images of different sizes, to be unmerged: what is not there never lives."""
         calls, live = tracing(), among.live
         tokens = Tokens.start(len(live), live.shape[1], x.device, traced=True)
@@ -122,7 +128,7 @@ class Reduced:
     trail: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def whole(cls, x: Tensor, depth: int, among: Images | None = None) -> Reduced:
+    def whole(cls, x: Tensor, depth: int, among: Segments | None = None) -> Reduced:
         """[B, N, C] after `depth` blocks that removed nothing; `among` says which tokens there were."""
         images, length, _ = x.shape
         start = Tokens.start(images, length, x.device, traced=True)

@@ -100,7 +100,7 @@ class Shortened:
 
 
 def shorten(reader: Any, body: Body, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader is to be called with instead of `given`: features of its images, and text with fewer placeholders.
+    """Arguments for a reader in place of `given`: features of its images, and text with fewer placeholders.
 
     Texts that are shorter than the longest of the batch are padded on the left.
 

@@ -26,7 +26,7 @@ except ImportError:  # timm before 1.0.30
 
 
 def _plain(blocks: tuple[type, ...], attentions: tuple[type, ...], host: Any) -> list[str]:
-    """What keeps a host of these blocks from being reduced."""
+    """Reasons why a host of these blocks cannot be reduced."""
     found = (block_problems(block, blocks[0], attentions) for block in host.blocks)
     return [f"blocks.{i} {trouble}" for i, trouble in enumerate(found) if trouble][:1]
 
@@ -45,7 +45,7 @@ def _refuses_nothing(_value: Any) -> bool:
 
 
 def _given(name: str, own: Callable[[Any], Tensor | None], host: Any, block: int, named: Mapping[str, Any]) -> Any:
-    """What a block's own table and the one that all share add for each pair of places."""
+    """The bias for each pair of places, from a block's own table and the one that all share."""
     found = [bias for bias in (own(host.blocks[block].attn), named.get(name)) if bias is not None]
     return pairs(torch.stack(found).sum(0)) if found else None
 

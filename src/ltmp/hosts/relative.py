@@ -10,7 +10,7 @@ from ..method.recipe import Bias
 
 
 def pairs(table: Tensor) -> Bias:
-    """What tokens get from `table` [..., H, N, N] by the places where they entered; a merged one has its receiver's.
+    """The bias of tokens from `table` [..., H, N, N] by the places where they entered; a merged one has its receiver's.
 
     The table gets no gradient.
     """

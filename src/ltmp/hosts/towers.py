@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engines.body import Body
-from ..engines.images import Images
+from ..engines.segments import Segments
 from ..method.recipe import READS_LOGITS, Bias, Recipe, Rotary
 from .relative import pairs
 from .rotary import turned
@@ -55,20 +55,20 @@ class Tower(Host):
     def hooks(self, body: Body) -> list[RemovableHandle]:
         return [self.inside(body.host).register_forward_pre_hook(partial(refuse_records, body), with_kwargs=True)]
 
-    def images(self, host: nn.Module, x: Tensor, named: Mapping[str, Any]) -> Images | None:
+    def images(self, host: nn.Module, x: Tensor, named: Mapping[str, Any]) -> Segments | None:
         """Images among features of several lengths: by `cu_seqlens`, or by a mask of padding or of diagonal blocks."""
         if self.last:
             prefix, after = self.prefix, int(getattr(self.inside(host).config, self.last))
             place = torch.arange(x.shape[1], device=x.device)
             ends = (place[:prefix], place[len(place) - after :], place[prefix : len(place) - after])
-            return Images.ordered(torch.cat(ends), len(x))
+            return Segments.ordered(torch.cat(ends), len(x))
         lengths, mask = named.get("cu_seqlens"), named.get("attention_mask")
         if lengths is not None:
-            return Images.packed(lengths.diff())
+            return Segments.packed(lengths.diff())
         return None if mask is None else images_seen(mask, len(x))
 
 
-def images_seen(mask: Tensor, images: int) -> Images | None:
+def images_seen(mask: Tensor, images: int) -> Segments | None:
     """Which tokens see each other by a mask [B or 1, 1, N, N], bool or added to scores.
 
     Raises:
@@ -76,10 +76,10 @@ def images_seen(mask: Tensor, images: int) -> Images | None:
     """
     seen = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0]
     if (seen == seen[:, :1]).all():
-        return None if seen.all() else Images.padded(seen[:, 0].expand(images, -1))
+        return None if seen.all() else Segments.padded(seen[:, 0].expand(images, -1))
     first = seen.int().argmax(-1)
     if len(seen) == 1 and torch.equal(seen, first[:, :, None] == first[:, None]):
-        return Images.packed(first[0].unique_consecutive(return_counts=True)[1])
+        return Segments.packed(first[0].unique_consecutive(return_counts=True)[1])
     raise NotImplementedError(
         "a reduced model takes an attention mask that hides padding or separates images, and this one does neither: "
         "call it inside `with ltmp.dense():`"
@@ -221,7 +221,7 @@ def _recipe(name: str, tower: Tower, others: dict[str, Any]) -> Recipe:
 
 
 def _no_images(_host: nn.Module, _x: Tensor, _named: Mapping[str, Any]) -> None:
-    """What comes as an attention mask is a bias."""
+    """Nothing: an attention mask of these hosts is a bias, not padding."""
 
 
 HOSTS: dict[type[nn.Module] | str, Recipe | str] = {name: _recipe(name, *row) for name, row in _TABLE.items()}

@@ -47,7 +47,7 @@ class Policy(nn.Module, ABC):
 
     @property
     def tokens(self) -> str:
-        """What the host gets behind its blocks, one of `config.FORMS`; may be set, and is saved with the thresholds.
+        """Form of the tokens that the host gets behind its blocks, one of `config.FORMS`; can be set, and is saved.
 
         Raises:
             UsageError: on setting, the host cannot take that form.

@@ -241,7 +241,7 @@ class Recipe:
         arguments: what the host's own blocks cannot be called without.
         forms: what the host can get behind its blocks (`config.FORMS`), its default first.
         bias: (host, number of a block, what the host gives that block by name) -> what its attention adds, or None.
-        images: (host, features, what it gives its blocks by name) -> `engines.images.Images`, or None where features
+        images: (host, features, what it gives its blocks by name) -> `engines.segments.Segments`; None where features
             are [B, N, C] with the prefix tokens first.
         reduces: host -> for each block whether it may remove tokens, or None for all.
         wraps: whether blocks return a pair, the second of them None unless attention maps are asked for.

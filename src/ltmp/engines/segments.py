@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Images:
+class Segments:
     """Images among the features [..., C] of a host, flattened to rows [R, C].
 
     Attributes:
@@ -21,7 +21,7 @@ class Images:
     live: Tensor
 
     @classmethod
-    def packed(cls, lengths: Tensor) -> Images:
+    def packed(cls, lengths: Tensor) -> Segments:
         """Images of these lengths [B], one after the other."""
         place = torch.arange(int(lengths.max()), device=lengths.device)
         live = place < lengths[:, None]
@@ -29,7 +29,7 @@ class Images:
         return cls(index.clamp(max=int(lengths.sum()) - 1), live)
 
     @classmethod
-    def padded(cls, there: Tensor) -> Images:
+    def padded(cls, there: Tensor) -> Segments:
         """Images of which only the tokens that are `there`, bool [B, N], exist."""
         images, length = there.shape
         order = (~there).int().argsort(dim=1, stable=True)[:, : int(there.sum(1).max())]
@@ -37,7 +37,7 @@ class Images:
         return cls(order + first[:, None], there.gather(1, order))
 
     @classmethod
-    def ordered(cls, order: Tensor, images: int) -> Images:
+    def ordered(cls, order: Tensor, images: int) -> Segments:
         """Images whose prefix tokens the host has elsewhere: `order` int64 [N] names the places, those first."""
         first = torch.arange(0, images * len(order), len(order), device=order.device)
         index = first[:, None] + order
