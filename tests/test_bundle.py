@@ -20,7 +20,7 @@ from ltmp.about import Preprocessing
 from ltmp.bundle import Bundle
 from ltmp.checkpoint import read
 from ltmp.cli import main
-from ltmp.data import class_names, eval_transform, make_loader, open_dataset
+from ltmp.data import class_names, eval_transform, make_loader, open_dataset, transforms
 from ltmp.data.transforms import eval_settings
 from ltmp.describe import about_of
 from ltmp.errors import LTMPError, UsageError
@@ -260,6 +260,8 @@ def test_verbs_open_a_folder_with_one_argument(
 
 
 def test_options_go_before_the_folder_and_say_so(packed: Path, images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # it is said once in a process
+    transforms._say.cache_clear()
     evaluate = ["eval", "--data", images, "--thresholds", packed, "--device", "cpu", "--no-speed"]
     assert run(*evaluate, "--crop-pct", 0.9, "--weights", "own.safetensors") == 0
     said = " ".join(record.getMessage() for record in caplog.records)

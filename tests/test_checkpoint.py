@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import count, product
@@ -108,7 +108,16 @@ def test_the_engine_asked_for_is_set_on_an_attached_model_too(saved: Path, way: 
     assert not is_attached(bare)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, which it does not where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("before", [False, True], ids=["bare", "attached"])
 def test_a_model_whose_loading_was_interrupted_can_be_loaded(saved: Path, before: bool) -> None:
     """Ctrl-C at every fiftieth line."""

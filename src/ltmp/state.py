@@ -11,6 +11,7 @@ from .calls import record
 from .deploy import deployed
 from .describe import about_of, facts_of
 from .hosts.attach import attachment
+from .method.facts import kept_at_budget
 from .method.thresholds import Thresholds
 
 
@@ -77,7 +78,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> ModelSummary:
     policy, config = made.policy, made.policy.config
     about, facts = about_of(model), facts_of(model)
     learned = isinstance(policy, Thresholds)
-    kept = policy.kept() if isinstance(policy, Thresholds) else None
+    kept = kept_at_budget(policy)
     share = about.share
     if images is not None:
         with deployed(model, images.device), record() as calls:

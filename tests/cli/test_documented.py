@@ -67,6 +67,10 @@ NOT_HERE = {
     "ltmp.export": "traces for a minute: tests/export",
     "--engine onnx": "needs that export: tests/export",
     "onnxruntime": "needs that export: tests/export",
+    'tokens="fewer"': "needs a vision-language model: tests/hosts/test_fewer.py",
+    "LlavaForConditionalGeneration": "needs a vision-language model: tests/hosts/test_fewer.py",
+    "DINOv3ViTModel": "needs weights of transformers: tests/hosts/test_towers.py",
+    "DepthAnything": "needs weights of transformers: tests/hosts/test_towers.py",
     "at-most 0.01": "needs hundreds of images: tests/certification",
     "at_most=0.01": "needs hundreds of images: tests/certification",
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
+from .facts import described
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
@@ -117,14 +118,8 @@ class Policy(nn.Module, ABC):
         """
         return None
 
-    def facts(self) -> dict[str, Any]:
-        """Settings for its repr, with the noted target and measured share."""
-        noted = None if self.noted is None else self.noted.held(self)
-        known = {"depth": self.depth, "target": noted and noted.target, "share": noted and noted.share}
-        return {name: value for name, value in known.items() if value is not None}
-
     def extra_repr(self) -> str:
-        return ", ".join([self.config.variant, *(f"{name}={_short(value)}" for name, value in self.facts().items())])
+        return described(self)
 
     @property
     def bounded(self) -> bool:
@@ -162,7 +157,3 @@ def rank(score: Tensor, free: Tensor) -> Tensor:
     order = score.masked_fill(~free, float("-inf")).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(score.shape[1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place).masked_fill_(~free, score.shape[1])
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("'", "")

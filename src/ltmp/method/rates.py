@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -49,9 +47,6 @@ class Rates(Policy):
         if step == "merge":
             return (free & (rank(score, free) < removed)).to(score.dtype)
         return (rank(-score, free) >= removed).to(score.dtype)
-
-    def facts(self) -> dict[str, Any]:
-        return {"r": self.config.r, **super().facts()}
 
 
 def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate, ...]:

@@ -312,21 +312,3 @@ class Thresholds(Policy):
                 error_msgs.append(str(error))
         rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-    def facts(self) -> dict[str, Any]:
-        """With the scores, and the dial's budget and mean tokens after each block."""
-        known = {"scores": self.config.scores.name or "custom", **super().facts()}
-        if self.dial is None or self.merge.is_meta:
-            return known
-        known["dial"] = f"{self.dial.lowest:.3g} to {self.dial.highest:.3g}"
-        budget = self.budget
-        if budget is not None:
-            known["budget"] = budget
-        tokens = self.kept()
-        return known if tokens is None else {**known, "tokens": [round(count) for count in tokens]}
-
-    def kept(self) -> list[float] | None:
-        """Mean tokens after each block at the dial's budget; None without a budget, and where all is off."""
-        budget = self.budget
-        known = self.dial is not None and budget not in (None, 1)
-        return self.dial.kept_at(budget).tolist() if known else None  # type: ignore[union-attr,arg-type]

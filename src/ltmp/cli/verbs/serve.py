@@ -93,7 +93,8 @@ def serve_verb(model: ServedModel, service: ServiceOptions, reading: RequestOpti
         address = f"[{service.host}]" if ":" in service.host else service.host
         url = f"http://{address}:{bound.getsockname()[1]}"
         say(f"serving {about['model_name']} on {url} (see {url}/docs)")
-        suggest("curl", "-F", "file=@cat.jpg", f"{url}/v1/predict")
+        if not service.json_logs:
+            suggest("curl", "-F", "file=@cat.jpg", f"{url}/v1/predict")
         sys.stdout.flush()
         serve.run(app, bound=bound)
 
