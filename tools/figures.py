@@ -109,13 +109,16 @@ def results() -> Table:
         best, _, graph = gpu_runs(case)
         name = f"images/s, H100, {NAMES[case]}, batch {graph['batch']}"
         table.append([name, share(graph), thousands(best), f"{thousands(graph)} ({ratio(graph, best)}x)", ""])
-    for processor in dict.fromkeys(row["processor"] for row in cpu_runs()):
-        rows = cpu_runs().where(processor=processor)
+    # the others are of earlier versions
+    newest = max(row["date"] for row in cpu_runs())
+    for processor in dict.fromkeys(row["processor"] for row in cpu_runs().where(date=newest)):
+        rows = cpu_runs().where(processor=processor, date=newest)
         shares = sorted(rounded(Decimal(row["share"]), 2) for row in rows)
         alone = [row["ratio_host_linear"] for row in rows if row["ratio_host_linear"]]
         ratios = times(row["ratio"] for row in rows) + (f" (reduction alone: {times(alone)})" if alone else "")
         name = f"speed, {processor}, batch {' / '.join(row['batch'] for row in rows)}"
-        table.append([name, f"{shares[0]} to {shares[-1]}", "1x", ratios, ""])
+        between = dict.fromkeys((f"{shares[0]}", f"{shares[-1]}"))
+        table.append([name, " to ".join(between), "1x", ratios, ""])
     return table
 
 
