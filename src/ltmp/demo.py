@@ -54,15 +54,15 @@ class Setup:
     Most of the training runs at half the resolution, where there are four times fewer tokens.
     """
 
-    width: int = 64
-    depth: int = 6
+    width: int = 128
+    depth: int = 4
     heads: int = 4
     batch: int = 64
-    small_epochs: float = 12
+    small_epochs: float = 10
     small_lr: float = 1e-2
-    full_epochs: float = 1.5
+    full_epochs: float = 0.75
     full_lr: float = 3e-3
-    views: int = 1500
+    views: int = 800
     calibration: int = 256
     val_images: int = 1000
 
