@@ -58,7 +58,7 @@ def test_where_the_small_model_is_slower_it_says_so(finished, tmp_path, capsys, 
         for target, done in finished[2].items()
     }
     demo._write_results(tmp_path, evaluations)
-    assert ("Slower than dense: " in capsys.readouterr().out) is said
+    assert ("Slower than dense at " in capsys.readouterr().out) is said
 
 
 def test_smaller_budgets_cost_less(finished):

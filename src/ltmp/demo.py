@@ -281,8 +281,12 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         title="Digits: accuracy against compute",
     )
     tables.show(rows, "dense against reduced (top-1, top-5, agree in %)")
-    if any(done.throughput and done.throughput.speedup < 1 for done in evaluations.values()):
-        print("Slower than dense: for so small a ViT, deciding costs what is saved. Larger ones win: `ltmp bench`.")
+    slower = [f"{t:g}" for t, done in evaluations.items() if done.throughput and done.throughput.speedup < 1]
+    if slower:
+        print(
+            f"Slower than dense at {', '.join(slower)}: in so small a ViT deciding costs much of what is saved. Larger ones "
+            "gain more: `ltmp bench`."
+        )
     for name, what in {
         "report.html": "all of it on one page",
         "table.md": "this table (and table.json)",
