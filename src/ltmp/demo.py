@@ -284,8 +284,8 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
     slower = [f"{t:g}" for t, done in evaluations.items() if done.throughput and done.throughput.speedup < 1]
     if slower:
         print(
-            f"Slower than dense at {', '.join(slower)}: in so small a ViT deciding costs much of what is saved. Larger ones "
-            "gain more: `ltmp bench`."
+            f"Slower than dense at {', '.join(slower)}: in so small a ViT deciding costs much of what is saved. "
+            "Larger ones gain more: `ltmp bench`."
         )
     for name, what in {
         "report.html": "all of it on one page",
