@@ -54,20 +54,26 @@ def with_left(deployment: Deployment, budget: Budget, picture: Callable[[int], I
     """
     if budget.images is None:
         return budget
-    order = budget.images.share.argsort(stable=True).tolist()
     found = {}
-    for index in {*order[:MOST], *order[-MOST:]}:
+    for index in {*_ordered(budget, MOST, costliest=False), *_ordered(budget, MOST, costliest=True)}:
         image = picture(index)
         (seen,) = see(deployment.model, deployment.prepare(image)[None].to(deployment.device))
         found[index] = paint_last(deployment.view(image, 2 * SIDE), seen, 2 * SIDE)
     return replace(budget, left=found)
 
 
+def _ordered(budget: Budget, count: int, *, costliest: bool) -> list[int]:
+    """Indices of the images that cost least, or most; of equal ones the first."""
+    assert budget.images is not None
+    found: list[int] = budget.images.share.argsort(descending=costliest, stable=True)[:count].tolist()
+    return found
+
+
 def by_cost(report: Report, budget: Budget, count: int, *, costliest: bool) -> list[GalleryImage]:
     """The images that cost least, or most."""
     if budget.images is None:
         return []
-    order = budget.images.share.argsort(descending=costliest, stable=True)[:count].tolist()
+    order = _ordered(budget, count, costliest=costliest)
     lines = {index: [f"share {budget.images.share[index]:.2f}", _label(report, budget, index)] for index in order}
     return _show(report, lines, budget)
 
