@@ -152,3 +152,8 @@ def unmerge() -> AbstractContextManager[bool]:
 def unmerging() -> bool:
     """Whether this thread is inside `unmerge()`."""
     return _UNMERGE.get()
+
+
+def recomputing() -> bool:
+    """Whether a backward pass runs this again, for gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1

@@ -9,7 +9,7 @@ import ltmp
 from helpers import TINY, assert_close, random_images, tiny_vit
 from ltmp.engines import trial
 from ltmp.errors import UsageError
-from ltmp.evaluate.baselines import at_resolution, geometry_of, instead_of
+from ltmp.evaluate.baselines import at_resolution, dense_geometry, instead_of
 from ltmp.evaluate.bench import Bench, Other
 from ltmp.evaluate.compare import Wanted, compare, fixed_entry, rows
 from ltmp.hosts.attach import is_attached
@@ -30,7 +30,7 @@ def test_lower_resolution_is_the_same_model_on_fewer_patches() -> None:
     assert_close(found.run(small), expected(small), 1e-5)
     assert_close(found.model(images), found.run(small), 0.0)
     assert not is_attached(found.model)
-    assert geometry_of(model, images).tokens == many
+    assert dense_geometry(model, images).tokens == many
 
 
 @pytest.mark.parametrize(

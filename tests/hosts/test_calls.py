@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def test_record_collects_every_call() -> None:
     assert ((calls.share() > 0) & (calls.share() < 1)).all()
     model(random_images(1))
     assert len(calls.kept) == 2
+
+
+@pytest.mark.parametrize("unmerged", [False, True], ids=["tokens", "grid"])
+@pytest.mark.parametrize("reduced", [False, True], ids=["off", "reduced"])
+def test_a_call_that_backward_runs_again_is_recorded_once(reduced: bool, unmerged: bool) -> None:
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(), images) if reduced else ltmp.attach(tiny_vit())
+    model.set_grad_checkpointing(True)
+    with ltmp.record() as calls, ltmp.unmerge() if unmerged else nullcontext():
+        model.train()(images).sum().backward()
+    assert [len(kept) for kept in calls.kept] == [2]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..calls import Record, record, recording
 from ..errors import LTMPError
 from ..hosts.attach import attachment
-from ..method.facts import facts_of
+from ..method.facts import policy_facts
 from ..method.thresholds import Thresholds
 
 
@@ -50,7 +50,7 @@ class Reduction:
     def budget(self) -> float | None:
         """The budget of the dial, or else the share that the thresholds were learned for."""
         own = self.policy.budget if isinstance(self.policy, Thresholds) else None
-        return own if own is not None else facts_of(self.policy).get("target")
+        return own if own is not None else policy_facts(self.policy).get("target")
 
     def means(self, *, training: bool) -> dict[str, float]:
         """`share`, a mean over the images since the last question, and `budget`; without what is not known."""

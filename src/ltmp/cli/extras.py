@@ -20,6 +20,9 @@ EXTRAS = {
 }
 """Package, the extra that brings it, and what needs it."""
 
+RUNTIMES = {"onnx": ("ONNX Runtime", "onnxruntime"), "openvino": ("OpenVINO", "openvino")}
+"""Of exports, by the name of the engine: what people call them, and the package that brings them."""
+
 
 def need(*packages: str) -> None:
     """Refuse the work where a package is missing.

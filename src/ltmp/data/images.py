@@ -94,7 +94,7 @@ def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
 class Part(RawIOBase):
     """Part of an open file, read where it lies."""
 
-    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
+    def __init__(self, file: BufferedReader, offset: int, size: int) -> None:
         self.file, self.offset, self.size, self.at = file, offset, size, 0
 
     def readable(self) -> bool:
@@ -110,9 +110,9 @@ class Part(RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self.file.seek(self.offset + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])  # type: ignore[attr-defined]
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])
         self.at += count
-        return int(count)
+        return count
 
     def close(self) -> None:
         self.file.close()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import recording, tracing
+from ..calls import recomputing, recording, tracing
 from ..errors import LTMPError
 from ..method.policy import Active
 from . import masked, packed
@@ -133,7 +133,7 @@ def _note(reached: Reached, x: Tensor) -> None:
     """Tell of a call that has passed its last block."""
     body, state = reached.body, reached.state
     assert state is not None
-    if reached.block == body.depth and not recomputing():
+    if reached.block == body.depth:
         kept = torch.stack([torch.as_tensor(k, dtype=torch.float32, device=x.device) for k in state.kept], 1)
         body.note(x, Reduced(x, state.tokens.size, kept, state.tokens.source, state.trail), reached.among)
 
@@ -143,8 +143,3 @@ def note_whole(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:
     if recording() is not None or tracing() is not None:
         among = body.recipe.images(body.host, x, named)
         body.note(x, Reduced.whole(x if among is None else among.take(x), body.depth, among), among)
-
-
-def recomputing() -> bool:
-    """Whether a backward pass runs this again, for gradient checkpointing."""
-    return torch._C._current_graph_task_id() != -1

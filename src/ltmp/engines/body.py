@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..calls import held, is_dense, recording, tracing, unmerging
+from ..calls import held, is_dense, recomputing, recording, tracing, unmerging
 from ..errors import LTMPError
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
@@ -126,8 +126,11 @@ class Body:
         return Reduced.whole(x, self.depth)
 
     def note(self, x: Tensor, reduced: Reduced, images: Segments | None = None) -> None:
-        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`."""
-        calls, traced = recording(), tracing()
+        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`.
+
+        A call that a backward pass runs again has been told of.
+        """
+        calls, traced = (None, None) if recomputing() else (recording(), tracing())
         if calls is not None:
             each = None if images is None else images.tokens
             calls.add(reduced.kept, self.geometry(max(each or x.shape[-2:-1]), x.shape[-1], each))

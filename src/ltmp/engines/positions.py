@@ -37,7 +37,9 @@ class Positions:
 
     def argument(self, i: int) -> dict[str, Any]:
         """The arguments that the host would call block `i` with."""
-        return {self.rotary.name: self.rotary.own(self.value, i)} if self.rotary.name else {}
+        names = self.rotary.names
+        values = self.value if len(names) > 1 else (self.value,)
+        return {name: self.rotary.own(value, i) for name, value in zip(names, values, strict=False)}
 
 
 def positions_of(
@@ -49,17 +51,15 @@ def positions_of(
         NotImplementedError: it says more than that.
     """
     rotary = recipe.rotary
-    names = () if rotary is None else rotary.name.split(",")
-    values = [kwargs.get(name) for name in names]
-    given = None if any(value is None for value in values) else values[0] if len(values) == 1 else tuple(values)
+    names = () if rotary is None else rotary.names
     for name, value in [*enumerate(args), *kwargs.items()]:
         if name not in names and recipe.refuses(value):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
             )
-    return (
-        None
-        if rotary is None or (rotary.name and given is None)
-        else Positions(rotary, given, rotary.table(host, given, tokens))
-    )
+    values = tuple(kwargs.get(name) for name in names)
+    if rotary is None or any(value is None for value in values):
+        return None
+    given = values if len(values) > 1 else next(iter(values), None)
+    return Positions(rotary, given, rotary.table(host, given, tokens))

@@ -15,6 +15,7 @@ from ..calls import dense, record
 from ..errors import LTMPError, UsageError, first_line
 from ..hosts.attach import attach, detach, find_attachment
 from ..hosts.outputs import logits_of
+from ..learning.calibrate import geometry_of
 from ..method.flops import Geometry, block_costs
 
 
@@ -139,11 +140,11 @@ def instead_of(model: nn.Module, other: nn.Module, name: str, images: Tensor) ->
 
 
 def _baseline(name: str, method: str, model: nn.Module, instead: nn.Module, images: Tensor) -> Baseline:
-    whole, own = geometry_of(instead, images), geometry_of(model, images)
+    whole, own = dense_geometry(instead, images), dense_geometry(model, images)
     return Baseline(name, method, model.eval(), multiply_adds(own) / multiply_adds(whole), (own.tokens,) * own.depth)
 
 
-def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
+def dense_geometry(model: nn.Module, images: Tensor) -> Geometry:
     """The cost of an image in a model of a known host, attached or not.
 
     Raises:
@@ -153,12 +154,10 @@ def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
     if bare:
         attach(model.model if isinstance(model, AtResolution) else model)
     try:
-        with torch.inference_mode(), record() as calls, dense():
-            model(images[:1])
+        return geometry_of(model, images)
     finally:
         if bare:
             detach(model)
-    return calls.geometry[0]
 
 
 def multiply_adds(geometry: Geometry) -> float:

@@ -93,7 +93,7 @@ def _overrides(body: Any) -> dict[str, Any]:
 
 RECIPE = replace(
     VIT, name="timm Eva", qkv=_qkv, out=_out, mlp=_mlp, parts=_parts, problems=_problems, overrides=_overrides,
-    rotary=Rotary("rope", _table, _rotate, _own_table),
+    rotary=Rotary(("rope",), _table, _rotate, _own_table),
 )  # fmt: skip
 
 HOSTS: dict[type[nn.Module], Recipe | str] = {Eva: RECIPE}

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import held
+from ..calls import held, recomputing
 from ..engines import select
-from ..engines.blockwise import note_whole, recomputing, run_block
+from ..engines.blockwise import note_whole, run_block
 from ..engines.body import Body, Engine, running, running_body, running_engine
 from ..engines.positions import positions_of
 from ..errors import LTMPError
@@ -164,8 +164,8 @@ class BlockForward(StandIn):
         if self.i >= body.depth:
             return x
         rotary, block = body.recipe.rotary, body.blocks[self.i]
-        if rotary is not None and rotary.name in named:
-            named = {**named, rotary.name: rotary.own(named[rotary.name], self.i)}
+        if rotary is not None:
+            named = named | {name: rotary.own(named[name], self.i) for name in rotary.names if name in named}
         return type(block).forward(block, x, *others, **named)
 
 
@@ -204,6 +204,5 @@ def run_all(body: Body, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     positions = positions_of(body.recipe, body.host, x.shape[1], args, kwargs)
     reduced = select.run(body, x, positions)
-    if not recomputing():
-        body.note(x, reduced)
+    body.note(x, reduced)
     return with_sizes(reduced.x, reduced.size)

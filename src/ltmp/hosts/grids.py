@@ -12,7 +12,7 @@ from timm.layers import Attention, AttentionRope
 from timm.models import beit, eva, vision_transformer_relpos
 from torch import Tensor, nn
 
-from ..method.recipe import Recipe, Rotary, no_pooling, set_nothing
+from ..method.recipe import Recipe, Rotary, linear_ratio, no_pooling, set_nothing
 from .eva import RECIPE as EVA
 from .eva import scaled
 from .relative import pairs
@@ -112,9 +112,7 @@ def _gemma_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _gemma_ratio(block: Any) -> float:
-    layers = (layer for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
-    width = len(block.norm1.weight)
-    return sum(layer.in_features * layer.out_features for layer in layers) / (2 * width * width)
+    return linear_ratio(block.mlp, len(block.norm1.weight))
 
 
 def _gemma_table(_host: nn.Module, given: tuple[Tensor, Tensor], _tokens: int) -> Tensor:
@@ -149,6 +147,6 @@ if qwen3_vit is not None:
         gemma4_vit.Gemma4VitEncoder: replace(
             VIT, name="timm Gemma4VitEncoder", loop="forward", qkv=_gemma_qkv, out=_gemma_out, mlp=_gemma_mlp,
             mlp_ratio=_gemma_ratio, problems=_gemma_problems,
-            rotary=Rotary("rope_cos,rope_sin", _gemma_table, _gemma_rotate), **_TOWER,
+            rotary=Rotary(("rope_cos", "rope_sin"), _gemma_table, _gemma_rotate), **_TOWER,
         ),
     }  # fmt: skip

@@ -142,7 +142,7 @@ def _leading_blocks(host: Any) -> int:
     return int(host.num_hidden_layers - host.config.num_blocks)
 
 
-_ROTARY = Rotary("position_embeddings", rotary_table, rotate_halves)
+_ROTARY = Rotary(("position_embeddings",), rotary_table, rotate_halves)
 _CLIP, _LAYER, _BLOCKS = "encoder.layers", "encoder.layer", "blocks"
 
 
@@ -207,7 +207,7 @@ _TABLE: dict[str, tuple[Tower, dict[str, Any]]] = {
     "IJepaModel": (Tower("", "layers", "", 0), {}),
     "VivitModel": (Tower("", "layers", "", 1), {}),
     "VJEPA2Encoder": (
-        Tower("", "layer", "", 0), {"rotary": Rotary("", _of_places, _rotate_pairs), "wraps": True},
+        Tower("", "layer", "", 0), {"rotary": Rotary((), _of_places, _rotate_pairs), "wraps": True},
     ),
     "BeitModel": (Tower("", "layers", "", 1), _beit("layers")),
     "BeitBackbone": (Tower("beit", "layers", "", 1), _beit("beit.layers")),

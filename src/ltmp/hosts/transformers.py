@@ -345,7 +345,7 @@ def recipe_of(cls: str, host: Host) -> Recipe:
         name, stack, _qkv, _out, _mlp, _attention, _parts, host.problems, _mlp_ratio, host.protected, host.class_first,
         final_norm=host.final_norm,
         prefix_only=host.prefix_only,
-        rotary=Rotary("position_embeddings", rotary_table, rotate_halves) if rotary else None,
+        rotary=Rotary(("position_embeddings",), rotary_table, rotate_halves) if rotary else None,
         grad_checkpointing=host.grad_checkpointing,
         hooks=host.hooks,
         describe=host.describe,

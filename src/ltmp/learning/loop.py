@@ -25,7 +25,7 @@ from .log import Journal
 from .objective import Distribution, Objective, distribution_of, teacher
 from .optimiser import Step, ThresholdOptimiser
 from .options import LearnOptions, LearnSettings, with_keywords
-from .paper import PaperOptimiser, linear_gradients, set_start
+from .paper import PaperOptimiser, linear_gradients
 from .probe import learn_probe
 from .progress import Progress, telling
 from .randomness import preserved_random_state
@@ -222,8 +222,9 @@ class _Job:
             self.model, self.target, options.budget_weight, options.labels, self.original, self.cast,
             self.distribution, options.smoothing,
         )  # fmt: skip
-        trains = options.tuning is None and not options.paper
-        kept = 0 if trains else -(-apart(self.loader, len(self.images)) // self.batch)
+        # thresholds that meet the budget on them anyway may learn from the images kept apart
+        shared = options.tuning is None and not options.paper
+        kept = 0 if shared else -(-apart(self.loader, len(self.images)) // self.batch)
         batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
         self.batches = self.seen.watch(batches)
         return state
@@ -231,7 +232,7 @@ class _Job:
     def _start(self) -> Candidate:
         """Thresholds to start from: calibrated and on budget, or the paper's."""
         if self.options.paper:
-            set_start(self.thresholds)
+            self.thresholds.set_paper_start()
             return self.held_out.judged()
         # all of them are in memory at once, and 128 images have some 10,000 scores a block
         calibrate(self.model, self.images[:CALIBRATED], self.target)

@@ -27,6 +27,12 @@ RECIPES = ("ltmp", "paper")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def check_recipe(name: str) -> None:
+    """Refuse a recipe that is not known: UsageError."""
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}")
+
+
 class RunSettings(TypedDict, total=False):
     """Keywords of every learning run."""
 
@@ -112,8 +118,7 @@ class LearnOptions(LoopOptions):
     def __post_init__(self) -> None:
         if self.views < 0 or self.accumulate < 1 or self.calibration < 2:
             raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
-        if self.recipe not in RECIPES:
-            raise UsageError(f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}")
+        check_recipe(self.recipe)
         if self.paper and (self.distill or self.tuning is not None):
             raise UsageError("the paper's recipe learns thresholds alone, from labels: leave out distill and tuning")
         if self.paper and not self.views:

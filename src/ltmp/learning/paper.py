@@ -19,7 +19,6 @@ TAU = 0.5
 BATCH = 128
 HELD_OUT = 0.02
 """Part of the images that is kept apart."""
-START = {"merge": 0.9, "prune": 0.0}
 
 
 class PaperOptimiser(ThresholdOptimiser):
@@ -53,12 +52,6 @@ class PaperOptimiser(ThresholdOptimiser):
     def finish(self) -> None:
         """Keep the thresholds of the last step."""
         self.write(self.latent)
-
-
-def set_start(thresholds: Thresholds) -> None:
-    """Set the thresholds that the paper's training starts from, whatever the budget."""
-    depth = thresholds.depth
-    thresholds.set(**{name: torch.full((depth,), START[name]) for name in thresholds.config.steps})
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def facts_of(policy: Any) -> dict[str, Any]:
+def policy_facts(policy: Any) -> dict[str, Any]:
     """Settings, what was noted of target and share, and a dial's range, budget and mean tokens after each block."""
     config, noted = policy.config, None if policy.noted is None else policy.noted.held(policy)
     known = {
@@ -31,10 +31,10 @@ def kept_at_budget(policy: Any) -> list[float] | None:
     return None if dial is None or budget in (None, 1) else dial.kept_at(budget).tolist()
 
 
-def described(policy: Any) -> str:
+def policy_repr(policy: Any) -> str:
     """The repr of a policy, without its name."""
     variant = policy.config.variant
-    return ", ".join([variant, *(f"{name}={_short(value)}" for name, value in facts_of(policy).items())])
+    return ", ".join([variant, *(f"{name}={_short(value)}" for name, value in policy_facts(policy).items())])
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LTMPConfig
 from ..errors import LTMPError, UsageError
-from .facts import described
+from .facts import policy_repr
 
 Active = tuple[tuple[bool, bool], ...]
 """For each block whether its merge and its prune step can select anything."""
@@ -119,7 +119,7 @@ class Policy(nn.Module, ABC):
         return None
 
     def extra_repr(self) -> str:
-        return described(self)
+        return policy_repr(self)
 
     @property
     def bounded(self) -> bool:

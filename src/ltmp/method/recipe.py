@@ -83,15 +83,14 @@ class Rotary:
     """How a host tells its attention where tokens are.
 
     Attributes:
-        name: the keyword of the blocks that carries the positions, or several with commas; "" where blocks find them by
-            themselves.
-        table: (host, what came under that name, N tokens) -> [N, E], or [L, N, E] where the host gave each block its
-            own; rows of prefix tokens say "not rotated".
+        names: keywords of the blocks that carry the positions; none where blocks find them by themselves.
+        table: (host, what came under that name or a tuple of several, N tokens) -> [N, E], or [L, N, E] where the host
+            gave each block its own; rows of prefix tokens say "not rotated".
         rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax sees them.
-        own: (what came under that name, number of a block) -> what that block is to be called with.
+        own: (what came under a name, number of a block) -> what that block is to be called with.
     """
 
-    name: str
+    names: tuple[str, ...]
     table: Callable[[nn.Module, Any, int], Tensor]
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     own: Callable[[Any, int], Any] = the_same

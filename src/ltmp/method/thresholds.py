@@ -115,6 +115,10 @@ class Thresholds(Policy):
             getattr(self, name).copy_(values)
         self.asked = None
 
+    def set_paper_start(self) -> None:
+        """Set the thresholds that the paper's training starts from: merge 0.9 and prune 0, for the variant's steps."""
+        self.set([0.9] * self.depth if "merge" in self.config.steps else None, [0.0] * self.depth)
+
     def set_dial(self, dial: Dial | None) -> None:
         """Set the dial, or remove it with None; the thresholds stay as they are until `set_budget`.
 

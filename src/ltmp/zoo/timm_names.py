@@ -18,9 +18,6 @@ from ..method.recipe import Recipe
 from ..thresholdfile import SEED_KEY, split_seed_state
 from .prefixes import INFERENCE, PREFIXES
 
-MERGE_START, PRUNE_START = 0.9, 0.0
-"""Where the paper starts both thresholds."""
-
 
 def entrypoint(full: str, registered: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module] | None:
     """The builder of the model `full`, if it is one of our names and `registered` has the host it ends in."""
@@ -62,9 +59,7 @@ def _entrypoint(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, tau: float = LTMPConfig.tau, **kwargs: Any) -> nn.Module:
         model = attach(_build_host(name, pretrained, kwargs), LTMPConfig(variant=variant, tau=tau))
         thresholds = thresholds_of(model)
-        steps = thresholds.config.steps
-        depth = thresholds.depth
-        thresholds.set([MERGE_START] * depth if "merge" in steps else None, [PRUNE_START] * depth)
+        thresholds.set_paper_start()
         if full.startswith(INFERENCE):
             # removes tokens for real from the start, whatever mode timm hands the model out in
             thresholds.eval()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ..extras import RUNTIMES
 from ..options import (
     DATA,
     RUN,
@@ -245,10 +246,6 @@ def _exported(network: nn.Module, images: Tensor) -> Iterator[Other]:
         sessions = in_runtime(network, runtime, images=images[:8])
         yield Other(f"{title}, dense", sessions.dense_model, 1.0)
         yield Other(f"{title}, reduced", sessions.reduced, None)
-
-
-RUNTIMES = {"onnx": ("ONNX Runtime", "onnxruntime"), "openvino": ("OpenVINO", "openvino")}
-"""Of exports: what they are called in the table, and the package that brings them."""
 
 
 def _about(name: str, model: BenchModel, place: torch.device, dtype: str) -> dict[str, Any]:

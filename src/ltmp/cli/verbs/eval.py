@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
-from ..extras import need
+from ..extras import RUNTIMES, need
 from ..options import (
     RUN,
     EvaluationOptions,
@@ -23,8 +23,6 @@ from ..options import (
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-RUNTIMES = ("onnx", "openvino")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class EngineOptions(FormOptions):
                 f"--engine {self.engine} runs float32 or INT8 on the CPU: leave out --amp and --device {run.device}"
             )
         if self.runtime:
-            need("onnxscript", "onnxruntime" if self.runtime == "onnx" else "openvino")
+            need("onnxscript", RUNTIMES[self.runtime][1])
         if self.runtime and timed:
             raise UsageError(
                 f"--engine {self.engine} is not timed block by block: give --budget instead of a time or a speed"

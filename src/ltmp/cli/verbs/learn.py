@@ -127,11 +127,10 @@ class LearningOptions(TuningOptions, StageOptions):
 
     def temperature(self) -> float:
         """That of --tau, or the recipe's."""
-        from ...learning.options import RECIPES
+        from ...learning.options import check_recipe
         from ...learning.paper import TAU
 
-        if self.recipe not in RECIPES:
-            raise UsageError(f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}")
+        check_recipe(self.recipe)
         return self.tau if self.tau is not None else TAU if self.recipe == "paper" else LTMPConfig.tau
 
     def from_answers(self, loader: Loader) -> bool:
@@ -178,6 +177,7 @@ def learn_verb(
     tuning, config, place = learning.tuning(), replace(scores.config(), tau=learning.temperature()), run.place
     paper = learning.recipe == "paper"
     if paper and data.batch_size == LearningData.batch_size:
+        # the paper's, unless another one is asked for
         data = replace(data, batch_size=BATCH)
     folder = output.folder(model.model, scores.variant, f"{learning.target:g}")
     job = Run(folder, settings_of(data, model, scores, learning, run), learning.resume)
