@@ -27,7 +27,7 @@ from ltmp.cli.progress import progress_bar
 from ltmp.config import SCORES, Scores
 from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.data.embedded import load_digits
-from ltmp.demo import Recipe, trained_model
+from ltmp.demo import Setup, trained_model
 from ltmp.evaluate import describe_machine, tables
 from ltmp.evaluate.accuracy import evaluate_policies
 from ltmp.evaluate.compare import rates_for
@@ -45,7 +45,7 @@ Open = Callable[[int], Loader]
 def parts(options: argparse.Namespace) -> tuple[nn.Module, Open, Loader]:
     """The model, a loader of the images to learn on for each seed, and one of those to report on."""
     if options.demo:
-        model = trained_model(options.demo / "vit.safetensors", Recipe(), 0, progress_bar)
+        model = trained_model(options.demo / "vit.safetensors", Setup(), 0, progress_bar)
         learning = load_digits("learn")
         return (
             model,

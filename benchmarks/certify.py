@@ -49,9 +49,9 @@ Way = tuple[str, float, nn.Module, Callable[[], Any]]
 def subject(options: argparse.Namespace) -> tuple[nn.Module, Loader]:
     """The model with a dial, and images that nothing was learned from."""
     if options.demo:
-        from ltmp.demo import Recipe, trained_model
+        from ltmp.demo import Setup, trained_model
 
-        model = trained_model(options.demo / "vit.safetensors", Recipe(), 0, progress_bar)
+        model = trained_model(options.demo / "vit.safetensors", Setup(), 0, progress_bar)
         ltmp.attach(model)
         with progress_bar("dial", None) as bar:
             learning = make_loader(load_digits("learn"), 50, shuffle=True)

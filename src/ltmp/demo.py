@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
 from . import attach, learn, pack, save
-from .data import load_digits, make_loader
+from .data import Loader, load_digits, make_loader
 from .data.embedded import CLASSES, MEAN, STD
 from .deploy import Deployment
 from .evaluate import Evaluation, describe_machine, tables
@@ -135,31 +135,42 @@ def trained_model(path: Path, setup: Setup, seed: int, progress: Progress) -> Vi
     if path.exists():
         load_weights(model, path)
         return model.eval()
+    loader = make_loader(load_digits("train"), setup.batch, shuffle=True, seed=seed)
     for size, epochs, lr in (
         (SIZE // 2, setup.small_epochs, setup.small_lr),
         (SIZE, setup.full_epochs, setup.full_lr),
     ):
-        model.set_input_size((size, size))
-        _train(model, size, epochs, lr, setup.batch, seed, progress)
+        train(model, loader, size, epochs, lr, progress, distort)
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
     return model.eval()
 
 
-def _train(
-    model: VisionTransformer, size: int, epochs: float, lr: float, batch: int, seed: int, progress: Progress
+def train(
+    model: VisionTransformer,
+    loader: Loader,
+    size: int,
+    epochs: float,
+    lr: float,
+    progress: Progress,
+    augment: Callable[[Tensor], Tensor],
 ) -> None:
-    digits = load_digits("train")
-    loader = make_loader(digits, batch, shuffle=True, seed=seed)
-    steps = max(2, round(epochs * len(digits) / batch))
+    """Train a small ViT from images that are augmented and then shrunk to `size` pixels a side, its input from now on.
+
+    Args:
+        loader: shuffled labelled images, as many epochs as asked for.
+        lr: highest rate of Muon, reached after a fifth of the steps.
+    """
+    model.set_input_size((size, size))
+    steps = max(2, round(epochs * loader.images / loader.batch_size))
     optimizer = create_optimizer_v2(model, opt="muon", lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.2 * steps), (1 - step / steps) / 0.8)
     )
     model.train()
     with progress(f"training at {size}x{size} pixels", steps) as advance:
-        for images, labels in loader.stream(0, steps * batch):
-            images = F.interpolate(distort(images), size, mode="area")
+        for images, labels in loader.stream(0, steps * loader.batch_size):
+            images = F.interpolate(augment(images), size, mode="area")
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -34,15 +34,13 @@ def _run(arguments: list[str]) -> int:
     if _started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
         raise UsageError(f"`{arguments[0]}` runs in one process: start it without torchrun")
     try:
-        import typer
+        import typer  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("typer", "cli", "The command line") from error
-    from .commands import app
+    from .commands import call
 
     try:
-        return int(app(arguments, prog_name="ltmp", standalone_mode=False) or 0)
-    except typer.Abort:
-        raise KeyboardInterrupt from None
+        return call(arguments)
     except Exception as error:
         # Typer's own complaints about options; their class moved from click into typer
         if not hasattr(error, "format_message"):

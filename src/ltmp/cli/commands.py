@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -12,11 +13,12 @@ from .. import __version__
 
 PANELS = {
     "Learn": ("learn", "dial"),
-    "Measure": ("eval", "certify", "bench", "compare", "report"),
+    "Measure": ("eval", "certify", "bench", "compare", "reproduce", "report"),
     "Look": ("demo", "show", "app", "info"),
     "Deploy": ("pack", "export", "serve", "predict", "push"),
 }
 VERBS = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
+INTERRUPTED = 130
 _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
 _STYLE["context_settings"] = {"help_option_names": ["-h", "--help"]}
 
@@ -70,3 +72,15 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         typer.echo(f"ltmp {__version__}")
         raise typer.Exit
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run a verb and return its exit code; errors are passed on, Typer's about options, too."""
+    try:
+        code = int(app(list(arguments), prog_name="ltmp", standalone_mode=False) or 0)
+    except typer.Abort:
+        code = INTERRUPTED
+    # Typer makes an exit code of Ctrl-C, too
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code

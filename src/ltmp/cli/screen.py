@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 
 import typer
 from rich.console import Console
@@ -11,6 +15,7 @@ from rich.text import Text
 from ..text import printable
 
 console = Console(stderr=True)
+_PART = ContextVar("part", default=False)
 
 
 def say(text: object) -> None:
@@ -25,4 +30,16 @@ def tell(text: object) -> None:
 
 def suggest(*words: object) -> None:
     """The last line of a verb: the command that comes next, as it can be pasted."""
-    tell(f"next: {shlex.join(map(str, words))}")
+    if not _PART.get():
+        tell(f"next: {shlex.join(map(str, words))}")
+
+
+@contextmanager
+def part_of_another() -> Iterator[None]:
+    """Inside, a verb is a part of another one: what it finds is no result yet, and it does not say what comes next."""
+    token = _PART.set(True)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _PART.reset(token)

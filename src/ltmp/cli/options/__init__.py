@@ -1,10 +1,12 @@
 """The options of verbs, in groups, and what they stand for. Nothing here imports torch before it is needed."""
 
+from .data import BatchOptions as BatchOptions
 from .data import BatchSize as BatchSize
 from .data import ClassMap as ClassMap
 from .data import DataOptions as DataOptions
 from .data import GivenData as GivenData
 from .data import LearningData as LearningData
+from .data import Limit as Limit
 from .data import PreprocessingOptions as PreprocessingOptions
 from .data import Source as Source
 from .groups import DATA as DATA
@@ -13,7 +15,9 @@ from .groups import OUTPUT as OUTPUT
 from .groups import RUN as RUN
 from .groups import option as option
 from .groups import verb as verb
+from .groups import words as words
 from .model import AgainstOptions as AgainstOptions
+from .model import BuildOptions as BuildOptions
 from .model import ModelOptions as ModelOptions
 from .model import NamedModel as NamedModel
 from .model import ReducedModel as ReducedModel
@@ -23,6 +27,7 @@ from .model import parse_kwargs as parse_kwargs
 from .output import FolderOptions as FolderOptions
 from .output import OutputOptions as OutputOptions
 from .output import TableOptions as TableOptions
+from .output import short_name as short_name
 from .run import Budget as Budget
 from .run import Budgets as Budgets
 from .run import CertifiedOption as CertifiedOption

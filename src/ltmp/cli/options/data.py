@@ -51,13 +51,18 @@ class PreprocessingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(PreprocessingOptions, Source):
-    """Which images, and how they come in batches."""
+class BatchOptions(PreprocessingOptions):
+    """How images are read and come in batches."""
 
     class_map: ClassMap = None
     strict: Annotated[bool, option("Refuse an image that cannot be read instead of skipping it.", DATA)] = False
     batch_size: BatchSize = 64
     workers: Annotated[int, option("Processes that read images.", RUN, min=0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(BatchOptions, Source):
+    """Which images, and how they come in batches."""
 
     def open(
         self,
@@ -138,12 +143,16 @@ class LearningData(GivenData):
 
 def _check_alike(loaders: dict[str, Loader]) -> None:
     """Refuse parts of other classes: their folders would be numbered differently."""
-    (one, ours), (other, theirs) = (
-        (name, set(getattr(loader.dataset, "class_to_index", None) or ())) for name, loader in loaders.items()
-    )
+    (one, ours), (other, theirs) = ((name, _classes(loader)) for name, loader in loaders.items())
     for name, missing in ((other, ours - theirs), (one, theirs - ours)):
         if ours and theirs and missing:
             few = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
             raise LTMPError(
                 f"{name} lacks {len(missing)} of the classes ({few}): add their folders, or give a --class-map"
             )
+
+
+def _classes(loader: Loader) -> set[str]:
+    """Names of the class folders; none where there are no labels."""
+    labelled = getattr(loader.dataset, "labelled", True)
+    return set(getattr(loader.dataset, "class_to_index", None) or ()) if labelled else set()

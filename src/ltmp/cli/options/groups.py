@@ -58,6 +58,26 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def words(group: Any) -> list[str]:
+    """The options of a dataclass that differ from their defaults, as they are given on the command line.
+
+    >>> words(RunOptions(device="cpu", amp=True))
+    ['--device', 'cpu', '--amp']
+    """
+    found: list[str] = []
+    for field in fields(group):
+        value, name = getattr(group, field.name), field.name.replace("_", "-")
+        if value is None or value == field.default:
+            continue
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            found += [word for one in value for word in (f"--{name}", str(one))]
+        else:
+            found += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return found
+
+
 def _options(group: type) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [

@@ -29,10 +29,9 @@ Name = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which weights, and what else is known of the model."""
+class BuildOptions:
+    """How a model is built."""
 
-    weights: Annotated[Path | None, option("Checkpoint of the model (.safetensors, .pth, .pth.tar).", MODEL)] = None
     pretrained: Annotated[bool, option("Take timm's pretrained weights instead.", MODEL)] = False
     num_classes: Annotated[int | None, option("Classes of the model's head.", MODEL)] = None
     img_size: Annotated[int | None, option("Image size in pixels; default: the model's own.", MODEL, "--img-size")] = (
@@ -41,6 +40,13 @@ class ModelOptions:
     model_kwargs: Annotated[
         list[str] | None, option("More arguments of the model; may be repeated.", MODEL, metavar="NAME=VALUE")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(BuildOptions):
+    """Which weights, and what else is known of the model."""
+
+    weights: Annotated[Path | None, option("Checkpoint of the model (.safetensors, .pth, .pth.tar).", MODEL)] = None
 
     @property
     def source(self) -> Path | None:

@@ -46,5 +46,10 @@ class FolderOptions(OutputOptions):
     ] = None
 
     def folder(self, model: str, *rest: str) -> Path:
-        """Where a run goes; by default named after the last part of the model's name, as those of hubs have more."""
-        return self.out or Path("runs") / "-".join((Path(model.rpartition(":")[2]).name, *rest))
+        """Where a run goes."""
+        return self.out or Path("runs") / "-".join((short_name(model), *rest))
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's name, for folders: those of hubs have more."""
+    return Path(model.rpartition(":")[2]).name
