@@ -209,6 +209,8 @@ def test_learning_remembers_its_images(learn, looked_at, images, tmp_path):
         ({"risk": "error"}, "needs labels, which these images lack"),
         ({"risk": "embedding", "limit": 3.0}, "expected a distance 1 - cosine"),
         ({"risk": lambda reduced, dense, labels: reduced[:, 0] * 0 + 2}, "gave 2: it must be between 0 and 1"),
+        ({"risk": lambda reduced, dense, labels: reduced[:, 0] * 0 - 0.5}, "gave -0.5: it must be between 0 and 1"),
+        ({"risk": lambda reduced, dense, labels: reduced[:, 0] * float("nan")}, "gave nan: it must be between 0 and 1"),
         ({"risk": lambda reduced, dense, labels: reduced}, "must give a tensor of one number"),
     ],
 )
@@ -217,6 +219,13 @@ def test_bad_input_is_one_sentence(model, images, change, sentence):
         ltmp.certify(model, batches(images), **{"at_most": 0.5, **change})
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def test_a_single_label_that_is_missing_is_told(model, images):
+    labels = torch.zeros(N, dtype=torch.long)
+    labels[-1] = -1
+    with pytest.raises(ltmp.LTMPError, match="needs labels, which these images lack"):
+        ltmp.certify(model, batches(images, labels), "error", 0.5, budgets=[0.9])
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from ltmp.certification import gain
 from ltmp.checkpoint import read
+from ltmp.cli import main
 
-from .conftest import MODEL
+from .conftest import MODEL, NAME, SHAPE
 from .test_budgets import dial as dial
 from .test_budgets import run as run
 
@@ -99,6 +103,35 @@ def test_other_precision_voids_it(certify, run, dial, capsys):
     assert "is for float32, but the model runs in float32, autocast bfloat16" in capsys.readouterr().err
     assert run("export", dial, "--certified", "--int8") == 2
     assert "INT8 is not" in capsys.readouterr().err
+
+
+def test_too_few_images_are_refused_with_the_number_it_takes(certify, dial, capsys):
+    before = dial.read_bytes()
+    assert certify(dial, "--at-most", 0.01, "--no-speed") == 2
+    assert "6 images are too few: at most 0.01 with confidence 0.95 takes at least 299" in capsys.readouterr().err
+    assert dial.read_bytes() == before
+
+
+def test_images_without_labels_give_no_accuracy(certify, images, dial, capsys):
+    for number, file in enumerate(sorted(images.glob("val/*/*.png"))):
+        file.rename(images / f"{number}.png")
+    shutil.rmtree(images / "train")
+    shutil.rmtree(images / "val")
+    before = dial.read_bytes()
+    assert certify(dial, *EASY, "--risk", "error") == 2
+    assert "needs labels, which these images lack" in capsys.readouterr().err
+    assert dial.read_bytes() == before
+    assert certify(dial, *EASY) == 0
+
+
+def test_a_certificate_of_another_model_is_void(certify, dial, images, tmp_path, capsys):
+    assert certify(dial, *EASY) == 0
+    other = timm.create_model(NAME, img_size=32, num_classes=3, **SHAPE)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    asked = ("--weights", "other.safetensors", "--thresholds", dial, "--certified", "--no-speed", "--device", "cpu")
+    capsys.readouterr()
+    assert main(["eval", "--data", str(images), *MODEL, *map(str, asked)]) == 1
+    assert "is for other weights than this model's" in capsys.readouterr().err
 
 
 def test_the_report_says_what_is_certified(certify, run, dial, tmp_path):
