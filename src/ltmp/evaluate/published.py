@@ -37,7 +37,11 @@ class Published:
 def published(model: str) -> list[Published]:
     """What is known of a timm model, with or without the tag of its weights."""
     with FILE.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    numbers = ("top1", "dense", "gmacs", "dense_gmacs")
-    found = [Published(**{**row, **{name: float(row[name]) for name in numbers}}) for row in rows]
-    return [row for row in found if row.model == model.partition(".")[0]]
+        rows = [row for row in csv.DictReader(file) if row["model"] == model.partition(".")[0]]
+    return [
+        Published(
+            row["model"], row["method"], float(row["top1"]), float(row["dense"]), float(row["gmacs"]),
+            float(row["dense_gmacs"]), row["source"],
+        )
+        for row in rows
+    ]  # fmt: skip
