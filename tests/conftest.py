@@ -32,6 +32,7 @@ def own_logging() -> Iterator[None]:
     before = (logger.handlers[:], logger.propagate, logger.level)
     logger.handlers[:], logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
     yield
     logger.handlers[:], logger.propagate = before[:2]
     logger.setLevel(before[2])
