@@ -17,7 +17,7 @@ from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import learn_probe
-from ltmp.learning.answers import Answers, answers_in, teacher
+from ltmp.learning.answers import Judge, answers_in, teacher
 from ltmp.learning.batches import first, pair
 
 BEST = ltmp.LTMPConfig(scores="best")
@@ -135,13 +135,13 @@ def test_fewer_tokens_and_a_grid_learn_from_the_same_answers() -> None:
         ltmp.attach(model, ltmp.LTMPConfig(tokens=form))
         assert ltmp.learn(model, asking(16), 0.75, views=0, calibration=16).share == pytest.approx(0.75, abs=0.04)
     inputs, _ = first(asking(16), 8)
-    answers = [teacher(model, inputs, Answers.of(model, inputs)) for model in models]
+    answers = [teacher(model, inputs, Judge.of(model, inputs)) for model in models]
     assert answers[0].shape == (8, 60)
     assert torch.allclose(*answers, atol=1e-6)
 
 
 def test_numbers_count_relative_to_how_much_they_vary() -> None:
-    gaussian, theirs = Answers("gaussian"), random_images(3)
+    gaussian, theirs = Judge("gaussian"), random_images(3)
     assert torch.allclose(
         gaussian.divergence(theirs + 0.1 * theirs.std((1, 2, 3), correction=0)[:, None, None, None], theirs),
         torch.full((3,), 0.005),

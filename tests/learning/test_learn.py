@@ -112,7 +112,7 @@ def test_a_bar_is_drawn_where_somebody_looks(
 
 def test_the_dense_model_looks_at_the_images_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
     taught = []
-    monkeypatch.setattr(heldout, "teacher", lambda model, part, read: taught.append(part) or teacher(model, part, read))
+    monkeypatch.setattr(heldout, "teacher", lambda by, part, judge: taught.append(part) or teacher(by, part, judge))
     model, batches = model_and_batches()
     ltmp.learn(model, batches, TARGET, **SETTINGS)
     assert torch.equal(torch.cat(taught), torch.cat([images for images, _ in batches])[:48])

@@ -31,7 +31,7 @@ FIELDS = (
 
 
 def answers_in(output: Any) -> Tensor:
-    """Answers [B, ...] in what a model returned: a tensor, the first of `FIELDS`, or feature maps, one after another.
+    """Judge [B, ...] in what a model returned: a tensor, the first of `FIELDS`, or feature maps, one after another.
 
     Logits [B] of a binary classifier become [B, 1].
 
@@ -53,7 +53,7 @@ def answers_in(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Judge:
     """How a model's answers are read and compared.
 
     Attributes:
@@ -71,7 +71,7 @@ class Answers:
     next_token: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, images: Images, labels: Tensor | None = None, loss: Loss | None = None) -> Answers:
+    def of(cls, model: nn.Module, images: Images, labels: Tensor | None = None, loss: Loss | None = None) -> Judge:
         """How an attached model answers `images`, of which one is enough.
 
         Numbers are the answers with one for each place, and those of a model without a head; of a language model, the
@@ -124,15 +124,15 @@ class Answers:
 
 NO_GRADIENTS = "this host runs its blocks without gradients, so that none reaches thresholds or tokens: {}"
 
-CLASSES = Answers()
+CLASSES = Judge()
 """Those of a classifier."""
 
 
 @torch.no_grad()
-def teacher(model: nn.Module, images: Images, answers: Answers = CLASSES) -> Tensor:
-    """Answers [B, ...] of the same model with nothing removed."""
+def teacher(model: nn.Module, images: Images, judge: Judge = CLASSES) -> Tensor:
+    """Judge [B, ...] of the same model with nothing removed."""
     with dense():
-        return answers(model, images)
+        return judge(model, images)
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -154,7 +154,7 @@ def _checked(loss: Any, images: int) -> Tensor:
 
 
 def distribution_of(model: nn.Module, logits: Tensor, labels: Tensor | None = None) -> Distribution:
-    """Whether a classifier's outputs exclude each other or are independent of each other; see `Answers.of`.
+    """Whether a classifier's outputs exclude each other or are independent of each other; see `Judge.of`.
 
     Args:
         logits: [B, K].

@@ -15,7 +15,7 @@ from ..engines.body import running
 from ..hosts.attach import attachment, thresholds_of
 from ..method.flops import Geometry
 from ..method.thresholds import Thresholds
-from .answers import Answers
+from .answers import Judge
 from .inputs import Images, call
 from .probe import learn_probe
 from .randomness import preserved_random_state
@@ -86,14 +86,14 @@ def calibrate(model: nn.Module, images: Images, target: float) -> None:
 
 @torch.inference_mode()
 def follow(
-    model: nn.Module, images: Images, shape: Shape, target: float, geometry: Geometry, answers: Answers | None = None
+    model: nn.Module, images: Images, shape: Shape, target: float, geometry: Geometry, judge: Judge | None = None
 ) -> Any:
     """Set an attached model's thresholds so that `images` follow a schedule of `shape` that costs about `target`.
 
     Args:
         images: [B, 3, H, W] on the model's device, or keywords.
         geometry: what an image of these costs, see `geometry_of`.
-        answers: how the model's are read; None: not at all.
+        judge: how answers are read; None: not at all.
 
     Returns:
         What the model answers in that pass, which is what it will answer when deployed with these thresholds.
@@ -106,6 +106,6 @@ def follow(
     schedule = schedule.to_cost(target, geometry, body.protected)
     calibrating = Calibrating(thresholds, schedule).to(images.device)
     with running(body=replace(body, policy=calibrating)):
-        found = call(model, images) if answers is None else answers(model, images)
+        found = call(model, images) if judge is None else judge(model, images)
     thresholds.set(calibrating.merge.clamp(max=1), calibrating.prune.clamp(min=0))
     return found

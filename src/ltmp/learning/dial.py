@@ -20,7 +20,7 @@ from ..distributed import exchange, rank
 from ..fingerprint import Seen
 from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
-from .answers import Answers, Distribution, teacher
+from .answers import Distribution, Judge, teacher
 from .batches import described, first, pair, watched
 from .budget import check_target
 from .calibrate import follow, geometry_of
@@ -111,7 +111,7 @@ def learn_dial(
     thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
     note(model, {**described(model, loader), "views": maker.views})
-    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.read.distribution)
+    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.judge.distribution)
 
 
 def _made(
@@ -192,14 +192,14 @@ class _Maker:
 
     def __init__(self, model: nn.Module, images: Images, options: DialOptions, progress: Progress | None) -> None:
         self.model, self.images, self.amp, self.progress = model, images, options.amp, progress
-        self.read = Answers.of(model, images[:1], loss=options.loss)
+        self.judge = Judge.of(model, images[:1], loss=options.loss)
         self.geometry = geometry_of(model, images)
         self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
         self.views = self.expected = 0
         # again where there is one: a run is of its own images alone, resumed or not
         if thresholds_of(model).config.needs_probe:
-            self.views = learn_probe(model, images, amp=self.amp, answers=self.read, progress=progress)
-        self.answers = torch.cat([teacher(model, part, self.read) for part in images.split(SEARCHED)])
+            self.views = learn_probe(model, images, amp=self.amp, judge=self.judge, progress=progress)
+        self.answers = torch.cat([teacher(model, part, self.judge) for part in images.split(SEARCHED)])
         self._looked(len(images), "reading the dense model's answers")
 
     def _looked(self, images: int, text: str) -> None:
@@ -217,9 +217,9 @@ class _Maker:
         """Calibrate on some of the images."""
         own = thresholds_of(self.model)
         with record() as calls:
-            answers = follow(self.model, self.images[part], shape, share, self.geometry, self.read)
+            answers = follow(self.model, self.images[part], shape, share, self.geometry, self.judge)
         self._looked(len(answers), text)
-        divergence = self.read.divergence(answers, self.answers[part]).clamp_min(0).sqrt().mean()
+        divergence = self.judge.divergence(answers, self.answers[part]).clamp_min(0).sqrt().mean()
         values = (own.merge.detach().clone(), own.prune.detach().clone())
         return _Calibrated(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calls import record
 from ..distributed import mean
 from ..hosts.attach import thresholds_of
-from .answers import CLASSES, Answers, teacher
+from .answers import CLASSES, Judge, teacher
 from .inputs import Images, call
 from .objective import task_loss
 from .progress import Progress
@@ -47,7 +47,7 @@ class HeldOut:
         labels: [N, ...] or None, and `part`: the weight of their cross-entropy in the loss; the rest is the divergence
             from the dense model's answers.
         progress: called for each batch while a candidate is made.
-        answers: how the model's are read.
+        judge: how answers are read.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class HeldOut:
         taught_by: nn.Module | None = None,
         labels: Tensor | None = None,
         part: float = 0.0,
-        answers: Answers = CLASSES,
+        judge: Judge = CLASSES,
     ) -> None:
         self.model = model
         self.taught_by = taught_by or model
@@ -67,7 +67,7 @@ class HeldOut:
         self.parts = images.split(batch)
         self.labels = [None] * len(self.parts) if labels is None else labels.split(batch)
         self.part = part
-        self.answers = answers
+        self.judge = judge
         self.progress = progress
         self._done = 0
 
@@ -100,8 +100,8 @@ class HeldOut:
         """Mean loss of the deployed model's answers."""
         losses = []
         for part, labels, answer in zip(self.parts, self.labels, self._answers, strict=True):
-            logits = self.answers(self.model, part)
-            losses.append(task_loss(logits, labels, answer, self.part, self.answers).double())
+            logits = self.judge(self.model, part)
+            losses.append(task_loss(logits, labels, answer, self.part, self.judge).double())
             self._tick(part)
         return float(mean(torch.cat(losses)))
 
@@ -140,7 +140,7 @@ class HeldOut:
         """The dense model's, kept: they are the same for every candidate."""
         found = []
         for part in self.parts:
-            found.append(teacher(self.taught_by, part, self.answers))
+            found.append(teacher(self.taught_by, part, self.judge))
             self._tick(part)
         return found
 

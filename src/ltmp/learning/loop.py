@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..fingerprint import Seen
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
-from .answers import Answers, Distribution
+from .answers import Distribution, Judge
 from .batches import Batch, apart, batch_size, described, first, stream, watched
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
@@ -170,15 +170,15 @@ class _Job:
         check_target(target, geometry_of(model, self.images), made.body.protected)
         # once: weights may train
         self.subject = options.subject(model, loader, self.images)
-        self.answers = Answers.of(model, self.images[:1], labels, options.loss)
+        self.judge = Judge.of(model, self.images[:1], labels, options.loss)
         # nothing to compare labels with
-        self.part = options.labels if self.answers.labelled else 0.0
+        self.part = options.labels if self.judge.labelled else 0.0
         if options.paper and not self.part:
             raise UsageError("the paper's recipe learns from labels of classes: this model has no such answers")
         # again where there is one: a run is of its own images alone, resumed or not
         asked = self.thresholds.config.needs_probe
         self.probed = (
-            learn_probe(model, self.images, amp=options.amp, answers=self.answers, progress=progress) if asked else 0
+            learn_probe(model, self.images, amp=options.amp, judge=self.judge, progress=progress) if asked else 0
         )
         self.batch = batch_size(loader)
         self.views_a_step = self.batch * world() * options.accumulate
@@ -199,7 +199,7 @@ class _Job:
         known = None if labels is None else labels[mine].to(self.images.device)
         own = self.images[mine].contiguous()
         original = self.original
-        return HeldOut(self.model, own, self.batch, self.progress, original, known, judged, self.answers)
+        return HeldOut(self.model, own, self.batch, self.progress, original, known, judged, self.judge)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class _Job:
         torch.manual_seed(options.seed + run.step)
         self.objective = Objective(
             self.model, self.target, options.budget_weight, self.part, self.original, self.cast,
-            self.answers, options.smoothing,
+            self.judge, options.smoothing,
         )  # fmt: skip
         # thresholds that meet the budget on them anyway may learn from the images kept apart
         shared = options.tuning is None and not options.paper
@@ -324,7 +324,7 @@ class _Job:
             {**described(self.model, self.loader), "target": self.target, "share": best.share, "views": seen},
         )
         seconds = time.perf_counter() - self.started
-        return LearnResult(self.target, best.share, seen, seconds, self.run.history, stayed, self.answers.distribution)
+        return LearnResult(self.target, best.share, seen, seconds, self.run.history, stayed, self.judge.distribution)
 
 
 @contextmanager

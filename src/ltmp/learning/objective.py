@@ -15,14 +15,14 @@ from ..calls import record
 from ..distributed import gather, mean, total
 from ..errors import LTMPError
 from ..hosts.attach import thresholds_of
-from .answers import CLASSES, NO_GRADIENTS, Answers, Distribution, teacher
+from .answers import CLASSES, NO_GRADIENTS, Distribution, Judge, teacher
 from .budget import budget_loss
 from .inputs import Images
 
 
 def task_loss(
     logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float = 0.0,
-    answers: Answers = CLASSES, smoothing: float = 0.0,
+    judge: Judge = CLASSES, smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Loss of each image: divergence from the dense model's answer, cross-entropy with its label, or a mixture.
 
@@ -31,7 +31,7 @@ def task_loss(
         labels: [B], numbers of classes, or for a single logit 0 or 1; [B, K], probabilities; or None.
         taught: the dense model's, or None.
         part: weight of the cross-entropy, in [0, 1].
-        answers: how they are read; losses of independent outputs are summed.
+        judge: how answers are read; losses of independent outputs are summed.
         smoothing: share of a label that is spread over all classes.
 
     Returns:
@@ -44,14 +44,14 @@ def task_loss(
     if part < 1:
         if taught is None:
             raise LTMPError("the dense model's answers are part of the loss, and there are none")
-        loss = loss + (1 - part) * answers.divergence(logits, taught)
+        loss = loss + (1 - part) * judge.divergence(logits, taught)
     if part > 0:
         if labels is None:
             raise LTMPError(
                 "the batches have no labels to learn from: give (images, labels), or a dict with labels, or learn from "
                 "the dense model's answers (distill=True, --distill)"
             )
-        loss = loss + part * _cross_entropy(logits, labels, answers.distribution, smoothing)
+        loss = loss + part * _cross_entropy(logits, labels, judge.distribution, smoothing)
     return loss
 
 
@@ -82,7 +82,7 @@ class Objective:
         labels: part of the task loss that comes from labels; the rest comes from the dense model's answers.
         taught_by: the model that gives those, with nothing removed.
         cast: autocast of the forward passes.
-        answers: how the model's are read.
+        judge: how answers are read.
         smoothing: of labels that are class numbers.
     """
 
@@ -92,7 +92,7 @@ class Objective:
     labels: float
     taught_by: nn.Module
     cast: AbstractContextManager[Any]
-    answers: Answers = CLASSES
+    judge: Judge = CLASSES
     smoothing: float = 0.0
 
     def gradients(
@@ -113,11 +113,11 @@ class Objective:
             images = images.to(place, non_blocking=True)
             labels = None if labels is None else labels.to(place, non_blocking=True)
             with self.cast:
-                taught = teacher(self.taught_by, images, self.answers) if self.labels < 1 else None
+                taught = teacher(self.taught_by, images, self.judge) if self.labels < 1 else None
                 with record() as calls:
-                    logits = self.answers(self.model, images)
+                    logits = self.judge(self.model, images)
             share = mean(calls.share())
-            task = mean(task_loss(logits, labels, taught, self.labels, self.answers, self.smoothing))
+            task = mean(task_loss(logits, labels, taught, self.labels, self.judge, self.smoothing))
             loss = task + budget_loss(share, self.target, self.budget_weight)
             if not loss.requires_grad:
                 raise LTMPError(NO_GRADIENTS.format("learn with views=0, or a dial"))

@@ -23,7 +23,7 @@ from ..errors import LTMPError
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
-from .answers import NO_GRADIENTS, Answers, Distribution
+from .answers import NO_GRADIENTS, Distribution, Judge
 from .inputs import Images, with_gradients
 from .progress import Progress
 from .randomness import preserved_random_state
@@ -60,7 +60,7 @@ def learn_probe(
     images: Images,
     *,
     amp: torch.dtype | None = None,
-    answers: Answers | None = None,
+    judge: Judge | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Learn the probe that an attached model scores tokens with, and set it: `model.ltmp.probe`.
@@ -72,7 +72,7 @@ def learn_probe(
     Args:
         images: [B, 3, H, W] on the model's device, or keywords; the first `PROBED` are used.
         amp: autocast type of the passes.
-        answers: how the model's are read; found out by default.
+        judge: how answers are read; found out by default.
         progress: called with (done, of how many, what).
 
     Returns:
@@ -87,7 +87,7 @@ def learn_probe(
     count = min(len(images), PROBED)
     # directions of numbers are drawn
     torch.manual_seed(0)
-    answers = Answers.of(model, images[:_BATCH]) if answers is None else answers
+    judge = Judge.of(model, images[:_BATCH]) if judge is None else judge
     with torch.inference_mode(False), torch.enable_grad():
         for part in images[:count].split(_BATCH):
             watching = _Watching(thresholds.depth).to(images.device)
@@ -95,8 +95,8 @@ def learn_probe(
             with running(body=replace(body, policy=watching)):
                 with cast:
                     # gradients of the images, so that they reach the first block of a frozen model
-                    answer = answers(model, with_gradients(part))
-                sure = _sureness(answer.float(), answers.distribution)
+                    answer = judge(model, with_gradients(part))
+                sure = _sureness(answer.float(), judge.distribution)
                 if not sure.isfinite().all():
                     raise LTMPError("an answer is not finite: look for NaN or infinity in the images and the weights")
                 looks = _gradients(sure.sum(), watching)
