@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Iterator
@@ -43,3 +44,16 @@ def part_of_another() -> Iterator[None]:
             yield
     finally:
         _PART.reset(token)
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
+
+
+def tell_log() -> None:
+    """Warnings of the package reach the screen, whatever level and handlers libraries give to the root's log."""
+    logger = logging.getLogger("ltmp")
+    if not logger.handlers:
+        logger.addHandler(_Told())
+        logger.setLevel(logging.WARNING)
