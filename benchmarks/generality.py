@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import ltmp
 from ltmp.cli.progress import progress_bar
@@ -176,7 +176,9 @@ def dials(model: nn.Module, loader: Loader, options: argparse.Namespace) -> dict
 def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each way to reduce a case's model and each budget."""
     case = CASES[name]
-    training, learning, reporting = case.parts()
+    training, learning, whole = case.parts()
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[: options.limit]
+    reporting = Subset(whole, order.tolist())
     model = trained(case, options.out / f"{name}.safetensors", training)
     policies = dials(model, make_loader(learning, 64, shuffle=True), options)
     few = learning.tensors[0][:1]
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=["paper", "best"])
     parser.add_argument("--views", type=int, default=3000, help="images looked at by a search")
     parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=1000, help="images to report on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained models")
     parser.add_argument("--json", help="- is the screen")
     parser.add_argument("--csv", help="- is the screen")

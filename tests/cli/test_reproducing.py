@@ -129,7 +129,7 @@ def test_a_dry_run_lists_the_commands_and_writes_nothing(call, capsys):
     assert "ltmp learn --data" in said
     assert "--recipe paper --target 0.8" in said
     assert "--method m --method resize:24" in said
-    assert " s on cpu" in said
+    assert "vit_tiny_patch16_224, all parts: about " in said
     assert not Path("reproduce").exists()
 
 

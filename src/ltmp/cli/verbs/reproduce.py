@@ -264,5 +264,5 @@ def _foretell(plans: list[Plan], job: Run) -> None:
         for part in plan.parts:
             done = job.done(f"{plan.folder.name}/{part.name}") is not None
             say(f"{'done already' if done else 'would run'}: {part}")
-        say(f"{plan.model.model}: {plan.time} for all of its parts")
+        say(f"{plan.model.model}, all parts: {plan.time}")
     say(f"would write {job.folder}/table.md, table.csv and table.json")
