@@ -189,6 +189,22 @@ def tuning() -> Table:
     return table
 
 
+def generality() -> Table:
+    """Drops on models that the usual shapes were not found on."""
+    runs = Runs(row for row in read("accuracy") if "benchmarks/generality.py" in row["notes"])
+    table = [["model", "top-1, dense", "shapes", "scores", *BUDGETS[:3]]]
+    told = ""
+    for model, method, scores in dict.fromkeys((row["model"], row["method"], row["scores"]) for row in runs):
+        found = runs.where(model=model, method=method, scores=scores)
+        about = [model, found.shown("dense_top1", 1)] if model != told else ["", ""]
+        how = method.removeprefix("dial, ").removesuffix(" shapes")
+        at = [found.where(budget=budget) for budget in BUDGETS[:3]]
+        drops = [f"{one.drop()} ({one.shown('agreement', 1)}) at {one.shown('share')}" for one in at]
+        table.append([*about, how, f"`{scores}`" if scores else "", *drops])
+        told = model
+    return table
+
+
 def compare() -> Table:
     """Methods at about equal shares, calibrated only."""
     runs = Runs(row for row in read("accuracy") if row["method"].startswith("compare, "))
@@ -277,7 +293,8 @@ def scores() -> Table:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
-    table.__name__: table for table in (results, accuracy, ablation, tuning, compare, int8, gpu, cpu, scores)
+    table.__name__: table
+    for table in (results, accuracy, ablation, tuning, generality, compare, int8, gpu, cpu, scores)
 }
 
 

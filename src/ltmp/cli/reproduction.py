@@ -116,6 +116,8 @@ COLUMNS = {
     "source": "source",
 }
 """Of a model's table: names of a row's values, and how they are headed; those that no row has are left out."""
+WIDE = ("trained_share", "speedup")
+"""What a terminal has no room for."""
 
 
 def report(plans: list[Plan], budgets: tuple[float, ...], out: Path, output: TableOptions) -> None:
@@ -140,8 +142,9 @@ def report(plans: list[Plan], budgets: tuple[float, ...], out: Path, output: Tab
         tables.write_csv(rows, output.csv)
     if output.quiet:
         return
+    wide = {COLUMNS[old] for old in WIDE}
     for name, table in shown.items():
-        tables.show(table, f"{name}, weights frozen")
+        tables.show([{new: row[new] for new in row if new not in wide} for row in table], f"{name}, weights frozen")
         if name in certified:
             say(certified[name]["paragraph"])
     say(f"tables: {out}/table.md, table.csv, table.json")
