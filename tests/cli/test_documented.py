@@ -41,6 +41,7 @@ FEW = {
     "dial": ("--views 0", "--calibration 8", "--knots 3", "--limit 16"),
     "learn": ("--views 16", "--calibration 8", "--limit 16"),
     "compare": ("--budget 0.6", "--calibration 8", "--no-speed", "--limit 8"),
+    "reproduce": ("--budget 0.6", "--views 0", "--calibration 8", "--limit 16", "--certify 0.5", "--no-speed"),
     "eval": ("--no-speed", "--limit 8"),
     "show": ("--width 48",),
 }
