@@ -4,10 +4,10 @@
         --weights vit.safetensors --thresholds dial.safetensors --val val.tar --limit 1000 --threads 2
 
 Accuracy and speed are measured apart: top-1 and agreement of each point in one pass over the images, its speed against
-the dense model in turns, each turn on another batch. `--batch-sizes` without a number measures accuracy alone. At each speed of `--speeds`, values are interpolated between the
-two points around it, the dense model being the first; a cell is empty where a method does not get there. Thresholds are
-those of a dial at `--budgets`, or, with `--learn` instead of `--thresholds`, calibrated for each of them. Shrinking
-images is not timed.
+the dense model in turns, each turn on another batch. `--batch-sizes` without a number measures accuracy alone. At each
+speed of `--speeds`, values are interpolated between the two points around it, the dense model being the first; a cell
+is empty where a method does not get there. Thresholds are those of a dial at `--budgets`, or, with `--learn` instead of
+`--thresholds`, calibrated for each of them. Shrinking images is not timed.
 """
 
 from __future__ import annotations
