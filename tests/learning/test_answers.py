@@ -16,8 +16,9 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
+from ltmp.hosts.outputs import answers_in
 from ltmp.learning import learn_probe
-from ltmp.learning.answers import Judge, answers_in, teacher
+from ltmp.learning.answers import Judge, teacher
 from ltmp.learning.batches import first, pair
 
 BEST = ltmp.LTMPConfig(scores="best")
