@@ -68,7 +68,7 @@ def digits() -> Parts:
 
 
 def crops() -> Parts:
-    """Crops at random places and scales of three bands of each photograph: its upper half, what follows, and the rest."""
+    """Crops at random places and scales of three bands of each photograph: upper half, what follows, and the rest."""
     from skimage import data
 
     generator = torch.Generator().manual_seed(0)
