@@ -172,7 +172,7 @@ def ways(model: nn.Module, images: Tensor, given: argparse.Namespace) -> Iterato
             model.ltmp.set_budget(share)
             return plain(x)
 
-        yield f"ltmp {share:g}", ours
+        yield f"{given.variant} {share:g}", ours
     for share in given.shares:
         rates = rates_for(model, images[:1], "m", share)
 
@@ -198,6 +198,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--num-classes", type=int, default=200, help="of the checkpoint; its head is left out")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--scores", default="best")
+    parser.add_argument("--variant", default="ltmp", help="ltm merges only")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[196, 182, 168, 154, 140])
     parser.add_argument("--views", type=int, default=20, help="pairs of views of each photograph")
@@ -214,7 +215,7 @@ def main() -> None:
         given.model, weights=given.weights, num_classes=given.num_classes, image_size=given.img_size
     ).eval()
     model.reset_classifier(0)
-    ltmp.attach(model, ltmp.LTMPConfig(scores=given.scores, tokens="grid"))
+    ltmp.attach(model, ltmp.LTMPConfig(given.variant, scores=given.scores, tokens="grid"))
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     size, patches, draw = given.img_size, model.patch_embed.grid_size[0], np.random.default_rng(0)
     pairs = [[view(picture, size, draw) for _ in range(2)] for picture in pictures() for _ in range(given.views)]

@@ -41,8 +41,6 @@ Point = Entry | Baseline
 
 def own_points(model: nn.Module, given: argparse.Namespace) -> Iterator[Entry]:
     """Thresholds at each budget."""
-    if given.thresholds:
-        ltmp.load(model, given.thresholds)
     images = None if given.thresholds else photographs(model, given.learn, given.calibration)
     for budget in given.budgets:
         if images is None:
@@ -147,7 +145,10 @@ def main() -> None:
     model = build_model(
         given.model, weights=given.weights, num_classes=given.num_classes, image_size=given.img_size
     ).eval()
-    ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
+    if given.thresholds:
+        ltmp.load(model, given.thresholds, engine="packed")
+    else:
+        ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
     images = photographs(model, given.val, max([16, *given.batch_sizes]))
     compared = points(model, images[:1], given)
     transform = eval_transform(model, crop_pct=1.0, crop_mode="squash")
