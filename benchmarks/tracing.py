@@ -3,9 +3,9 @@
     python benchmarks/tracing.py --threads 1 --batch 1 8 32
 
 Weights are random; thresholds are calibrated on smooth random images, so that token counts differ between images.
-Ratios are medians of paired rounds, of processor time and, in brackets, of time on the wall; `least` is the ratio of the
-least processor times. `ops` are calls of torch's operators, nested ones counted. A grid is checked first: every patch
-has the features of the row that `trace()` says it is part of.
+Ratios are medians of paired rounds, of processor time and, in brackets, of time on the wall; `least` is the ratio of
+the least processor times. `ops` are calls of torch's operators, nested ones counted. A grid is checked first: every
+patch has the features of the row that `trace()` says it is part of.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..calls import recomputing, recording, tracing
+from ..calls import is_dense, recomputing, recording, tracing
 from ..errors import LTMPError
 from ..method.policy import Active
 from . import select
@@ -41,6 +41,7 @@ class Reached:
         entered: the features [..., C] from which something was removed first.
         among: where images are among them, if not of N tokens each.
         positioned: whether the host has positions for its tokens.
+        waits: whether features may be computed when they are read: nothing follows what is done with them.
     """
 
     block: int
@@ -50,6 +51,7 @@ class Reached:
     entered: Tensor | None = None
     among: Segments | None = None
     positioned: bool = False
+    waits: bool = False
 
     def grid(self) -> Tensor:
         """The features [..., C] to hand out."""
@@ -57,6 +59,12 @@ class Reached:
         assert self.entered is not None
         grid = self.state.unmerged()
         return grid if self.among is None else self.among.put(self.entered, grid)
+
+
+def goes_on(host: nn.Module, i: int, x: Tensor) -> bool:
+    """Whether x is what block `i - 1` of a reduced `host` handed out, so that it need not be asked again."""
+    reached = getattr(x, "ltmp_reached", None)
+    return isinstance(reached, Reached) and reached.block == i > 0 and reached.body.host is host and not is_dense()
 
 
 def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Callable[[], Any]) -> Any:
@@ -98,23 +106,13 @@ def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Call
     else:
         reached = _reduce(_started(reached, x, named) if reached.state is None else reached, named)
         # behind the last block somebody reads them
-        grid = defer(reached.grid, x) if i + 1 < body.depth and _may_wait(x) else reached.grid()
+        grid = defer(reached.grid, x) if i + 1 < body.depth and reached.waits else reached.grid()
         _note(reached, x)
     places = PLACES.get()
     if places is not None:
         places.append(_places(reached, x))
     grid.ltmp_reached = reached
     return (grid, None) if body.recipe.wraps else grid
-
-
-def _may_wait(x: Tensor) -> bool:
-    """Whether features may be computed later: nothing follows what is done with them, and their type is that of `x`."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled(x.device.type)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    )
 
 
 def _started(reached: Reached, x: Tensor, named: Mapping[str, Any]) -> Reached:
@@ -124,7 +122,10 @@ def _started(reached: Reached, x: Tensor, named: Mapping[str, Any]) -> Reached:
     positions = positions_of(body.recipe, body.host, x.shape[-2], (), named)
     entering = x if among is None else among.take(x)
     state = select.start(body, entering, reached.active, positions, i, among)
-    return replace(reached, state=state, entered=x, among=among, positioned=positions is not None)
+    followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    # under autocast features change their type on the way
+    waits = not (followed or torch.is_autocast_enabled(x.device.type))
+    return replace(reached, state=state, entered=x, among=among, positioned=positions is not None, waits=waits)
 
 
 def _reduce(reached: Reached, named: Mapping[str, Any]) -> Reached:

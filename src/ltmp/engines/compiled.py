@@ -19,8 +19,8 @@ from ..calls import tracing
 from ..config import Scores
 from ..method.policy import Active, Policy
 from ..method.rates import Rates, noise
-from ..method.thresholds import Thresholds
 from ..method.recipe import Bias
+from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens, spread
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
@@ -163,9 +163,7 @@ def start(
 ) -> Partway:  # fmt: skip
     """`x` [B, N, C] of which `applies` is true, behind `before` blocks that removed nothing."""
     calls = tracing()
-    rows = LiveRows.start(
-        x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None
-    )
+    rows = LiveRows.start(x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None)
     trail = (torch.from_numpy(rows.source),) * before if calls is not None and calls.every_block else None
     planned = block_steps(body.policy, active, body.protected)
     return Partway(body, planned, positions, rows, (rows.counts.tolist(),) * before, trail)

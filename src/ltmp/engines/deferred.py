@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,16 +35,20 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(read, (args, dict(kwargs or {})))
+        args, kwargs = tree_map(read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # for operators that are called by C++
-    __torch_dispatch__ = __torch_function__
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Operators that C++ calls."""
+        return cls.__torch_function__(func, types, args, kwargs)
 
 
 def defer(compute: Callable[[], Tensor], like: Tensor) -> Tensor:

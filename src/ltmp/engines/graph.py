@@ -53,20 +53,20 @@ class Told:
     Attributes:
         output: what the host returns.
         kept: float32 [B, L], tokens after each block; geometry: what they cost.
-        trace: where the patches ended, or None where nobody asks.
+        trace: where the patches ended; empty where nobody asks.
     """
 
     output: Any
     kept: Tensor
     geometry: Geometry
-    trace: Trace | None
+    trace: Trace
 
     def tell(self, count: int) -> Any:
         """Copies for the first `count` images: the output, and what the blocks would have recorded and traced."""
         calls, traced = recording(), tracing()
         if calls is not None:
             calls.add(self.kept[:count].clone(), self.geometry)
-        if traced is not None and self.trace is not None:
+        if traced is not None:
             traced.sources += [source[:count].clone() for source in self.trace.sources]
             traced.blocks += [blocks[:count].clone() for blocks in self.trace.blocks]
         return tree_map(lambda value: value[:count].clone() if isinstance(value, Tensor) else value, self.output)
@@ -283,7 +283,7 @@ class GraphedForward:
         with running(engine), record() as calls, following as traced, patches_as_product(self.host):
             # features of intermediate blocks are computed here, and not when they are first read
             output = tree_map(read, self._host_forward(images))
-        return Told(output, calls.kept[0], calls.geometry[0], traced)
+        return Told(output, calls.kept[0], calls.geometry[0], traced or Trace())
 
     def _record(self, key: tuple[Any, ...], images: Tensor) -> Graph | None:
         """A new graph for batches like this one, or None when there is no memory for it."""
@@ -336,12 +336,11 @@ class GraphedForward:
             if stats is None:  # blocks that a host takes one by one are its own where nothing is removed
                 stats = torch.zeros(len(active), 3, dtype=torch.int32, device=images.device)
             flags = body.on().T.flatten().int()
-            patches = None if told.trace is None else (told.trace.sources, told.trace.blocks)
-            return told.output, told.kept, torch.cat([stats.flatten(), flags]), patches
+            report = torch.cat([stats.flatten(), flags])
+            return told.output, told.kept, report, (told.trace.sources, told.trace.blocks)
 
         replay, (output, kept, report, patches) = self.recorder.record(call)
-        followed = None if patches is None else Trace(*patches)
-        told = Told(output, kept, given[0].geometry, followed)
+        told = Told(output, kept, given[0].geometry, Trace(*patches))
         return Graph(static, replay, told, report, active, capacity, weights, body.policy)
 
     def _drop(self, graph: Graph, replan: bool = True) -> None:
@@ -350,4 +349,3 @@ class GraphedForward:
             del self._recorded[key]
             if replan:
                 self._room.pop(key, None)
-

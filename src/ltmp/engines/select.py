@@ -12,8 +12,8 @@ from torch import Tensor
 from ..calls import is_dense
 from ..errors import LTMPError
 from ..method.policy import Active
-from ..method.recipe import no_bias
 from ..method.rates import Rates
+from ..method.recipe import no_bias
 from ..method.thresholds import Thresholds
 from . import compiled, masked, packed, trial
 from .body import Body, Run, Stepping, running_engine

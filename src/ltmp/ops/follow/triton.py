@@ -85,9 +85,7 @@ def follow(
 
 
 @triton.jit(do_not_specialize=["patches", "rows"])
-def _spread_kernel(
-    X, CU, SOURCE, DROPPED, OUT, patches, rows, C: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr
-):
+def _spread_kernel(X, CU, SOURCE, DROPPED, OUT, patches, rows, C: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr):
     """One program = some patches of one image."""
     image = tl.program_id(0)
     patch = tl.program_id(1) * TILE + tl.arange(0, TILE)
