@@ -117,7 +117,7 @@ class LiveRows:
 
 
 @dataclass(frozen=True)
-class Partway:
+class InNumba:
     """A batch between two blocks; see `state.Partway`.
 
     Attributes:
@@ -140,7 +140,7 @@ class Partway:
     def tokens(self) -> Tokens:
         return self.rows.tokens()
 
-    def step(self, i: int, _bias: Bias | None = None) -> Partway:
+    def step(self, i: int, _bias: Bias | None = None) -> InNumba:
         rows = run_block(self.body, i, self.rows, self.planned[i], self.positions)
         trail = None if self.trail is None else (*self.trail, torch.from_numpy(rows.source))
         return replace(self, rows=rows, kept=(*self.kept, rows.counts.tolist()), trail=trail)
@@ -160,13 +160,13 @@ class Partway:
 def start(
     body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, *, unmerges: bool = True,
     among: Segments | None = None,
-) -> Partway:  # fmt: skip
+) -> InNumba:  # fmt: skip
     """`x` [B, N, C] of which `applies` is true, behind `before` blocks that removed nothing."""
     calls = tracing()
     rows = LiveRows.start(x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None)
     trail = (torch.from_numpy(rows.source),) * before if calls is not None and calls.every_block else None
     planned = block_steps(body.policy, active, body.protected)
-    return Partway(body, planned, positions, rows, (rows.counts.tolist(),) * before, trail)
+    return InNumba(body, planned, positions, rows, (rows.counts.tolist(),) * before, trail)
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:

@@ -269,6 +269,9 @@ class GraphedForward:
         engine = Counted()
         told = self._forward(images, engine)
         self._seen.add(key)
+        if told.geometry.each is not None:
+            # where images are among a host's rows is found by reading them
+            self._refused.add(key)
         if engine.stats is not None:
             tokens = told.geometry.tokens
             slack = self._slack.setdefault(key, SLACK)

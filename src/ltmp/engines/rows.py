@@ -147,15 +147,13 @@ class Rows:
         """
         rows, dropped = cls.start(x, None, traced=True), Dropped.start(x, among)
         values, origin, size, cu, source = rows.x, rows.origin, rows.size, rows.cu, rows.source
-        if among is not None and positioned:
-            origin = among.index.flatten().int()
-        if among is not None and not among.whole:
+        if among is not None:
             live = among.live.flatten()
+            origin = among.index.flatten().int() if positioned else origin
             values, origin, size = values[live], origin[live], size[live]
             cu = F.pad(among.live.sum(1).cumsum(0), (1, 0)).int()
             source = None if source is None else source.where(among.live, -1)
-        whole = among is None or among.whole
-        return cls(values, _norm(values, norm), size, origin, cu, x.shape[1], whole, source, dropped)
+        return cls(values, _norm(values, norm), size, origin, cu, x.shape[1], among is None, source, dropped)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:

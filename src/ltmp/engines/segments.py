@@ -15,12 +15,10 @@ class Segments:
     Attributes:
         index: int64 [B, N], the row of each token: prefix tokens first, then the patches, then any row.
         live: bool [B, N], which tokens there are; those come first.
-        whole: whether all are known to be there, so that nobody needs to look.
     """
 
     index: Tensor
     live: Tensor
-    whole: bool = False
 
     @classmethod
     def packed(cls, lengths: Tensor) -> Segments:
@@ -43,12 +41,12 @@ class Segments:
         """Images whose prefix tokens the host has elsewhere: `order` int64 [N] names the places, those first."""
         first = torch.arange(0, images * len(order), len(order), device=order.device)
         index = first[:, None] + order
-        return cls(index, torch.ones_like(index, dtype=torch.bool), True)
+        return cls(index, torch.ones_like(index, dtype=torch.bool))
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Of each image."""
-        return (self.live.shape[1],) * len(self.live) if self.whole else tuple(self.live.sum(1).tolist())
+        return tuple(self.live.sum(1).tolist())
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens [B, N, C] of features [..., C]."""
@@ -56,8 +54,5 @@ class Segments:
 
     def put(self, x: Tensor, grid: Tensor) -> Tensor:
         """`x` [..., C] with the tokens `grid` [B, N, C] in their rows; what is no token stays."""
-        index, tokens = self.index.flatten(), grid.flatten(0, 1)
-        if not self.whole:
-            live = self.live.flatten()
-            index, tokens = index[live], tokens[live]
-        return x.flatten(0, -2).index_copy(0, index, tokens.to(x.dtype)).view_as(x)
+        rows = x.flatten(0, -2).index_copy(0, self.index[self.live], grid[self.live].to(x.dtype))
+        return rows.view_as(x)

@@ -60,7 +60,6 @@ def start(
     if isinstance(brought, Stepping):
         return brought.start(*given, among)
     if body.policy.masks or body.recipe.bias is not no_bias or not x.shape[0]:
-        # kernels know no bias for pairs of tokens
         return start_in_torch(*given, among)
     chosen = engine(body.policy.config.engine, x.device)
     if chosen is not packed.run and _by_kernels(body, x, automatic=chosen is _differentiable_or_triton):
@@ -110,8 +109,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def on_device(body: Body) -> bool:
-    """Whether the decisions need no host: all that the Triton engines know."""
-    return type(body.policy) in (Thresholds, Rates)
+    """Whether decisions need no host and attention no bias for pairs of tokens: all that the Triton engines know."""
+    return type(body.policy) in (Thresholds, Rates) and body.recipe.bias is no_bias
 
 
 def _trains(body: Body, x: Tensor) -> bool:

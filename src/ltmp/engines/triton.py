@@ -154,7 +154,7 @@ class Counted:
 
     def start(
         self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
-    ) -> Partway:
+    ) -> InTriton:
         """The same block by block, see `body.Stepping`."""
         found = start(body, x, active, positions, before, among, self.capacity)
         self.stats = found.batch.stats
@@ -162,7 +162,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Partway:
+class InTriton:
     """A batch between two blocks; see `state.Partway`.
 
     Attributes:
@@ -181,7 +181,7 @@ class Partway:
     def tokens(self) -> Tokens:
         return tokens_of(self.rows, Padding.of(self.rows.cu, self.rows.longest, self.rows.x.shape[0]))
 
-    def step(self, i: int, _bias: Bias | None = None) -> Partway:
+    def step(self, i: int, _bias: Bias | None = None) -> InTriton:
         with torch.no_grad():
             rows = self.batch.block(i, self.rows)
         trail = self.trail if self.trail is None or rows.source is None else (*self.trail, rows.source)
@@ -205,12 +205,12 @@ class Partway:
 def start(
     body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None,
     capacity: Capacity | None = None,
-) -> Partway:  # fmt: skip
+) -> InTriton:  # fmt: skip
     """`x` [B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
     batch, calls = Pass(body, x, active, capacity, positions), tracing()
     rows = Rows.grid(x, batch.branches[before].norms[0], among, positions is not None)
     trail = (rows.source,) * before if calls is not None and calls.every_block and rows.source is not None else None
-    return Partway(batch, rows, (rows.cu,) * before, trail)
+    return InTriton(batch, rows, (rows.cu,) * before, trail)
 
 
 def compile_ahead(body: Body, x: Tensor) -> None:
@@ -265,7 +265,7 @@ class Pass:
         """Blocks only: the host's own norm and head follow."""
         calls = tracing()
         rows = Rows.start(self.x, self.branches[0].norms[0], traced=calls is not None)
-        partway = Partway(self, rows, trail=() if calls is not None and calls.every_block else None)
+        partway = InTriton(self, rows, trail=() if calls is not None and calls.every_block else None)
         for i in range(len(self.branches)):
             partway = partway.step(i)
         x, size, source = unpack(partway.rows, self.body.protected)
