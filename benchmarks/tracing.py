@@ -1,22 +1,60 @@
-"""What tracing sources costs: a reduced model with `ltmp.trace()` against the same model without, in turns.
+"""What following patches costs: `trace()` and `tokens="grid"` against the same reduced model, in turns.
 
-    python benchmarks/tracing.py --batch 1 8 32
+    python benchmarks/tracing.py --threads 1 --batch 1 8 32
 
 Weights are random; thresholds are calibrated on smooth random images, so that token counts differ between images.
+Ratios are medians of paired rounds, of processor time and, in brackets, of time on the wall; `least` is the ratio of
+the least processor times. `ops` are calls of torch's operators, nested ones counted. A grid is checked first: every
+patch has the features of the row that `trace()` says it is part of.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable
+from statistics import median
 
 import timm
 import torch
-from attach_overhead import interleaved
-from cpu import smooth_images
+from cpu import elapsed, operators, processor, smooth_images
+from torch import Tensor, nn
 
 import ltmp
+from ltmp.engines import compiled
 from ltmp.learning import calibrate
+
+
+def traced(model: nn.Module, every_block: bool) -> Callable[[Tensor], ltmp.Trace]:
+    """`model.forward_features`, followed."""
+
+    def call(images: Tensor) -> ltmp.Trace:
+        with ltmp.trace(every_block=every_block) as calls:
+            model.forward_features(images)
+        return calls
+
+    return call
+
+
+def unmerged(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`model.forward_features` as a grid."""
+
+    def call(images: Tensor) -> Tensor:
+        with ltmp.unmerge():
+            return model.forward_features(images)
+
+    return call
+
+
+def check(model: nn.Module, images: Tensor) -> float:
+    """Mean share of `images`, after the grid was found to be the reduced rows."""
+    with ltmp.record() as calls, ltmp.trace() as followed:
+        rows = model.forward_features(images)
+    grid, source = unmerged(model)(images), followed.sources[0].long()
+    for image in range(len(images)):
+        there = source[image] >= 0
+        if (grid[image, there] - rows[image, source[image, there]]).abs().max() > 1e-4:
+            raise SystemExit("a grid is not what the reduced model computes: no speed is reported")
+    return float(calls.share().mean())
 
 
 @torch.inference_mode()
@@ -27,30 +65,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plain", action="store_true", help="plans in torch, as where numba is not installed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = timm.create_model(args.model).eval()
+    # patches are read behind the last block, so that none of the ways may drop all of them there
+    model = timm.create_model(args.model, global_pool="avg").eval()
     images = smooth_images(max(args.batch), model.patch_embed.img_size[0])
     ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
     calibrate(model, images, args.target)
-
-    def traced(batch: torch.Tensor, every_block: bool) -> ltmp.Trace:
-        with ltmp.trace(every_block=every_block) as calls:
-            model(batch)
-        return calls
-
-    print(f"{args.model}, packed, {args.threads} threads, medians of {args.repeats} rounds")
+    if args.plain:
+        compiled.applies = lambda policy, x: False
+    ways = {
+        "reduced": model.forward_features, "again": model.forward_features, "traced": traced(model, False),
+        "every block": traced(model, True), "grid": unmerged(model),
+    }  # fmt: skip
+    plans = "in torch" if args.plain else "compiled"
+    print(f"{args.model}, plans {plans}, {args.threads} threads of {processor()}, medians of {args.repeats} rounds")
     for size in args.batch:
         batch = images[:size]
-        calls = [lambda: model(batch), lambda: traced(batch, False), lambda: traced(batch, True)]  # noqa: B023
-        off, last, every = interleaved(calls, args.repeats, "cpu")
-        ratio, ratio_every = (statistics.median(b / a for a, b in zip(off, on, strict=True)) for on in (last, every))
-        source = traced(batch, False).sources[0]
-        print(
-            f"batch {size}: off {1e3 * statistics.median(off):.2f} ms, traced {ratio:.3f}, every block "
-            f"{ratio_every:.3f}, {source.untyped_storage().nbytes() / source.numel():.0f} bytes a patch"
-        )
+        times = {name: [elapsed(call, batch) for _ in range(2)][:0] for name, call in ways.items()}
+        for _ in range(args.repeats):
+            for name, call in ways.items():
+                times[name].append(elapsed(call, batch))
+        walls, used = ({name: [t[i] for t in times[name]] for name in ways} for i in (0, 1))
+        cells = [f"batch {size}: share {check(model, batch):.3f}, {1e3 * median(walls['reduced']):.1f} ms"]
+        for name in list(ways)[1:]:
+            wall, cpu = (median(b / a for a, b in zip(t["reduced"], t[name], strict=True)) for t in (walls, used))
+            least = min(used[name]) / min(used["reduced"])
+            cells.append(f"{name} {cpu:.3f} ({wall:.3f}, least {least:.3f})")
+        ops = (f"{name} {operators(call, batch)}" for name, call in ways.items() if name != "again")
+        print("; ".join(cells), "; ops " + ", ".join(ops), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ltmp
-from helpers import assert_close, attach_reducing, make_probe, plain_torch, random_images, run_recorded, tiny_vit
+from helpers import assert_close, attach_reducing, embed, make_probe, plain_torch, random_images, run_recorded, tiny_vit
 from ltmp.config import SCORES, VARIANTS
 from ltmp.engines import compiled, onednn
 from ltmp.evaluate import describe_machine
@@ -50,6 +50,44 @@ def test_says_what_the_torch_form_says(variant: str, scores: str, runs: list[int
     assert_close(fast, plain, 1e-5, "logits")
     assert torch.equal(traced.sources[0], expected.sources[0])
     assert torch.equal(traced.blocks[0], expected.blocks[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "evit"])
+def test_grids_are_those_of_the_torch_form(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, images, started = VARIANTS[variant].fixed, random_images(5), []
+    model = ltmp.attach(tiny_vit(global_pool="avg"), ltmp.LTMPConfig(variant, **({"r": 2} if fixed else {})))
+    if not fixed:
+        model.ltmp.set([0.5, 0.4, 0.3], [0.03, 0.04, 0.05])
+    start = compiled.start
+    monkeypatch.setattr(compiled, "start", lambda *args, **given: started.append(1) or start(*args, **given))
+    with ltmp.trace(every_block=True) as traced:
+        last, between = model.forward_intermediates(images)
+    assert len(started) == 1
+    with plain_torch(), ltmp.trace(every_block=True) as expected:
+        plain_last, plain_between = model.forward_intermediates(images)
+    assert len(started) == 1
+    assert torch.equal(traced.blocks[0], expected.blocks[0])
+    assert (traced.sources[0] < 0).any() or "p" not in variant
+    for a, b in zip([last, *between], [plain_last, *plain_between], strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@torch.inference_mode()
+def test_a_call_that_goes_on_twice_from_one_block_changes_no_grid() -> None:
+    images = random_images(3)
+    model = attach_reducing(tiny_vit(), images)
+    first, second, third = model.blocks
+    x = first(embed(model, images))
+    once = third(second(x)).clone()
+    model.ltmp.set(None, [0.0, 0.0, 0.2])
+    middle = second(x)
+    before = middle.clone()
+    model.ltmp.set(None, [0.0, 0.5, 0.2])
+    third(second(x))
+    assert torch.equal(third(middle), third(middle))
+    assert torch.equal(middle, before)
+    assert once.isfinite().all()
 
 
 def test_runs_in_plain_torch_where_kernels_do_not_apply(runs: list[int]) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -378,19 +379,61 @@ def test_gradients_come_through_a_model_whose_engine_is_graphs() -> None:
     assert torch.equal(case.model.ltmp.probe, case.packed.ltmp.probe)
 
 
-def test_graphs_step_aside_where_patches_are_followed() -> None:
+@pytest.mark.parametrize("host", [{"global_pool": "avg"}, {"reg_tokens": 4}], ids=str)
+def test_patches_are_followed_inside_graphs(host: dict[str, Any]) -> None:
+    """Grids and sources have graphs of their own, which give what packed gives, to each caller its own memory."""
+    case = Case(**host)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for seed in range(4):
+        for unmerged in (False, True):
+            images, found = images_of(4, seed % 3), []
+            for model in (case.model, case.packed):
+                form = ltmp.unmerge() if unmerged else nullcontext()
+                with ltmp.record() as calls, ltmp.trace(every_block=True) as traced, form:
+                    output = model(images)
+                found.append((output, calls.kept[0], traced.sources[0], traced.blocks[0]))
+            (output, *others), (expected, *wanted) = found
+            assert_close(output, expected, 1e-4)
+            assert all(torch.equal(a, b) for a, b in zip(others, wanted, strict=True))
+            kept += [(value, value.clone()) for value in (output, *others)]
+    assert (case.recorder.recorded, case.recorder.replayed) == (2, 6)
+    assert all(torch.equal(value, before) for value, before in kept)
+    case.check(4)
+    assert case.recorder.recorded == 2, "nobody follows this call, and it is the first of its kind"
+
+
+def test_a_grid_that_needs_more_room_is_run_again() -> None:
     case = Case(global_pool="avg")
+    for model in (case.model, case.packed):
+        model.ltmp.tokens = "grid"
     case.check(4)
-    case.check(4)
-    replayed, images = case.recorder.replayed, images_of(4)
-    with ltmp.trace() as calls:
-        case.model(images)
-    assert len(calls.sources) == 1
-    with ltmp.unmerge():
-        assert_close(case.model(images), case.packed(images), 1e-4)
-    assert case.recorder.replayed == replayed
-    case.check(4)
-    assert case.recorder.replayed == replayed + 1
+    (key, room), *_ = case.forward._room.items()
+    case.forward._room[key] = Capacity(tuple(n // 3 for n in room.rows), room.longest)
+    for seed in range(3):
+        case.check(4, seed)
+    assert case.recorder.recorded == 2
+    case.follow(lambda model: model.ltmp.set([1.0] * 2, [0.0] * 2))
+    for seed in range(3):
+        case.check(4, seed)
+
+
+def test_features_between_blocks_are_computed_inside_the_graph() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=SIZE, patch_size=4,
+        output_hidden_states=True,
+    )  # fmt: skip
+    model = liven(transformers.ViTForImageClassification(config)).eval().to(DEVICE).requires_grad_(False)
+    ltmp.attach(model, ltmp.LTMPConfig(engine="graph", tokens="grid")).ltmp.set([0.6, 0.6], [0.05, 0.05])
+    packed = copy.deepcopy(model)
+    packed.ltmp.config = ltmp.LTMPConfig(engine="packed", tokens="grid")
+    model.forward = GraphedForward(attachment(model).body, Rerun())
+    for seed in range(4):
+        batch = images_of(4, seed)
+        found, expected = model(batch), packed(batch)
+        for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+            assert_close(a, b + 0, 1e-4)
+    assert model.forward.recorder.recorded == 1
 
 
 def test_copies_and_pickles_start_without_graphs() -> None:

@@ -84,6 +84,8 @@ def test_other_policies_run_on_the_packed_engine(monkeypatch: pytest.MonkeyPatch
     body = attachment(model).body
     assert select.on_device(body)
     assert not select.on_device(replace(body, policy=Other(3, model.ltmp.config).eval()))
+    biased = replace(body.recipe, bias=lambda host, block, named: None)
+    assert not select.on_device(replace(body, recipe=biased)), "kernels know no bias for pairs of tokens"
 
 
 def test_every_engine_of_the_config_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

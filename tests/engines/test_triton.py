@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,19 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
 import ltmp
-from helpers import assert_close, attach_reducing, embed, make_probe, random_images, tiny_vit
+from helpers import (
+    assert_close,
+    attach_reducing,
+    embed,
+    make_probe,
+    plain_torch,
+    random_images,
+    run_blocks,
+    tiny_vit,
+)
 from ltmp.config import FIXED, SCORES, LTMPConfig, Scores
 from ltmp.engines import packed
+from ltmp.engines.body import running
 from ltmp.engines.state import Reduced
 from ltmp.hosts.attach import attachment
 
@@ -72,6 +83,61 @@ def test_capacity_gives_the_same(variant: str) -> None:
     longest = tuple(int(n) + 2 for n in expected.kept.amax(0))
     expected, found = both(model, images, capacity=engine.Capacity(room, longest))
     assert_same(expected, found)
+
+
+def followed(model: Any, images: Tensor, name: str, engine: Any = None) -> tuple[Tensor, ...]:
+    """A grid, sources, those after each block and counts; then sources and those after each block of reduced rows."""
+    model.ltmp.config = replace(model.ltmp.config, engine=name)
+    brought = nullcontext() if engine is None else running(engine)
+    with torch.no_grad(), brought, ltmp.record() as calls, ltmp.trace(every_block=True) as traced:
+        x = embed(model, images)
+        with ltmp.unmerge():
+            grid = run_blocks(model, x)
+        run_blocks(model, x)
+    assert len(traced.sources) == 2
+    return grid, calls.kept[0], *traced.sources, *traced.blocks
+
+
+def assert_followed(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
+    assert_close(found[0], expected[0], 1e-4)
+    assert (expected[2] < 0).any() or expected[1].shape[1] == 0, "nothing is pruned: the test tests little"
+    for a, b in zip(expected[1:], found[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+FOLLOWED: dict[str, dict[str, Any]] = {
+    "floor": {"floor": 8}, "fixed": {"variant": "pm", "r": (0, 4, 2)}, "mutual": {"scores": Scores(matching="mutual")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [*({"variant": v} for v in ("ltmp", "ltpm", "ltp")), *FOLLOWED.values()], ids=str)
+@pytest.mark.parametrize("host", list(HOSTS)[:4])
+def test_patches_are_followed_as_by_packed(host: str, settings: dict[str, Any]) -> None:
+    """Grids, sources and trails, at exact and at fixed sizes."""
+    images = random_images(3).to(DEVICE)
+    model, config = tiny_vit(**HOSTS[host]), LTMPConfig(**settings)
+    if config.method.fixed:
+        ltmp.attach(model, config)
+    else:
+        attach_reducing(model, images.cpu(), config.variant)
+        model.ltmp.config = config
+    model.to(DEVICE)
+    with plain_torch():
+        expected = followed(model, images, "packed")
+    assert_followed(expected, followed(model, images, "triton"))
+    counts = expected[1].T
+    room = engine.Capacity(tuple(int(n) + 5 for n in counts.sum(1)), tuple(int(n) + 1 for n in counts.amax(1)))
+    active = attachment(model).body.active()
+    if active == attachment(model).body.read_whole(active):
+        assert_followed(expected, followed(model, images, "triton", engine.Counted(active, room)))
+
+
+def test_fused_tokens_are_followed_as_by_packed() -> None:
+    images = random_images(3).to(DEVICE)
+    model = ltmp.attach(tiny_vit(), LTMPConfig("evit", r=4)).to(DEVICE)
+    expected, found = followed(model, images, "packed"), followed(model, images, "triton")
+    assert_close(found[0], expected[0], 1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(expected[1:], found[1:], strict=True))
 
 
 def test_blocks_that_are_off() -> None:

@@ -1,7 +1,8 @@
 """Single blocks of a reduced model, every patch in its place after each: for whoever looks between blocks.
 
-What runs is what is left. Where it is rides on the features that a block hands out, so that the next block goes on from
-there, whoever calls it.
+What runs is what is left, by the engine that would run all blocks at once. Where it is rides on the features that a
+block hands out, so that the next block goes on from there, whoever calls it; those features are put together when they
+are read (`deferred`), which between most blocks nobody does.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..calls import recomputing, recording, tracing
+from ..calls import is_dense, recomputing, recording, tracing
 from ..errors import LTMPError
 from ..method.policy import Active
-from . import masked, packed
-from .body import Body
+from . import select
+from .body import Body, Stepping, running_engine
+from .deferred import defer
 from .positions import positions_of
 from .segments import Segments
-from .state import Reduced, State
+from .state import Partway, Reduced
 
 PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
 """Where calls of this thread say, after each block, which of the features [..., C] that they hand out are in the place
@@ -36,14 +38,33 @@ class Reached:
         block: the one that comes next.
         body, active: of the call.
         state: what is left, or None where nothing was removed yet.
-        among: where images are among the features that are handed out, if not of N tokens each.
+        entered: the features [..., C] from which something was removed first.
+        among: where images are among them, if not of N tokens each.
+        positioned: whether the host has positions for its tokens.
+        waits: whether features may be computed when they are read: nothing follows what is done with them.
     """
 
     block: int
     body: Body
     active: Active
-    state: State | None = None
+    state: Partway | None = None
+    entered: Tensor | None = None
     among: Segments | None = None
+    positioned: bool = False
+    waits: bool = False
+
+    def grid(self) -> Tensor:
+        """The features [..., C] to hand out."""
+        assert self.state is not None
+        assert self.entered is not None
+        grid = self.state.unmerged()
+        return grid if self.among is None else self.among.put(self.entered, grid)
+
+
+def goes_on(host: nn.Module, i: int, x: Tensor) -> bool:
+    """Whether x is what block `i - 1` of a reduced `host` handed out, so that it need not be asked again."""
+    reached = getattr(x, "ltmp_reached", None)
+    return isinstance(reached, Reached) and reached.block == i > 0 and reached.body.host is host and not is_dense()
 
 
 def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Callable[[], Any]) -> Any:
@@ -61,9 +82,11 @@ def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Call
     """
     reached = getattr(x, "ltmp_reached", None)
     if i == 0 and not (recomputing() and isinstance(reached, Reached) and reached.block == 0):
-        active = body.active()
+        brought = running_engine()
+        active = brought.active if isinstance(brought, Stepping) else None
+        active = body.active() if active is None else active
         # here patches are read whatever the head reads
-        reached = Reached(0, body, body.read_whole(active) if active[-1][1] else active)
+        reached = Reached(0, body, body.read_whole(active) if active[-1][1] and not body.grid else active)
         if torch.is_grad_enabled() and body.grad_checkpointing:
             # found again when the host recomputes this block, whatever this thread runs by then
             x.ltmp_reached = reached  # type: ignore[attr-defined]
@@ -82,9 +105,8 @@ def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Call
             note_whole(reached.body, x, named)
     else:
         reached = _reduce(_started(reached, x, named) if reached.state is None else reached, named)
-        assert reached.state is not None
-        grid = reached.state.unmerged()
-        grid = grid if reached.among is None else reached.among.put(x, grid)
+        # behind the last block somebody reads them
+        grid = defer(reached.grid, x) if i + 1 < body.depth and reached.waits else reached.grid()
         _note(reached, x)
     places = PLACES.get()
     if places is not None:
@@ -99,19 +121,17 @@ def _started(reached: Reached, x: Tensor, named: Mapping[str, Any]) -> Reached:
     among = body.recipe.images(body.host, x, named)
     positions = positions_of(body.recipe, body.host, x.shape[-2], (), named)
     entering = x if among is None else among.take(x)
-    state = State.start(entering, packs=not body.policy.masks, positions=positions, unmerges=True, among=among)
-    kept = state.tokens.counts() if state.counts is None else state.counts
-    source = state.tokens.source
-    trail = None if state.trail is None or source is None else (source,) * i
-    return replace(reached, state=replace(state, kept=(kept,) * i, trail=trail), among=among)
+    state = select.start(body, entering, reached.active, positions, i, among)
+    followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    # under autocast features change their type on the way
+    waits = not (followed or torch.is_autocast_enabled(x.device.type))
+    return replace(reached, state=state, entered=x, among=among, positioned=positions is not None, waits=waits)
 
 
 def _reduce(reached: Reached, named: Mapping[str, Any]) -> Reached:
     i, body, state = reached.block, reached.body, reached.state
     assert state is not None
-    step = packed.step if state.counts is not None else masked.step
-    state = step(body, i, replace(state, bias=body.recipe.bias(body.host, i, named)), reached.active)
-    return replace(reached, block=i + 1, state=state)
+    return replace(reached, block=i + 1, state=state.step(i, body.recipe.bias(body.host, i, named)))
 
 
 def _places(reached: Reached, x: Tensor) -> Tensor:
@@ -123,9 +143,9 @@ def _places(reached: Reached, x: Tensor) -> Tensor:
     row = tokens.origin[image, slot]
     if among is None:
         row = image * x.shape[1] + row
-    elif reached.state.positions is None:
+    elif not reached.positioned:
         row = among.index[image, row]
-    found = torch.zeros(x[..., 0].numel(), dtype=torch.bool, device=x.device)
+    found = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
     return found.index_fill(0, row, True).view(x.shape[:-1])
 
 
@@ -134,8 +154,7 @@ def _note(reached: Reached, x: Tensor) -> None:
     body, state = reached.body, reached.state
     assert state is not None
     if reached.block == body.depth:
-        kept = torch.stack([torch.as_tensor(k, dtype=torch.float32, device=x.device) for k in state.kept], 1)
-        body.note(x, Reduced(x, state.tokens.size, kept, state.tokens.source, state.trail), reached.among)
+        body.note(x, state.reduced(), reached.among)
 
 
 def note_whole(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:

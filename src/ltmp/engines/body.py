@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from ..method.policy import Active, Policy
 from ..method.recipe import Recipe
 from .positions import Positions
 from .segments import Segments
-from .state import Reduced
+from .state import Partway, Reduced
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,12 @@ class Body:
         spared = self.recipe.reduces(self.host)
         if spared is not None:
             active = tuple((merge and on, prune and on) for (merge, prune), on in zip(active, spared, strict=True))
-        return self.read_whole(active) if active[-1][1] and not self.prefix_only else active
+        return self.read_whole(active) if active[-1][1] and self._read_behind else active
+
+    @property
+    def _read_behind(self) -> bool:
+        """Whether patches are read behind the last block."""
+        return self.grid or not self.prefix_only
 
     def read_whole(self, active: Active) -> Active:
         """`active` where patches are read behind the last block.
@@ -104,7 +110,7 @@ class Body:
     def on(self) -> Tensor:
         """`active` bool [L, 2] on the device, as a deployed policy has it."""
         found = self.policy.on()
-        if not self.prefix_only:
+        if self._read_behind:
             found = found.clone()
             found[-1, 1] &= ~self.policy.pruned_whole()[-1]
         return found
@@ -143,6 +149,22 @@ Run = Callable[[Body, Tensor, Active, "Positions | None"], Reduced]
 
 Engine = Callable[[Body, Tensor, "Positions | None"], Reduced]
 """An engine that a caller brings: all blocks on [B, N, C], whichever steps it finds active."""
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """An engine that a caller brings, of blocks that a host takes one by one.
+
+    Attributes:
+        active: steps to run, where they have been read already.
+    """
+
+    active: Active | None
+
+    def start(
+        self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
+    ) -> Partway:
+        """[B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
 
 
 @dataclass(frozen=True)

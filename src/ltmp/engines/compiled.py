@@ -1,8 +1,8 @@
 """The packed engine on a CPU with its plans compiled: what each block decides and folds is one call of a kernel.
 
 Features are rows of torch; all else that is known of tokens are rows of NumPy. What the kernels do not know runs in
-plain torch (`packed`), which computes the same: gradients, types other than float32, fusing (`evit`), policies made for
-one purpose (calibration), and tokens that are unmerged block by block.
+plain torch (`packed`), which computes the same: gradients, types other than float32, fusing (`evit`), attention with a
+bias for each pair of tokens, and policies made for one purpose (calibration).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..calls import tracing
 from ..config import Scores
 from ..method.policy import Active, Policy
 from ..method.rates import Rates, noise
+from ..method.recipe import Bias
 from ..method.thresholds import Thresholds
-from ..method.tokens import Tokens
+from ..method.tokens import Tokens, spread
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
 from ..ops.probe.reference import WIDTH
@@ -28,8 +30,9 @@ from .body import Body
 from .masked import finish
 from .onednn import halves, room, watched
 from .positions import Positions
-from .rows import pad
-from .state import Reduced, State
+from .rows import _first_rows, pad
+from .segments import Segments
+from .state import Dropped, Reduced, State
 
 if TYPE_CHECKING:
     from ..ops.plan.numba import Cut, Steps
@@ -39,6 +42,7 @@ Array = np.ndarray[Any, Any]
 _NOWHERE = 2**30
 _NOTHING = np.empty(0, np.float32)
 _UNREAD = np.empty((0, WIDTH + 2), np.float32)
+_UNASKED = np.empty((0, 0, 0), np.float32)
 
 
 def applies(policy: Policy, x: Tensor) -> bool:
@@ -65,6 +69,7 @@ class LiveRows:
         size: float32 [T]; origin: int64 [T]; source: int32 [B, N], [B, 0] where nobody asks; see `Tokens`.
         counts: int64 [B], tokens of each image.
         merged: whether any size may be other than 1.
+        dropped: what pruned patches were, where unmerging asks.
     """
 
     x: Tensor
@@ -73,17 +78,33 @@ class LiveRows:
     counts: Array
     source: Array
     merged: bool = True
+    dropped: Dropped | None = None
 
     @classmethod
-    def start(cls, x: Tensor, traced: bool = False) -> LiveRows:
-        """The tokens of x [B, N, C]."""
+    def start(
+        cls, x: Tensor, traced: bool = False, *, unmerges: bool = False, among: Segments | None = None,
+        positioned: bool = False,
+    ) -> LiveRows:  # fmt: skip
+        """The tokens of x [B, N, C].
+
+        Args:
+            traced: whether sources are asked for; unmerges: whether grids are, too.
+            among: where images are among the host's features, if not of N tokens each.
+            positioned: whether the host's positions differ between images, so that origins are rows of them.
+        """
         images, length, width = x.shape
-        origin = np.tile(np.arange(length), images)
-        source = origin.astype(np.int32).reshape(images, length)[:, : length if traced else 0]
-        rows = x.reshape(-1, width).contiguous()
+        places = np.arange(length).repeat(images).reshape(length, images).T
+        rows, origin, counts = x.reshape(-1, width), places.reshape(-1), np.full(images, length)
+        source = np.ascontiguousarray(places[:, : length if traced or unmerges else 0], np.int32)
+        if among is not None:
+            live = among.live.numpy()
+            rows, counts, source = x[among.live], live.sum(1), np.where(live, source, -1)
+            origin = among.index.numpy()[live] if positioned else places[live]
+        rows = rows.contiguous()
         spare = room(len(rows), width) - len(rows)
         rows = torch.cat([rows, rows.new_zeros(spare, width)]) if spare else rows
-        return cls(rows, np.ones(len(origin), np.float32), origin, np.full(images, length), source, False)
+        dropped = Dropped.start(x, among) if unmerges else None
+        return cls(rows, np.ones(len(origin), np.float32), origin, counts, source, False, dropped)
 
     def tokens(self) -> Tokens:
         """The same as [B, N]."""
@@ -95,23 +116,72 @@ class LiveRows:
         return Tokens(size, keep.float(), origin.masked_fill(~keep, _NOWHERE), source)
 
 
+@dataclass(frozen=True)
+class InNumba:
+    """A batch between two blocks; see `state.Partway`.
+
+    Attributes:
+        body: of the call.
+        planned: steps of each block.
+        positions: of the tokens at the start.
+        rows: what is left.
+        kept: tokens of each image after each block so far.
+        trail: sources after each block so far, where every block is traced.
+    """
+
+    body: Body
+    planned: list[BlockSteps | None]
+    positions: Positions | None
+    rows: LiveRows
+    kept: tuple[list[int], ...]
+    trail: tuple[Tensor, ...] | None
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.rows.tokens()
+
+    def step(self, i: int, _bias: Bias | None = None) -> InNumba:
+        rows = run_block(self.body, i, self.rows, self.planned[i], self.positions)
+        trail = None if self.trail is None else (*self.trail, torch.from_numpy(rows.source))
+        return replace(self, rows=rows, kept=(*self.kept, rows.counts.tolist()), trail=trail)
+
+    def unmerged(self) -> Tensor:
+        rows = self.rows
+        assert rows.dropped is not None
+        first = _first_rows(rows.counts.tolist(), rows.x.device)
+        return spread(rows.x, first, torch.from_numpy(rows.source), rows.dropped.values)
+
+    def reduced(self) -> Reduced:
+        rows, kept = self.rows, torch.tensor(self.kept, dtype=torch.float32).T
+        source = torch.from_numpy(rows.source) if rows.source.shape[1] else None
+        return Reduced(rows.x, torch.from_numpy(rows.size), kept, source, self.trail)
+
+
+def start(
+    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, *, unmerges: bool = True,
+    among: Segments | None = None,
+) -> InNumba:  # fmt: skip
+    """`x` [B, N, C] of which `applies` is true, behind `before` blocks that removed nothing."""
+    calls = tracing()
+    rows = LiveRows.start(x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None)
+    trail = (torch.from_numpy(rows.source),) * before if calls is not None and calls.every_block else None
+    planned = block_steps(body.policy, active, body.protected)
+    return InNumba(body, planned, positions, rows, (rows.counts.tolist(),) * before, trail)
+
+
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
-    policy, state = body.policy, State.start(x, packs=True, positions=positions)
-    planned = block_steps(policy, active, body.protected)
-    first = next((i for i, steps in enumerate(planned) if steps is not None), policy.depth)
+    first = next((i for i in range(body.depth) if body.policy.steps(active, i)), body.depth)
     for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
-        state = state.after(body.whole(i, state.x, positions), state.tokens, state.counts)
-    rows = LiveRows.start(state.x, state.tokens.source is not None)
-    kept, trail = [*state.kept], state.trail
-    for i in range(first, policy.depth):
-        rows = run_block(body, i, rows, planned[i], positions)
-        kept.append(rows.counts.tolist())
-        trail = None if trail is None else (*trail, torch.from_numpy(rows.source))
-    done = replace(state, tokens=rows.tokens(), trail=trail)
-    left = pad(rows.x[: len(rows.size)], rows.counts.tolist())
-    return finish(done, left, torch.tensor(kept, dtype=torch.float32).T, body.protected)
+        x = body.whole(i, x, positions)
+    partway = start(body, x, active, positions, first, unmerges=False)
+    for i in range(first, body.depth):
+        partway = partway.step(i)
+    counts = partway.rows.counts.tolist()
+    left = pad(partway.rows.x[: sum(counts)], counts)
+    state = State(left, partway.tokens, trail=partway.trail)
+    return finish(state, left, partway.reduced().kept, body.protected)
 
 
 def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, positions: Positions | None) -> LiveRows:
@@ -238,15 +308,16 @@ def reduce_rows(
     cosine = _similarities(policy.config.scores, steps, rows.counts, k, read) if steps.merges else _NOTHING
     x, size, origin = torch.empty_like(rows.x), np.empty_like(rows.size), np.empty_like(rows.origin)
     counts, source = np.empty_like(rows.counts), rows.source.copy()
+    dropped = None if rows.dropped is None else rows.dropped.ready(steps.block)
     left = plan_rows(
         rows.x.numpy(), rows.size, rows.origin, rows.counts, cosine, importance, penalty, steps, steps.whole,
-        x.numpy(), size, origin, counts, source,
+        x.numpy(), size, origin, counts, source, _UNASKED if dropped is None else dropped.values.numpy(),
     )  # fmt: skip
     kept = min(room(left, x.shape[1]), len(x))
     if left < kept:
         x[left:kept] = 0
     x = x.as_strided((kept, x.shape[1]), x.stride())
-    return LiveRows(x, size[:left], origin[:left], counts, source, rows.merged or steps.merges)
+    return LiveRows(x, size[:left], origin[:left], counts, source, rows.merged or steps.merges, dropped)
 
 
 def _weigh(

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..calls import is_dense, record, recording
+from ..calls import Trace, is_dense, record, recording, trace, tracing
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
+from .blockwise import PLACES
 from .body import Body, Engine, running, running_body, running_engine
 from .capacity import SLACK, Capacity, Level, plan_capacity
+from .deferred import read
 from .hooks import hooked_inside
 from .patches import patches_as_product
 from .recorder import CudaRecorder, Recorder, Snapshot
@@ -43,6 +46,32 @@ _PATIENCE = 32
 """Batches in a row that may use less before the room is planned anew."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a forward gives; the next replay overwrites it.
+
+    Attributes:
+        output: what the host returns.
+        kept: float32 [B, L], tokens after each block; geometry: what they cost.
+        trace: where the patches ended; empty where nobody asks.
+    """
+
+    output: Any
+    kept: Tensor
+    geometry: Geometry
+    trace: Trace
+
+    def tell(self, count: int) -> Any:
+        """Copies for the first `count` images: the output, and what the blocks would have recorded and traced."""
+        calls, traced = recording(), tracing()
+        if calls is not None:
+            calls.add(self.kept[:count].clone(), self.geometry)
+        if traced is not None:
+            traced.sources += [source[:count].clone() for source in self.trace.sources]
+            traced.blocks += [blocks[:count].clone() for blocks in self.trace.blocks]
+        return tree_map(lambda value: value[:count].clone() if isinstance(value, Tensor) else value, self.output)
+
+
 @dataclass
 class Graph:
     """One recorded forward.
@@ -50,8 +79,7 @@ class Graph:
     Attributes:
         images: where the input goes.
         replay: runs it.
-        output: what the host returns; the next replay overwrites it.
-        kept: float32 [B, L], tokens after each block; geometry: what they cost.
+        told: what it gives.
         report: int32 on the device: stats [L, 3], then which thresholds can select anything [L, 2].
         active: the same when it was recorded.
         capacity: None for a dense graph.
@@ -62,9 +90,7 @@ class Graph:
 
     images: Tensor
     replay: Callable[[], None]
-    output: Any
-    kept: Tensor
-    geometry: Geometry
+    told: Told
     report: Tensor
     active: Active
     capacity: Capacity | None
@@ -179,6 +205,7 @@ class GraphedForward:
             # a replay calls no module
             and not hooked_inside(self.host)
             and not is_dense()
+            and PLACES.get() is None
             and unavailable(images.device) is None
             and not torch.is_autocast_enabled(images.device.type)
             and not (
@@ -192,9 +219,10 @@ class GraphedForward:
         return self.body.policy.config.engine == "auto"
 
     def _run(self, images: Tensor) -> Any:
-        policy = self.body.policy
+        policy, traced = self.body.policy, tracing()
         level = Level.of(policy)
-        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, weakref.ref(policy))
+        asked = (self.body.grid, traced and traced.every_block)
+        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, weakref.ref(policy), *asked)
         own = self._recorded.get(key)
         graph = own or self._larger(key)
         if graph is None and key in self._seen and key not in self._refused:
@@ -205,7 +233,7 @@ class GraphedForward:
         same = graph.weights.holds()
         if self.automatic and graph.capacity is None:
             # dense by choice, whatever the thresholds say: nothing to wait for
-            return self._handed_out(graph, len(images)) if same else self._again(graph, key, level, images)
+            return graph.told.tell(len(images)) if same else self._again(graph, key, level, images)
         stats, active = graph.read()
         if not same or active != graph.active:
             return self._again(graph, key, level, images)
@@ -218,12 +246,7 @@ class GraphedForward:
             return self._exactly(key, level, images)
         if graph.wastes(level.scaled(stats)):
             self._drop(graph)
-        return self._handed_out(graph, len(images))
-
-    def _handed_out(self, graph: Graph, count: int) -> Any:
-        """Copies of what a replay left for its first `count` images."""
-        _note(graph.kept[:count], graph.geometry)
-        return tree_map(lambda value: value[:count].clone() if isinstance(value, Tensor) else value, graph.output)
+        return graph.told.tell(len(images))
 
     def _again(self, graph: Graph, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
         """The graph is of another model by now: start over."""
@@ -244,21 +267,26 @@ class GraphedForward:
         from .triton import Counted
 
         engine = Counted()
-        output, kept, geometry = self._forward(images, engine)
-        _note(kept, geometry)
+        told = self._forward(images, engine)
         self._seen.add(key)
+        if told.geometry.each is not None:
+            # where images are among a host's rows is found by reading them
+            self._refused.add(key)
         if engine.stats is not None:
-            rows = len(images) * geometry.tokens
+            tokens = told.geometry.tokens
             slack = self._slack.setdefault(key, SLACK)
             stats = level.scaled(engine.stats.tolist())
-            self._room[key] = plan_capacity(stats, geometry.tokens, rows, slack, self._room.get(key))
-        return output
+            self._room[key] = plan_capacity(stats, tokens, len(images) * tokens, slack, self._room.get(key))
+        return told.tell(len(images))
 
-    def _forward(self, images: Tensor, engine: Engine) -> tuple[Any, Tensor, Geometry]:
-        """The host's own forward: its output, tokens after each block [B, L], and what they cost."""
-        with running(engine), record() as calls, patches_as_product(self.host):
-            output = self._host_forward(images)
-        return output, calls.kept[0], calls.geometry[0]
+    def _forward(self, images: Tensor, engine: Engine) -> Told:
+        """The host's own forward."""
+        asked = tracing()
+        following = nullcontext() if asked is None else trace(every_block=asked.every_block)
+        with running(engine), record() as calls, following as traced, patches_as_product(self.host):
+            # features of intermediate blocks are computed here, and not when they are first read
+            output = tree_map(read, self._host_forward(images))
+        return Told(output, calls.kept[0], calls.geometry[0], traced or Trace())
 
     def _record(self, key: tuple[Any, ...], images: Tensor) -> Graph | None:
         """A new graph for batches like this one, or None when there is no memory for it."""
@@ -300,19 +328,23 @@ class GraphedForward:
         static = images.clone()
         body = self.body
         weights = Snapshot([*self.host.modules(), body.policy])
-        costs: list[Geometry] = []
+        given: list[Told] = []
 
-        def call() -> tuple[Any, Tensor, Tensor]:
+        def call() -> tuple[Any, Tensor, Tensor, Any]:
             # a dense pass gains by the fused kernels, too
             engine = Counted(((False, False),) * len(active) if capacity is None else active, capacity)
-            output, kept, geometry = self._forward(static, engine)
-            costs.append(geometry)
+            told = self._forward(static, engine)
+            given.append(told)
+            stats = engine.stats
+            if stats is None:  # blocks that a host takes one by one are its own where nothing is removed
+                stats = torch.zeros(len(active), 3, dtype=torch.int32, device=images.device)
             flags = body.on().T.flatten().int()
-            assert engine.stats is not None
-            return output, kept, torch.cat([engine.stats.flatten(), flags])
+            report = torch.cat([stats.flatten(), flags])
+            return told.output, told.kept, report, (told.trace.sources, told.trace.blocks)
 
-        replay, (output, kept, report) = self.recorder.record(call)
-        return Graph(static, replay, output, kept, costs[0], report, active, capacity, weights, body.policy)
+        replay, (output, kept, report, patches) = self.recorder.record(call)
+        told = Told(output, kept, given[0].geometry, Trace(*patches))
+        return Graph(static, replay, told, report, active, capacity, weights, body.policy)
 
     def _drop(self, graph: Graph, replan: bool = True) -> None:
         """Forget a graph, and the room that it was planned with unless the next one may only be larger."""
@@ -320,10 +352,3 @@ class GraphedForward:
             del self._recorded[key]
             if replan:
                 self._room.pop(key, None)
-
-
-def _note(kept: Tensor, geometry: Geometry) -> None:
-    """The record that the blocks would have written."""
-    calls = recording()
-    if calls is not None:
-        calls.add(kept.clone(), geometry)

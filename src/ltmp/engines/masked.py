@@ -13,6 +13,7 @@ from ..method.tokens import take
 from ..ops.attend.reference import attend
 from .body import Body
 from .positions import Positions
+from .rows import reordered
 from .state import Reduced, State
 
 
@@ -42,10 +43,10 @@ def _block(body: Body, i: int, state: State, active: Active) -> State:
     x = x + recipe.out(block, y.flatten(-2))
     steps = thresholds.steps(active, i)
     if steps:
-        state = state.attended(x)
         attended = attended_for(thresholds, i, q, k, tokens)
         scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended)
         plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
+        state = state.without(i, x, plan.tokens)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 
@@ -66,6 +67,5 @@ def finish(state: State, x: Tensor, kept: Tensor, protected: int) -> Reduced:
         order = (tokens.origin - protected).clamp_(max=0).argsort(dim=1, stable=True)
         x, size = take(x, order), take(size, order)
         if source is not None:
-            row = order.argsort(dim=1).int()
-            source = torch.where(source < 0, source, row.gather(1, source.clamp_min(0).long()))
+            source = reordered(source, order)
     return Reduced(x, size, kept, source, state.trail)

@@ -54,7 +54,6 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
     y, received = attend_to(q, k, v, weight, tokens.keep, counts, need_importance, added)
     x = x + run_branch(half.out, y.flatten(-2), counts)
     if steps:
-        state = state.attended(x)
         attended = None
         if thresholds.config.needs_class_attention:
             # only the class token's query is read
@@ -64,6 +63,7 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         to_images = partial(pad, counts=counts)
         scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended, to_images)
         plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
+        state = state.without(i, x, plan.tokens)
         x, tokens, counts = _fold_rows(x, counts, plan)
     return state.after(x + run_branch(half.mlp, x, counts), tokens, counts)
 

@@ -66,8 +66,6 @@ def plan_rows(
     cu = torch.cat([counts.new_zeros(1), counts.cumsum(0).clamp(max=most).int()])
     size = torch.empty_like(plan.tokens.size).scatter(1, plan.order, plan.tokens.size)
     slot = slots(plan)
-    if "fuse" in steps:
-        slot = torch.where(plan.merged, -1, slot)
     image, place = _where(rows)
     return RowPlan(slot[image, place].int(), size[image, place], cu), plan
 

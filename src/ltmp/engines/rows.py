@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..method.tokens import Tokens
+from .segments import Segments
+from .state import Dropped
 
 if TYPE_CHECKING:
     # the kernels are imported by what runs them
@@ -105,6 +107,8 @@ class Rows:
         cu: int32 [B + 1], on the device.
         longest: a bound on the tokens of an image.
         whole: nothing was reduced yet: every image has `longest` tokens of size 1, and x has no spare rows.
+        source: int32 [B, N], see `Tokens`; None where nobody asks.
+        dropped: what pruned patches were, where unmerging asks.
     """
 
     x: Tensor
@@ -114,32 +118,57 @@ class Rows:
     cu: Tensor
     longest: int
     whole: bool
+    source: Tensor | None = None
+    dropped: Dropped | None = None
 
     @classmethod
-    def start(cls, x: Tensor, norm: Norm | None) -> Rows:
-        """All tokens of [B, N, C]."""
+    def start(cls, x: Tensor, norm: Norm | None, traced: bool = False) -> Rows:
+        """All tokens of [B, N, C].
+
+        Args:
+            traced: whether sources are asked for.
+        """
         images, length, _ = x.shape
         device = x.device
         x = x.flatten(0, 1).contiguous()
         cu = torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device)
         origin = torch.arange(length, dtype=torch.int32, device=device).repeat(images)
         size = torch.ones(images * length, device=device, dtype=torch.float32)
-        return cls(x, _norm(x, norm), size, origin, cu, length, True)
+        source = origin.view(images, length) if traced else None
+        return cls(x, _norm(x, norm), size, origin, cu, length, True, source)
+
+    @classmethod
+    def grid(cls, x: Tensor, norm: Norm | None, among: Segments | None, positioned: bool) -> Rows:
+        """The tokens of [B, N, C], to be unmerged.
+
+        Args:
+            among: where images are among the host's features, if not of N tokens each.
+            positioned: whether the host's positions differ between images, so that origins are rows of them.
+        """
+        rows, dropped = cls.start(x, None, traced=True), Dropped.start(x, among)
+        values, origin, size, cu, source = rows.x, rows.origin, rows.size, rows.cu, rows.source
+        if among is not None:
+            live = among.live.flatten()
+            origin = among.index.flatten().int() if positioned else origin
+            values, origin, size = values[live], origin[live], size[live]
+            cu = F.pad(among.live.sum(1).cumsum(0), (1, 0)).int()
+            source = None if source is None else source.where(among.live, -1)
+        return cls(values, _norm(values, norm), size, origin, cu, x.shape[1], among is None, source, dropped)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:
     return None if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
 
 
-def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor]:
+def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows as padded images again, prefix tokens first.
 
     Returns:
-        x [B, longest, C] and size float32 [B, longest], both 0 where an image has no such token.
+        x [B, longest, C] and size float32 [B, longest], both 0 where an image has no such token, and the sources.
     """
-    images = rows.cu.shape[0] - 1
+    images, source = rows.cu.shape[0] - 1, rows.source
     if rows.whole:
-        return rows.x.unflatten(0, (images, -1)), rows.size.unflatten(0, (images, -1))
+        return rows.x.unflatten(0, (images, -1)), rows.size.unflatten(0, (images, -1)), source
     place = torch.arange(rows.longest, device=rows.x.device)
     live = place < rows.cu.diff()[:, None]
     at = (rows.cu[:-1, None] + place).clamp(max=rows.x.shape[0] - 1).long()
@@ -147,4 +176,11 @@ def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor]:
         origin = torch.where(live, rows.origin[at], protected)
         order = (origin - protected).clamp(max=0).argsort(dim=1, stable=True)
         at, live = at.gather(1, order), live.gather(1, order)
-    return torch.where(live[..., None], rows.x[at], 0), torch.where(live, rows.size[at], 0)
+        source = None if source is None else reordered(source, order)
+    return torch.where(live[..., None], rows.x[at], 0), torch.where(live, rows.size[at], 0), source
+
+
+def reordered(source: Tensor, order: Tensor) -> Tensor:
+    """`Tokens.source` once tokens are moved to an order, int64 [B, N'], of places that they come from."""
+    place = order.argsort(dim=1).int()
+    return torch.where(source < 0, source, place.gather(1, source.clamp(0, order.shape[1] - 1).long()))

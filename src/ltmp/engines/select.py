@@ -9,15 +9,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..calls import is_dense, tracing
+from ..calls import is_dense
 from ..errors import LTMPError
 from ..method.policy import Active
 from ..method.rates import Rates
+from ..method.recipe import no_bias
 from ..method.thresholds import Thresholds
-from . import masked, packed, trial
-from .body import Body, Run, running_engine
+from . import compiled, masked, packed, trial
+from .body import Body, Run, Stepping, running_engine
 from .positions import Positions
-from .state import Reduced
+from .segments import Segments
+from .state import Partway, Reduced
+from .steps import start_in_torch
 
 _CAPABILITY = (8, 0)
 """The least that the kernels are written for: Ampere, with bfloat16 and tf32."""
@@ -39,6 +42,33 @@ def run(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
         return masked.run(body, x, active, positions)
     chosen = trial.run if trial.applies(body, x) else engine(body.policy.config.engine, x.device)
     return chosen(body, x, active, positions)
+
+
+def start(
+    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
+) -> Partway:
+    """Go block by block, by the engine that would run all blocks at once.
+
+    Args:
+        x: [B, N, C], which passed `before` blocks that removed nothing.
+        among: where images are among the host's features, if not of N tokens each.
+
+    Raises:
+        LTMPError: a named engine cannot run on the device of `x`.
+    """
+    brought, given = running_engine(), (body, x, active, positions, before)
+    if isinstance(brought, Stepping):
+        return brought.start(*given, among)
+    if body.policy.masks or body.recipe.bias is not no_bias or not x.shape[0]:
+        return start_in_torch(*given, among)
+    chosen = engine(body.policy.config.engine, x.device)
+    if chosen is not packed.run and _by_kernels(body, x, automatic=chosen is _differentiable_or_triton):
+        from . import triton
+
+        return triton.start(*given, among)
+    if compiled.applies(body.policy, x) and not body.blocks[0].training:
+        return compiled.start(*given, among=among)
+    return start_in_torch(*given, among)
 
 
 def engine(name: str, device: torch.device) -> Run:
@@ -79,8 +109,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def on_device(body: Body) -> bool:
-    """Whether the decisions need no host and nobody asks where patches went: all that the Triton engines know."""
-    return type(body.policy) in (Thresholds, Rates) and tracing() is None and not body.grid
+    """Whether decisions need no host and attention no bias for pairs of tokens: all that the Triton engines know."""
+    return type(body.policy) in (Thresholds, Rates) and body.recipe.bias is no_bias
 
 
 def _trains(body: Body, x: Tensor) -> bool:
@@ -90,9 +120,13 @@ def _trains(body: Body, x: Tensor) -> bool:
     return x.requires_grad or any(p.requires_grad for block in body.blocks for p in block.parameters())
 
 
-def _triton(body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
-    differentiable = body.policy.training and _trains(body, x)
-    if differentiable or not on_device(body):
+def _by_kernels(body: Body, x: Tensor, automatic: bool) -> bool:
+    """Whether nobody asks for what the Triton kernels do not compute: gradients, and decisions by other policies."""
+    return on_device(body) and not ((automatic or body.policy.training) and _trains(body, x))
+
+
+def _triton(body: Body, x: Tensor, active: Active, positions: Positions | None, automatic: bool = False) -> Reduced:
+    if not _by_kernels(body, x, automatic):
         return packed.run(body, x, active, positions)
     from . import triton
 
@@ -100,5 +134,4 @@ def _triton(body: Body, x: Tensor, active: Active, positions: Positions | None) 
 
 
 def _differentiable_or_triton(body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
-    run = packed.run if _trains(body, x) else _triton
-    return run(body, x, active, positions)
+    return _triton(body, x, active, positions, automatic=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,52 @@ from ..method.recipe import Bias
 from ..method.tokens import Tokens, spread
 from .positions import Positions
 from .segments import Segments
+
+
+@dataclass
+class Dropped:
+    """What pruned patches were when they went: after the attention of the block that dropped them.
+
+    Each block adds to the same memory, and none reads what a later one adds.
+
+    Attributes:
+        values: [B, tokens at the start, C]; of a patch that is not pruned, anything.
+        block: the last one that wrote to it, -1 for none.
+    """
+
+    values: Tensor
+    block: int = -1
+
+    @classmethod
+    def start(cls, x: Tensor, among: Segments | None = None) -> Dropped:
+        """For patches that enter as x [B, N, C]; those that are not there keep this."""
+        if among is not None or torch.is_grad_enabled():
+            return cls(x.clone())
+        return cls(torch.empty_like(x))
+
+    def ready(self, block: int) -> Dropped:
+        """What `block` may write to: this, or a copy where a call went on from here before."""
+        if self.block >= block:
+            return Dropped(self.values.clone(), block)
+        self.block = block
+        return self
+
+
+class Partway(Protocol):
+    """A batch between two blocks, of an engine that goes block by block."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """What is left, [B, N]."""
+
+    def step(self, i: int, bias: Bias | None) -> Partway:
+        """Run block `i`, which adds `bias` to its attention, see `Recipe.bias`."""
+
+    def unmerged(self) -> Tensor:
+        """[B, tokens at the start, C], every patch in its place."""
+
+    def reduced(self) -> Reduced:
+        """What there is to tell of it: `kept`, `source` and `trail`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +71,7 @@ class State:
         counts: live tokens of each image, where the engine packs its rows.
         kept: tokens after each block so far, one [B] each.
         trail: the sources after each block so far, where every block is traced, or None.
-        dropped: [B, tokens at the start, C], the features of each pruned patch when it went, where unmerging asks.
+        dropped: what pruned patches were, where unmerging asks.
         positions: of the tokens at the start, where the host's attention needs them.
         bias: what the next block adds to its attention, where it adds something; see `Recipe.bias`.
     """
@@ -35,7 +81,7 @@ class State:
     counts: list[int] | None = None
     kept: tuple[Any, ...] = ()
     trail: tuple[Tensor, ...] | None = None
-    dropped: Tensor | None = None
+    dropped: Dropped | None = None
     positions: Positions | None = None
     bias: Bias | None = None
 
@@ -61,7 +107,7 @@ class State:
         calls = tracing()
         tokens = Tokens.start(images, length, x.device, traced=calls is not None or unmerges)
         trail = () if calls is not None and calls.every_block else None
-        dropped = x if unmerges else None
+        dropped = Dropped.start(x) if unmerges else None
         return cls(x, tokens, [length] * images if packs else None, (), trail, dropped, positions)
 
     @classmethod
@@ -76,14 +122,33 @@ class State:
             origin=tokens.origin if positions is None else among.index,
         )  # fmt: skip
         trail = () if calls is not None and calls.every_block else None
+        dropped = Dropped.start(x, among)
         if packs:
-            return cls(x[live], tokens, live.sum(1).tolist(), (), trail, x, positions)
-        return cls(x, tokens, None, (), trail, x, positions)
+            return cls(x[live], tokens, live.sum(1).tolist(), (), trail, dropped, positions)
+        return cls(x, tokens, None, (), trail, dropped, positions)
 
-    def attended(self, x: Tensor) -> State:
-        """The same with the features `x` that a block's attention left: what is dropped next is remembered so."""
-        state = replace(self, x=x)
-        return state if state.dropped is None else replace(state, dropped=state.unmerged())
+    def without(self, block: int, x: Tensor, after: Tokens) -> State:
+        """The same, where what `block` drops is remembered as the features `x` that its attention left."""
+        before = self.tokens.source
+        if self.dropped is None or before is None or after.source is None:
+            return self
+        gone = (before >= 0) & (after.source < 0)
+        rows, first = self._rows(x)
+        if torch.is_grad_enabled():
+            values = spread(rows, first, before.where(gone, -1), self.dropped.values)
+            return replace(self, dropped=Dropped(values))
+        dropped = self.dropped.ready(block)
+        image, patch = gone.nonzero(as_tuple=True)
+        dropped.values[image, patch] = rows[first[image] + before[image, patch]].to(dropped.values.dtype)
+        return replace(self, dropped=dropped)
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features as rows [T, C], and the row of each image's first token, int64 [B]."""
+        if x.ndim == 3:
+            images, length = x.shape[:2]
+            return x.flatten(0, 1), torch.arange(0, images * length, length, device=x.device)
+        number = torch.tensor(self.counts, device=x.device)
+        return x, number.cumsum(0) - number
 
     def after(self, x: Tensor, tokens: Tokens, counts: list[int] | None = None) -> State:
         """One block further."""
@@ -100,12 +165,7 @@ class State:
         """
         assert self.tokens.source is not None
         assert self.dropped is not None
-        if self.x.ndim == 3:
-            images, length = self.x.shape[:2]
-            rows, number = self.x.flatten(0, 1), torch.full((images,), length, device=self.x.device)
-        else:
-            rows, number = self.x, torch.tensor(self.counts, device=self.x.device)
-        return spread(rows, number.cumsum(0) - number, self.tokens.source, self.dropped)
+        return spread(*self._rows(self.x), self.tokens.source, self.dropped.values)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..calls import tracing
 from ..method import reduction
 from ..method.policy import Active
-from ..method.recipe import Parts, Recipe, is_plain
+from ..method.recipe import Bias, Parts, Recipe, is_plain
 from ..method.thresholds import Thresholds
+from ..method.tokens import Tokens
 from ..ops.attend.triton import attend
 from ..ops.fold.triton import fold
+from ..ops.follow.triton import follow, spread
 from ..ops.match.triton import candidates, similarity_metric
 from ..ops.norm.triton import Norm, add_norm
 from ..ops.plan.triton import RowPlan, plan
@@ -31,7 +34,8 @@ from .capacity import Capacity
 from .hooks import hooked_inside
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
-from .rows import Rows, unpack
+from .rows import Padding, Rows, tokens_of, unpack
+from .segments import Segments
 from .state import Reduced
 
 
@@ -148,6 +152,66 @@ class Counted:
         self.stats = batch.stats
         return batch.run()
 
+    def start(
+        self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
+    ) -> InTriton:
+        """The same block by block, see `body.Stepping`."""
+        found = start(body, x, active, positions, before, among, self.capacity)
+        self.stats = found.batch.stats
+        return found
+
+
+@dataclass(frozen=True)
+class InTriton:
+    """A batch between two blocks; see `state.Partway`.
+
+    Attributes:
+        batch: whose.
+        rows: what is left.
+        bounds: their `cu` after each block so far.
+        trail: sources after each block so far, where every block is traced.
+    """
+
+    batch: Pass
+    rows: Rows
+    bounds: tuple[Tensor, ...] = ()
+    trail: tuple[Tensor, ...] | None = None
+
+    @property
+    def tokens(self) -> Tokens:
+        return tokens_of(self.rows, Padding.of(self.rows.cu, self.rows.longest, self.rows.x.shape[0]))
+
+    def step(self, i: int, _bias: Bias | None = None) -> InTriton:
+        with torch.no_grad():
+            rows = self.batch.block(i, self.rows)
+        trail = self.trail if self.trail is None or rows.source is None else (*self.trail, rows.source)
+        return replace(self, rows=rows, bounds=(*self.bounds, rows.cu), trail=trail)
+
+    def unmerged(self) -> Tensor:
+        rows = self.rows
+        assert rows.source is not None
+        assert rows.dropped is not None
+        return spread(rows.x, rows.cu, rows.source, rows.dropped.values)
+
+    @property
+    def kept(self) -> Tensor:
+        """float32 [B, L], tokens after each block."""
+        return torch.stack(self.bounds).diff().float().T
+
+    def reduced(self) -> Reduced:
+        return Reduced(self.rows.x, self.rows.size, self.kept, self.rows.source, self.trail)
+
+
+def start(
+    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None,
+    capacity: Capacity | None = None,
+) -> InTriton:  # fmt: skip
+    """`x` [B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
+    batch, calls = Pass(body, x, active, capacity, positions), tracing()
+    rows = Rows.grid(x, batch.branches[before].norms[0], among, positions is not None)
+    trail = (rows.source,) * before if calls is not None and calls.every_block and rows.source is not None else None
+    return InTriton(batch, rows, (rows.cu,) * before, trail)
+
 
 def compile_ahead(body: Body, x: Tensor) -> None:
     """Compile what batches like `x` [B, N, C] will need, several kernels at a time.
@@ -199,13 +263,13 @@ class Pass:
     @torch.no_grad()
     def run(self) -> Reduced:
         """Blocks only: the host's own norm and head follow."""
-        rows = Rows.start(self.x, self.branches[0].norms[0])
-        bounds = []
+        calls = tracing()
+        rows = Rows.start(self.x, self.branches[0].norms[0], traced=calls is not None)
+        partway = InTriton(self, rows, trail=() if calls is not None and calls.every_block else None)
         for i in range(len(self.branches)):
-            rows = self.block(i, rows)
-            bounds.append(rows.cu)
-        x, size = unpack(rows, self.body.protected)
-        return Reduced(x, size, torch.stack(bounds).diff().float().T)
+            partway = partway.step(i)
+        x, size, source = unpack(partway.rows, self.body.protected)
+        return Reduced(x, size, partway.kept, source, partway.trail)
 
     def block(self, i: int, rows: Rows) -> Rows:
         """Run one block."""
@@ -242,6 +306,7 @@ class Pass:
         scale = block.scales[0]
         config = self.policy.config
         keys, penalty, received = self._score(i, steps, rows, y, q, k, received)
+        rows = replace(rows, dropped=None if rows.dropped is None else rows.dropped.ready(i))
         if steps == ("prune", "merge"):
             # parity is taken after the drop, so the drop comes first, at the size that there is
             spare = torch.zeros_like(self.stats[i])
@@ -250,7 +315,8 @@ class Pass:
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
             if penalty is not None:
                 penalty = _fold(rows, penalty[:, None], None, None, None, dropped)[0][:, 0]
-            rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu)
+            source = _follow(i, rows, rows.x, y, scale, dropped)
+            rows = replace(rows, x=x, size=size, origin=origin, cu=dropped.cu, source=source)
             heads = (1, -1) if config.scores.averages_keys else keys.shape[1:]
             keys, y, scale, steps = metric.unflatten(1, heads), None, None, ("merge",)
         limit = None if self.capacity is None else self.capacity.rows[i]
@@ -266,8 +332,9 @@ class Pass:
         else:
             room, longest = self.capacity.rows[i], self.capacity.longest[i]
         bipartite = not config.scores.mutual
+        source = _follow(i, rows, rows.x, y, scale, planned)
         x, normed, size, origin = _fold(rows, rows.x, y, scale, block.norms[1], planned, room, bipartite)
-        return Rows(x, normed, size, origin, planned.cu, longest, False)
+        return Rows(x, normed, size, origin, planned.cu, longest, False, source, rows.dropped)
 
     def _score(
         self, i: int, steps: tuple[str, ...], rows: Rows, y: Tensor | None, q: Tensor, k: Tensor,
@@ -327,6 +394,16 @@ def _fold(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     room = x.shape[0] if room is None else room
     return fold(x, y, scale, norm, planned, rows.size, rows.origin, rows.cu, rows.longest, room, bipartite)
+
+
+def _follow(
+    i: int, rows: Rows, x: Tensor, y: Tensor | None, scale: Tensor | None, planned: RowPlan
+) -> Tensor | None:  # fmt: skip
+    """Sources after a plan of block `i`, where they are asked for; what it drops is kept where that is."""
+    if rows.source is None:
+        return None
+    dropped = None if rows.dropped is None else rows.dropped.values
+    return follow(rows.source, planned.slot, rows.cu, i, x, y, scale, dropped)
 
 
 def _attend(

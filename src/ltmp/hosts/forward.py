@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..calls import held, recomputing
 from ..engines import select
-from ..engines.blockwise import note_whole, run_block
+from ..engines.blockwise import goes_on, note_whole, run_block
 from ..engines.body import Body, Engine, running, running_body, running_engine
 from ..engines.positions import positions_of
 from ..errors import LTMPError
@@ -119,8 +119,9 @@ class BlockForward(StandIn):
             with running(entered.engine, body=entered.body):
                 return run_all(entered.body, x, others, named)
         body = running_body(self.blocks.body)
-        if body.reduces() and self.i < body.depth:
-            self.blocks.check(whole=False)
+        if self.i < body.depth and (goes_on(body.host, self.i, x) or body.reduces()):
+            if self.i == 0:
+                self.blocks.check(whole=False)
             own = partial(self._own, body, x, others, named)
             found = run_block(body, self.i, x, self._by_name(others, named), own)
             with_sizes(found[0] if isinstance(found, tuple) else found, None)

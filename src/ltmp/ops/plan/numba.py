@@ -224,18 +224,25 @@ def _fold(x, size, origin, order, into, out, out_size, out_origin, moved):
 
 
 @inlined
-def _follow(source, into, moved, block):
-    """`tokens.follow` of one image: where each token of the input is after this block. Changes `source`."""
+def _follow(source, into, moved, block, x, dropped):
+    """`tokens.follow` of one image: where each token of the input is after this block. Changes `source`.
+
+    What those were that are gone now is put into `dropped` [1, N, C], which is empty where nobody asks.
+    """
     for s in range(len(source)):
-        if source[s] >= 0:
-            row = moved[into[source[s]]]
+        i = source[s]
+        if i >= 0:
+            row = moved[into[i]]
             source[s] = row if row >= 0 else -1 - block
+            if row < 0 and len(dropped) > 0:
+                dropped[0, s] = x[i]
 
 
 @compiled
 def plan_rows(
-    x, size, origin, counts, cosine, importance, penalty, steps, whole, out, out_size, out_origin, out_counts, source
-):
+    x, size, origin, counts, cosine, importance, penalty, steps, whole, out, out_size, out_origin, out_counts, source,
+    dropped,
+):  # fmt: skip
     """Reduce the tokens of a block.
 
     Args:
@@ -249,6 +256,7 @@ def plan_rows(
         steps: what to do, a `Steps`; whole: its `whole`.
         out, out_size, out_origin, out_counts: as x, size, origin and counts; filled.
         source: int32 [B, N], see `Tokens`, brought up to date; [B, 0] where nobody asks.
+        dropped: float32 [B, N, C], of patches pruned here, their features before; [0, 0, 0] where nobody asks.
 
     Returns:
         Rows of `out`, `out_size` and `out_origin` that were filled.
@@ -281,7 +289,7 @@ def plan_rows(
             out[row:last], out_size[row:last], out_origin[row:last], moved,
         )  # fmt: skip
         if source.shape[1] > 0:
-            _follow(source[b], into, moved, steps.block)
+            _follow(source[b], into, moved, steps.block, x[start:end], dropped[b : b + 1])
         out_counts[b] = last - row
         start, row = end, last
     return row
