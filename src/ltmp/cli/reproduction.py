@@ -68,7 +68,8 @@ def carry_out(plans: list[Plan], job: Run) -> None:
 
 def _rows(plan: Plan, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
     """What was measured, and what others published of the model."""
-    name, found = plan.model.model, []
+    name = plan.model.model
+    found: list[dict[str, Any]] = []
     for budget in budgets:
         told = json.loads((plan.folder / f"compare-{budget:g}" / "compare.json").read_text(encoding="utf-8"))
         measured = {row["name"]: row for row in told["rows"]}
