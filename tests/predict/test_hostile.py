@@ -9,11 +9,12 @@ import tarfile
 import time
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ltmp.data import workers
 from ltmp.errors import LTMPError, UsageError
-from ltmp.predict import find_shards, predict, reading
+from ltmp.predict import find_shards, predict, reading, shards
 
 from .conftest import encoded, scoring, write_tar
 from .test_sources import parquet_file
@@ -132,6 +133,31 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in shard.items()]
     assert max(held) < 12_000_000
+
+
+@pytest.mark.parametrize("kind", ["binary", "dictionary", "struct"])
+def test_rows_that_are_too_large_are_not_copied(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(shards, "LARGE_BYTES", 10_000)
+    values = pa.array([bytes(20_000), encoded(1)])
+    if kind == "dictionary":
+        values = values.dictionary_encode()
+    if kind == "struct":
+        values = pa.StructArray.from_arrays([values, pa.array(["a", "b"])], ["bytes", "path"])
+    (shard,) = find_shards([parquet_file(tmp_path / "a.parquet", image=values)])
+    large, good = shard.items()
+    assert "0 MB are over the limit of 0 MB for one row" in large.content.reason
+    assert good.content == encoded(1)
+
+
+def test_what_unpacks_to_far_more_than_images_do_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_DECODED", 1_000_000)
+    table = pa.table({"image": [bytes(50_000)] * 30 + [encoded(1)] * 10, "key": [str(row) for row in range(40)]})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, row_group_size=30)
+    (shard,) = find_shards([tmp_path / "a.parquet"])
+    refused, *good = shard.items()
+    assert "unpack to 0.0 GB, which no images do" in refused.content.reason
+    assert "rows 0 to 29 cannot be read" in refused.content.reason
+    assert [item.key for item in good] == [str(row) for row in range(30, 40)]
 
 
 def test_small_shared_memory_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
