@@ -81,6 +81,7 @@ def test_empty_parquet_is_said(tmp_path):
         ([[b"a", b"b"], [b"c"]], "list<element: binary>|list<item: binary>"),
         ([[{"bytes": b"a", "path": "a"}], []], "list<"),
         ([{"x": 1}, {"x": 2}], "struct<x: int64>"),
+        ([{"bytes": {"bytes": b"a"}}], "struct<bytes: struct<"),
     ],
 )
 def test_a_column_that_holds_no_image_a_row_is_refused(tmp_path, values, kind):
@@ -89,6 +90,34 @@ def test_a_column_that_holds_no_image_a_row_is_refused(tmp_path, values, kind):
         find_shards([path], column="image")
     with pytest.raises(UsageError, match="no column that looks like images"):
         find_shards([path])
+
+
+@pytest.mark.parametrize("name", ["image", "key"])
+def test_columns_of_one_name_are_told_apart_before_the_work(tmp_path, name):
+    columns = {"image": pa.array([encoded(1)]), "key": pa.array(["a"])}
+    table = pa.Table.from_arrays([*columns.values(), columns[name]], ["image", "key", name])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=f"more than one column '{name}'"):
+        find_shards([tmp_path / "a.parquet"], key_column="key")
+    if name == "key":
+        assert predict([tmp_path / "a.parquet"], tmp_path / "out", scoring()).images == 1
+
+
+def test_keys_that_python_has_no_value_for_cost_no_image(tmp_path):
+    path = parquet_file(tmp_path / "a.parquet", image=[encoded(1)] * 2, key=pa.array([10**15, 1], pa.timestamp("s")))
+    assert [item.key for item in find_shards([path])[0].items()] == ["row 0", "1970-01-01 00:00:01"]
+
+
+def test_links_in_a_circle_are_listed(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(60):
+        (root / f"{number:02d}.png").symlink_to(f"{number + 1:02d}.png")
+    (root / "60.png").write_bytes(encoded(1))
+    (root / "round.png").symlink_to("round.png")
+    summary = predict([root], tmp_path / "out", scoring())
+    assert summary.images + summary.broken == 62
+    assert errors(tmp_path / "out")["round.png"] == "Too many levels of symbolic links"
 
 
 def test_any_kind_of_bytes_or_text_is_taken(tmp_path):

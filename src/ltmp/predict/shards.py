@@ -136,7 +136,7 @@ class ParquetShard(Shard):
         columns = [self.column, *([self.key_column] if self.key_column else [])]
         # row by row: images may be of any size, and compressed ones of nothing at all
         for batch in file.iter_batches(1, row_groups=[group], columns=columns):
-            keys = batch[self.key_column].to_pylist() if self.key_column else [None] * len(batch)
+            keys = map(_key, batch[self.key_column]) if self.key_column else [None] * len(batch)
             yield from zip(map(_value, batch[self.column]), keys, strict=True)
 
     def _check_memory(self, file: Any, group: int) -> None:
@@ -183,6 +183,14 @@ def _value(scalar: Any) -> Any:
     encoded = stored.get("bytes") if hasattr(stored, "get") else stored
     size = len(encoded.as_buffer() or b"") if hasattr(encoded, "as_buffer") else 0
     return size if size > LARGE_BYTES else scalar.as_py()
+
+
+def _key(scalar: Any) -> Any:
+    """A row's key, or None where Python has no such value, as for times in other millennia."""
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 def local_path(name: str) -> str:
