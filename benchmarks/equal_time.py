@@ -4,10 +4,10 @@
         --weights vit.safetensors --thresholds dial.safetensors --val val.tar --limit 1000 --threads 2
 
 Accuracy and speed are measured apart: top-1 and agreement of each point in one pass over the images, its speed against
-the dense model in turns, each turn on another batch. At each speed of `--speeds`, values are interpolated between the
-two points around it, the dense model being the first; a cell is empty where a method does not get there. Thresholds are
-those of a dial at `--budgets`, or, with `--learn` instead of `--thresholds`, calibrated for each of them. Shrinking
-images is not timed.
+the dense model in turns, each turn on another batch. `--batch-sizes` without a number measures accuracy alone. At each
+speed of `--speeds`, values are interpolated between the two points around it, the dense model being the first; a cell
+is empty where a method does not get there. Thresholds are those of a dial at `--budgets`, or, with `--learn` instead of
+`--thresholds`, calibrated for each of them. Shrinking images is not timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import ltmp
 from export import photographs
-from ltmp.data import eval_transform, make_loader, open_dataset
+from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.engines.body import running
 from ltmp.evaluate import tables
 from ltmp.evaluate.baselines import Baseline, at_resolution
@@ -41,8 +41,6 @@ Point = Entry | Baseline
 
 def own_points(model: nn.Module, given: argparse.Namespace) -> Iterator[Entry]:
     """Thresholds at each budget."""
-    if given.thresholds:
-        ltmp.load(model, given.thresholds)
     images = None if given.thresholds else photographs(model, given.learn, given.calibration)
     for budget in given.budgets:
         if images is None:
@@ -99,6 +97,21 @@ def at_speed(rows: list[dict[str, Any]], speed: float, key: str) -> float | None
     return None
 
 
+def measured(
+    model: nn.Module, loader: Loader, compared: list[Point], given: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Share, top-1, agreement and the dense top-1 of each point by its name; kept in a file where one is given."""
+    if given.accuracy is not None and given.accuracy.exists():
+        kept: dict[str, dict[str, Any]] = json.loads(given.accuracy.read_text())
+        return kept
+    results = compare(model, loader, compared, limit=given.limit, speed=False)
+    names = ("share", "top1", "agreement", "dense_top1")
+    found = {point: {name: getattr(done, name) for name in names} for point, done in results.items()}
+    if given.accuracy is not None:
+        given.accuracy.write_text(json.dumps(found, indent=1))
+    return found
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch14_dinov2")
@@ -114,9 +127,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[210, 196, 182, 168, 154])
     parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 16, 20], help="tokens merged a block")
     parser.add_argument("--speeds", type=float, nargs="+", default=[1.2, 1.4, 1.6, 1.8, 2.0])
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15, help="turns of each point and batch size")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--accuracy", type=Path, help="keep accuracy in this file, or read it from there")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if (given.thresholds is None) == (given.learn is None):
@@ -131,28 +145,31 @@ def main() -> None:
     model = build_model(
         given.model, weights=given.weights, num_classes=given.num_classes, image_size=given.img_size
     ).eval()
-    ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
-    images = photographs(model, given.val, max(16, *given.batch_sizes))
+    if given.thresholds:
+        ltmp.load(model, given.thresholds, engine="packed")
+    else:
+        ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
+    images = photographs(model, given.val, max([16, *given.batch_sizes]))
     compared = points(model, images[:1], given)
     transform = eval_transform(model, crop_pct=1.0, crop_mode="squash")
     data = open_dataset(str(given.val), split="validation", transform=transform)
     loader = make_loader(data, 32, shuffle=True)
-    results = compare(model, loader, compared, limit=given.limit, speed=False)
+    accuracy = measured(model, loader, compared, given)
+    if not given.batch_sizes:
+        return
     print(f"{given.model}, {given.limit} images, {given.threads} threads of {processor()}, torch {torch.__version__}")
-    first = next(iter(results.values()))
-    print(f"dense top-1 {first.dense_top1}")
+    dense_top1 = next(iter(accuracy.values()))["dense_top1"]
+    print(f"dense top-1 {dense_top1}")
     found = []
     for batch in given.batch_sizes:
         rows = []
         with torch.inference_mode():
             for point in compared:
-                done = results[point.name]
-                rows.append({
-                    "batch": batch, "method": point.method, "name": point.name, "share": done.share, "top1": done.top1,
-                    "agreement": done.agreement, "speedup": speedup(model, point, images, batch, given.rounds),
-                })  # fmt: skip
+                done = {key: accuracy[point.name][key] for key in ("share", "top1", "agreement")}
+                rows.append({"batch": batch, "method": point.method, "name": point.name, **done,
+                             "speedup": speedup(model, point, images, batch, given.rounds)})  # fmt: skip
         print(tables.markdown(rows), flush=True)
-        start = {"speedup": 1.0, "top1": first.dense_top1, "agreement": 100.0}
+        start = {"speedup": 1.0, "top1": dense_top1, "agreement": 100.0}
         methods = {
             m: [start, *(row for row in rows if row["method"] == m)] for m in dict.fromkeys(p.method for p in compared)
         }
@@ -164,7 +181,7 @@ def main() -> None:
         print(tables.markdown(equal), flush=True)
         found.append({"points": rows, "equal": equal})
     if given.json:
-        given.json.write_text(json.dumps({"processor": processor(), "dense_top1": first.dense_top1, "batches": found}))
+        given.json.write_text(json.dumps({"processor": processor(), "dense_top1": dense_top1, "batches": found}))
 
 
 if __name__ == "__main__":

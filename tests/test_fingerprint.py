@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.fingerprint import MOST, Seen, image_keys, of_tensors
+from ltmp.learning.batches import watched
 
 
 def test_every_bit_name_type_and_shape_counts():
@@ -67,7 +68,7 @@ def test_many_images_are_sampled_and_small():
 def test_watching_hands_batches_on():
     seen = Seen()
     batches = [(random_images(2, seed=i), torch.tensor([0, 1])) for i in range(3)]
-    assert [images.shape for images, _ in seen.watch(batches)] == [(2, 3, 16, 16)] * 3
+    assert [images.shape for images, _ in watched(seen, batches)] == [(2, 3, 16, 16)] * 3
     assert seen.images == 6
 
 

@@ -73,6 +73,7 @@ class Bundle:
         num_classes: int | None = None,
         image_size: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        classifier: bool = True,
     ) -> nn.Module:
         """`build_model`, where nothing is given as the file says; what is given goes before it, and it is said so.
 
@@ -98,6 +99,7 @@ class Bundle:
             pretrained=pretrained,
             **{option: said.get(option) if value is None else value for option, value in given.items()},
             model_kwargs=kwargs,
+            classifier=classifier,
         )
         built_as(model, self.about, kwargs)
         return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import torch
@@ -57,12 +57,6 @@ class Seen:
 
     def add_keys(self, keys: Tensor) -> None:
         self.keys = torch.cat([self.keys, keys]).unique()[:MOST]
-
-    def watch(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The batches (images, labels), remembered when they are handed on."""
-        for images, labels in batches:
-            self.add(images)
-            yield images, labels
 
     @property
     def images(self) -> int:

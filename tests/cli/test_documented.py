@@ -69,6 +69,7 @@ NOT_HERE = {
     "onnxruntime": "needs that export: tests/export",
     'tokens="fewer"': "needs a vision-language model: tests/hosts/test_fewer.py",
     "LlavaForConditionalGeneration": "needs a vision-language model: tests/hosts/test_fewer.py",
+    "processor(images=": "needs a vision-language model: tests/learning/test_answers.py",
     "DINOv3ViTModel": "needs weights of transformers: tests/hosts/test_towers.py",
     "DepthAnything": "needs weights of transformers: tests/hosts/test_towers.py",
     "at-most 0.01": "needs hundreds of images: tests/certification",

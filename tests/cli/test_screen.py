@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
@@ -33,6 +34,21 @@ def test_text_of_others_is_shown_and_not_obeyed(seen):
         bar(10)
     screen.tell("o[/red]\x1b[31m")
     assert seen.getvalue().count(r"o[/red]\x1b[31m") >= 2
+
+
+def test_warnings_are_seen_whatever_the_roots_log_is_set_to(seen, tmp_path):
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        assert main(["info", str(tmp_path / "none.safetensors")]) == 2
+        logging.getLogger("ltmp.any").warning("lost \x1b[31m")
+        # a second verb of the same process says it once, too
+        assert main(["info", str(tmp_path / "none.safetensors")]) == 2
+        logging.getLogger("ltmp").warning("once")
+    finally:
+        root.setLevel(level)
+    assert seen.getvalue().splitlines() == ["lost \\x1b[31m", "once"]
 
 
 def test_steps_of_many_seconds_have_a_remaining_time(monkeypatch):

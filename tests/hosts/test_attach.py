@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ import reference
 from helpers import assert_close, attach_reducing, random_images, references, run_recorded, tiny_vit
 from ltmp.config import LEARNED
 from ltmp.hosts.attach import attachment, is_attached
+from ltmp.learning import calibrate
 
 CASES: dict[str, Callable[[], Any]] = {
     "plain": tiny_vit,
@@ -607,3 +609,13 @@ def test_born_in_the_hosts_mode() -> None:
     """Trap 1: a module made while attaching is in train mode, and packing would silently never happen."""
     assert not ltmp.attach(tiny_vit().eval()).ltmp.training
     assert ltmp.attach(tiny_vit().train()).ltmp.training
+
+
+def test_a_model_attached_in_inference_mode_is_set_outside_of_it(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(scores="attention"))
+        calibrate(model, random_images(4), 0.7)
+        ltmp.save(model, tmp_path / "t.safetensors")
+    ltmp.load(model, tmp_path / "t.safetensors")
+    model.ltmp.set([0.5] * 3, [0.01] * 3)
+    assert model.ltmp.merge.tolist() == [0.5] * 3

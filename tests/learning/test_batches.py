@@ -145,12 +145,6 @@ def test_labels_that_do_not_fit_the_head_are_refused(outputs: int, labels: Tenso
         ltmp.learn(ltmp.attach(Head(outputs)), [(IMAGES, labels)], 0.7, views=8, calibration=8)
 
 
-def test_logits_of_every_patch_are_refused() -> None:
-    model = ltmp.attach(Head(5, lambda logits: logits[:, :, None]))
-    with pytest.raises(LTMPError, match=r"logits are \[1, 5, 1\]: expected one row an image"):
-        ltmp.learn(model, [(IMAGES, LABELS)], 0.7, views=0, calibration=8)
-
-
 def test_a_frozen_model_learns_thresholds_and_stays_frozen() -> None:
     model = ltmp.attach(tiny_vit())
     model.requires_grad_(False)

@@ -18,9 +18,9 @@ from ltmp.config import MATCHINGS, Scores
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import calibrate, heldout
+from ltmp.learning.answers import teacher
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
-from ltmp.learning.objective import teacher
 from ltmp.learning.options import DialOptions, DialSettings, LearnOptions, LearnSettings
 from ltmp.learning.schedule import usual
 from ltmp.method.flops import Geometry, flops_share
@@ -112,7 +112,7 @@ def test_a_bar_is_drawn_where_somebody_looks(
 
 def test_the_dense_model_looks_at_the_images_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
     taught = []
-    monkeypatch.setattr(heldout, "teacher", lambda model, part: taught.append(part) or teacher(model, part))
+    monkeypatch.setattr(heldout, "teacher", lambda by, part, judge: taught.append(part) or teacher(by, part, judge))
     model, batches = model_and_batches()
     ltmp.learn(model, batches, TARGET, **SETTINGS)
     assert torch.equal(torch.cat(taught), torch.cat([images for images, _ in batches])[:48])

@@ -21,6 +21,7 @@ from ltmp.data import make_loader
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import calibrate
 from ltmp.learning import dial as module
+from ltmp.learning.options import DialOptions
 from ltmp.learning.schedule import USUAL, Shape, between, searched, usual
 from ltmp.learning.search import evolve
 
@@ -98,7 +99,7 @@ def test_searching_never_ends_behind_the_usual_shape() -> None:
     result = ltmp.learn_dial(model, batches, 0.55, 0.9, **{**SETTINGS, "views": views})
     assert len(result.shapes) == module.ANCHORS
     images = torch.cat([images for images, _ in batches])
-    maker = module._Maker(model, images, None, None)
+    maker = module._Maker(model, images, DialOptions(), None)
     for share, shape in result.shapes.items():
         assert maker.score(shape, share, slice(0, 48)) <= maker.score(usual(share), share, slice(0, 48)) + 1e-6
     assert any(shape != usual(share) for share, shape in result.shapes.items())
@@ -180,7 +181,7 @@ def test_usual_shapes_depend_on_the_matching(matching: str, monkeypatch: pytest.
     share = min(USUAL[matching])
     calibrate(model, images, share)
     assert followed == [USUAL[matching][share]]
-    assert module._Maker(model, images, None, None).usual(share) == USUAL[matching][share]
+    assert module._Maker(model, images, DialOptions(), None).usual(share) == USUAL[matching][share]
     assert usual(share, "mutual") != usual(share, "bipartite")
 
 

@@ -256,7 +256,7 @@ def test_models_that_answer_nothing_and_images_that_are_broken() -> None:
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"features": self.vit(x)}
 
-    with pytest.raises(LTMPError, match="without logits"):
+    with pytest.raises(LTMPError, match="returned a dict without an answer"):
         learn_probe(ltmp.attach(Features(), BEST), random_images(2))
     with pytest.raises(LTMPError, match="not finite"):
         learn_probe(attached(), random_images(2) * torch.nan)

@@ -16,8 +16,9 @@ from helpers import assert_close, random_images, run_recorded, tiny_vit
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.learning import Tuning, loop, tune, weights
+from ltmp.learning.answers import teacher
 from ltmp.learning.heldout import HeldOut
-from ltmp.learning.objective import Objective, teacher
+from ltmp.learning.objective import Objective
 
 TARGET = 0.6
 SETTINGS = {"calibration": 32}
@@ -141,7 +142,7 @@ def test_the_teacher_has_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatc
     original = ltmp.detach(copy.deepcopy(model))
     answers = []
     monkeypatch.setattr(
-        "ltmp.learning.objective.teacher", lambda by, images: answers.append((images, teacher(by, images)))
+        "ltmp.learning.objective.teacher", lambda by, images, judge: answers.append((images, teacher(by, images)))
         or answers[-1][1]
     )  # fmt: skip
     tune(model, batches, TARGET, Tuning("norms", lr=0.05), epochs=2, **SETTINGS)
@@ -228,8 +229,8 @@ def test_a_run_with_other_tuning_is_refused(tmp_path: Path) -> None:
 def test_images_that_are_judged_on_are_not_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = model_and_batches()
     learned, kept = [], []
-    monkeypatch.setattr("ltmp.learning.objective.teacher", lambda by, x: learned.append(x) or teacher(by, x))
-    monkeypatch.setattr("ltmp.learning.heldout.teacher", lambda by, x: kept.append(x) or teacher(by, x))
+    monkeypatch.setattr("ltmp.learning.objective.teacher", lambda by, x, judge: learned.append(x) or teacher(by, x))
+    monkeypatch.setattr("ltmp.learning.heldout.teacher", lambda by, x, judge: kept.append(x) or teacher(by, x))
     tune(model, batches, TARGET, **SETTINGS)
     assert torch.equal(torch.cat(kept), torch.cat([images for images, _ in batches[:2]]))
     assert torch.equal(torch.cat(learned), torch.cat([images for images, _ in batches[2:]]))

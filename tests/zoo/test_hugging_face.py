@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import tiny_hf
 from PIL import Image
+from towers import ATTACHED
 
 import ltmp
 from ltmp.cli import main
@@ -199,6 +200,56 @@ def test_bench(folder: Path, images: Path, tmp_path: Path) -> None:
     quick = ["--seconds", "0.02", "--no-compile", "--no-baseline", "--json", str(tmp_path / "bench.json")]
     assert main(["bench", *own, *quick]) == 0
     assert json.loads((tmp_path / "bench.json").read_text())["rows"]
+
+
+def saved(name: str, path: Path) -> str:
+    """A model of any kind with its processor, as it is given on the command line."""
+    model = tiny_hf(name, "Dinov2Config", patch_size=4) if name == "Dinov2Model" else ATTACHED[name].build()
+    model.save_pretrained(path / name)
+    kind = transformers.CLIPImageProcessor if name.startswith(("Llava", "Qwen")) else transformers.ViTImageProcessor
+    sizes = {"size": {"height": 16, "width": 16}}
+    kind(**sizes, **({"crop_size": sizes["size"]} if kind is transformers.CLIPImageProcessor else {})).save_pretrained(
+        path / name
+    )
+    return f"hf:{path / name}"
+
+
+@pytest.mark.parametrize("name", ["DepthAnythingForDepthEstimation", "LlavaForConditionalGeneration", "Dinov2Model"])
+def test_bench_and_show_take_models_of_every_kind(name: str, images: Path, tmp_path: Path) -> None:
+    model = saved(name, tmp_path)
+    quick = ["--device", "cpu", "--batch-size", "2", "--seconds", "0.02", "--no-compile", "--no-baseline"]
+    assert main(["bench", "--model", model, "--share", "0.7", *quick, "--json", str(tmp_path / "bench.json")]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {"dense", "packed"} <= {row["way"] for row in rows}
+    assert not any(row["note"] for row in rows)
+    network = ltmp.attach(build_model(model, classifier=False))
+    assert type(network).__name__ == {"LlavaForConditionalGeneration": "CLIPVisionModel"}.get(name, name)
+    network.ltmp.set([0.5] * network.ltmp.depth, [0.01] * network.ltmp.depth)
+    ltmp.save(network, tmp_path / "thresholds.safetensors")
+    shown = [
+        "show",
+        str(next(images.rglob("*.png"))),
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "s"),
+    ]
+    assert main([*shown, "--thresholds", str(tmp_path / "thresholds.safetensors"), "--out", str(tmp_path / "o")]) == 0
+    (seen,) = json.loads((tmp_path / "s").read_text())
+    (budget,) = seen["budgets"].values()
+    assert budget["share"] < 1
+    assert budget["answers"] == ""
+
+
+def test_other_verbs_need_a_classifier_and_towers_that_read_images(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["learn", "--data", str(images), "--model", saved("Dinov2Model", tmp_path), "--device", "cpu"]) == 1
+    assert "give a model that was fine-tuned to classify" in capsys.readouterr().err
+    assert main(["bench", "--model", saved("Qwen3VLForConditionalGeneration", tmp_path), "--device", "cpu"]) == 2
+    assert "whose Qwen3VLVisionModel reads what a processor made of images: use it from P" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["config", "argument", "inside"])

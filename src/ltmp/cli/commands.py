@@ -70,3 +70,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         typer.echo(f"ltmp {__version__}")
         raise typer.Exit
+    from .screen import tell_log
+
+    tell_log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 
 import typer
@@ -26,3 +27,16 @@ def tell(text: object) -> None:
 def suggest(*words: object) -> None:
     """The last line of a verb: the command that comes next, as it can be pasted."""
     tell(f"next: {shlex.join(map(str, words))}")
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
+
+
+def tell_log() -> None:
+    """Warnings of the package reach the screen, whatever level and handlers libraries give to the root's log."""
+    logger = logging.getLogger("ltmp")
+    if not logger.handlers:
+        logger.addHandler(_Told())
+        logger.setLevel(logging.WARNING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from ..engines import packed
 from ..engines.body import Body, running
 from ..engines.positions import Positions
 from ..engines.state import Reduced
+from ..hosts.attach import attachment
 from ..method.reduction import make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens
@@ -28,7 +31,11 @@ def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None
         found.append((x, positions))
         return body.all_whole(x, positions)
 
-    with running(keep):
+    body = attachment(model).body
+    # in one pass through all blocks, whatever form the host gets
+    policy = copy.copy(body.policy)
+    policy.config = replace(policy.config, tokens="reduced")
+    with running(keep, body=replace(body, policy=policy)):
         model(images)
     return found[0]
 

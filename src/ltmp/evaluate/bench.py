@@ -19,7 +19,7 @@ from ..engines import select, trial
 from ..engines.body import running
 from ..errors import LTMPError, UsageError, first_line
 from ..hosts.attach import attachment, detach
-from ..hosts.outputs import logits_of
+from ..hosts.outputs import answers_in
 from ..method.policy import Policy
 from .agreement import DECISIONS, decisions_agree, entering
 from .compare import rates_for
@@ -191,7 +191,7 @@ class Bench:
     def _recorded(call: Call) -> tuple[Tensor, float]:
         """Logits, and the mean FLOPs share; 1 where nothing was recorded."""
         with record() as calls:
-            logits = logits_of(call())
+            logits = answers_in(call())
         return logits, calls.share().mean().item() if calls.kept else 1.0
 
     def run(self, seconds: float = 2.0) -> list[Row]:
@@ -250,7 +250,7 @@ class Bench:
         self.ways[other.way] = lambda: other.run(images)
         output, nan = other.run(images), math.nan
         share = other.share or next(row.share for row in self.rows if row.way == "packed")
-        finite = torch.isfinite(output[0] if isinstance(output, tuple) else logits_of(output)).all()
+        finite = torch.isfinite(output[0] if isinstance(output, tuple) else answers_in(output)).all()
         return Row(other.way, None, share, 1 / share, None, None, nan, "" if finite else "logits are not finite")
 
     def _reference(self) -> dict[str, Tensor]:
@@ -261,8 +261,8 @@ class Bench:
         policies = {"reduced": body.policy} | ({} if self.fixed is None else {"fixed": self.fixed})
         for kind, policy in policies.items():
             with running(body=replace(body, policy=_under(policy, "packed"))):
-                found[kind] = logits_of(reduced(few))
-        return {**found, "dense": logits_of(detach(reduced)(few))}
+                found[kind] = answers_in(reduced(few))
+        return {**found, "dense": answers_in(detach(reduced)(few))}
 
     def _checked(self, name: str, call: Call, exact: dict[str, Tensor]) -> Row:
         """The row of one way without its speed; `note` says what is wrong with it."""

@@ -264,7 +264,9 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         )
     if present is not None:
         detach(model)
-    policy = _policy(len(blocks), config).to(next(host.parameters()).device)
+    # thresholds that are born in inference mode could never be set outside of it
+    with torch.inference_mode(False):
+        policy = _policy(len(blocks), config).to(next(host.parameters()).device)
     policy.forms = recipe.forms
     policy.train(host.training)
     # so that who traces the model before its first call need not read it

@@ -1,5 +1,6 @@
 """Learn the thresholds of an attached model against a budget."""
 
+from .answers import Distribution as Distribution
 from .calibrate import calibrate as calibrate
 from .dial import DialResult as DialResult
 from .dial import learn_dial as learn_dial

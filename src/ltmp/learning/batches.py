@@ -14,6 +14,8 @@ from ..data.names import folder_names
 from ..describe import classes_of
 from ..distributed import rank, world
 from ..errors import LTMPError
+from ..fingerprint import Seen
+from .inputs import Images, joined, pixels_of, processed
 from .progress import Progress
 
 Batch = Sequence[Any] | Mapping[str, Any] | Tensor
@@ -23,12 +25,13 @@ _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
 
 
-def pair(batch: Batch) -> tuple[Tensor, Tensor | None]:
+def pair(batch: Batch) -> tuple[Images, Tensor | None]:
     """Images [B, 3, H, W] and labels of a batch, None where it has no tensor of labels.
 
     Args:
         batch: (images, labels), of which more is ignored; images alone; or a mapping, as transformers and datasets have
-            them, with images under `pixel_values`, `images` or `image` and labels under `labels` or `label`.
+            them, with images under `pixel_values`, `images` or `image` and labels under `labels` or `label`; or what a
+            processor returned, whose tensors go to the model under their names.
 
     Raises:
         LTMPError: there are no images in it, or not as floating-point numbers.
@@ -36,6 +39,9 @@ def pair(batch: Batch) -> tuple[Tensor, Tensor | None]:
     images: Any = batch
     labels: Any = None
     if isinstance(batch, Mapping):
+        keywords = processed(batch)
+        if keywords is not None:
+            return keywords, None
         images, labels = (next((batch[n] for n in names if n in batch), None) for names in (_IMAGES, _LABELS))
     elif not isinstance(batch, Tensor) and isinstance(batch, Sequence):
         images, labels = (*batch, None, None)[:2]
@@ -58,7 +64,7 @@ def batch_size(loader: Iterable[Batch]) -> int:
     return getattr(loader, "batch_size", None) or len(pair(next(iter(loader)))[0])
 
 
-def first(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Tensor, Tensor | None]:
+def first(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Images, Tensor | None]:
     """The first `count` images of the loader and their labels, or all where there are fewer.
 
     Returns:
@@ -67,12 +73,12 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
     Raises:
         LTMPError: there are none, or fewer than ranks, or one holds NaN or infinity.
     """
-    found: list[Tensor] = []
+    found: list[Images] = []
     known: list[Tensor] = []
     have = 0
     expected = min(count, getattr(loader, "images", 0) or count)
     for images, labels in map(pair, loader):
-        if not images.isfinite().all():
+        if not pixels_of(images).isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
         found.append(images)
         if labels is not None:
@@ -86,7 +92,7 @@ def first(loader: Iterable[Batch], count: int, progress: Progress | None = None)
         raise LTMPError("there are no images to learn from: the loader is empty")
     if have < world():
         raise LTMPError(f"{have} images are too few to share among {world()} ranks: start fewer")
-    return torch.cat(found)[:count], torch.cat(known)[:count] if len(known) == len(found) else None
+    return joined(found)[:count], torch.cat(known)[:count] if len(known) == len(found) else None
 
 
 def described(model: nn.Module, loader: Any) -> dict[str, Any]:
@@ -111,11 +117,18 @@ def apart(loader: Iterable[Batch], kept: int) -> int:
     return kept if count(loader) >= 2 * kept else 0
 
 
-def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[tuple[Images, Tensor | None]]:
     """This rank's endless batches, from those after the first `done` of all ranks."""
     if isinstance(loader, Loader):
         return map(pair, loader.stream(done * batch, 1 << 62, rank(), world()))
     return map(pair, islice(_again(loader), done + rank(), None, world()))
+
+
+def watched(seen: Seen, batches: Iterable[tuple[Images, Tensor | None]]) -> Iterator[tuple[Images, Tensor | None]]:
+    """The batches (images, labels), remembered when they are handed on."""
+    for images, labels in batches:
+        seen.add(pixels_of(images))
+        yield images, labels
 
 
 def _again(loader: Iterable[Batch]) -> Iterator[Batch]:

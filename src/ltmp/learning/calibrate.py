@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from ..engines.body import running
 from ..hosts.attach import attachment, thresholds_of
 from ..method.flops import Geometry
 from ..method.thresholds import Thresholds
+from .answers import Judge
+from .inputs import Images, call
 from .probe import learn_probe
 from .randomness import preserved_random_state
 from .schedule import Schedule, Shape, usual
@@ -55,21 +59,23 @@ class Calibrating(Thresholds):
 
 
 @torch.inference_mode()
-def geometry_of(model: nn.Module, images: Tensor) -> Geometry:
+def geometry_of(model: nn.Module, images: Images) -> Geometry:
     """Geometry of one of these images for an attached model."""
     with record() as calls, dense():
-        model(images[:1])
-    return calls.geometry[0]
+        call(model, images[:1])
+    found = calls.geometry[0]
+    # of images of several sizes, one that stands for all
+    return replace(found, tokens=round(fmean(found.each)), each=None) if found.each else found
 
 
 @preserved_random_state()
-def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
+def calibrate(model: nn.Module, images: Images, target: float) -> None:
     """Set an attached model's thresholds so that `images` cost about `target`, block after block in one pass.
 
     Where the model's scores ask for a probe and there is none, one is learned of these images first.
 
     Args:
-        images: [B, 3, H, W] on the model's device; 128 or more give stable thresholds.
+        images: [B, 3, H, W] on the model's device, or keywords; 128 or more give stable thresholds.
         target: FLOPs share.
     """
     thresholds = thresholds_of(model)
@@ -79,12 +85,15 @@ def calibrate(model: nn.Module, images: Tensor, target: float) -> None:
 
 
 @torch.inference_mode()
-def follow(model: nn.Module, images: Tensor, shape: Shape, target: float, geometry: Geometry) -> Tensor:
+def follow(
+    model: nn.Module, images: Images, shape: Shape, target: float, geometry: Geometry, judge: Judge | None = None
+) -> Any:
     """Set an attached model's thresholds so that `images` follow a schedule of `shape` that costs about `target`.
 
     Args:
-        images: [B, 3, H, W] on the model's device.
+        images: [B, 3, H, W] on the model's device, or keywords.
         geometry: what an image of these costs, see `geometry_of`.
+        judge: how answers are read; None: not at all.
 
     Returns:
         What the model answers in that pass, which is what it will answer when deployed with these thresholds.
@@ -97,6 +106,6 @@ def follow(model: nn.Module, images: Tensor, shape: Shape, target: float, geomet
     schedule = schedule.to_cost(target, geometry, body.protected)
     calibrating = Calibrating(thresholds, schedule).to(images.device)
     with running(body=replace(body, policy=calibrating)):
-        output: Tensor = model(images)
+        found = call(model, images) if judge is None else judge(model, images)
     thresholds.set(calibrating.merge.clamp(max=1), calibrating.prune.clamp(min=0))
-    return output
+    return found

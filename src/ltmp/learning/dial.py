@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
@@ -19,10 +20,11 @@ from ..distributed import exchange, rank
 from ..fingerprint import Seen
 from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
-from .batches import described, first, pair
+from .answers import Distribution, Judge, teacher
+from .batches import described, first, pair, watched
 from .budget import check_target
 from .calibrate import follow, geometry_of
-from .objective import Distribution, answers_in, distribution_of, task_loss, teacher
+from .inputs import Images, call, pixels_of
 from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
 from .progress import Progress, telling
@@ -55,7 +57,7 @@ class DialResult:
         shapes: at each share that was searched.
         views: images looked at.
         seconds: wall time of this process.
-        distribution: how answers are compared: as "categorical" ones, or as "bernoulli" ones of independent outputs.
+        distribution: how answers are compared, see `ltmp.learning.Distribution`.
     """
 
     divergence: list[float]
@@ -109,7 +111,7 @@ def learn_dial(
     thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
     note(model, {**described(model, loader), "views": maker.views})
-    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.distribution)
+    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.judge.distribution)
 
 
 def _made(
@@ -121,8 +123,8 @@ def _made(
     model.to(place).eval()
     images = first(loader, options.calibration, progress)[0].to(place)
     seen = thresholds.seen = thresholds.seen or Seen()
-    seen.add(images)
-    maker = _Maker(model, images, options.amp, progress)
+    seen.add(pixels_of(images))
+    maker = _Maker(model, images, options, progress)
     for end in ends:
         check_target(end, maker.geometry, attachment(model).body.protected)
     # a streaming source does not say how many it has
@@ -133,7 +135,7 @@ def _made(
     dial, divergence = maker.table([low + (high - low) * i / knots for i in range(options.knots)], shapes)
     thresholds.set_dial(dial)
     if more:
-        dial = maker.corrected(dial, anchors_of(low, high), seen.watch(map(pair, loader)), more)
+        dial = maker.corrected(dial, anchors_of(low, high), watched(seen, map(pair, loader)), more)
     maker.done()
     return dial, divergence, maker, shapes
 
@@ -188,16 +190,16 @@ class _Calibrated:
 class _Maker:
     """An attached model, the images that its dial is made of, and the dense model's answers to them."""
 
-    def __init__(self, model: nn.Module, images: Tensor, amp: torch.dtype | None, progress: Progress | None) -> None:
-        self.model, self.images, self.amp, self.progress = model, images, amp, progress
+    def __init__(self, model: nn.Module, images: Images, options: DialOptions, progress: Progress | None) -> None:
+        self.model, self.images, self.amp, self.progress = model, images, options.amp, progress
+        self.judge = Judge.of(model, images[:1], loss=options.loss)
         self.geometry = geometry_of(model, images)
         self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
         self.views = self.expected = 0
         # again where there is one: a run is of its own images alone, resumed or not
         if thresholds_of(model).config.needs_probe:
-            self.views = learn_probe(model, images, amp=amp, progress=progress)
-        self.answers = torch.cat([teacher(model, part) for part in images.split(SEARCHED)])
-        self.distribution = distribution_of(model, self.answers)
+            self.views = learn_probe(model, images, amp=self.amp, judge=self.judge, progress=progress)
+        self.answers = torch.cat([teacher(model, part, self.judge) for part in images.split(SEARCHED)])
         self._looked(len(images), "reading the dense model's answers")
 
     def _looked(self, images: int, text: str) -> None:
@@ -215,10 +217,9 @@ class _Maker:
         """Calibrate on some of the images."""
         own = thresholds_of(self.model)
         with record() as calls:
-            answers = answers_in(follow(self.model, self.images[part], shape, share, self.geometry))
+            answers = follow(self.model, self.images[part], shape, share, self.geometry, self.judge)
         self._looked(len(answers), text)
-        loss = task_loss(answers, None, self.answers[part], distribution=self.distribution)
-        divergence = loss.clamp_min(0).sqrt().mean()
+        divergence = self.judge.divergence(answers, self.answers[part]).clamp_min(0).sqrt().mean()
         values = (own.merge.detach().clone(), own.prune.detach().clone())
         return _Calibrated(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
 
@@ -261,24 +262,26 @@ class _Maker:
         return dial, [row.divergence for row in rows]
 
     @torch.inference_mode()
-    def corrected(self, dial: Dial, budgets: list[float], loader: Any, images: int) -> Dial:
+    def corrected(
+        self, dial: Dial, budgets: list[float], batches: Iterator[tuple[Images, Tensor | None]], images: int
+    ) -> Dial:
         """The dial with shares that are true of more images: what these cost at some budgets says by how much to move.
 
         Args:
             budgets: where to look, at the knot that is nearest.
-            images: how many of the loader's.
+            images: how many of the batches'.
         """
         thresholds = thresholds_of(self.model)
         knots = dial.share.tolist()
         at = sorted({min(knots, key=lambda knot: abs(knot - budget)) for budget in budgets})
         self.expected -= (len(budgets) - len(at)) * images
         cost, seen = torch.zeros(len(at), dtype=torch.float64), 0
-        for batch, _ in map(pair, loader):
+        for batch, _ in batches:
             batch = batch[: images - seen].to(self.images.device)
             for i, budget in enumerate(at):
                 thresholds.set_budget(budget)
                 with record() as calls:
-                    self.model(batch)
+                    call(self.model, batch)
                 cost[i] += calls.share().double().sum().cpu()
                 self._looked(len(batch), "checking what it costs")
             seen += len(batch)

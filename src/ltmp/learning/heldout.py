@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..calls import record
 from ..distributed import mean
 from ..hosts.attach import thresholds_of
-from .objective import Distribution, answers_in, task_loss, teacher
+from .answers import CLASSES, Judge, teacher
+from .inputs import Images, call
+from .objective import task_loss
 from .progress import Progress
 
 TOLERANCE = 1e-3
@@ -45,19 +47,19 @@ class HeldOut:
         labels: [N, ...] or None, and `part`: the weight of their cross-entropy in the loss; the rest is the divergence
             from the dense model's answers.
         progress: called for each batch while a candidate is made.
-        distribution: of the model's answers.
+        judge: how answers are read.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        images: Tensor,
+        images: Images,
         batch: int,
         progress: Progress | None = None,
         taught_by: nn.Module | None = None,
         labels: Tensor | None = None,
         part: float = 0.0,
-        distribution: Distribution = "categorical",
+        judge: Judge = CLASSES,
     ) -> None:
         self.model = model
         self.taught_by = taught_by or model
@@ -65,7 +67,7 @@ class HeldOut:
         self.parts = images.split(batch)
         self.labels = [None] * len(self.parts) if labels is None else labels.split(batch)
         self.part = part
-        self.distribution = distribution
+        self.judge = judge
         self.progress = progress
         self._done = 0
 
@@ -89,7 +91,7 @@ class HeldOut:
         """Mean deployed FLOPs share."""
         with record() as calls:
             for part in self.parts:
-                self.model(part)
+                call(self.model, part)
                 self._tick(part)
         return float(mean(calls.share().double()))
 
@@ -98,8 +100,8 @@ class HeldOut:
         """Mean loss of the deployed model's answers."""
         losses = []
         for part, labels, answer in zip(self.parts, self.labels, self._answers, strict=True):
-            logits = answers_in(self.model(part))
-            losses.append(task_loss(logits, labels, answer, self.part, self.distribution).double())
+            logits = self.judge(self.model, part)
+            losses.append(task_loss(logits, labels, answer, self.part, self.judge).double())
             self._tick(part)
         return float(mean(torch.cat(losses)))
 
@@ -138,7 +140,7 @@ class HeldOut:
         """The dense model's, kept: they are the same for every candidate."""
         found = []
         for part in self.parts:
-            found.append(teacher(self.taught_by, part))
+            found.append(teacher(self.taught_by, part, self.judge))
             self._tick(part)
         return found
 
@@ -147,7 +149,7 @@ class HeldOut:
         """Images that a candidate may take: every try, the dense answers and the loss."""
         return (TRIES + 2) * self.count
 
-    def _tick(self, part: Tensor) -> None:
+    def _tick(self, part: Images) -> None:
         self._done += len(part)
         if self.progress is not None:
             self.progress(self._done, self._most, "meeting the budget")

@@ -14,6 +14,7 @@ from ..errors import LTMPError, MissingExtraError
 from ..hosts.attach import thresholds_of
 from ..visualize import see, strip
 from .heldout import Candidate
+from .inputs import Images
 from .optimiser import Step
 
 EXAMPLES = 3
@@ -103,10 +104,11 @@ def open_log(target: str) -> TensorBoard | WandB:
 class Journal:
     """Tells a logger of one run of `model`; `images` [B, C, H, W] are some that it draws. Without a logger, nothing."""
 
-    def __init__(self, log: Logger | None, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, log: Logger | None, model: nn.Module, images: Images) -> None:
         self.log = log
         self.model = model
-        self.images = images[:EXAMPLES]
+        # of a processor's batches it draws none
+        self.images = images[:EXAMPLES] if isinstance(images, Tensor) else None
 
     def step(self, step: Step) -> None:
         """After an optimisation step."""
@@ -131,6 +133,8 @@ class Journal:
 
     def _draw(self, step: int) -> None:
         assert self.log is not None
+        if self.images is None:
+            return
         thresholds = thresholds_of(self.model)
         training = thresholds.training
         thresholds.eval()

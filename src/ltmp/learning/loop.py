@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from ..describe import note
 from ..distributed import LostRankError, exchange, rank, world
+from ..errors import UsageError
 from ..fingerprint import Seen
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
-from .batches import Batch, apart, batch_size, described, first, stream
+from .answers import Distribution, Judge
+from .batches import Batch, apart, batch_size, described, first, stream, watched
 from .budget import check_target
 from .calibrate import calibrate, geometry_of
 from .heldout import Candidate, HeldOut
+from .inputs import pixels_of
 from .log import Journal
-from .objective import Distribution, Objective, distribution_of, teacher
+from .objective import Objective
 from .optimiser import Step, ThresholdOptimiser
 from .options import LearnOptions, LearnSettings, with_keywords
 from .paper import PaperOptimiser, linear_gradients
@@ -53,8 +56,7 @@ class LearnResult:
         seconds: wall time of this process.
         history: one entry an optimisation step.
         tuned: whether the model has weights that were tuned along.
-        distribution: how answers are read in the loss: as "categorical" ones, or as "bernoulli" ones of independent
-            outputs (binary and multi-label heads).
+        distribution: how answers are read in the loss, see `ltmp.learning.Distribution`.
     """
 
     target: float
@@ -96,7 +98,9 @@ def learn(
         loader: shuffled batches: (images [B, 3, H, W], labels, ...), images alone (with `distill`), or a dict with
             `pixel_values` and `labels`; a `ltmp.data.Loader`, or any iterable that can be iterated again and again. A
             run resumes exactly where the loader gives the same batches again. Labels are class numbers [B]; [B, K] of
-            0 and 1 for multi-label heads, whose outputs, like a single logit, are then compared one by one.
+            0 and 1 for multi-label heads, whose outputs, like a single logit, are then compared one by one. What a
+            processor of transformers returned goes to the model whole, labels left out. Models that answer with
+            features, maps, boxes or text learn from the dense model's answers.
         target: share of the dense model's multiply-adds, in (0, 1).
         recipe: `ltmp`, as above, or `paper`, the paper's own training, for comparisons: SGD from a fixed start (merge
             0.9, prune 0), no calibration, label smoothing, and the thresholds of the last step with whatever share they
@@ -107,6 +111,9 @@ def learn(
         accumulate: batches an optimisation step.
         lr: factor on the default learning rates.
         distill: learn from the dense model's output instead of labels.
+        loss: your own, (answers [B, ...], the dense model's) to a loss [B] of each image; in place of the divergence of
+            classes, of the next token of a text, or of features, depth and maps (their squared error relative to the
+            variance of the dense model's).
         budget_weight: lambda of the budget loss.
         calibration: images kept for calibration and for the final adjustment.
         seed: of whatever is random in the loader's transforms.
@@ -159,15 +166,21 @@ class _Job:
         images, labels = first(loader, options.calibration, progress)
         self.images = images.to(place)
         self.seen = self.thresholds.seen = self.thresholds.seen or Seen()
-        self.seen.add(images)
+        self.seen.add(pixels_of(images))
         check_target(target, geometry_of(model, self.images), made.body.protected)
         # once: weights may train
         self.subject = options.subject(model, loader, self.images)
+        self.judge = Judge.of(model, self.images[:1], labels, options.loss)
+        # nothing to compare labels with
+        self.part = options.labels if self.judge.labelled else 0.0
+        if options.paper and not self.part:
+            raise UsageError("the paper's recipe learns from labels of classes: this model has no such answers")
         # again where there is one: a run is of its own images alone, resumed or not
         asked = self.thresholds.config.needs_probe
-        self.probed = learn_probe(model, self.images, amp=options.amp, progress=progress) if asked else 0
+        self.probed = (
+            learn_probe(model, self.images, amp=options.amp, judge=self.judge, progress=progress) if asked else 0
+        )
         self.batch = batch_size(loader)
-        self.distribution = distribution_of(model, teacher(model, self.images[:1]), labels)
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
         optimiser = PaperOptimiser if options.paper else ThresholdOptimiser
@@ -181,12 +194,12 @@ class _Job:
     def _held_out(self, labels: Tensor | None) -> HeldOut:
         """This rank's part of the images kept apart."""
         # frozen weights cannot be much better than the dense model, whose answers tell more than labels
-        judged = self.options.labels if self.options.tuning is not None else 0.0
+        judged = self.part if self.options.tuning is not None else 0.0
         mine = slice(rank(), None, world())
         known = None if labels is None else labels[mine].to(self.images.device)
         own = self.images[mine].contiguous()
         original = self.original
-        return HeldOut(self.model, own, self.batch, self.progress, original, known, judged, self.distribution)
+        return HeldOut(self.model, own, self.batch, self.progress, original, known, judged, self.judge)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -219,14 +232,14 @@ class _Job:
                 self.journal.deployed(0, run.start)
         torch.manual_seed(options.seed + run.step)
         self.objective = Objective(
-            self.model, self.target, options.budget_weight, options.labels, self.original, self.cast,
-            self.distribution, options.smoothing,
+            self.model, self.target, options.budget_weight, self.part, self.original, self.cast,
+            self.judge, options.smoothing,
         )  # fmt: skip
         # thresholds that meet the budget on them anyway may learn from the images kept apart
         shared = options.tuning is None and not options.paper
         kept = 0 if shared else -(-apart(self.loader, len(self.images)) // self.batch)
         batches = stream(self.loader, kept + run.step * options.accumulate * world(), self.batch)
-        self.batches = self.seen.watch(batches)
+        self.batches = watched(self.seen, batches)
         return state
 
     def _start(self) -> Candidate:
@@ -311,7 +324,7 @@ class _Job:
             {**described(self.model, self.loader), "target": self.target, "share": best.share, "views": seen},
         )
         seconds = time.perf_counter() - self.started
-        return LearnResult(self.target, best.share, seen, seconds, self.run.history, stayed, self.distribution)
+        return LearnResult(self.target, best.share, seen, seconds, self.run.history, stayed, self.judge.distribution)
 
 
 @contextmanager

@@ -5,73 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..calls import dense, record
+from ..calls import record
 from ..distributed import gather, mean, total
 from ..errors import LTMPError
 from ..hosts.attach import thresholds_of
-from ..hosts.outputs import logits_of
+from .answers import CLASSES, NO_GRADIENTS, Distribution, Judge, teacher
 from .budget import budget_loss
-
-Distribution = Literal["categorical", "bernoulli"]
-"""How logits are read: one answer of several, by a softmax, or independent yes-or-no answers, each by a sigmoid."""
-
-
-def answers_in(output: Any) -> Tensor:
-    """Logits [B, K] in what a classifier returned; [B] of a binary one become [B, 1].
-
-    Raises:
-        LTMPError: there are none, or not one row an image.
-    """
-    logits = logits_of(output)
-    if logits.ndim == 1:
-        return logits[:, None]
-    if logits.ndim != 2:
-        raise LTMPError(f"the model's logits are {list(logits.shape)}: expected one row an image, [B, K]")
-    return logits
-
-
-def distribution_of(model: nn.Module, logits: Tensor, labels: Tensor | None = None) -> Distribution:
-    """Whether a model's outputs exclude each other or are independent of each other.
-
-    Independent are a single logit, the outputs of a transformers model whose `problem_type` is
-    "multi_label_classification", and outputs of which labels mark several in an image, or none.
-
-    Args:
-        logits: [B, K], see `answers_in`.
-        labels: some of the data set's, or None.
-    """
-    several = False
-    if labels is not None and labels.ndim == 2 and labels.shape[1] == logits.shape[1]:
-        several = bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) != 1).any())
-    told = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
-    return "bernoulli" if logits.shape[1] == 1 or told or several else "categorical"
-
-
-@torch.no_grad()
-def teacher(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits [B, K] of the same model with nothing removed."""
-    with dense():
-        return answers_in(model(images))
+from .inputs import Images
 
 
 def task_loss(
     logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float = 0.0,
-    distribution: Distribution = "categorical", smoothing: float = 0.0,
+    judge: Judge = CLASSES, smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Loss of each image: divergence from the dense model's answer, cross-entropy with its label, or a mixture.
 
     Args:
-        logits: [B, K].
+        logits: [B, K]; with part 0, answers of any kind [B, ...].
         labels: [B], numbers of classes, or for a single logit 0 or 1; [B, K], probabilities; or None.
-        taught: [B, K] logits of the dense model, or None.
+        taught: the dense model's, or None.
         part: weight of the cross-entropy, in [0, 1].
-        distribution: of the answers; losses of independent outputs are summed.
+        judge: how answers are read; losses of independent outputs are summed.
         smoothing: share of a label that is spread over all classes.
 
     Returns:
@@ -84,27 +44,15 @@ def task_loss(
     if part < 1:
         if taught is None:
             raise LTMPError("the dense model's answers are part of the loss, and there are none")
-        loss = loss + (1 - part) * _divergence(logits, taught.float(), distribution)
+        loss = loss + (1 - part) * judge.divergence(logits, taught)
     if part > 0:
         if labels is None:
             raise LTMPError(
                 "the batches have no labels to learn from: give (images, labels), or a dict with labels, or learn from "
                 "the dense model's answers (distill=True, --distill)"
             )
-        loss = loss + part * _cross_entropy(logits, labels, distribution, smoothing)
+        loss = loss + part * _cross_entropy(logits, labels, judge.distribution, smoothing)
     return loss
-
-
-def _divergence(logits: Tensor, taught: Tensor, distribution: Distribution) -> Tensor:
-    """[B], Kullback-Leibler divergence of the answers `logits` from `taught`."""
-    if distribution == "categorical":
-        ours, theirs = logits.log_softmax(-1), taught.log_softmax(-1)
-        return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-    found = torch.zeros_like(logits)
-    for sign in (1, -1):
-        ours, theirs = F.logsigmoid(sign * logits), F.logsigmoid(sign * taught)
-        found = found + F.kl_div(ours, theirs, log_target=True, reduction="none")
-    return found.sum(-1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, distribution: Distribution, smoothing: float) -> Tensor:
@@ -134,7 +82,7 @@ class Objective:
         labels: part of the task loss that comes from labels; the rest comes from the dense model's answers.
         taught_by: the model that gives those, with nothing removed.
         cast: autocast of the forward passes.
-        distribution: of the model's answers.
+        judge: how answers are read.
         smoothing: of labels that are class numbers.
     """
 
@@ -144,11 +92,11 @@ class Objective:
     labels: float
     taught_by: nn.Module
     cast: AbstractContextManager[Any]
-    distribution: Distribution = "categorical"
+    judge: Judge = CLASSES
     smoothing: float = 0.0
 
     def gradients(
-        self, batches: Iterator[tuple[Tensor, Tensor | None]], count: int
+        self, batches: Iterator[tuple[Images, Tensor | None]], count: int
     ) -> tuple[float, float, list[float]]:
         """Add to what trains the mean gradients of the next `count` batches, over all ranks as of one large batch.
 
@@ -161,15 +109,18 @@ class Objective:
         losses, shares, kept = [], [], []
         place = thresholds_of(self.model).merge.device
         for _ in range(count):
-            images, labels = (None if t is None else t.to(place, non_blocking=True) for t in next(batches))
-            assert images is not None
+            images, labels = next(batches)
+            images = images.to(place, non_blocking=True)
+            labels = None if labels is None else labels.to(place, non_blocking=True)
             with self.cast:
-                taught = teacher(self.taught_by, images) if self.labels < 1 else None
+                taught = teacher(self.taught_by, images, self.judge) if self.labels < 1 else None
                 with record() as calls:
-                    logits = answers_in(self.model(images))
+                    logits = self.judge(self.model, images)
             share = mean(calls.share())
-            task = mean(task_loss(logits, labels, taught, self.labels, self.distribution, self.smoothing))
+            task = mean(task_loss(logits, labels, taught, self.labels, self.judge, self.smoothing))
             loss = task + budget_loss(share, self.target, self.budget_weight)
+            if not loss.requires_grad:
+                raise LTMPError(NO_GRADIENTS.format("learn with views=0, or a dial"))
             if not loss.isfinite():
                 raise LTMPError(
                     "the loss is not finite: look for NaN or infinity in the images and the model's weights, "

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..distributed import rank
 from ..errors import UsageError
 from ..method.thresholds import Thresholds
+from .answers import Loss
+from .inputs import Images, pixels_of
 from .log import Logger
 from .optimiser import Step
 from .paper import SMOOTHING
@@ -41,6 +43,7 @@ class RunSettings(TypedDict, total=False):
     seed: int
     device: str | torch.device | None
     amp: torch.dtype | None
+    loss: Loss | None
     checkpoint: str | Path | None
     progress: Progress | bool | None
 
@@ -75,6 +78,7 @@ class LoopOptions:
     seed: int = 0
     device: str | torch.device | None = None
     amp: torch.dtype | None = None
+    loss: Loss | None = None
     checkpoint: str | Path | None = None
     progress: Progress | bool | None = None
 
@@ -86,9 +90,12 @@ class LoopOptions:
         """Autocast as asked for."""
         return torch.autocast(device.type, self.amp) if self.amp is not None else nullcontext()
 
-    def subject(self, model: nn.Module, loader: Any, images: Tensor) -> dict[str, Any]:
+    def subject(self, model: nn.Module, loader: Any, images: Images) -> dict[str, Any]:
         """The model and data of the run, saved among its settings; see `resume.subject`."""
-        return subject(model, loader, images, self.amp) if self.checkpoint is not None else {}
+        if self.checkpoint is None:
+            return {}
+        own = {} if self.loss is None else {"loss": getattr(self.loss, "__qualname__", type(self.loss).__name__)}
+        return subject(model, loader, pixels_of(images), self.amp) | own
 
     def save(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
         """Write the run's state where a checkpoint is wanted; of several ranks, the first does."""

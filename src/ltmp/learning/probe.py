@@ -23,7 +23,8 @@ from ..errors import LTMPError
 from ..hosts.attach import attachment
 from ..method.thresholds import Thresholds
 from ..ops.probe.reference import EPS, LIFT, WIDTH
-from .objective import Distribution, answers_in, distribution_of
+from .answers import NO_GRADIENTS, Distribution, Judge
+from .inputs import Images, with_gradients
 from .progress import Progress
 from .randomness import preserved_random_state
 
@@ -56,9 +57,10 @@ class _Watching(Thresholds):
 @preserved_random_state()
 def learn_probe(
     model: nn.Module,
-    images: Tensor,
+    images: Images,
     *,
     amp: torch.dtype | None = None,
+    judge: Judge | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Learn the probe that an attached model scores tokens with, and set it: `model.ltmp.probe`.
@@ -68,8 +70,9 @@ def learn_probe(
     (see `Thresholds.set_probe`).
 
     Args:
-        images: [B, 3, H, W] on the model's device; the first `PROBED` are used.
+        images: [B, 3, H, W] on the model's device, or keywords; the first `PROBED` are used.
         amp: autocast type of the passes.
+        judge: how answers are read; found out by default.
         progress: called with (done, of how many, what).
 
     Returns:
@@ -82,6 +85,9 @@ def learn_probe(
     body, thresholds = made.body, made.thresholds
     moments: list[_Moments] = []
     count = min(len(images), PROBED)
+    # directions of numbers are drawn
+    torch.manual_seed(0)
+    judge = Judge.of(model, images[:_BATCH]) if judge is None else judge
     with torch.inference_mode(False), torch.enable_grad():
         for part in images[:count].split(_BATCH):
             watching = _Watching(thresholds.depth).to(images.device)
@@ -89,8 +95,8 @@ def learn_probe(
             with running(body=replace(body, policy=watching)):
                 with cast:
                     # gradients of the images, so that they reach the first block of a frozen model
-                    logits = answers_in(model(part.clone().requires_grad_()))
-                sure = _sureness(logits.float(), distribution_of(model, logits))
+                    answer = judge(model, with_gradients(part))
+                sure = _sureness(answer.float(), judge.distribution)
                 if not sure.isfinite().all():
                     raise LTMPError("an answer is not finite: look for NaN or infinity in the images and the weights")
                 looks = _gradients(sure.sum(), watching)
@@ -116,8 +122,12 @@ def learn_probe(
 def _sureness(logits: Tensor, distribution: Distribution = "categorical") -> Tensor:
     """[B], log-odds of each image's own answer against all others: unlike probabilities, they do not saturate.
 
-    Independent outputs each have an answer of their own, yes or no, whose log-odds are summed.
+    Independent outputs each have an answer of their own, yes or no, whose log-odds are summed. Numbers are projected
+    onto a random direction: second moments of its gradient are those of the squared error (the Gauss-Newton matrix).
     """
+    if distribution == "gaussian":
+        numbers = logits.flatten(1)
+        return (numbers * torch.randn(numbers.shape).to(numbers.device)).mean(1)
     if distribution == "bernoulli":
         return logits.abs().sum(1)
     answer = logits.argmax(1, keepdim=True)
@@ -132,6 +142,8 @@ def _gradients(of: Tensor, watching: _Watching) -> list[tuple[Tensor, Tensor, Te
     between successive blocks, may cancel, so that their absolute values are summed.
     """
     features = list(watching.features.values())
+    if not all(x.requires_grad for x in features):
+        raise LTMPError(NO_GRADIENTS.format("scores with a probe need them: attach with others, such as 'attention'"))
     asked = [*features, *watching.stays.values()]
     grads = torch.autograd.grad(of, asked, allow_unused=True)
     grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(asked, grads, strict=True))

@@ -18,7 +18,7 @@ from ..errors import LTMPError, UsageError, first_line
 from ..files import atomic_path
 from ..tensorfiles import read_state_dict
 from ..thresholdfile import split_thresholds
-from .hugging_face import PREFIX, build_classifier, is_of_transformers, save_classifier
+from .hugging_face import PREFIX, build_pretrained, is_of_transformers, save_classifier
 from .libraries import BUILDERS
 from .timm_names import no_weights, parse_name
 
@@ -42,6 +42,7 @@ def build_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    classifier: bool = True,
 ) -> nn.Module:
     """timm.create_model in evaluation mode, checked; or an image classifier of transformers with its own weights.
 
@@ -55,6 +56,8 @@ def build_model(
         num_classes: outputs of the head; None leaves the model's own number.
         image_size: pixels a side; None leaves the model's own.
         model_kwargs: more arguments of the timm model, or of `from_pretrained`.
+        classifier: of transformers, refuse what is none; otherwise any model is built, of one that reads more than
+            images its vision tower.
 
     Raises:
         UsageError: the name or an argument is not known to timm, or a model of transformers brings that argument; or an
@@ -69,7 +72,7 @@ def build_model(
         )
     if name.startswith(PREFIX):
         given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
-        return build_classifier(name, given, model_kwargs or {})
+        return build_pretrained(name, given, model_kwargs or {}, classifier=classifier)
     library, _, rest = name.partition(":")
     if library in BUILDERS:
         model = BUILDERS[library](rest, pretrained and weights is None, num_classes, image_size, model_kwargs or {})

@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face by folder or hub name, and how their image processors prepare images."""
+"""Models of Hugging Face by folder or hub name, and how their image processors prepare images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LTMPError, MissingExtraError, UsageError, first_line
+from ..hosts.attach import find_host
 
 PREFIX = "hf:"
 """What names of such models begin with."""
@@ -25,7 +27,7 @@ _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's filters, as processors number them, by timm's names."""
 
 
-def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+def build_pretrained(name: str, given: dict[str, Any], kwargs: dict[str, Any], *, classifier: bool = True) -> nn.Module:
     """The image classifier in a folder or on the hub, in float32 and evaluation mode.
 
     Weights are read from safetensors alone, and no code that comes with a model is run. `pretrained_cfg` and
@@ -35,6 +37,8 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
         name: `hf:` and a folder that `save_pretrained` wrote, or a name on the hub.
         given: what only models of timm can be given; nothing here may have a value.
         kwargs: more arguments of `from_pretrained`, e.g. `revision`.
+        classifier: refuse what is none. Otherwise the model is whatever is there; of one that reads more than images,
+            the vision tower.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -55,14 +59,16 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
         raise MissingExtraError("transformers", "transformers", f"the model {name}") from error
     try:
         place = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
-        kernels = _kernels({**PreTrainedConfig.get_config_dict(source, **place)[0], **kwargs})
+        config = PreTrainedConfig.get_config_dict(source, **place)[0]
+        kernels = _kernels({**config, **kwargs})
     except Exception as error:
         raise _unavailable("config", source, error) from error
     if kernels:
         raise UsageError(f"{source} computes attention by code from {kernels}: no code of a model is loaded")
     try:
         with quiet_in_logs():
-            model, report = AutoModelForImageClassification.from_pretrained(
+            kind = AutoModelForImageClassification if classifier else _class_of(config)
+            model, report = kind.from_pretrained(
                 source, **{"dtype": torch.float32, **kwargs}, **_SAFE, output_loading_info=True
             )
     except Exception as error:  # the network, the hub, the files and the config fail each in their own way
@@ -71,11 +77,35 @@ def build_classifier(name: str, given: dict[str, Any], kwargs: dict[str, Any]) -
     if lacking:
         raise LTMPError(
             f"{source} has no weights for {lacking[0]!r} of a {type(model).__name__} ({len(lacking)} such parameters): "
-            "give a model that was fine-tuned to classify"
+            f"give a model that was fine-tuned {'to classify' if classifier else 'whole'}"
         )
-    model.pretrained_cfg = data_config(model)
-    model.num_classes = model.config.num_labels
-    return model.eval()
+    settings = data_config(model)
+    found = _reading_images(model, source)
+    found.pretrained_cfg = settings
+    if found is model and "ForImageClassification" in type(model).__name__:
+        found.num_classes = model.config.num_labels
+    return found.eval()
+
+
+def _class_of(config: dict[str, Any]) -> Any:
+    """The class of transformers that a config names; that of classifiers where it names none."""
+    import transformers
+
+    name = next(iter(config.get("architectures") or ()), "")
+    found = getattr(transformers, str(name), None)
+    of_models = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if of_models else transformers.AutoModelForImageClassification
+
+
+def _reading_images(model: Any, source: str) -> Any:
+    """The model itself where images are all that it reads, or else its vision tower."""
+    tower = model if "input_ids" not in signature(model.forward).parameters else find_host(model)[0]
+    if "pixel_values" in signature(tower.forward).parameters:
+        return tower
+    raise UsageError(
+        f"{source} is a {type(model).__name__}, whose {type(tower).__name__} reads what a processor made of images: "
+        "use it from Python"
+    )
 
 
 def _kernels(config: dict[str, Any]) -> str | None:

@@ -88,11 +88,14 @@ class ModelOptions:
         given = self.weights is not None or self.pretrained or brings_weights(name)
         return given or bundle.weights is not None
 
-    def build(self, name: str, *, budget: float | None = None, random: bool = False) -> nn.Module:
+    def build(
+        self, name: str, *, budget: float | None = None, random: bool = False, classifier: bool = True
+    ) -> nn.Module:
         """The model, with weights unless `random` ones will do: thresholds of a random model would mean nothing.
 
         Args:
             budget: which of several thresholds files in a folder to ask about it.
+            classifier: whether it must be one.
         """
         bundle = self.opened(budget)
         if not (random or self.has_weights(name, bundle)):
@@ -104,6 +107,7 @@ class ModelOptions:
             num_classes=self.num_classes,
             image_size=self.img_size,
             model_kwargs=parse_kwargs(self.model_kwargs or ()),
+            classifier=classifier,
         )
 
 

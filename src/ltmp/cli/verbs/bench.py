@@ -66,7 +66,7 @@ class BenchModel(SavedModel):
         """The model, frozen; without weights of its own with random ones that are as varied as learned ones."""
         from ...evaluate.synthetic import lively
 
-        network = self.build(name, budget=budget, random=True).requires_grad_(False)
+        network = self.build(name, budget=budget, random=True, classifier=False).requires_grad_(False)
         return network if self.has_weights(name, self.opened(budget)) else lively(network)
 
 
@@ -85,8 +85,9 @@ class BenchData(Source):
         if self.data is not None:
             reading = DataOptions(data_root=self.data_root, class_map=self.class_map, batch_size=count)
             return next(iter(reading.open(self.data, network, split=self.split or "validation")))[0]
-        size = getattr(getattr(network, "patch_embed", None), "img_size", None) or (224, 224)
-        return smooth(count, tuple(size), input_channels(network))
+        config = getattr(network, "pretrained_cfg", None) or {}
+        size = getattr(getattr(network, "patch_embed", None), "img_size", None) or config.get("input_size", (224,))[-2:]
+        return smooth(count, (size[0], size[-1]), input_channels(network))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +179,25 @@ def _say_if_slow() -> None:
 
 def _reduce(network: nn.Module, images: Tensor, model: BenchModel, budget: float | None, *, made: bool) -> float | None:
     """Attach the thresholds of the file, or calibrated ones; returns the budget asked for."""
+    import torch
+
     from ... import attach, load
     from ...evaluate.synthetic import smooth
+    from ...hosts.attach import thresholds_of
+    from ...hosts.outputs import answers_in
     from ...learning import calibrate
 
+    with torch.inference_mode():
+        places = answers_in(network(images[:1])).ndim > 2
     if model.thresholds is not None:
         load(network, model.thresholds, budget=budget)
-        return budget
-    few = smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images) if made else images
-    calibrate(attach(network, config_of(model.scores)), few, model.share)
-    return None
+    else:
+        few = smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images) if made else images
+        calibrate(attach(network, config_of(model.scores)), few, model.share)
+    if places:
+        # an answer for each patch, whatever is left of it
+        thresholds_of(network).tokens = "grid"
+    return None if model.thresholds is None else budget
 
 
 def _timed(

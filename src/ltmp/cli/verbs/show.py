@@ -81,7 +81,7 @@ def show_verb(
 
     images = [file for path in images for file in _files(path)]
     name = model.model or name_in(model.thresholds[0])
-    network = model.build(name)
+    network = model.build(name, classifier=False)
     blocks = pictures.blocks
     with progress_bar("drawing", len(images)) as advance:
         shown = show_images(
