@@ -172,7 +172,7 @@ def test_images_that_take_minutes_are_given_up(monkeypatch):
     monkeypatch.setattr(images, "MAX_SECONDS", 0.2)
     slow = b"P6\n" + b"#a\n" * 5_000_000 + b"8 8 255\n" + bytes(192)
     start = time.process_time()
-    with pytest.raises(UnfitImageError, match="takes over 0.2 seconds"):
+    with pytest.raises(UnfitImageError, match=r"takes over 0\.2 seconds"):
         decode(io.BytesIO(slow))
     assert time.process_time() - start < 2
     assert decode(encoded(Image.new("RGB", (4, 4)))).size == (4, 4)

@@ -514,7 +514,8 @@ def test_thresholds_that_come_from_the_meta_device_are_off() -> None:
         built = off()
     for model in (built, reducing().to("meta")):
         model.to_empty(device="cpu")
-        assert model.ltmp.merge.eq(1).all() and model.ltmp.prune.eq(0).all()
+        assert model.ltmp.merge.eq(1).all()
+        assert model.ltmp.prune.eq(0).all()
         model.load_state_dict(off().state_dict())
         assert_close(model(IMAGES), off()(IMAGES), 1e-6)
     kept = reducing().to_empty(device="cpu")

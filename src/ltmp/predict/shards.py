@@ -150,8 +150,8 @@ class ParquetShard(Shard):
             # an image of average size that is too large is none that is read, either
             if unpacked > MAX_DECODED and unpacked > min(MAX_UNPACKED * stored, LARGE_BYTES * about.num_rows):
                 raise LTMPError(
-                    f"{stored / 1e6:.1f} MB of column {chunk.path_in_schema!r} unpack to {unpacked / 1e9:.1f} GB, which "
-                    "no images do: write it with smaller row groups"
+                    f"{stored / 1e6:.1f} MB of column {chunk.path_in_schema!r} unpack to {unpacked / 1e9:.1f} GB, "
+                    "which no images do: write it with smaller row groups"
                 )
 
     def _item(self, row: int, value: Any, key: Any) -> Item:
@@ -169,8 +169,8 @@ class ParquetShard(Shard):
         elif isinstance(value, int):
             content = Broken(
                 str(key),
-                f"{value / 1e6:.0f} MB are over the limit of {LARGE_BYTES / 1e6:.0f} MB for one row: give this image as a "
-                "file of its own or in a .tar",
+                f"{value / 1e6:.0f} MB are over the limit of {LARGE_BYTES / 1e6:.0f} MB for one row: give this image as "
+                "a file of its own or in a .tar",
             )
         else:
             content = Broken(str(key), "there is no image in this row") if value is None else value
