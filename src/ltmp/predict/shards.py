@@ -169,8 +169,8 @@ class ParquetShard(Shard):
         elif isinstance(value, int):
             content = Broken(
                 str(key),
-                f"{value / 1e6:.0f} MB are over the limit of {LARGE_BYTES / 1e6:.0f} MB for one row: give this image as "
-                "a file of its own or in a .tar",
+                f"{value / 1e6:.0f} MB are over the limit of {LARGE_BYTES / 1e6:.0f} MB for one row: give this image "
+                "as a file of its own or in a .tar",
             )
         else:
             content = Broken(str(key), "there is no image in this row") if value is None else value
