@@ -3,8 +3,8 @@
     python benchmarks/predict_hostile.py
 
 Among them stand a few good images. Each has to be scored or listed by its name with a reason, in one run that ends by
-itself. The memory is the largest process's peak (VmHWM), and the highest sum of all processes' resident memory, asked
-for every 20 ms. Linux only.
+itself. The memory is the largest process's peak (VmHWM), and the highest that all processes take together, asked for
+every 20 ms: with pages that they share counted once (PSS), and as the sum of what is resident in each. Linux only.
 """
 
 from __future__ import annotations
@@ -193,26 +193,28 @@ def processes(pid: int) -> list[int]:
     return [pid, *(one for child in children for one in processes(child))]
 
 
-def memory(pid: int) -> tuple[int, int]:
-    """(peak, resident) bytes of a process."""
+def memory(pid: int) -> tuple[int, int, int]:
+    """Bytes of a process: its peak, its part of what is resident (of a page that two share a half), and all of it."""
     try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        peak, now = (1024 * int(lines[name].split()[0]) for name in ("VmHWM", "VmRSS"))
-        return peak, now
+        text = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/smaps_rollup").read_text()
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        peak, part, whole = (1024 * int(lines[name].split()[0]) for name in ("VmHWM", "Pss", "Rss"))
+        return peak, part, whole
     except (OSError, KeyError, ValueError):
-        return 0, 0
+        return 0, 0, 0
 
 
 def run(sources: list[Path], out: Path, options: list[str]) -> dict[str, Any]:
     """One run of the command, watched."""
-    start, largest, together = time.perf_counter(), 0, 0
+    start, largest, together, resident = time.perf_counter(), 0, 0, 0
     command = [sys.executable, "-m", "ltmp.cli", "predict", *map(str, sources), "--out", str(out), *options]
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(command, stdout=told, stderr=told)
         while process.poll() is None:
             found = [memory(pid) for pid in processes(process.pid)]
-            largest = max([largest, *(peak for peak, _ in found)])
-            together = max(together, sum(now for _, now in found))
+            largest = max([largest, *(peak for peak, _, _ in found)])
+            together = max(together, sum(part for _, part, _ in found))
+            resident = max(resident, sum(whole for _, _, whole in found))
             time.sleep(0.02)
         told.seek(0)
         text = told.read().decode()
@@ -225,6 +227,7 @@ def run(sources: list[Path], out: Path, options: list[str]) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
         "largest process MB": largest // 10**6,
         "all processes MB": together // 10**6,
+        "sum of resident MB": resident // 10**6,
         "scored": scored,
         "listed": len(reasons),
         "reasons": len(set(reasons)),

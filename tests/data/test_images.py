@@ -150,6 +150,42 @@ def test_jpegs_of_endless_scans_are_refused_before_they_are_decoded():
     assert decode(io.BytesIO(scans(MAX_SCANS // 2))).size == (64, 64)
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"\xff" * 20_000_000,
+        bytes(20_000_000),
+        (b"\xff\xe1\xff\xfdExif\0\0" + bytes(65_525)) * 1000,
+        b"\xff\xe9\x00\x02" * 500_000,
+        (b"\xff\xe9\x00\x02" + bytes(50_000)) * 200,
+    ],
+    ids=["fill", "junk", "exif", "segments", "junk between"],
+)
+def test_headers_that_take_minutes_are_refused_before_they_are_read(before):
+    whole, start = encoded(Image.new("RGB", (64, 64)), "JPEG").getvalue(), time.process_time()
+    with pytest.raises(UnfitImageError, match="a header of more bytes"):
+        decode(io.BytesIO(whole[:2] + before + whole[2:]))
+    assert time.process_time() - start < 1
+
+
+def test_images_that_take_minutes_are_given_up(monkeypatch):
+    monkeypatch.setattr(images, "MAX_SECONDS", 0.2)
+    slow = b"P6\n" + b"#a\n" * 5_000_000 + b"8 8 255\n" + bytes(192)
+    start = time.process_time()
+    with pytest.raises(UnfitImageError, match=r"takes over 0\.2 seconds"):
+        decode(io.BytesIO(slow))
+    assert time.process_time() - start < 2
+    assert decode(encoded(Image.new("RGB", (4, 4)))).size == (4, 4)
+
+
+def test_headers_as_cameras_write_them_are_read():
+    profile = b"".join(b"\xff\xe2\xff\xfdICC_PROFILE\0" + bytes([n + 1, 255]) + bytes(65_517) for n in range(255))
+    whole = encoded(Image.new("RGB", (64, 64)), "JPEG").getvalue()
+    assert decode(io.BytesIO(whole[:2] + profile + b"\xff" * 1000 + whole[2:])).size == (64, 64)
+    for end in range(2, len(whole)):
+        images._check_header(io.BytesIO(whole[:end]))
+
+
 def test_scans_of_thumbnails_and_what_follows_the_image_do_not_count():
     whole = encoded(Image.effect_noise((64, 64), 50), "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 500).getvalue()
     assert decode(io.BytesIO(whole + b"\xff\xda" * 500)).size == (64, 64)

@@ -509,6 +509,20 @@ def test_sharding_by_fsdp2(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_thresholds_that_come_from_the_meta_device_are_off() -> None:
+    with torch.device("meta"):
+        built = off()
+    for model in (built, reducing().to("meta")):
+        model.to_empty(device="cpu")
+        assert model.ltmp.merge.eq(1).all()
+        assert model.ltmp.prune.eq(0).all()
+        model.load_state_dict(off().state_dict())
+        assert_close(model(IMAGES), off()(IMAGES), 1e-6)
+    kept = reducing().to_empty(device="cpu")
+    assert torch.equal(kept.ltmp.merge, reducing().ltmp.merge)
+
+
+@torch.no_grad()
 def test_offloaded_weights_are_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, plain = reducing(), off()

@@ -9,11 +9,12 @@ import tarfile
 import time
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ltmp.data import workers
 from ltmp.errors import LTMPError, UsageError
-from ltmp.predict import find_shards, predict, reading
+from ltmp.predict import find_shards, predict, reading, shards
 
 from .conftest import encoded, scoring, write_tar
 from .test_sources import parquet_file
@@ -80,6 +81,7 @@ def test_empty_parquet_is_said(tmp_path):
         ([[b"a", b"b"], [b"c"]], "list<element: binary>|list<item: binary>"),
         ([[{"bytes": b"a", "path": "a"}], []], "list<"),
         ([{"x": 1}, {"x": 2}], "struct<x: int64>"),
+        ([{"bytes": {"bytes": b"a"}}], "struct<bytes: struct<"),
     ],
 )
 def test_a_column_that_holds_no_image_a_row_is_refused(tmp_path, values, kind):
@@ -88,6 +90,34 @@ def test_a_column_that_holds_no_image_a_row_is_refused(tmp_path, values, kind):
         find_shards([path], column="image")
     with pytest.raises(UsageError, match="no column that looks like images"):
         find_shards([path])
+
+
+@pytest.mark.parametrize("name", ["image", "key"])
+def test_columns_of_one_name_are_told_apart_before_the_work(tmp_path, name):
+    columns = {"image": pa.array([encoded(1)]), "key": pa.array(["a"])}
+    table = pa.Table.from_arrays([*columns.values(), columns[name]], ["image", "key", name])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=f"more than one column '{name}'"):
+        find_shards([tmp_path / "a.parquet"], key_column="key")
+    if name == "key":
+        assert predict([tmp_path / "a.parquet"], tmp_path / "out", scoring()).images == 1
+
+
+def test_keys_that_python_has_no_value_for_cost_no_image(tmp_path):
+    path = parquet_file(tmp_path / "a.parquet", image=[encoded(1)] * 2, key=pa.array([10**15, 1], pa.timestamp("s")))
+    assert [item.key for item in find_shards([path])[0].items()] == ["row 0", "1970-01-01 00:00:01"]
+
+
+def test_links_in_a_circle_are_listed(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(60):
+        (root / f"{number:02d}.png").symlink_to(f"{number + 1:02d}.png")
+    (root / "60.png").write_bytes(encoded(1))
+    (root / "round.png").symlink_to("round.png")
+    summary = predict([root], tmp_path / "out", scoring())
+    assert summary.images + summary.broken == 62
+    assert errors(tmp_path / "out")["round.png"] == "Too many levels of symbolic links"
 
 
 def test_any_kind_of_bytes_or_text_is_taken(tmp_path):
@@ -132,6 +162,31 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in shard.items()]
     assert max(held) < 12_000_000
+
+
+@pytest.mark.parametrize("kind", ["binary", "dictionary", "struct"])
+def test_rows_that_are_too_large_are_not_copied(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(shards, "LARGE_BYTES", 10_000)
+    values = pa.array([bytes(20_000), encoded(1)])
+    if kind == "dictionary":
+        values = values.dictionary_encode()
+    if kind == "struct":
+        values = pa.StructArray.from_arrays([values, pa.array(["a", "b"])], ["bytes", "path"])
+    (shard,) = find_shards([parquet_file(tmp_path / "a.parquet", image=values)])
+    large, good = shard.items()
+    assert "0 MB are over the limit of 0 MB for one row" in large.content.reason
+    assert good.content == encoded(1)
+
+
+def test_what_unpacks_to_far_more_than_images_do_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_DECODED", 1_000_000)
+    table = pa.table({"image": [bytes(50_000)] * 30 + [encoded(1)] * 10, "key": [str(row) for row in range(40)]})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, row_group_size=30)
+    (shard,) = find_shards([tmp_path / "a.parquet"])
+    refused, *good = shard.items()
+    assert "unpack to 0.0 GB, which no images do" in refused.content.reason
+    assert "rows 0 to 29 cannot be read" in refused.content.reason
+    assert [item.key for item in good] == [str(row) for row in range(30, 40)]
 
 
 def test_small_shared_memory_is_no_reason_to_stop(folder, tmp_path, monkeypatch):

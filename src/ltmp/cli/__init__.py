@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return _fail(f"cannot use {error.filename}: {error.strerror}; choose another path", 1, arguments)
         return _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, arguments)
 
 

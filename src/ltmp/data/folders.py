@@ -65,10 +65,18 @@ def walk(folder: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
             continue
         seen.add(real)
         prefix = f"{inside}/" if inside else ""
-        yield prefix, [entry for entry in found if not entry.is_dir()]
+        yield prefix, [entry for entry in found if not _is_dir(entry)]
         for entry in reversed(found):
-            if entry.is_dir():
+            if _is_dir(entry):
                 (linked if entry.is_symlink() else waiting).append(prefix + entry.name)
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder; a link that leads nowhere, or round in a circle, is a file that cannot be read."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _size(entry: os.DirEntry[str]) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader, BytesIO, RawIOBase
@@ -30,6 +34,11 @@ MAX_BYTES = 2**30
 LARGE_BYTES = 2**26
 # Each scan of a JPEG is a pass over all of its pixels, however few bytes it has; encoders write about ten.
 MAX_SCANS = 100
+# Before its pixels a JPEG tells of its camera and its colours, in megabytes at most; Pillow reads it a byte at a time
+# between segments, and copies what it has of some at each further one, which takes minutes for many.
+MAX_HEADER, MAX_FILL, MAX_SEGMENTS = 2**24 + 2**22, 2**16, 2000
+# Seconds of processor time for one image: some of Pillow's formats are read in Python, byte by byte.
+MAX_SECONDS = 60.0
 # Pillow reads these by starting other programs.
 _UNSAFE = {"EPS", "WMF"}
 # What counts as an image among other files, by its name; whether it is one shows when it is decoded.
@@ -124,9 +133,16 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
 
     Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not
     clipped; what is over 50 megapixels comes at reduced size. Raises what Pillow raises for bytes that are
-    no image, and `UnfitImageError` for floating-point pixels, whose range no file states, for stripes, and for JPEGs of
-    hundreds of scans, which take minutes.
+    no image, and `UnfitImageError` for floating-point pixels, whose range no file states, for stripes, for JPEGs of
+    hundreds of scans, which take minutes, and in a main thread for whatever else takes over a minute.
     """
+    with _within(MAX_SECONDS):
+        return _decode(source, mode)
+
+
+def _decode(source: IO[bytes] | Image.Image, mode: str) -> Image.Image:
+    if not isinstance(source, Image.Image):
+        _check_header(source)
     image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
@@ -140,6 +156,25 @@ def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
     many = image.width * image.height > LARGE_PIXELS and times > 1
     image = _reduced(image, mode, times) if many else _converted(image, mode)
     return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise `UnfitImageError` after so much processor time; signals reach the main thread alone."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise UnfitImageError(f"takes over {seconds:g} seconds to decode")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _reduced(image: Image.Image, mode: str, times: int) -> Image.Image:
@@ -236,6 +271,26 @@ def _check_memory(image: Image.Image) -> None:
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _START_OF_SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
+
+
+def _check_header(file: IO[bytes]) -> None:
+    """Refuse a JPEG whose header alone takes minutes to read; raises `UnfitImageError`."""
+    at, fill, segments, head = 2, 0, 0, file.read(2)
+    while head == b"\xff\xd8":
+        file.seek(at)
+        found = _MARKER.search(chunk := file.read(MAX_FILL))
+        if found is None and len(chunk) < MAX_FILL:
+            break
+        at += found.end() if found else MAX_FILL
+        fill += found.start() if found else MAX_FILL
+        segments += 1
+        if found is None or fill >= MAX_FILL or at > MAX_HEADER or segments > MAX_SEGMENTS:
+            raise UnfitImageError("a header of more bytes than any camera or program writes")
+        if chunk[found.end() - 1] in (_START_OF_SCAN, _END):
+            break
+        if chunk[found.end() - 1] not in _ALONE:
+            at += int.from_bytes(chunk[found.end() : found.end() + 2], "big")
+    file.seek(0)
 
 
 def _check_scans(image: Image.Image) -> None:

@@ -284,9 +284,18 @@ class Thresholds(Policy):
     # -- copies
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follow the model to another device, but keep float32: `model.half()` must not change a decision."""
+        """Follow the model to another device, but keep float32: `model.half()` must not change a decision.
+
+        From the meta device come no values: `to_empty` turns all thresholds off, and leaves no probe.
+        """
         exact, probe = {name: parameter.data for name, parameter in self.named_parameters()}, self.probe
         super()._apply(fn, recurse)
+        if exact["merge"].is_meta and not self.merge.is_meta:
+            with torch.no_grad():
+                self.merge.fill_(1)
+                self.prune.fill_(0)
+            self.set_probe(None)
+            return self
         for name, parameter in self.named_parameters():
             parameter.data = exact[name].to(parameter.device)
         if probe is not None:

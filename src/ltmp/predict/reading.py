@@ -19,7 +19,7 @@ from ..data.tars import open_content
 from ..data.workers import handed_over, received, start_worker
 from .shards import Item, Shard
 
-AHEAD = 64 * 2**20
+AHEAD = 2**24
 """Bytes of encoded images in a batch, beyond which it ends early; those that lie in files of their own do not count."""
 
 

@@ -14,8 +14,12 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ..data import Broken
+from ..data.images import LARGE_BYTES, MAX_DECODED
 from ..data.tars import Content, tar_images
 from ..errors import LTMPError, MissingExtraError, first_line
+
+MAX_UNPACKED = 10
+"""Bytes that a column may unpack to for each that is stored, if they are many; those of images hardly compress."""
 
 
 class Item(NamedTuple):
@@ -119,6 +123,7 @@ class ParquetShard(Shard):
             for group in range(file.num_row_groups):
                 row, end = start, start + file.metadata.row_group(group).num_rows
                 try:
+                    self._check_memory(file, group)
                     for value, key in self._rows(file, group):
                         yield self._item(row, value, key)
                         row += 1
@@ -131,8 +136,23 @@ class ParquetShard(Shard):
         columns = [self.column, *([self.key_column] if self.key_column else [])]
         # row by row: images may be of any size, and compressed ones of nothing at all
         for batch in file.iter_batches(1, row_groups=[group], columns=columns):
-            keys = batch[self.key_column].to_pylist() if self.key_column else [None] * len(batch)
-            yield from zip(batch[self.column].to_pylist(), keys, strict=True)
+            keys = map(_key, batch[self.key_column]) if self.key_column else [None] * len(batch)
+            yield from zip(map(_value, batch[self.column]), keys, strict=True)
+
+    def _check_memory(self, file: Any, group: int) -> None:
+        """Refuse a row group whose pages, each of which is unpacked whole, may take gigabytes; raises LTMPError."""
+        about = file.metadata.row_group(group)
+        for number in range(about.num_columns):
+            chunk = about.column(number)
+            if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in (self.column, self.key_column)):
+                continue
+            unpacked, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
+            # an image of average size that is too large is none that is read, either
+            if unpacked > MAX_DECODED and unpacked > min(MAX_UNPACKED * stored, LARGE_BYTES * about.num_rows):
+                raise LTMPError(
+                    f"{stored / 1e6:.1f} MB of column {chunk.path_in_schema!r} unpack to {unpacked / 1e9:.1f} GB, "
+                    "which no images do: write it with smaller row groups"
+                )
 
     def _item(self, row: int, value: Any, key: Any) -> Item:
         path = value.get("path") if isinstance(value, dict) else None
@@ -146,9 +166,31 @@ class ParquetShard(Shard):
                 content = str(Path(self.path).parent / local_path(value))
             except LTMPError as error:
                 content = Broken(str(key), str(error))
+        elif isinstance(value, int):
+            content = Broken(
+                str(key),
+                f"{value / 1e6:.0f} MB are over the limit of {LARGE_BYTES / 1e6:.0f} MB for one row: give this image "
+                "as a file of its own or in a .tar",
+            )
         else:
             content = Broken(str(key), "there is no image in this row") if value is None else value
         return Item(row, str(key), content, (row + 1) / (self.images or row + 1))
+
+
+def _value(scalar: Any) -> Any:
+    """A row's image or path; the size alone, in bytes, of what is too large to be copied from process to process."""
+    stored = getattr(scalar, "value", scalar)  # of a dictionary
+    encoded = stored.get("bytes") if hasattr(stored, "get") else stored
+    size = len(encoded.as_buffer() or b"") if hasattr(encoded, "as_buffer") else 0
+    return size if size > LARGE_BYTES else scalar.as_py()
+
+
+def _key(scalar: Any) -> Any:
+    """A row's key, or None where Python has no such value, as for times in other millennia."""
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 def local_path(name: str) -> str:

@@ -143,10 +143,13 @@ def _parquet_shard(name: str, path: Path, size: int, column: str | None, key_col
         with open_parquet(absolute) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
             images = column or _image_column(path, schema)
-            keys = key_column or next((key for key in KEY_COLUMNS if key in schema.names and key != images), None)
+            known = (key for key in KEY_COLUMNS if schema.names.count(key) == 1 and key != images)
+            keys = key_column or next(known, None)
             for wanted in filter(None, (images, keys)):
                 if wanted not in schema.names:
                     raise UsageError(f"{path} has no column {wanted!r}: it has {', '.join(schema.names)}")
+                if schema.names.count(wanted) > 1:
+                    raise UsageError(f"{path} has more than one column {wanted!r}: rename all but one")
             kind = _kind(schema.field(images).type)
             if kind is None:
                 raise UsageError(
@@ -172,7 +175,7 @@ def _kind(column: Any) -> str | None:
         return _kind(column.value_type)
     if types.is_struct(column):  # as Hugging Face datasets store images
         fields = {column.field(number).name: column.field(number).type for number in range(column.num_fields)}
-        kinds = {name: _kind(kind) for name, kind in fields.items()}
+        kinds = {name: None if types.is_struct(kind) else _kind(kind) for name, kind in fields.items()}
         return "binary" if kinds.get("bytes") == "binary" or kinds.get("path") == "text" else None
     if any(
         test(column)

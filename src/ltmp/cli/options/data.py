@@ -57,7 +57,7 @@ class BatchOptions(PreprocessingOptions):
     class_map: ClassMap = None
     strict: Annotated[bool, option("Refuse an image that cannot be read instead of skipping it.", DATA)] = False
     batch_size: BatchSize = 64
-    workers: Annotated[int, option("Processes that read images.", RUN, min=0)] = 0
+    workers: Annotated[int, option("Processes that read images.", RUN, min=0, max=256)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

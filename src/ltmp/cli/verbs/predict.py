@@ -87,7 +87,7 @@ class PredictRun(RunOptions):
 
     batch_size: BatchSize = 64
     workers: Annotated[
-        int | None, option("Processes that decode ahead; default: 1, with a GPU up to 8.", RUN, min=0)
+        int | None, option("Processes that decode ahead; default: 1, with a GPU up to 8.", RUN, min=0, max=256)
     ] = None
     engine: Annotated[str | None, option("auto, packed, triton or graph; ray is short for --runner ray.", RUN)] = None
     runner: Annotated[str, option("local: this process; ray: a Ray cluster.", _RAY)] = "local"

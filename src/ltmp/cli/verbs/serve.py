@@ -32,7 +32,7 @@ class ServiceOptions:
     read_timeout: Annotated[float, option("Seconds a client has to send its request.", _LIMITS, min=0.1)] = 10.0
     timeout: Annotated[float, option("Seconds from a whole request to its answer.", _LIMITS, min=0.1)] = 30.0
     decode_timeout: Annotated[float, option("Seconds that decoding one image may take.", _LIMITS, min=0.1)] = 5.0
-    decoders: Annotated[int, option("Processes that decode.", _LIMITS, min=1)] = 2
+    decoders: Annotated[int, option("Processes that decode.", _LIMITS, min=1, max=256)] = 2
 
     def limits(self) -> Limits:
         """In bytes, pixels and seconds."""
