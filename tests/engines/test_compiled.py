@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import ltmp
@@ -50,6 +52,29 @@ def test_says_what_the_torch_form_says(variant: str, scores: str, runs: list[int
     assert_close(fast, plain, 1e-5, "logits")
     assert torch.equal(traced.sources[0], expected.sources[0])
     assert torch.equal(traced.blocks[0], expected.blocks[0])
+
+
+def operators(model: torch.nn.Module, image: Tensor) -> int:
+    """Calls of torch's operators, nested ones counted."""
+    model(image)
+    with profile(activities=[ProfilerActivity.CPU]) as calls:
+        model(image)
+    return len(calls.events())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("scores", SCORES)
+def test_few_operators_are_called_for_one_image(scores: str) -> None:
+    """Twelve blocks call fewer than 1,500, where plans in torch call some 7,000, and a grid hardly more."""
+    image = random_images(1)
+    model = ltmp.attach(tiny_vit(depth=12), ltmp.LTMPConfig(scores=scores))
+    model.ltmp.set_probe(make_probe(12) if model.ltmp.config.needs_probe else None)
+    model.ltmp.set([0.9] * 12, [0.01] * 12)
+    assert run_recorded(model, image)[1][0, -1] < 17
+    reduced = operators(model, image)
+    assert reduced < 1500
+    with ltmp.unmerge():
+        assert operators(model, image) < 1.1 * reduced
 
 
 @torch.inference_mode()

@@ -24,8 +24,8 @@ from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens, spread
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
-from ..ops.probe.reference import WIDTH
-from ..ops.scratch import Scratch, scratch
+from ..ops.probe.reference import EPS, WIDTH
+from ..ops.scratch import Scratch, both, scratch
 from .body import Body
 from .masked import finish
 from .onednn import halves, room, watched
@@ -193,7 +193,8 @@ def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, po
         q, k, v = q[:live], k[:live], v[:live]
     if positions is not None:
         q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
-    bias = policy.weight(i, torch.from_numpy(rows.size)).log() if rows.merged else None
+    weight = weights(policy, i, rows.size)
+    bias = torch.from_numpy(np.log(weight)) if rows.merged else None
     received = _zeros("received", live) if planned is not None and planned.needs.received else None
     attended = _zeros("attended", live) if planned is not None and planned.needs.attended else None
     signals = [None if found is None else found.tensor.as_strided((live,), (1,)) for found in (received, attended)]
@@ -203,9 +204,25 @@ def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, po
     x = x + half.out(y)
     if planned is not None:
         arrays = [None if found is None else found.array[:live] for found in (received, attended)]
-        rows = reduce_rows(policy, planned, replace(rows, x=x), k, *arrays)
+        rows = reduce_rows(policy, planned, replace(rows, x=x), k, weight, *arrays)
         x = rows.x
     return replace(rows, x=x + half.mlp(x))
+
+
+def weights(policy: Policy, block: int, size: Array) -> Array:
+    """`Policy.weight`."""
+    return size if policy.config.scores.size_power == 1 else size ** np.float32(policy.size_power(block))
+
+
+def _probed(weight: tuple[Tensor, Array], x: Tensor) -> Array:
+    """float32 [T, WIDTH + 2], `ops.probe.reference.probe` of features [T, C], valid until the next call."""
+    matrix, bias = weight
+    held = scratch("probe", len(x) * (WIDTH + 2))
+    normed = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
+    torch.mm(normed, matrix, out=held.tensor.as_strided((len(x), WIDTH + 2), (WIDTH + 2, 1)))
+    found = held.array[: len(x) * (WIDTH + 2)].reshape(len(x), WIDTH + 2)
+    found += bias
+    return found
 
 
 def _zeros(name: str, size: int) -> Scratch:
@@ -247,10 +264,15 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSteps:
-    """A block's steps, as arguments of the kernels."""
+    """A block's steps, as arguments of the kernels.
+
+    Attributes:
+        probe: its matrix [C, WIDTH + 2] and bias, where the scores ask for one.
+    """
 
     steps: Steps
     needs: Needs
+    probe: tuple[Tensor, Array] | None
 
 
 def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSteps | None]:
@@ -258,6 +280,7 @@ def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSte
     from ..ops.plan.numba import Steps
 
     config, merges, prunes = policy.config, _cuts(policy, "merge"), _cuts(policy, "prune")
+    probes = _probes(policy)
     found: list[BlockSteps | None] = []
     for i, (merge, prune) in enumerate(zip(merges, prunes, strict=True)):
         names = policy.steps(active, i)
@@ -266,8 +289,19 @@ def block_steps(policy: Policy, active: Active, protected: int) -> list[BlockSte
             continue
         order = ("merge" in names, "prune" in names, names[0] == "prune", config.scores.mutual)
         steps, needs = Steps(*order, merge, prune, protected, i), Needs.of(config.scores, config.steps, names)
-        found.append(BlockSteps(steps, needs))
+        found.append(BlockSteps(steps, needs, None if probes is None else probes[i]))
     return found
+
+
+def _probes(policy: Policy) -> list[tuple[Tensor, Array]] | None:
+    """The probe of each block, as `BlockSteps` has it; None where the scores ask for none."""
+    if not policy.config.needs_probe:
+        return None
+    assert isinstance(policy, Thresholds)
+    # complains where there is none
+    policy.probe_of(0)
+    assert policy.probe is not None
+    return list(zip(policy.probe[:, :-1].unbind(), policy.probe[:, -1].numpy(), strict=True))
 
 
 def _cuts(policy: Policy, step: str) -> list[Cut]:
@@ -291,27 +325,36 @@ def _cuts(policy: Policy, step: str) -> list[Cut]:
 
 
 def reduce_rows(
-    policy: Policy, block: BlockSteps, rows: LiveRows, k: Tensor, received: Array | None, attended: Array | None
+    policy: Policy,
+    block: BlockSteps,
+    rows: LiveRows,
+    k: Tensor,
+    weight: Array,
+    received: Array | None,
+    attended: Array | None,
 ) -> LiveRows:
     """Decide and fold: `method.reduction` on rows.
 
     Args:
         rows: with the features after attention.
         k: float32 [T, H, D], keys.
+        weight: float32 [T], what tokens count as in attention.
         received, attended: float32 [T], mean attention received and the class token's, where they are needed.
     """
     from ..ops.plan.numba import plan_rows
 
     steps = block.steps
-    read = policy.probed(steps.block, rows.x[: len(rows.size)])
-    importance, penalty = _weigh(policy, block, rows, received, attended, read)
+    live = len(rows.size)
+    read = None if block.probe is None else _probed(block.probe, rows.x[:live] if live < len(rows.x) else rows.x)
+    importance, penalty = _weigh(policy, block, rows, weight, received, attended, read)
     cosine = _similarities(policy.config.scores, steps, rows.counts, k, read) if steps.merges else _NOTHING
-    x, size, origin = torch.empty_like(rows.x), np.empty_like(rows.size), np.empty_like(rows.origin)
+    x, folded = both(*rows.x.shape)
+    size, origin = np.empty_like(rows.size), np.empty_like(rows.origin)
     counts, source = np.empty_like(rows.counts), rows.source.copy()
     dropped = None if rows.dropped is None else rows.dropped.ready(steps.block)
     left = plan_rows(
         rows.x.numpy(), rows.size, rows.origin, rows.counts, cosine, importance, penalty, steps, steps.whole,
-        x.numpy(), size, origin, counts, source, _UNASKED if dropped is None else dropped.values.numpy(),
+        folded, size, origin, counts, source, _UNASKED if dropped is None else dropped.values.numpy(),
     )  # fmt: skip
     kept = min(room(left, x.shape[1]), len(x))
     if left < kept:
@@ -324,9 +367,10 @@ def _weigh(
     policy: Policy,
     block: BlockSteps,
     rows: LiveRows,
+    weight: Array,
     received: Array | None,
     attended: Array | None,
-    read: Tensor | None,
+    read: Array | None,
 ) -> tuple[Array, Array]:
     """Importance and merge penalties, float32 [T], see `method.scores`; empty where no step needs them."""
     from ..ops.weigh.numba import weigh_rows
@@ -345,27 +389,28 @@ def _weigh(
     penalty = np.empty_like(rows.size) if needs.penalised else _NOTHING
     weigh_rows(
         _NOTHING if received is None else received, _NOTHING if attended is None else attended,
-        _UNREAD if read is None else read.numpy(), rows.size,
-        policy.weight(steps.block, torch.from_numpy(rows.size)).numpy(), rows.origin, rows.counts, steps.protected,
+        _UNREAD if read is None else read, rows.size, weight, rows.origin, rows.counts, steps.protected,
         np.float32(policy.class_power(steps.block)), (needs.probe_merges, needs.probe_prunes), blended, penalty,
     )  # fmt: skip
     return blended if needs.blended else importance, penalty
 
 
-def _similarities(scores: Scores, steps: Steps, counts: Array, k: Tensor, read: Tensor | None) -> Array:
+def _similarities(scores: Scores, steps: Steps, counts: Array, k: Tensor, read: Array | None) -> Array:
     """Cosines of tokens as `plan_rows` takes them: one product per image, so that no batch changes them."""
     from ..ops.match.numba import metric_rows
 
-    vectors, width, each_head = k, k.shape[-1], not scores.averages_keys
+    number, heads, width = k.shape
+    each_head = not scores.averages_keys
     if scores.probes_similarity:
         assert read is not None
-        vectors, width, each_head = read[:, None], WIDTH, False
-    number, heads, _ = vectors.shape
-    if vectors.stride(2) != 1 or (heads > 1 and vectors.stride(1) != width):
-        vectors = vectors.contiguous()
-    size, step = width * heads if each_head else width, vectors.stride(0)
+        heads, width, each_head, step, flat = 1, WIDTH, False, read.shape[1], read.reshape(-1)
+    else:
+        if k.stride(2) != 1 or (heads > 1 and k.stride(1) != width):
+            k = k.contiguous()
+        step = k.stride(0)
+        flat = k.as_strided(((number - 1) * step + heads * width,), (1,)).numpy()
+    size = width * heads if each_head else width
     metric = scratch("metric", number * size)
-    flat = vectors.as_strided(((number - 1) * step + heads * width,), (1,)).numpy()
     metric_rows(flat, step, heads, each_head, metric.array[: number * size].reshape(number, size))
     images = counts.tolist()
     pairs = [n * n if steps.whole else (n // 2) * (n - n // 2) for n in images]

@@ -33,3 +33,15 @@ def scratch(name: str, size: int) -> Scratch:
         with torch.inference_mode(False):
             held = _HELD.by_name[name] = Scratch(torch.from_numpy(array), array)
     return held
+
+
+_LINE = 16
+"""float32 values in a cache line, which rows should begin with."""
+
+
+def both(rows: int, width: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    """New float32 memory [rows, width] of any values, as both libraries see it."""
+    memory = np.empty(rows * width + _LINE, np.float32)
+    skip = -memory.ctypes.data // memory.itemsize % _LINE
+    array = memory[skip : skip + rows * width].reshape(rows, width)
+    return torch.from_numpy(array), array
