@@ -283,6 +283,7 @@ def test_the_base_model_is_built(hub, tmp_path, monkeypatch):
     with pytest.raises(LTMPError, match="was learned for"):
         ltmp.from_pretrained(REPO)
     how = {"weights": None, "pretrained": True, "num_classes": None, "image_size": 96, "model_kwargs": {}}
+    how["classifier"] = True
     assert asked == [("test_vit.r160_in1k", how)]
 
 

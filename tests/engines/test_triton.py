@@ -110,8 +110,12 @@ FOLLOWED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [*({"variant": v} for v in ("ltmp", "ltpm", "ltp")), *FOLLOWED.values()], ids=str)
-@pytest.mark.parametrize("host", list(HOSTS)[:4])
+@pytest.mark.parametrize(
+    ("host", "settings"),
+    [*((host, {}) for host in list(HOSTS)[:4]),
+     *zip([*HOSTS][:4] * 2, [{"variant": "ltpm"}, {"variant": "ltp"}, *FOLLOWED.values()], strict=False)],
+    ids=str,
+)  # fmt: skip
 def test_patches_are_followed_as_by_packed(host: str, settings: dict[str, Any]) -> None:
     """Grids, sources and trails, at exact and at fixed sizes."""
     images = random_images(3).to(DEVICE)

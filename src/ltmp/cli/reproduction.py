@@ -20,7 +20,7 @@ from .screen import part_of_another, say, tell
 
 
 @dataclass(frozen=True)
-class Part:
+class VerbCall:
     """A verb's call in a folder of its own, written down as `name` when it is done."""
 
     name: str
@@ -31,7 +31,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What is done with one model.
 
     Attributes:
@@ -42,12 +42,12 @@ class Plan:
     model: NamedModel
     folder: Path
     sizes: dict[float, int]
-    parts: list[Part]
+    parts: list[VerbCall]
     notes: list[str]
     time: str = ""
 
 
-def carry_out(plans: list[Plan], job: Run) -> None:
+def carry_out(plans: list[ModelPlan], job: Run) -> None:
     """Run the parts that are not done yet."""
     every = [(plan, part, f"{plan.folder.name}/{part.name}") for plan in plans for part in plan.parts]
     todo = [one for one in every if job.done(one[2]) is None]
@@ -66,7 +66,7 @@ def carry_out(plans: list[Plan], job: Run) -> None:
         job.finish(name, {"exit_code": code})
 
 
-def _rows(plan: Plan, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
+def _rows(plan: ModelPlan, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
     """What was measured, and what others published of the model."""
     name = plan.model.model
     found: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ WIDE = ("trained_share", "speedup")
 """What a terminal has no room for."""
 
 
-def report(plans: list[Plan], budgets: tuple[float, ...], out: Path, output: TableOptions) -> None:
+def report(plans: list[ModelPlan], budgets: tuple[float, ...], out: Path, output: TableOptions) -> None:
     """A table for each model and what is certified, on the screen and in the folder."""
     found = {plan.model.model: _rows(plan, budgets) for plan in plans}
     rows = [row for of_model in found.values() for row in of_model]

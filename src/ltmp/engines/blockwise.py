@@ -19,11 +19,12 @@ from ..calls import is_dense, recomputing, recording, tracing
 from ..errors import LTMPError
 from ..method.policy import Active
 from . import select
-from .body import Body, Stepping, running_engine
+from .body import Body, running_engine
 from .deferred import defer
 from .positions import positions_of
 from .segments import Segments
 from .state import Partway, Reduced
+from .steps import Stepping
 
 PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
 """Where calls of this thread say, after each block, which of the features [..., C] that they hand out are in the place

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from ..method.policy import Active, Policy
 from ..method.recipe import Recipe
 from .positions import Positions
 from .segments import Segments
-from .state import Partway, Reduced
+from .state import Reduced
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,22 +148,6 @@ Run = Callable[[Body, Tensor, Active, "Positions | None"], Reduced]
 
 Engine = Callable[[Body, Tensor, "Positions | None"], Reduced]
 """An engine that a caller brings: all blocks on [B, N, C], whichever steps it finds active."""
-
-
-@runtime_checkable
-class Stepping(Protocol):
-    """An engine that a caller brings, of blocks that a host takes one by one.
-
-    Attributes:
-        active: steps to run, where they have been read already.
-    """
-
-    active: Active | None
-
-    def start(
-        self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
-    ) -> Partway:
-        """[B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
 
 
 @dataclass(frozen=True)

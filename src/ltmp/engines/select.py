@@ -16,11 +16,11 @@ from ..method.rates import Rates
 from ..method.recipe import no_bias
 from ..method.thresholds import Thresholds
 from . import compiled, masked, packed, trial
-from .body import Body, Run, Stepping, running_engine
+from .body import Body, Run, running_engine
 from .positions import Positions
 from .segments import Segments
 from .state import Partway, Reduced
-from .steps import start_in_torch
+from .steps import Stepping, start_in_torch
 
 _CAPABILITY = (8, 0)
 """The least that the kernels are written for: Ampere, with bfloat16 and tf32."""

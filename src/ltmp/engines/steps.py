@@ -1,8 +1,9 @@
-"""The engines in plain torch, block by block."""
+"""Engines block by block: what one offers that a caller brings, and those in plain torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,23 @@ from . import masked, packed
 from .body import Body
 from .positions import Positions
 from .segments import Segments
-from .state import Reduced, State
+from .state import Partway, Reduced, State
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """An engine that a caller brings, of blocks that a host takes one by one.
+
+    Attributes:
+        active: steps to run, where they have been read already.
+    """
+
+    active: Active | None
+
+    def start(
+        self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
+    ) -> Partway:
+        """[B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class Counted:
     def start(
         self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
     ) -> InTriton:
-        """The same block by block, see `body.Stepping`."""
+        """The same block by block, see `steps.Stepping`."""
         found = start(body, x, active, positions, before, among, self.capacity)
         self.stats = found.batch.stats
         return found

@@ -17,6 +17,7 @@ from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..fingerprint import Seen
 from ..hosts.attach import attachment
+from ..method.paper import set_paper_start
 from ..method.thresholds import Thresholds
 from .answers import Distribution, Judge
 from .batches import Batch, apart, batch_size, described, first, stream, watched
@@ -245,7 +246,7 @@ class _Job:
     def _start(self) -> Candidate:
         """Thresholds to start from: calibrated and on budget, or the paper's."""
         if self.options.paper:
-            self.thresholds.set_paper_start()
+            set_paper_start(self.thresholds)
             return self.held_out.judged()
         # all of them are in memory at once, and 128 images have some 10,000 scores a block
         calibrate(self.model, self.images[:CALIBRATED], self.target)

@@ -96,11 +96,7 @@ class Thresholds(Policy):
         Raises:
             ValueError: the number of values is not the model's depth, or a value is not finite.
         """
-        new = {
-            name: torch.as_tensor(values, dtype=torch.float32)
-            for name, values in (("merge", merge), ("prune", prune))
-            if values is not None
-        }
+        new = {n: torch.as_tensor(v).float() for n, v in (("merge", merge), ("prune", prune)) if v is not None}
         for name, values in new.items():
             if values.shape != (self.depth,):
                 raise ValueError(
@@ -114,10 +110,6 @@ class Thresholds(Policy):
         for name, values in new.items():
             getattr(self, name).copy_(values)
         self.asked = None
-
-    def set_paper_start(self) -> None:
-        """Set the thresholds that the paper's training starts from: merge 0.9 and prune 0, for the variant's steps."""
-        self.set([0.9] * self.depth if "merge" in self.config.steps else None, [0.0] * self.depth)
 
     def set_dial(self, dial: Dial | None) -> None:
         """Set the dial, or remove it with None; the thresholds stay as they are until `set_budget`.
@@ -291,9 +283,7 @@ class Thresholds(Policy):
         exact, probe = {name: parameter.data for name, parameter in self.named_parameters()}, self.probe
         super()._apply(fn, recurse)
         if exact["merge"].is_meta and not self.merge.is_meta:
-            with torch.no_grad():
-                self.merge.fill_(1)
-                self.prune.fill_(0)
+            self.set([1.0] * self.depth, [0.0] * self.depth)
             self.set_probe(None)
             return self
         for name, parameter in self.named_parameters():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from ..hosts.attach import attach, is_attached, recipes, thresholds_of
+from ..method.paper import set_paper_start
 from ..method.recipe import Recipe
 from ..thresholdfile import SEED_KEY, split_seed_state
 from .prefixes import INFERENCE, PREFIXES
@@ -59,7 +60,7 @@ def _entrypoint(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, tau: float = LTMPConfig.tau, **kwargs: Any) -> nn.Module:
         model = attach(_build_host(name, pretrained, kwargs), LTMPConfig(variant=variant, tau=tau))
         thresholds = thresholds_of(model)
-        thresholds.set_paper_start()
+        set_paper_start(thresholds)
         if full.startswith(INFERENCE):
             # removes tokens for real from the start, whatever mode timm hands the model out in
             thresholds.eval()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...data import Loader
-    from ..reproduction import Part, Plan
+    from ..reproduction import ModelPlan, VerbCall
     from ..runs import Run
 
 MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
@@ -160,7 +160,7 @@ def reproduce_verb(
 
 def _planned(
     model: NamedModel, path: str, data: ReproducedData, options: ReproduceOptions, run: RunOptions, out: Path
-) -> Plan:
+) -> ModelPlan:
     """Check that every part can run, and list them."""
     from ... import attach
     from ...certification.statistics import binomial_p_value, least_images
@@ -168,7 +168,7 @@ def _planned(
     from ...hosts.attach import attachment
     from ...learning.budget import check_target
     from ...learning.calibrate import geometry_of
-    from ..reproduction import Plan
+    from ..reproduction import ModelPlan
 
     network = attach(model.build(model.model)).to(run.place).eval()
     learning, reporting = data.of(path).open_both(network, labelled=True, seed=0, check=True)
@@ -191,7 +191,7 @@ def _planned(
     folder = out / short_name(model.model)
     made = _parts(model, path, data, options, run, folder, sizes)
     time = _time(network, learning, reporting, options, run) if options.dry_run else ""
-    return Plan(model, folder, sizes, made if certified else made[:-1], notes, time)
+    return ModelPlan(model, folder, sizes, made if certified else made[:-1], notes, time)
 
 
 def _sizes(network: nn.Module, few: Any, budgets: tuple[float, ...]) -> dict[float, int]:
@@ -210,9 +210,9 @@ def _parts(
     run: RunOptions,
     folder: Path,
     sizes: dict[float, int],
-) -> list[Part]:
+) -> list[VerbCall]:
     """The commands, the certificate's last."""
-    from ..reproduction import Part
+    from ..reproduction import VerbCall
 
     shared = [*words(model), *words(replace(data, val=None)), *words(run)]
     learn = ["--data", path, *shared, "--no-eval", "--out"]
@@ -222,14 +222,14 @@ def _parts(
         return str(folder / part / "thresholds.safetensors")
 
     found = [
-        Part(f"paper-{budget:g}", ["learn", *learn, str(folder / f"paper-{budget:g}"), "--recipe", "paper",
+        VerbCall(f"paper-{budget:g}", ["learn", *learn, str(folder / f"paper-{budget:g}"), "--recipe", "paper",
                                    "--target", f"{budget:g}"])
         for budget in options.budgets
     ]  # fmt: skip
     dials = ["--low", str(LOW), "--high", str(HIGH), "--target", f"{options.budgets[0]:g}"]
     dials += ["--views", str(options.views), "--calibration", str(options.calibration)]
     found += [
-        Part(f"dial-{scores}", ["dial", *learn, str(folder / f"dial-{scores}"), "--scores", scores, *dials])
+        VerbCall(f"dial-{scores}", ["dial", *learn, str(folder / f"dial-{scores}"), "--scores", scores, *dials])
         for scores in ("paper", "best")
     ]
     for budget in options.budgets:
@@ -239,10 +239,10 @@ def _parts(
         how += [word for file in files for word in ("--thresholds", file)]
         how += ["--budget", f"{budget:g}", *([] if options.speed else ["--no-speed"])]
         found.append(
-            Part(f"compare-{budget:g}", ["compare", *report, *how, "--out", str(folder / f"compare-{budget:g}")])
+            VerbCall(f"compare-{budget:g}", ["compare", *report, *how, "--out", str(folder / f"compare-{budget:g}")])
         )
     level = ["--at-most", f"{options.certify:g}", "--no-speed", "--json", str(folder / "certificate.json")]
-    return [*found, Part("certify", ["certify", *report, "--thresholds", thresholds("dial-best"), *level])]
+    return [*found, VerbCall("certify", ["certify", *report, "--thresholds", thresholds("dial-best"), *level])]
 
 
 def _time(network: nn.Module, learning: Loader, reporting: Loader, options: ReproduceOptions, run: RunOptions) -> str:
@@ -257,7 +257,7 @@ def _time(network: nn.Module, learning: Loader, reporting: Loader, options: Repr
     return foretell_time(network, learning, run, passes=passes, reads=reads)
 
 
-def _foretell(plans: list[Plan], job: Run) -> None:
+def _foretell(plans: list[ModelPlan], job: Run) -> None:
     from ..screen import say
 
     for plan in plans:
