@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import assert_close, make_probe
 from ltmp.config import SCORES, VARIANTS, LTMPConfig, Scores
-from ltmp.engines.compiled import LiveRows, block_steps, reduce_rows, weights
+from ltmp.engines.compiled import LiveRows, block_steps, reduce_rows
 from ltmp.method.policy import Policy
 from ltmp.method.rates import Rates
 from ltmp.method.reduction import fold, make_plan
@@ -76,7 +76,7 @@ def check(batch: Batch, policy: Policy, protected: int, x: Tensor | None = None,
     plan = block_steps(policy, policy.active(), protected)[BLOCK]
     assert plan is not None
     sums = (None if t is None else batch.rows(t).numpy() for t in (received, attended))
-    found = reduce_rows(policy, plan, rows, k, weights(policy, BLOCK, size), *sums)
+    found = reduce_rows(policy, plan, rows, k, policy.weight(BLOCK, size), *sums)
 
     def live(values: Tensor) -> Tensor:
         return torch.cat([image[:n] for image, n in zip(values, left, strict=True)])
@@ -183,7 +183,7 @@ def test_an_image_is_reduced_alike_in_any_batch() -> None:
     def reduced(rows: slice, counts: list[int]) -> LiveRows:
         size, origin = batch.size[rows].numpy(), batch.origin[rows].long().numpy()
         state = LiveRows(x[rows], size, origin, torch.tensor(counts).numpy(), torch.empty(len(counts), 0).int().numpy())
-        return reduce_rows(policy, plan, state, k[rows], weights(policy, BLOCK, size), received[rows], None)
+        return reduce_rows(policy, plan, state, k[rows], policy.weight(BLOCK, size), received[rows], None)
 
     together = reduced(slice(batch.live), batch.counts)
     alone = [reduced(slice(a, a + n), [n]) for a, n in zip((0, 31, 39), batch.counts, strict=True)]

@@ -36,6 +36,7 @@ def _run(arguments: list[str]) -> int:
     if _started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
         raise UsageError(f"`{arguments[0]}` runs in one process: start it without torchrun")
     try:
+        # all that follows needs it; what else fails to import there is no missing extra
         import typer  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("typer", "cli", "The command line") from error

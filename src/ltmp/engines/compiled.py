@@ -30,7 +30,7 @@ from .body import Body
 from .masked import finish
 from .onednn import halves, room, watched
 from .positions import Positions
-from .rows import _first_rows, pad
+from .rows import first_rows, pad
 from .segments import Segments
 from .state import Dropped, Reduced, State
 
@@ -148,7 +148,7 @@ class InNumba:
     def unmerged(self) -> Tensor:
         rows = self.rows
         assert rows.dropped is not None
-        first = _first_rows(rows.counts.tolist(), rows.x.device)
+        first = first_rows(rows.counts.tolist(), rows.x.device)
         return spread(rows.x, first, torch.from_numpy(rows.source), rows.dropped.values)
 
     def reduced(self) -> Reduced:
@@ -193,7 +193,7 @@ def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, po
         q, k, v = q[:live], k[:live], v[:live]
     if positions is not None:
         q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
-    weight = weights(policy, i, rows.size)
+    weight: Array = policy.weight(i, rows.size)
     bias = torch.from_numpy(np.log(weight)) if rows.merged else None
     received = _zeros("received", live) if planned is not None and planned.needs.received else None
     attended = _zeros("attended", live) if planned is not None and planned.needs.attended else None
@@ -207,11 +207,6 @@ def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, po
         rows = reduce_rows(policy, planned, replace(rows, x=x), k, weight, *arrays)
         x = rows.x
     return replace(rows, x=x + half.mlp(x))
-
-
-def weights(policy: Policy, block: int, size: Array) -> Array:
-    """`Policy.weight`."""
-    return size if policy.config.scores.size_power == 1 else size ** np.float32(policy.size_power(block))
 
 
 def _probed(weight: tuple[Tensor, Array], x: Tensor) -> Array:

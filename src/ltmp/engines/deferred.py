@@ -43,6 +43,7 @@ class Deferred(Tensor):
         args, kwargs = tree_map(read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    # torch types it as a plain method, and calls it as a class method
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

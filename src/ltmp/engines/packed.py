@@ -17,7 +17,7 @@ from .body import Body
 from .masked import finish
 from .onednn import drops_images, halves
 from .positions import Positions
-from .rows import _first_rows, at_once, by_image, pad, rows
+from .rows import at_once, by_image, first_rows, pad, rows
 from .state import Reduced, State
 
 
@@ -57,7 +57,7 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         attended = None
         if thresholds.config.needs_class_attention:
             # only the class token's query is read
-            first = q[_first_rows(counts, x.device)][:, None]
+            first = q[first_rows(counts, x.device)][:, None]
             attended = attended_for(thresholds, i, first, pad(k, counts), tokens)
         received = None if received is None else pad(received, counts)
         to_images = partial(pad, counts=counts)
@@ -105,7 +105,7 @@ def _fold_rows(x: Tensor, counts: list[int], plan: BlockPlan) -> tuple[Tensor, T
         x [T', C], the state cut to the longest image, and the new counts.
     """
     left = [int(n) for n in plan.tokens.counts().tolist()]
-    first = _first_rows(counts, x.device)[:, None]
+    first = first_rows(counts, x.device)[:, None]
     live = plan.tokens.live
     old_row = (plan.order + first)[live]
     out = x.index_select(0, old_row)

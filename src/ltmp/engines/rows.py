@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..ops.norm.triton import Norm
 
 
-def _first_rows(counts: list[int], device: torch.device) -> Tensor:
+def first_rows(counts: list[int], device: torch.device) -> Tensor:
     """int64 [B], the row where each image begins."""
     number = torch.tensor(counts, device=device)
     return number.cumsum(0) - number
@@ -29,7 +29,7 @@ def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each packed row its image and its place in that image, int64 [T] both."""
     number = torch.tensor(counts, device=device)
     image = torch.repeat_interleave(torch.arange(len(counts), device=device), number, output_size=sum(counts))
-    return image, torch.arange(sum(counts), device=device) - _first_rows(counts, device)[image]
+    return image, torch.arange(sum(counts), device=device) - first_rows(counts, device)[image]
 
 
 def pad(values: Tensor, counts: list[int]) -> Tensor:

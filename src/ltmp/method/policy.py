@@ -103,8 +103,8 @@ class Policy(nn.Module, ABC):
         first = self.config.scores.size_power
         return first + (1 - first) * block / max(1, self.depth - 1)
 
-    def weight(self, block: int, size: Tensor) -> Tensor:
-        """Weight in `block`'s attention of tokens of these sizes; any shape."""
+    def weight(self, block: int, size: Any) -> Any:
+        """Weight in `block`'s attention of tokens of these sizes: a tensor or a NumPy array of any shape, as given."""
         return size if self.config.scores.size_power == 1 else size ** self.size_power(block)
 
     def class_power(self, block: int) -> float:
