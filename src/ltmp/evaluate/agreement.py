@@ -15,12 +15,20 @@ from ..engines.body import Body, running
 from ..engines.positions import Positions
 from ..engines.state import Reduced
 from ..hosts.attach import attachment
+from ..method.policy import Policy
 from ..method.reduction import make_plan
 from ..method.scores import attended_for, score
 from ..method.tokens import Tokens
 
 DECISIONS = 0.999
 """Share of decisions that must equal the reference's, block by block on the same inputs."""
+
+
+def under(policy: Policy, **settings: Any) -> Policy:
+    """A policy with the same thresholds, shared and not copied, that has other settings, such as its engine."""
+    other = copy.copy(policy)
+    other.config = replace(policy.config, **settings)
+    return other
 
 
 def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None]:
@@ -33,9 +41,7 @@ def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None
 
     body = attachment(model).body
     # in one pass through all blocks, whatever form the host gets
-    policy = copy.copy(body.policy)
-    policy.config = replace(policy.config, tokens="reduced")
-    with running(keep, body=replace(body, policy=policy)):
+    with running(keep, body=replace(body, policy=under(body.policy, tokens="reduced"))):
         model(images)
     return found[0]
 

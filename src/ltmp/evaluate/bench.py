@@ -21,7 +21,7 @@ from ..errors import LTMPError, UsageError, first_line
 from ..hosts.attach import attachment, detach
 from ..hosts.outputs import answers_in
 from ..method.policy import Policy
-from .agreement import DECISIONS, decisions_agree, entering
+from .agreement import DECISIONS, decisions_agree, entering, under
 from .compare import rates_for
 from .timing import Call, timed
 
@@ -82,13 +82,6 @@ class Other:
     run: Callable[[Any], Any]
     share: float | None
     prepared: Callable[[Tensor], Any] = lambda images: images
-
-
-def _under(policy: Policy, engine: str) -> Policy:
-    """A policy with the same thresholds, shared and not copied, that runs by a named engine."""
-    other = copy.copy(policy)
-    other.config = replace(policy.config, engine=engine)
-    return other
 
 
 class Bench:
@@ -167,7 +160,7 @@ class Bench:
 
     def _way(self, engine: str, policy: Policy | None = None) -> Call:
         """The model on a named engine, by its own policy or another one."""
-        body = replace(self.body, policy=_under(policy or self.body.policy, engine))
+        body = replace(self.body, policy=under(policy or self.body.policy, engine=engine))
 
         def call() -> Any:
             with running(body=body):
@@ -178,7 +171,7 @@ class Bench:
     def _graph_way(self, engine: str, policy: Policy | None = None) -> Call:
         from ..engines.graph import GraphedForward
 
-        body = replace(self.body, policy=_under(policy or self.body.policy, engine))
+        body = replace(self.body, policy=under(policy or self.body.policy, engine=engine))
         forward = GraphedForward(body)
 
         def call() -> Any:
@@ -240,7 +233,7 @@ class Bench:
 
     def _chose_dense(self) -> bool:
         """Whether `auto` found on this CPU that reduction does not pay."""
-        body = replace(self.body, policy=_under(self.body.policy, "auto"))
+        body = replace(self.body, policy=under(self.body.policy, engine="auto"))
         x = entering(self.model, self.images)[0]
         return trial.applies(body, x) and trial.chosen_dense(body, x)
 
@@ -260,7 +253,7 @@ class Bench:
         body, found = attachment(reduced).body, {}
         policies = {"reduced": body.policy} | ({} if self.fixed is None else {"fixed": self.fixed})
         for kind, policy in policies.items():
-            with running(body=replace(body, policy=_under(policy, "packed"))):
+            with running(body=replace(body, policy=under(policy, engine="packed"))):
                 found[kind] = answers_in(reduced(few))
         return {**found, "dense": answers_in(detach(reduced)(few))}
 

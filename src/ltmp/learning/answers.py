@@ -98,12 +98,12 @@ class Judge:
 NO_GRADIENTS = "this host runs its blocks without gradients, so that none reaches thresholds or tokens: {}"
 
 CLASSES = Judge()
-"""Those of a classifier."""
+"""Reads a classifier, whose answers exclude each other."""
 
 
 @torch.no_grad()
 def teacher(model: nn.Module, images: Images, judge: Judge = CLASSES) -> Tensor:
-    """Judge [B, ...] of the same model with nothing removed."""
+    """Answers [B, ...] of the same model with nothing removed."""
     with dense():
         return judge(model, images)
 
