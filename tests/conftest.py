@@ -56,6 +56,12 @@ def reduction_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_complaints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C the command line says nothing more to the end of the process, which in tests goes on."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+
+@pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
     """Each test reads the log as ever: `ltmp serve`, which a fixture may run, configures it, and libraries do."""
     logging.disable(logging.NOTSET)

@@ -91,6 +91,13 @@ def test_requests_that_nobody_meant_get_a_line_and_no_traceback(explorer, monkey
     assert "Traceback" not in said
 
 
+def test_sliders_leave_what_is_said_of_a_bad_file(explorer):
+    calls = {function.fn.__name__: function.fn for function in build_page(explorer).fns.values()}
+    unchanged = {"__type__": "update"}
+    assert calls["set_budget"](None, 0.6, 2) == unchanged
+    assert calls["set_block"](None, 2) == unchanged
+
+
 @pytest.fixture
 def served(explorer):
     page = build_page(explorer)
@@ -101,7 +108,7 @@ def served(explorer):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-def test_upload_slide_and_a_bad_file(served, pictures, tmp_path):
+def test_upload_slide_and_a_bad_file(served, explorer, pictures, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     pictures[0].save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -122,24 +129,21 @@ def test_upload_slide_and_a_bad_file(served, pictures, tmp_path):
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.goto(served)
         tab.set_input_files("#picture input[type=file]", tmp_path / "good.png")
-        tab.wait_for_function("document.querySelector('#figures')?.innerText.includes('costs')")
-        said, seen, left = set(), set(), None
-        for share in (0.7, 0.8, 0.9, 1.0, 0.65):
-            before = tab.inner_text("#figures")
+        opened, costs, left = explorer.open(tmp_path / "good.png"), set(), None
+        for share in (0.6, 0.7, 1.0, 0.65):
             number = tab.locator("#budget input[type=number]")
             number.fill(str(share))
             number.press("Enter")
-            tab.wait_for_function("old => document.querySelector('#figures').innerText != old", arg=before)
+            cost = _figures(explorer.look(opened, share)).splitlines()[0].replace("**", "").strip()
+            tab.wait_for_function("cost => document.querySelector('#figures')?.innerText.includes(cost)", arg=cost)
+            costs.add(cost)
             if share == 0.65:
                 # the numbers may come before their picture, which is another one than that of the dense model
                 another = "old => document.querySelector('#left img').getAttribute('src') != old"
                 tab.wait_for_function(another, arg=left)
             tab.wait_for_function("document.querySelector('#left img')?.complete")
             left = tab.get_attribute("#left img", "src")
-            seen.add(left)
-            said.add(tab.inner_text("#figures").split(";")[0])
-        assert len(said) >= 4
-        assert len(seen) >= 2
+        assert len(costs) >= 3
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         assert tab.locator("#blocks tr").count() == 4
         tab.set_input_files("#picture input[type=file]", tmp_path / "bad.png")

@@ -267,6 +267,48 @@ def test_quick_answers_import_no_torch(arguments, code):
     assert done.returncode == 0, done.stderr
 
 
+HALF_BUILT = """
+import sys
+from ltmp import cli
+
+class Thing:
+    def __init__(self):
+        {moment}
+        self.name = "built"
+    def __del__(self):
+        {later}
+        print("thrown away", self.name)
+
+def work(arguments):
+    Thing()
+    for _ in range(10**6):
+        pass
+    return 0
+
+cli._run = work
+sys.exit(cli.main({arguments}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "later", "arguments"),
+    [
+        ("raise KeyboardInterrupt", "pass", []),
+        ("pass", "raise KeyboardInterrupt", []),
+        ("raise KeyboardInterrupt", "pass", ["--debug"]),
+    ],
+    ids=["in a constructor", "forgotten by Python", "with --debug"],
+)
+def test_ctrl_c_at_any_moment_is_one_line(moment, later, arguments):
+    script = HALF_BUILT.format(moment=moment, later=later, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130
+    if arguments:
+        assert "has no attribute 'name'" in done.stderr
+    else:
+        assert done.stderr == "error: interrupted\n"
+
+
 def test_a_typo_is_answered_with_what_it_may_mean(capsys):
     assert main(["lern"]) == 2
     assert "Did you mean 'learn'" in error(capsys)

@@ -67,14 +67,15 @@ def build_page(explorer: Explorer) -> Any:
             return [None, None, None, message, *nothing[2:]]
         return [opened, *set_budget(opened, share, block)]
 
-    def set_budget(opened: Any, share: float, block: int) -> list[Any]:
+    def set_budget(opened: Any, share: float, block: int) -> Any:
         if opened is None:
-            return [None, *nothing]
+            # why there is nothing may be on the page
+            return gr.skip()
         look = explorer.look(opened, share)
         return [look, *_show(look, block), look.strip()]
 
-    def set_block(look: Look | None, block: int) -> list[Any]:
-        return nothing[:-1] if look is None else _show(look, block)
+    def set_block(look: Look | None, block: int) -> Any:
+        return gr.skip() if look is None else _show(look, block)
 
     def choose(event: Any) -> str:
         return str(event.value["image"]["path"])

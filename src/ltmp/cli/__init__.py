@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import LTMPError, MissingExtraError, UsageError
 from ..text import printable
@@ -12,16 +15,27 @@ from ..text import printable
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""
 
+INTERRUPTED = 130
+"""The exit code of Ctrl-C."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ltmp`; what can go wrong is told in one sentence, with a traceback only under --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    before, sys.unraisablehook = sys.unraisablehook, _tell_or_interrupt
+    code = _guarded(arguments)
+    if sys.unraisablehook is _tell_or_interrupt:
+        sys.unraisablehook = before
+    return code
+
+
+def _guarded(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except LTMPError as error:
         return _fail(str(error), error.exit_code, arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130, arguments)
+        return _fail("interrupted", INTERRUPTED, arguments)
     except BrokenPipeError:
         # whoever read our output has seen enough
         sys.stderr.close()
@@ -30,6 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename and error.strerror:
             return _fail(f"cannot use {error.filename}: {error.strerror}; choose another path", 1, arguments)
         return _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, arguments)
+
+
+def _tell_or_interrupt(told: Any) -> None:
+    """Python forgets a Ctrl-C that comes while something is thrown away: here it counts."""
+    if isinstance(told.exc_value, KeyboardInterrupt):
+        # after this hook, which nobody could interrupt either
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(told)
+
+
+def _tell_nothing(told: Any) -> None:
+    pass
 
 
 def _run(arguments: list[str]) -> int:
@@ -57,6 +84,9 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exc()
+    elif code == INTERRUPTED:
+        # what Ctrl-C left half built complains by tracebacks when it is thrown away, up to the end of the process
+        sys.unraisablehook = _tell_nothing
     print(f"error{_whose()}: {printable(message)}", file=sys.stderr)
     return code
 

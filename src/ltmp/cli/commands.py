@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
+from . import INTERRUPTED
 
 PANELS = {
     "Learn": ("learn", "dial"),
@@ -18,7 +19,6 @@ PANELS = {
     "Deploy": ("pack", "export", "serve", "predict", "push"),
 }
 VERBS = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
-INTERRUPTED = 130
 _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
 _STYLE["context_settings"] = {"help_option_names": ["-h", "--help"]}
 

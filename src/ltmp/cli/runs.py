@@ -18,6 +18,7 @@ from ..data import Loader
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, deployed, evaluate, measure, tables
 from ..files import atomic_path
+from . import INTERRUPTED
 from .options import RunOptions
 from .progress import progress_bar
 from .screen import tell
@@ -42,7 +43,7 @@ def report_skipped(skipped: dict[str, str]) -> None:
 class InterruptedRunError(LTMPError):
     """Stopped by Ctrl-C, with something to say about how to go on."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED
 
 
 ELSEWHERE = {"resume", "no_eval", "dry_run", "tuned_weights", "val", "budget", "workers", "device", "strict"}
