@@ -1,5 +1,8 @@
 """Errors meant for the user: one sentence that says what is wrong, what was expected and what to do."""
 
+INTERRUPTED = 130
+"""The exit code of Ctrl-C."""
+
 
 class LTMPError(Exception):
     """A failure the user can act on. The command line prints its message and exits with `exit_code`."""

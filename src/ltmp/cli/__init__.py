@@ -9,14 +9,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import LTMPError, MissingExtraError, UsageError
+from ..errors import INTERRUPTED, LTMPError, MissingExtraError, UsageError
 from ..text import printable
 
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""
-
-INTERRUPTED = 130
-"""The exit code of Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

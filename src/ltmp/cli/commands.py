@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
-from . import INTERRUPTED
+from ..errors import INTERRUPTED
 
 PANELS = {
     "Learn": ("learn", "dial"),

@@ -15,10 +15,9 @@ from torch import nn
 from .. import distributed
 from ..calls import record
 from ..data import Loader
-from ..errors import LTMPError, UsageError
+from ..errors import INTERRUPTED, LTMPError, UsageError
 from ..evaluate import Evaluation, deployed, evaluate, measure, tables
 from ..files import atomic_path
-from . import INTERRUPTED
 from .options import RunOptions
 from .progress import progress_bar
 from .screen import tell
