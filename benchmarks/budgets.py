@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--low", type=float, default=0.3)
     parser.add_argument("--views", type=int, default=9216)
-    parser.add_argument("--checked", type=int, default=3072)
+    parser.add_argument("--checked", type=int, default=2816)
     parser.add_argument("--scores", choices=SCORES, default="paper", help="what those below are if not said")
     parser.add_argument("--similarity")
     parser.add_argument("--matching")

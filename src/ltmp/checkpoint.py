@@ -280,7 +280,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
             )
         policy.config = config
         return
-    if file.config.scores != config.scores:
+    if file.config.scores not in config.scores.choices:
         raise LTMPError(
             f"{source} was learned with scores {file.config.scores}, but the model was attached with {config.scores}: "
             f"attach with LTMPConfig(scores={file.config.scores.name or file.config.scores!r})"
@@ -292,7 +292,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
         own.set_dial(file.dial)
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error
-    own.config = config
+    own.config = replace(config, scores=file.config.scores)
     own.asked = None if file.dial is None else file.metadata.get("budget")
     own.seen, own.certificate = file.seen, None
     # thresholds work without it, and whoever asks for it is told what is wrong

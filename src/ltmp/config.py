@@ -142,7 +142,16 @@ class Scores:
         return f"Scores({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
     def __str__(self) -> str:
-        return self.name or repr(self)
+        for name, scores in SCORES.items():
+            if replace(self, size_power=scores.size_power) == scores:
+                return name if self == scores else f"{name}, size_power={self.size_power:g}"
+        return repr(self)
+
+    @property
+    def choices(self) -> tuple[Scores, ...]:
+        """These and what a dial or learning may choose instead: named ones leave open what merged tokens count as."""
+        proportional = replace(self, size_power=1.0)
+        return (self, proportional) if self.name is not None and self != proportional else (self,)
 
     @property
     def averages_keys(self) -> bool:

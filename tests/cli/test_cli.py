@@ -148,7 +148,7 @@ def test_a_tuned_model_is_written_beside_its_thresholds(ltmp, images, weights, t
     learned = json.loads((out / "learn.json").read_text())
     assert learned["weights"] == str(out / "model.safetensors")
     kept = learned["tuned"] == parts
-    assert ("it keeps the weights it had" in capsys.readouterr().err.replace("\n", " ")) == (not kept)
+    assert ("the model keeps the weights it had" in capsys.readouterr().err.replace("\n", " ")) == (not kept)
     assert {"top1", "top1_dense", "top1_dense_tuned"} <= learned.keys()
     before, after = (package.checkpoint.read_state_dict(file) for file in (weights, out / "model.safetensors"))
     assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}

@@ -29,7 +29,7 @@ def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
     told = json.loads((tmp_path / "d.json").read_text())
     assert [row["budget"] for row in told["budgets"]] == [0.72, 0.78]
     assert all(abs(row["share"] - row["budget"]) < 0.1 and "top1" in row for row in told["budgets"])
-    assert file.metadata["views"] == told["views"] == 6 * (1 + 3)
+    assert file.metadata["views"] == told["views"] == 6 * (1 + 6 + 3)
     # the file goes on to the verbs that run it
     assert ltmp("eval", "--data", images, "--thresholds", path, "--no-speed", "--budget", 0.8) == 0
     assert not path.with_name("run.pt").exists()

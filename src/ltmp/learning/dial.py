@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,17 +18,17 @@ from ..distributed import exchange, rank
 from ..fingerprint import Seen
 from ..hosts.attach import attachment, thresholds_of
 from ..method.dial import Dial, keep_on
-from .answers import Distribution, Judge, teacher
+from .answers import Distribution, Judge
 from .batches import described, first, pair, watched
 from .budget import check_target
-from .calibrate import follow, geometry_of
+from .fit import JUDGED, PASSES, Calibrated, Calibrator
 from .inputs import Images, call, pixels_of
 from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
 from .progress import Progress, telling
 from .randomness import preserved_random_state
 from .resume import restoring
-from .schedule import Shape, searched, usual
+from .schedule import Shape, searched
 from .search import POPULATION, evolve
 
 if TYPE_CHECKING:
@@ -38,13 +36,6 @@ if TYPE_CHECKING:
 
 ANCHORS = 3
 """Budgets that shapes are searched at; between them they are mixed, and beyond them move as the usual one does."""
-
-SEARCHED = 128
-"""Images that a shape is judged on."""
-
-CLOSE = 7.0
-"""How much the logarithm of the divergence's root falls when the share grows by 1, about: corrects what shapes that
-cost a little more or less than asked are judged by."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class DialResult:
     Attributes:
         divergence: [K], at each of the dial's shares: the mean root of an image's divergence from the dense model's
             answer, on the images that the dial is made of.
-        shapes: at each share that was searched.
+        shapes: how removal is spread over the blocks at `ANCHORS` shares.
         views: images looked at.
         seconds: wall time of this process.
         distribution: how answers are compared, see `ltmp.learning.Distribution`.
@@ -78,18 +69,19 @@ def learn_dial(
 ) -> DialResult:
     """Learn thresholds for every FLOPs share from `low` to `high`; `model.ltmp.set_budget(0.55)` then picks.
 
-    Needs images and no labels, forward passes and no gradients. At `ANCHORS` budgets it searches how removal is best
-    spread over the blocks, judged by how far answers are from the dense model's; then thresholds are calibrated for
-    `knots` budgets on the same images, and each row of the dial says what these cost, corrected by what more images
-    cost at those few budgets: the mean share of 512 photographs varies by about 0.004.
+    Needs images and no labels, forward passes and no gradients. The images first settle what `ltmp.learning.fit` says:
+    whether pruning pays, and, where scores were named, what merged tokens count as. At `ANCHORS` budgets it searches
+    how removal is best spread over the blocks, judged by how far answers are from the dense model's; then thresholds
+    are calibrated for `knots` budgets on the same images, and each row of the dial says what these cost, corrected by
+    what more images cost at those few budgets: the mean share of 512 photographs varies by about 0.004.
 
     Args:
         model: attached, with learned thresholds; left in eval mode on `device`.
         loader: batches as `ltmp.learn` takes them, labels or not; the first `calibration` images are used.
         low, high: ends of the dial, shares of the dense model's multiply-adds.
         knots: rows of the dial.
-        views: images to search on, in passes over `SEARCHED` at a time; 0 takes the usual shapes. The table adds
-            `(knots + 2 * ANCHORS + 1) * calibration + ANCHORS * checked` at most, and a probe `PROBED`.
+        views: images to search on, in passes over `JUDGED` at a time; 0 searches nothing. `most_views` says how many
+            images the rest looks at, and a probe adds `PROBED`.
         calibration: images to make the table from.
         checked: images, beginning with these, that say what the dial costs; no more than there are.
         seed: of the search.
@@ -144,7 +136,7 @@ def _search(
     maker: _Maker, loader: Any, low: float, high: float, options: DialOptions, checked: int
 ) -> dict[float, Shape]:
     """A shape for each anchor that has none in a saved run; each is saved when it is found."""
-    thresholds, count = thresholds_of(maker.model), len(maker.images)
+    thresholds, count, anchors = thresholds_of(maker.model), len(maker.images), anchors_of(low, high)
     settings = {"dial": [low, high], "views": options.views, "calibrate": count, "seed": options.seed,
                 "depth": thresholds.depth, "variant": thresholds.config.variant,
                 **asdict(thresholds.config.scores), **options.subject(maker.model, loader, maker.images)}  # fmt: skip
@@ -153,17 +145,27 @@ def _search(
         shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
         maker.views += int(state["views"])
     probed = min(PROBED, count) if thresholds.config.needs_probe else 0
-    generation = POPULATION * min(SEARCHED, count)
+    generation = POPULATION * min(JUDGED, count)
     generations = round(options.views / ANCHORS / generation)
     chosen = ANCHORS * (generations * generation + 2 * count) if generations else 0
-    maker.expected = probed + chosen + (options.knots + 1) * count + ANCHORS * checked
-    for i, share in enumerate(anchors_of(low, high)):
-        if generations and share not in shapes:
+    judged = maker.passes(ANCHORS) * min(JUDGED, count)
+    maker.expected = probed + judged + chosen + (options.knots + 1) * count + ANCHORS * checked
+    starts = maker.fit(anchors)
+    if not generations:
+        return starts
+    for i, share in enumerate(anchors):
+        if share not in shapes:
             generator = torch.Generator().manual_seed(options.seed * ANCHORS + i)
-            shapes[share] = maker.search(share, generations, generator)
+            shapes[share] = maker.search(starts[share], share, generations, generator)
             found = {at: asdict(shape) for at, shape in shapes.items()}
             options.save(settings, {"shapes": found, "views": maker.views})
     return shapes
+
+
+def most_views(options: DialOptions, images: int) -> int:
+    """Images looked at for a dial at most, where there are so many; without a probe."""
+    table = (options.knots + 2 * ANCHORS + 1) * options.calibration
+    return options.views + table + ANCHORS * (min(options.checked, images) + PASSES * JUDGED)
 
 
 def anchors_of(low: float, high: float) -> list[float]:
@@ -171,39 +173,20 @@ def anchors_of(low: float, high: float) -> list[float]:
     return [low + (high - low) * ((i + 0.5) / ANCHORS) ** 1.5 for i in range(ANCHORS)]
 
 
-@dataclass(frozen=True)
-class _Calibrated:
-    """Calibrated thresholds [L] and what they did to the images that they were calibrated on.
-
-    Attributes:
-        share: mean; kept: mean tokens after each block [L].
-        divergence: its root on average, which single images sway less than the divergence itself.
-    """
-
-    share: float
-    divergence: float
-    merge: Tensor
-    prune: Tensor
-    kept: Tensor
-
-
-class _Maker:
+class _Maker(Calibrator):
     """An attached model, the images that its dial is made of, and the dense model's answers to them."""
 
     def __init__(self, model: nn.Module, images: Images, options: DialOptions, progress: Progress | None) -> None:
-        self.model, self.images, self.amp, self.progress = model, images, options.amp, progress
-        self.judge = Judge.of(model, images[:1], loss=options.loss)
-        self.geometry = geometry_of(model, images)
-        self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
-        self.views = self.expected = 0
+        self.amp, self.progress, self.expected = options.amp, progress, 0
+        judge, probed = Judge.of(model, images[:1], loss=options.loss), 0
         # again where there is one: a run is of its own images alone, resumed or not
         if thresholds_of(model).config.needs_probe:
-            self.views = learn_probe(model, images, amp=self.amp, judge=self.judge, progress=progress)
-        self.answers = torch.cat([teacher(model, part, self.judge) for part in images.split(SEARCHED)])
-        self._looked(len(images), "reading the dense model's answers")
+            probed = learn_probe(model, images, amp=self.amp, judge=judge, progress=progress)
+        super().__init__(model, images, judge)
+        self.views += probed
 
-    def _looked(self, images: int, text: str) -> None:
-        self.views += images
+    def looked(self, images: int, text: str) -> None:
+        super().looked(images, text)
         if self.progress is not None and self.expected:
             self.progress(min(self.views, self.expected), self.expected, text)
 
@@ -212,45 +195,29 @@ class _Maker:
         if self.progress is not None:
             self.progress(self.expected, self.expected, "the dial is made")
 
-    @torch.inference_mode()
-    def run(self, shape: Shape, share: float, part: slice, text: str) -> _Calibrated:
-        """Calibrate on some of the images."""
-        own = thresholds_of(self.model)
-        with record() as calls:
-            answers = follow(self.model, self.images[part], shape, share, self.geometry, self.judge)
-        self._looked(len(answers), text)
-        divergence = self.judge.divergence(answers, self.answers[part]).clamp_min(0).sqrt().mean()
-        values = (own.merge.detach().clone(), own.prune.detach().clone())
-        return _Calibrated(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
-
-    def score(self, shape: Shape, share: float, part: slice) -> float:
-        """The lower the better: the divergence, corrected for what the shape cost more or less than asked."""
-        row = self.run(shape, share, part, f"searching at {share:.2f}")
-        return math.log(max(row.divergence, 1e-9)) + CLOSE * (row.share - share)
-
-    def search(self, share: float, generations: int, generator: torch.Generator) -> Shape:
-        """The usual shape for a share, or a better one where evolution finds it."""
+    def search(self, start: Shape, share: float, generations: int, generator: torch.Generator) -> Shape:
+        """`start`, or a better shape for a share where evolution finds one."""
         whole = slice(0, len(self.images))
-        count = max(1, len(self.images) // SEARCHED)
+        count = max(1, len(self.images) // JUDGED)
         asked = 0
 
         def judge(shape: Shape) -> float:
             # a generation is judged on the same images, the next one on others
             nonlocal asked
-            at = asked // POPULATION % count * SEARCHED
+            at = asked // POPULATION % count * JUDGED
             asked += 1
-            return self.score(shape, share, slice(at, at + SEARCHED))
+            return self.score(shape, share, slice(at, at + JUDGED))
 
         device = self.images.device.type
         with torch.autocast(device, self.amp) if self.amp is not None else nullcontext():
-            found = evolve(judge, self.usual(share), generations, generator)
+            found = evolve(judge, start, generations, generator)
             # ranks on unlike hardware may round unlike
             found = Shape(*exchange(astuple(found))[0])
-            return min((self.usual(share), found), key=lambda shape: self.score(shape, share, whole))
+            return min((start, found), key=lambda shape: self.score(shape, share, whole))
 
     def table(self, shares: list[float], shapes: dict[float, Shape]) -> tuple[Dial, list[float]]:
         """A dial with a row near each of `shares`, and each row's divergence."""
-        rows: list[_Calibrated] = []
+        rows: list[Calibrated] = []
         for share in shares:
             row = self.run(searched(self.usual, shapes, share), share, slice(0, len(self.images)), "calibrating")
             # few images leave neighbours in the wrong order
@@ -283,7 +250,7 @@ class _Maker:
                 with record() as calls:
                     call(self.model, batch)
                 cost[i] += calls.share().double().sum().cpu()
-                self._looked(len(batch), "checking what it costs")
+                self.looked(len(batch), "checking what it costs")
             seen += len(batch)
             if seen >= images:
                 break

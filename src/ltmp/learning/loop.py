@@ -22,7 +22,8 @@ from ..method.thresholds import Thresholds
 from .answers import Distribution, Judge
 from .batches import Batch, apart, batch_size, described, first, stream, watched
 from .budget import check_target
-from .calibrate import calibrate, geometry_of
+from .calibrate import geometry_of
+from .fit import Calibrator
 from .heldout import Candidate, HeldOut
 from .inputs import pixels_of
 from .log import Journal
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CALIBRATED = 128
-"""Images that the calibrated start is taken from; the budget is met on all that are kept apart."""
+"""Images that the calibrated start is taken from: all of them are in memory at once, and have some 10,000 scores a
+block. The budget is met on all that are kept apart."""
 
 
 _LEARNED_WITH = ("recipe", "views", "accumulate", "lr", "distill", "budget_weight")
@@ -181,6 +183,10 @@ class _Job:
         self.probed = (
             learn_probe(model, self.images, amp=options.amp, judge=self.judge, progress=progress) if asked else 0
         )
+        # a checkpoint is of the scores that were given
+        self.scores = self.thresholds.config.scores
+        self.calibrator = None if options.paper else Calibrator(model, self.images[:CALIBRATED], self.judge)
+        self.shape = self.calibrator.fit([target])[target] if self.calibrator is not None else None
         self.batch = batch_size(loader)
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
@@ -213,7 +219,7 @@ class _Job:
             "calibrate": len(self.images),
             "seed": options.seed,
             "variant": config.variant,
-            "scores": asdict(config.scores),
+            "scores": asdict(self.scores),
             "depth": self.thresholds.depth,
             "tuning": asdict(options.tuning) if options.tuning else None,
             **self.subject,
@@ -245,11 +251,10 @@ class _Job:
 
     def _start(self) -> Candidate:
         """Thresholds to start from: calibrated and on budget, or the paper's."""
-        if self.options.paper:
+        if self.calibrator is None or self.shape is None:
             set_paper_start(self.thresholds)
             return self.held_out.judged()
-        # all of them are in memory at once, and 128 images have some 10,000 scores a block
-        calibrate(self.model, self.images[:CALIBRATED], self.target)
+        self.calibrator.run(self.shape, self.target, slice(None), "calibrating")
         # ranks on unlike hardware may round unlike
         self.thresholds.set(*exchange((self.thresholds.merge.tolist(), self.thresholds.prune.tolist()))[0])
         return self.held_out.candidate(self.target)
@@ -318,7 +323,8 @@ class _Job:
             self.journal.deployed(self.run.steps + 1, best)
         for keys in exchange(self.seen.keys):
             self.seen.add_keys(keys)
-        seen = len(self.run.history) * self.views_a_step + len(self.images) * (1 + looks) + self.probed
+        calibrated = 0 if self.calibrator is None else self.calibrator.views
+        seen = len(self.run.history) * self.views_a_step + len(self.images) * looks + calibrated + self.probed
         stayed = self.options.tuning is not None and best is not self.run.start
         note(
             self.model,

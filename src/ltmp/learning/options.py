@@ -153,7 +153,7 @@ class DialOptions(LoopOptions):
 
     views: int = 9_000
     knots: int = 14
-    checked: int = 3072
+    checked: int = 2816
 
     def check(self, low: float, high: float) -> None:
         """Refuse what makes no dial from `low` to `high`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ..method.flops import Geometry, flops_share
 
 MOST = 0.8 * math.log(2)
 """Highest merge rate. At most half of the tokens, rate log 2, can merge, each into its partner."""
+
+NEVER = -30.0
+"""Logarithm of a rate that removes nothing; not infinite, so that shapes can be mixed."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Shape:
         if last_free and "prune" in steps:
             merge[-1], prune[-1] = 0.0, math.inf
         return Schedule(merge, prune)
+
+    def without_pruning(self) -> Shape:
+        """The same merging, and next to no pruning."""
+        return replace(self, prune_level=NEVER)
 
     def plus(self, other: Shape, times: float = 1.0) -> Shape:
         """The sum with `times` the numbers of `other`."""

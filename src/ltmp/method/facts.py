@@ -9,7 +9,7 @@ def policy_facts(policy: Any) -> dict[str, Any]:
     """Settings, what was noted of target and share, and a dial's range, budget and mean tokens after each block."""
     config, noted = policy.config, None if policy.noted is None else policy.noted.held(policy)
     known = {
-        **({"r": config.r} if config.method.fixed else {"scores": config.scores.name or "custom"}),
+        **({"r": config.r} if config.method.fixed else {"scores": str(config.scores)}),
         "depth": policy.depth,
         "target": noted and noted.target,
         "share": noted and noted.share,

@@ -181,6 +181,8 @@ def _foretell(
     network: nn.Module, loader: Loader, checking: Loader | None, options: DialStage, run: RunOptions, job: Run
 ) -> None:
     """Say what would be done, and how long it takes about."""
+    from ...learning.dial import most_views
+    from ...learning.options import DialOptions
     from ..runs import foretell_time
     from ..screen import say
 
@@ -192,14 +194,10 @@ def _foretell(
     )
     say(f"would report accuracy at {budgets} budgets on {checked:,} images" if checked else "would report no accuracy")
     say(f"would write {job.thresholds}")
-    # the table, three shapes judged twice on its images, and what three budgets cost on more images
-    made = (options.knots + 7) * options.calibration + 3 * min(3072, loader.images)
-    passes = options.views + made + checked * (1 + budgets)
-    say(
-        foretell_time(
-            network, loader, run, passes=passes, reads=options.calibration + min(3072, loader.images) + checked
-        )
-    )
+    settings = DialOptions(views=options.views, knots=options.knots, calibration=options.calibration)
+    passes = most_views(settings, loader.images) + checked * (1 + budgets)
+    reads = options.calibration + min(settings.checked, loader.images) + checked
+    say(foretell_time(network, loader, run, passes=passes, reads=reads))
 
 
 def _reported(

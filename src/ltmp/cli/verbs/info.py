@@ -44,6 +44,7 @@ def _describe_file(file: ThresholdFile) -> dict[str, Any]:
         **reach,
         **certified,
         "variant": file.config.variant,
+        **({} if file.config.method.fixed else {"scores": str(file.config.scores)}),
         "merge": [round(value, 6) for value in file.merge.tolist()],
         "prune": [round(value, 8) for value in file.prune.tolist()],
     }

@@ -247,13 +247,16 @@ def _parts(
 
 def _time(network: nn.Module, learning: Loader, reporting: Loader, options: ReproduceOptions, run: RunOptions) -> str:
     """About how long one model takes."""
+    from ...learning.dial import most_views
+    from ...learning.options import DialOptions
     from ..runs import foretell_time
 
     budgets = len(options.budgets)
-    dial = options.views + 21 * options.calibration + 3 * min(3072, learning.images)
+    settings = DialOptions(views=options.views, calibration=options.calibration)
+    dial = most_views(settings, learning.images)
     # a step of the paper's recipe costs a pass forwards and about two backwards
     passes = 3 * budgets * learning.images + 2 * dial + reporting.images * (6 * budgets + 6)
-    reads = budgets * learning.images + 2 * 3072 + reporting.images * (budgets + 1)
+    reads = budgets * learning.images + 2 * settings.checked + reporting.images * (budgets + 1)
     return foretell_time(network, learning, run, passes=passes, reads=reads)
 
 
