@@ -101,6 +101,23 @@ class Case:
         change(self.packed)
 
 
+def test_other_scores_are_recorded_anew() -> None:
+    case = Case(depth=3)
+    for _ in range(2):
+        case.check(4)
+
+    def count_for_less(model: Any) -> None:
+        config = model.ltmp.config
+        model.ltmp.config = replace(config, scores=replace(config.scores, size_power=0.2))
+
+    before = run_recorded(case.packed, images_of(4))[0]
+    case.follow(count_for_less)
+    assert not torch.allclose(run_recorded(case.packed, images_of(4))[0], before, atol=1e-4)
+    for _ in range(2):
+        case.check(4)
+    assert case.recorder.recorded == 2
+
+
 def test_second_batch_of_a_size_is_recorded_and_later_ones_replayed() -> None:
     case = Case()
     for seed in range(4):

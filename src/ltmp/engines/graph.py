@@ -221,7 +221,8 @@ class GraphedForward:
     def _run(self, images: Tensor) -> Any:
         policy, traced = self.body.policy, tracing()
         level = Level.of(policy)
-        asked = (self.body.grid, traced and traced.every_block)
+        # learning may change scores, too
+        asked = (policy.config.scores, self.body.grid, traced and traced.every_block)
         key = (len(images), images.shape[1:], images.dtype, images.device, level.top, weakref.ref(policy), *asked)
         own = self._recorded.get(key)
         graph = own or self._larger(key)
