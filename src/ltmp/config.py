@@ -142,10 +142,8 @@ class Scores:
         return f"Scores({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
     def __str__(self) -> str:
-        for name, scores in SCORES.items():
-            if replace(self, size_power=scores.size_power) == scores:
-                return name if self == scores else f"{name}, size_power={self.size_power:g}"
-        return repr(self)
+        named = {replace(scores, size_power=self.size_power): name for name, scores in SCORES.items()}
+        return self.name or (f"{named[self]}, size_power={self.size_power:g}" if self in named else repr(self))
 
     @property
     def choices(self) -> tuple[Scores, ...]:
@@ -174,23 +172,13 @@ class Scores:
         return self.matching == "mutual"
 
     @property
-    def paper_matching(self) -> bool:
-        """Whether merging needs nothing but mean keys and bipartite matching, for which there is one fused kernel."""
-        return self.averages_keys and not self.mutual
-
-    @property
-    def uses_received(self) -> bool:
-        """Whether the attention that a token receives is part of its importance."""
-        return self.importance in IMPORTANCES
-
-    @property
     def blends_class_attention(self) -> bool:
         """Whether `class_power` mixes class-token attention into the importance."""
         return self.importance == "received"
 
     def needs_received(self, steps: tuple[str, ...]) -> bool:
         """Whether these steps of a block need the attention that each token receives."""
-        return "prune" in steps and self.uses_received
+        return "prune" in steps and self.importance in IMPORTANCES
 
     def needs_class_attention(self, steps: tuple[str, ...]) -> bool:
         """Whether these steps need the class token's attention, so that the model must have a class token."""

@@ -24,7 +24,8 @@ from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens, spread
 from ..ops.attend.rows import attend_images
 from ..ops.compiled import unavailable
-from ..ops.probe.reference import EPS, WIDTH
+from ..ops.probe.reference import WIDTH
+from ..ops.probe.rows import probe_rows
 from ..ops.scratch import Scratch, both, scratch
 from .body import Body
 from .masked import finish
@@ -209,17 +210,6 @@ def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, po
     return replace(rows, x=x + half.mlp(x))
 
 
-def _probed(weight: tuple[Tensor, Array], x: Tensor) -> Array:
-    """float32 [T, WIDTH + 2], `ops.probe.reference.probe` of features [T, C], valid until the next call."""
-    matrix, bias = weight
-    held = scratch("probe", len(x) * (WIDTH + 2))
-    normed = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
-    torch.mm(normed, matrix, out=held.tensor.as_strided((len(x), WIDTH + 2), (WIDTH + 2, 1)))
-    found = held.array[: len(x) * (WIDTH + 2)].reshape(len(x), WIDTH + 2)
-    found += bias
-    return found
-
-
 def _zeros(name: str, size: int) -> Scratch:
     """Scratch memory whose first `size` values are 0."""
     found = scratch(name, size)
@@ -340,7 +330,7 @@ def reduce_rows(
 
     steps = block.steps
     live = len(rows.size)
-    read = None if block.probe is None else _probed(block.probe, rows.x[:live] if live < len(rows.x) else rows.x)
+    read = None if block.probe is None else probe_rows(*block.probe, rows.x[:live] if live < len(rows.x) else rows.x)
     importance, penalty = _weigh(policy, block, rows, weight, received, attended, read)
     cosine = _similarities(policy.config.scores, steps, rows.counts, k, read) if steps.merges else _NOTHING
     x, folded = both(*rows.x.shape)

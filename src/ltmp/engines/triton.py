@@ -371,17 +371,17 @@ class Pass:
         stats: Tensor, room: int | None = None, penalty: Tensor | None = None,
     ) -> tuple[RowPlan, reduction.BlockPlan | None]:  # fmt: skip
         """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
-        policy, protected, config = self.policy, self.body.protected, self.policy.config
+        policy, protected, scores = self.policy, self.body.protected, self.policy.config.scores
         if not isinstance(policy, Thresholds) or policy.bounded:
             return plan_rows(policy, i, steps, rows, q, k, keys, received, protected, stats, room, penalty)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
         found = None
-        if merge is not None and (not config.scores.paper_matching or penalty is not None):
-            if config.scores.averages_keys:
+        # mean keys of even and odd tokens have one fused kernel
+        if merge is not None and (scores.mutual or not scores.averages_keys or penalty is not None):
+            if scores.averages_keys:
                 keys = similarity_metric(keys, rows.cu)
-            mutual = config.scores.mutual
-            found = candidates(keys, rows.origin, rows.cu, rows.longest, protected, mutual, penalty)
+            found = candidates(keys, rows.origin, rows.cu, rows.longest, protected, scores.mutual, penalty)
         done = plan(
             keys, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room, found
         )

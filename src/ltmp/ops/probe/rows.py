@@ -1,0 +1,30 @@
+"""The probe of packed rows on a CPU in float32; see `reference.probe`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..scratch import scratch
+from .reference import EPS, WIDTH
+
+
+def probe_rows(weight: Tensor, bias: np.ndarray[Any, Any], x: Tensor) -> np.ndarray[Any, Any]:
+    """Apply a block's probe to features [T, C].
+
+    Args:
+        weight: float32 [C, WIDTH + 2]; bias: float32 [WIDTH + 2].
+
+    Returns:
+        float32 [T, WIDTH + 2], valid until this thread's next call.
+    """
+    size = len(x) * (WIDTH + 2)
+    held = scratch("probe", size)
+    normed = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
+    torch.mm(normed, weight, out=held.tensor.as_strided((len(x), WIDTH + 2), (WIDTH + 2, 1)))
+    found = held.array[:size].reshape(len(x), WIDTH + 2)
+    found += bias
+    return found
