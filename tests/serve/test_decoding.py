@@ -106,11 +106,11 @@ def test_stopping_waits_for_nobody():
 
 def test_processes_hold_no_connection_of_clients(deployment):
     here, there = socket.socketpair()
-    decoders = Decoders(partial(prepare, deployment.transform, deployment.mode, 10**6), 1, timeout=5)
+    decoders = Decoders(partial(prepare, deployment.transform, deployment.mode, 10**6), 1, timeout=30)
     decoders.start()
-    assert asyncio.run(decoders.decode(picture(), time.monotonic() + 5)).shape == (3, 16, 16)
+    assert asyncio.run(decoders.decode(picture(), time.monotonic() + 30)).shape == (3, 16, 16)
     there.close()
-    here.settimeout(2)
+    here.settimeout(30)
     assert here.recv(1) == b""
     decoders.stop()
 
@@ -139,7 +139,7 @@ def test_a_service_that_is_stopped_gives_decoding_seconds_not_minutes(deployment
                 time.sleep(0.01)
             start = time.perf_counter()
         assert time.perf_counter() - start < 5
-        assert [one.result(5) for one in sent] == [504, 504]
+        assert [one.result(30) for one in sent] == [504, 504]
 
 
 def sleepy(transform, image):

@@ -59,7 +59,7 @@ def wait_until(condition, seconds: float = 10.0) -> None:
 
 
 def still_fine(address) -> None:
-    connection = http.client.HTTPConnection(*address, timeout=5)
+    connection = http.client.HTTPConnection(*address, timeout=30)
     connection.request("POST", "/v1/predict", picture(), {"content-type": "image/png"})
     assert connection.getresponse().status == 200
     connection.close()
@@ -110,7 +110,7 @@ def test_what_is_sent_after_a_refusal_does_not_keep_the_connection(address):
 
 
 def test_a_connection_is_used_again_after_a_refusal(address):
-    with closing(http.client.HTTPConnection(*address, timeout=5)) as connection:
+    with closing(http.client.HTTPConnection(*address, timeout=30)) as connection:
         for content_type, status in (("text/html", 415), ("image/png", 200)):
             connection.request("POST", "/v1/predict", picture(), {"content-type": content_type})
             answer = connection.getresponse()
@@ -138,13 +138,22 @@ def test_what_is_not_http_is_a_400(address, rubbish):
 def test_more_connections_than_allowed_are_turned_away(deployment):
     with serving(deployment, Limits(max_connections=3)) as address:
         host, port, _service = address
-        idle = [socket.create_connection((host, port)) for _ in range(3)]
-        time.sleep(0.2)
+        # an answer shows that the connection is counted
+        idle = [http.client.HTTPConnection(host, port, timeout=30) for _ in range(3)]
+        assert [asked(connection) for connection in idle] == [200] * 3
         assert say(host, port).startswith(b"HTTP/1.1 503 ")
         for connection in idle:
             connection.close()
-        time.sleep(0.2)
+        wait_until(lambda: asked(http.client.HTTPConnection(host, port, timeout=30)) == 200)
         still_fine((host, port))
+
+
+def asked(connection: http.client.HTTPConnection) -> int:
+    """The status of an answer that leaves the connection open."""
+    connection.request("GET", "/v1/info")
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
 
 
 def test_clients_that_leave_free_their_places(deployment):
