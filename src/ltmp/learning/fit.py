@@ -102,8 +102,8 @@ class Calibrator:
     def fit(self, shares: list[float]) -> dict[float, Shape]:
         """Set what merged tokens count as, and return the start at each share; the usual ones need no proof."""
         thresholds = thresholds_of(self.model)
-        usual, *others = (self._judged(scores, shares) for scores in thresholds.config.scores.choices)
-        better = next((other for other in others if other.beats(usual)), usual)
+        given, *others = (self._judged(scores, shares) for scores in thresholds.config.scores.choices)
+        better = next((other for other in others if other.beats(given)), given)
         # ranks on unlike hardware may round unlike
         scores, starts = exchange((better.scores, better.starts()))[0]
         thresholds.config = replace(thresholds.config, scores=scores)
