@@ -533,6 +533,13 @@ def hooked() -> Any:
     return model
 
 
+def other_names() -> Any:
+    model = tiny_vit()
+    model.layers = model.blocks
+    del model.blocks
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "parallel": (partial(tiny_vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
     "diff-parallel": (partial(tiny_vit, block_fn=DiffParallelScalingBlock), "DiffParallelScalingBlock"),
@@ -546,6 +553,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "own-features": (partial(tiny_vit, OwnFeatures), "OwnFeatures has its own forward_features"),
     "resnet": (lambda: timm.create_model("resnet10t").eval(), "found none of the known hosts"),
     "linear": (lambda: nn.Linear(2, 2), "found none of the known hosts"),
+    "another-version": (other_names, "its parts have other names than in the versions that ltmp knows"),
 }
 
 

@@ -113,6 +113,14 @@ def test_a_reader_of_grids_gets_no_fewer() -> None:
         model.ltmp.tokens = "fewer"
 
 
+def test_fewer_needs_a_reader_that_takes_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltmp.hosts.fewer.FEATURES", "of_another_version")
+    model = ATTACHED["LlavaForConditionalGeneration"].build()
+    with pytest.raises(ltmp.LTMPError, match=r"tokens='fewer' does not suit it: .*, or transformers 5.18 for 'fewer'"):
+        ltmp.attach(model, ltmp.LTMPConfig(tokens="fewer"))
+    assert ltmp.attach(model).ltmp.tokens == "grid"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name, read in ATTACHED.items() if read.kind == "vision-language"])
 def test_generates(name: str) -> None:

@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from ..config import LEARNED, LTMPConfig
 from ..engines.body import Body
 from ..engines.graph import GraphedForward
-from ..errors import LTMPError
+from ..errors import LTMPError, first_line
 from ..method.policy import Policy
 from ..method.rates import Rates
 from ..method.recipe import READS_LOGITS, READS_TOKENS, Recipe
 from ..method.thresholds import Thresholds
-from .fewer import LANGUAGE, MarkedFeatures, Shortened, find_reader
+from .fewer import LANGUAGE, MarkedFeatures, Shortened, find_reader, takes_features
 from .forward import BlockForward, Blocks, LoopForward
 from .sizes import carry_sizes
 
@@ -240,11 +240,20 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     config = config or LTMPConfig()
     host, recipe = find_host(model)
     reader = find_reader(model) if model is not host else None
+    newer = ""
+    if reader is not None and not takes_features(type(reader)):
+        reader, newer = None, ", or transformers 5.18 for 'fewer'"
     if reader is not None:
         recipe = replace(recipe, forms=(*recipe.forms, "fewer"))
-    problems = recipe.problems(host)
-    owner, name = _place(host, recipe.stack)
-    blocks = tuple(getattr(owner, name)._modules.values())[: recipe.depth(host)]
+    try:
+        problems = recipe.problems(host)
+        owner, name = _place(host, recipe.stack)
+        blocks = tuple(getattr(owner, name)._modules.values())[: recipe.depth(host)]
+    except AttributeError as error:
+        raise LTMPError(
+            f"cannot attach to this {recipe.name}: its parts have other names than in the versions that ltmp knows, "
+            f"timm 1.0.28, transformers 5.21, or newer ones ({first_line(error)})"
+        ) from error
     if not blocks:
         problems.append("none of its blocks can be reduced")
     if len(set(map(id, blocks))) < len(blocks):
@@ -254,7 +263,8 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         which = f"class_power {power:g}" if power else f"variant {config.variant}"
         problems.append(f"{which} needs a class token's attention, and this model has no class token")
     if config.tokens is not None and config.tokens not in recipe.forms:
-        problems.append(f"tokens={config.tokens!r} does not suit it: expected {' or '.join(map(repr, recipe.forms))}")
+        expected = " or ".join(map(repr, recipe.forms))
+        problems.append(f"tokens={config.tokens!r} does not suit it: expected {expected}{newer}")
     if problems:
         raise LTMPError(f"cannot attach to this {recipe.name}: {'; '.join(problems)}")
     present = find_attachment(model)

@@ -58,6 +58,15 @@ LANGUAGE: dict[str, Language] = {
 """Readers that can take fewer, by the names of their classes."""
 
 
+FEATURES = "mm_encoder_outputs"
+"""The argument by which transformers gives a reader the features of its images, from 5.18 on."""
+
+
+def takes_features(reader: type[nn.Module]) -> bool:
+    """Whether the installed transformers lets a reader be given features, which `tokens="fewer"` needs."""
+    return FEATURES in inspect.signature(reader.forward).parameters
+
+
 def find_reader(model: nn.Module) -> nn.Module | None:
     """The reader in `model` whose language model can take fewer tokens, if there is one."""
     return next((module for module in model.modules() if type(module).__name__ in LANGUAGE), None)
@@ -151,7 +160,7 @@ def shorten(reader: Any, body: Body, given: Mapping[str, Any]) -> dict[str, Any]
     calls = recording()
     if calls is not None:
         calls.texts.append(shorter["attention_mask"].sum(-1))
-    return {**shorter, "mm_encoder_outputs": {"image": encoded}}
+    return {**shorter, FEATURES: {"image": encoded}}
 
 
 def _columns(live: Tensor) -> tuple[Tensor, Tensor]:
