@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,10 +20,16 @@ from .relative import pairs
 from .timm import RECIPE as VIT
 from .timm import block_problems
 
-try:
-    from timm.models import deepseek_vit, gemma4_vit, qwen3_vit
-except ImportError:  # timm before 1.0.30
-    deepseek_vit = gemma4_vit = qwen3_vit = None  # type: ignore[assignment]
+
+def _from_timm(name: str) -> Any:
+    """A module of timm's models, None in versions before it was added."""
+    try:
+        return import_module(f"timm.models.{name}")
+    except ImportError:
+        return None
+
+
+deepseek_vit, gemma4_vit, qwen3_vit = map(_from_timm, ("deepseek_vit", "gemma4_vit", "qwen3_vit"))
 
 
 def _plain(blocks: tuple[type, ...], attentions: tuple[type, ...], host: Any) -> list[str]:
@@ -133,20 +140,21 @@ def _gemma_problems(host: Any) -> list[str]:
     return [f"it has a {name}" for name in other[:1]] + ["it has attention dropout"] * dropout
 
 
+_TOWER: dict[str, Any] = {**_GRID, "class_first": _no_class_token, "prefix_only": _no_class_token}
+
 if qwen3_vit is not None:
-    _TOWER = {**_GRID, "class_first": _no_class_token, "prefix_only": _no_class_token}
-    HOSTS |= {
-        qwen3_vit.Qwen3VitEncoder: replace(
-            EVA, name="timm Qwen3VitEncoder", loop="forward",
-            problems=partial(_plain, (eva.EvaBlock,), (eva.EvaAttention, AttentionRope)), **_TOWER,
-        ),
-        deepseek_vit.DeepseekVitEncoder: replace(
-            EVA, name="timm DeepseekVitEncoder", loop="forward",
-            problems=partial(_plain, (deepseek_vit.DeepseekVitBlock,), (AttentionRope, Attention)), **_TOWER,
-        ),
-        gemma4_vit.Gemma4VitEncoder: replace(
-            VIT, name="timm Gemma4VitEncoder", loop="forward", qkv=_gemma_qkv, out=_gemma_out, mlp=_gemma_mlp,
-            mlp_ratio=_gemma_ratio, problems=_gemma_problems,
-            rotary=Rotary(("rope_cos", "rope_sin"), _gemma_table, _gemma_rotate), **_TOWER,
-        ),
-    }  # fmt: skip
+    HOSTS[qwen3_vit.Qwen3VitEncoder] = replace(
+        EVA, name="timm Qwen3VitEncoder", loop="forward",
+        problems=partial(_plain, (eva.EvaBlock,), (eva.EvaAttention, AttentionRope)), **_TOWER,
+    )  # fmt: skip
+if deepseek_vit is not None:
+    HOSTS[deepseek_vit.DeepseekVitEncoder] = replace(
+        EVA, name="timm DeepseekVitEncoder", loop="forward",
+        problems=partial(_plain, (deepseek_vit.DeepseekVitBlock,), (AttentionRope, Attention)), **_TOWER,
+    )  # fmt: skip
+if gemma4_vit is not None:
+    HOSTS[gemma4_vit.Gemma4VitEncoder] = replace(
+        VIT, name="timm Gemma4VitEncoder", loop="forward", qkv=_gemma_qkv, out=_gemma_out, mlp=_gemma_mlp,
+        mlp_ratio=_gemma_ratio, problems=_gemma_problems,
+        rotary=Rotary(("rope_cos", "rope_sin"), _gemma_table, _gemma_rotate), **_TOWER,
+    )  # fmt: skip
