@@ -6,6 +6,7 @@ import _thread
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,10 +47,18 @@ def _guarded(arguments: list[str]) -> int:
 def _tell_or_interrupt(told: Any) -> None:
     """Python forgets a Ctrl-C that comes while something is thrown away: here it counts."""
     if isinstance(told.exc_value, KeyboardInterrupt):
-        # after this hook, which nobody could interrupt either
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        left = threading.Event()
+        threading.Thread(target=_interrupt_after, args=(left,), daemon=True).start()
+        left.set()
     else:
         sys.__unraisablehook__(told)
+
+
+def _interrupt_after(left: threading.Event) -> None:
+    """Interrupt the main thread when it has left the hook, which nobody could interrupt either."""
+    left.wait()
+    time.sleep(0.01)
+    _thread.interrupt_main()
 
 
 def _tell_nothing(told: Any) -> None:
