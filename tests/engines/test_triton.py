@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,30 @@ def assert_same(expected: Reduced, found: Reduced, atol: float = 1e-4) -> None:
     assert_close(found.size[:, :longest], expected.size, 0)
     assert not found.size[:, longest:].any()
     assert_close(found.x[:, :longest], expected.x, atol)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter launches")
+def test_a_grid_is_one_more_launch_a_block_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    launched: list[str] = []
+    launch = GridExecutor.__call__
+
+    def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    images = random_images(2)
+    model = attach_reducing(tiny_vit(), images).requires_grad_(False)
+    model.ltmp.config = replace(model.ltmp.config, engine="triton")
+    with torch.no_grad():
+        model(images)
+        reduced = Counter(launched)
+        launched.clear()
+        with ltmp.unmerge():
+            model(images)
+    assert Counter(launched) == reduced + Counter(_follow_kernel=model.ltmp.depth, _spread_kernel=1)
 
 
 @pytest.mark.parametrize(
