@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo
 
 # One thread a worker: two workers on two cores would otherwise fight for them.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 20
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check

@@ -268,8 +268,11 @@ def test_quick_answers_import_no_torch(arguments, code):
 
 
 HALF_BUILT = """
-import sys, time
+import signal, sys, time
 from ltmp import cli
+
+# ignored in what a shell starts in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Thing:
     def __init__(self):
@@ -307,6 +310,24 @@ def test_ctrl_c_at_any_moment_is_one_line(moment, later, arguments):
         assert "has no attribute 'name'" in done.stderr
     else:
         assert done.stderr == "error: interrupted\n"
+
+
+def test_who_has_read_enough_is_told_nothing():
+    script = "import sys; from ltmp import cli; cli._run = lambda _: print('x' * 10**6); sys.exit(cli.main([]))"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.wait(30), process.stderr.read()) == (1, b"")
+    process.stderr.close()
+
+
+def test_other_pipes_that_break_are_told(monkeypatch, capsys):
+    def broken(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("ltmp.cli._run", broken)
+    assert main([]) == 1
+    assert "BrokenPipeError: [Errno 32] Broken pipe" in error(capsys)
+    assert not sys.stderr.closed
 
 
 def test_a_typo_is_answered_with_what_it_may_mean(capsys):

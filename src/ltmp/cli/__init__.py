@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import select
 import sys
 import threading
 import time
@@ -34,14 +35,24 @@ def _guarded(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code, arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, arguments)
-    except BrokenPipeError:
-        # whoever read our output has seen enough
-        sys.stderr.close()
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+            # whoever read our output has seen enough; what waits to be written must not fail once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         if isinstance(error, OSError) and error.filename and error.strerror:
             return _fail(f"cannot use {error.filename}: {error.strerror}; choose another path", 1, arguments)
         return _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, arguments)
+
+
+def _is_read(stream: Any) -> bool:
+    """Whether somebody reads what is written there; other pipes may break, too."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError):  # no such call on Windows, or no file
+        return True
 
 
 def _tell_or_interrupt(told: Any) -> None:
