@@ -192,6 +192,17 @@ def test_an_image_is_reduced_alike_in_any_batch() -> None:
     assert torch.equal(together.x[: len(together.size)], torch.cat([one.x[: len(one.size)] for one in alone]))
 
 
+def test_large_maps_that_nobody_asks_for_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch.random([40, 3, 33], heads=2, width=16)
+    heads, size = [t[: batch.live] for t in batch.heads], torch.rand(batch.live) + 1
+    whole = attend_images(*heads, size.log(), [40, 3, 33])
+    monkeypatch.setattr("ltmp.ops.attend.rows.MAP", 9)
+    monkeypatch.setattr("ltmp.ops.attend.rows._map", None)
+    torch.testing.assert_close(attend_images(*heads, size.log(), [40, 3, 33]), whole, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError):
+        attend_images(*heads, size.log(), [40, 3, 33], torch.zeros(batch.live))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
