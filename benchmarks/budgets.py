@@ -32,6 +32,7 @@ from ltmp.evaluate import describe_machine, tables
 from ltmp.evaluate.accuracy import evaluate_policies
 from ltmp.evaluate.compare import rates_for
 from ltmp.hosts.attach import thresholds_of
+from ltmp.learning.options import DialOptions
 from ltmp.method.policy import Policy
 from ltmp.visualize.curves import new_figure, save_figure
 from ltmp.zoo.build import build_model
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--low", type=float, default=0.3)
     parser.add_argument("--views", type=int, default=9216)
-    parser.add_argument("--checked", type=int, default=2816)
+    parser.add_argument("--checked", type=int, default=DialOptions.checked)
     parser.add_argument("--scores", choices=SCORES, default="paper", help="what those below are if not said")
     parser.add_argument("--similarity")
     parser.add_argument("--matching")

@@ -312,6 +312,20 @@ def test_ctrl_c_at_any_moment_is_one_line(moment, later, arguments):
         assert done.stderr == "error: interrupted\n"
 
 
+def test_other_complaints_reach_whoever_listens(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise ValueError("while thrown away")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda complaint: told.append(str(complaint.exc_value)))
+    before = sys.unraisablehook
+    monkeypatch.setattr("ltmp.cli._run", lambda _: 0 if Broken() else 1)
+    assert main([]) == 0
+    assert told == ["while thrown away"]
+    assert sys.unraisablehook is before
+
+
 def test_who_has_read_enough_is_told_nothing():
     script = "import sys; from ltmp import cli; cli._run = lambda _: print('x' * 10**6); sys.exit(cli.main([]))"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -8,7 +8,8 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import INTERRUPTED, LTMPError, MissingExtraError, UsageError
@@ -21,11 +22,13 @@ ON_SEVERAL_RANKS = ("learn", "eval")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ltmp`; what can go wrong is told in one sentence, with a traceback only under --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    before, sys.unraisablehook = sys.unraisablehook, _tell_or_interrupt
-    code = _guarded(arguments)
-    if sys.unraisablehook is _tell_or_interrupt:
-        sys.unraisablehook = before
-    return code
+    before = sys.unraisablehook
+    sys.unraisablehook = ours = partial(_tell_or_interrupt, before)
+    try:
+        return _guarded(arguments)
+    finally:
+        if sys.unraisablehook is ours:
+            sys.unraisablehook = before
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -55,14 +58,14 @@ def _is_read(stream: Any) -> bool:
         return True
 
 
-def _tell_or_interrupt(told: Any) -> None:
+def _tell_or_interrupt(tell: Callable[[Any], Any], told: Any) -> None:
     """Python forgets a Ctrl-C that comes while something is thrown away: here it counts."""
     if isinstance(told.exc_value, KeyboardInterrupt):
         left = threading.Event()
         threading.Thread(target=_interrupt_after, args=(left,), daemon=True).start()
         left.set()
     else:
-        sys.__unraisablehook__(told)
+        tell(told)
 
 
 def _interrupt_after(left: threading.Event) -> None:
