@@ -41,8 +41,9 @@ def test_halves_are_those_of_the_host(kwargs: dict[str, object]) -> None:
     half = onednn.halves(RECIPE, block, x)
     for got, expected in zip(half.qkv(x), RECIPE.qkv(block, x), strict=True):
         assert_close(got, expected, 1e-5, "qkv")
-    assert_close(half.out(x), RECIPE.out(block, x), 1e-5, "out")
-    assert_close(half.mlp(x), RECIPE.mlp(block, x), 1e-5, "mlp")
+    y = torch.randn_like(x)
+    assert_close(half.out(x, y), x + RECIPE.out(block, y), 1e-5, "out")
+    assert_close(half.mlp(x), x + RECIPE.mlp(block, x), 1e-5, "mlp")
 
 
 @needs_onednn
@@ -72,7 +73,7 @@ def test_what_is_not_a_plain_inference_block_runs_its_own_modules() -> None:
             assert not by_onednn(block, x)
         with FlopCounterMode(display=False) as counter:
             assert not by_onednn(block, x)
-            onednn.halves(RECIPE, block, x).out(x)
+            onednn.halves(RECIPE, block, x).out(x, x)
         assert counter.get_total_flops() == 2 * 7 * 16 * 16
         assert not by_onednn(block.train(), x)
         assert not by_onednn(tiny_vit(mlp_layer=SwiGLU).blocks[0], x)

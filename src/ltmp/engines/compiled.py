@@ -29,7 +29,7 @@ from ..ops.probe.rows import probe_rows
 from ..ops.scratch import Scratch, both, scratch
 from .body import Body
 from .masked import finish
-from .onednn import halves, room, watched
+from .onednn import Halves, halves, room, watched
 from .positions import Positions
 from .rows import first_rows, pad
 from .segments import Segments
@@ -123,6 +123,8 @@ class InNumba:
 
     Attributes:
         body: of the call.
+        halves: how to run each block; looked up for all of them at once, as between products the processor has to
+            fetch again what it takes to look.
         planned: steps of each block.
         positions: of the tokens at the start.
         rows: what is left.
@@ -131,6 +133,7 @@ class InNumba:
     """
 
     body: Body
+    halves: list[Halves]
     planned: list[BlockSteps | None]
     positions: Positions | None
     rows: LiveRows
@@ -142,7 +145,7 @@ class InNumba:
         return self.rows.tokens()
 
     def step(self, i: int, _bias: Bias | None = None) -> InNumba:
-        rows = run_block(self.body, i, self.rows, self.planned[i], self.positions)
+        rows = run_block(self.body, i, self.halves[i], self.rows, self.planned[i], self.positions)
         trail = None if self.trail is None else (*self.trail, torch.from_numpy(rows.source))
         return replace(self, rows=rows, kept=(*self.kept, rows.counts.tolist()), trail=trail)
 
@@ -167,7 +170,8 @@ def start(
     rows = LiveRows.start(x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None)
     trail = (torch.from_numpy(rows.source),) * before if calls is not None and calls.every_block else None
     planned = block_steps(body.policy, active, body.protected)
-    return InNumba(body, planned, positions, rows, (rows.counts.tolist(),) * before, trail)
+    found = [halves(body.recipe, block, rows.x) for block in body.blocks]
+    return InNumba(body, found, planned, positions, rows, (rows.counts.tolist(),) * before, trail)
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
@@ -185,15 +189,16 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
     return finish(state, left, partway.reduced().kept, body.protected)
 
 
-def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, positions: Positions | None) -> LiveRows:
+def run_block(
+    body: Body, i: int, half: Halves, rows: LiveRows, planned: BlockSteps | None, positions: Positions | None
+) -> LiveRows:
     """Run block `i` on the live tokens."""
-    block, policy, x, live = body.blocks[i], body.policy, rows.x, len(rows.size)
-    half = halves(body.recipe, block, x)
+    policy, x, live = body.policy, rows.x, len(rows.size)
     q, k, v = half.qkv(x)
     if live < len(x):
         q, k, v = q[:live], k[:live], v[:live]
     if positions is not None:
-        q, k = positions.rotate(i, block, q, k, torch.from_numpy(rows.origin))
+        q, k = positions.rotate(i, body.blocks[i], q, k, torch.from_numpy(rows.origin))
     weight: Array = policy.weight(i, rows.size)
     bias = torch.from_numpy(np.log(weight)) if rows.merged else None
     received = _zeros("received", live) if planned is not None and planned.needs.received else None
@@ -202,12 +207,11 @@ def run_block(body: Body, i: int, rows: LiveRows, planned: BlockSteps | None, po
     y = attend_images(q, k, v, bias, rows.counts.tolist(), *signals)
     if live < len(x):
         y = torch.cat([y, y.new_zeros(len(x) - live, y.shape[1])])
-    x = x + half.out(y)
+    rows = replace(rows, x=half.out(x, y))
     if planned is not None:
         arrays = [None if found is None else found.array[:live] for found in (received, attended)]
-        rows = reduce_rows(policy, planned, replace(rows, x=x), k, weight, *arrays)
-        x = rows.x
-    return replace(rows, x=x + half.mlp(x))
+        rows = reduce_rows(policy, planned, rows, k, weight, *arrays)
+    return replace(rows, x=half.mlp(rows.x))
 
 
 def _zeros(name: str, size: int) -> Scratch:

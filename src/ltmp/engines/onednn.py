@@ -35,10 +35,16 @@ _MARGIN = 0.75
 
 
 class Halves(NamedTuple):
-    """A block's functions on rows, as in `Recipe`, the block filled in."""
+    """A block's functions on rows, as in `Recipe`, the block filled in and what enters a branch added to it.
+
+    Attributes:
+        qkv: x [..., C] -> q, k, v.
+        out: x [..., C], y [..., H * D] -> x + first residual branch.
+        mlp: x [..., C] -> x + second residual branch.
+    """
 
     qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    out: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor, Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
 
 
@@ -56,7 +62,11 @@ def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
         if parts is not None and not hooked_inside(block):
             linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
             return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
-    return Halves(partial(recipe.qkv, block), partial(recipe.out, block), partial(recipe.mlp, block))
+    return Halves(
+        partial(recipe.qkv, block),
+        lambda x, y: x + recipe.out(block, y),
+        lambda x: x + recipe.mlp(block, x),
+    )
 
 
 def room(rows: int, width: int) -> int:
@@ -157,18 +167,24 @@ def _qkv(parts: Parts, linear: _Linear, x: Tensor) -> tuple[Tensor, Tensor, Tens
     return parts.project(_normed(parts.norm1, x), linear)
 
 
-def _out(parts: Parts, linear: _Linear, y: Tensor) -> Tensor:
-    return _scaled(linear(parts.proj, y), parts.scale1)
+def _out(parts: Parts, linear: _Linear, x: Tensor, y: Tensor) -> Tensor:
+    return _added(parts.proj, linear, parts.scale1, x, y)
 
 
 def _mlp(parts: Parts, linear: _Linear, x: Tensor) -> Tensor:
     hidden = linear(parts.fc1, _normed(parts.norm2, x), _GELU[parts.act])
-    return _scaled(linear(parts.fc2, hidden), parts.scale2)
+    return _added(parts.fc2, linear, parts.scale2, x, hidden)
+
+
+def _added(layer: nn.Linear, linear: _Linear, scale: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """x + scale * layer(y)."""
+    if scale is not None:
+        return torch.addcmul(x, linear(layer, y), scale)
+    if linear is _mkl and layer.bias is not None:
+        # MKL adds its product to what is there: the sum of x and the bias saves the pass that would copy the bias
+        return torch.add(x, layer.bias).addmm_(y, layer.weight.t())
+    return x + linear(layer, y)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale

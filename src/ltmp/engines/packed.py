@@ -17,7 +17,7 @@ from .body import Body
 from .masked import finish
 from .onednn import drops_images, halves
 from .positions import Positions
-from .rows import at_once, by_image, first_rows, pad, rows
+from .rows import by_image, first_rows, pad, rows
 from .state import Reduced, State
 
 
@@ -43,8 +43,7 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         return state.after(body.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
-    half = halves(recipe, block, x)
-    run_branch = by_image if drops_images(block) else at_once
+    half, drops = halves(recipe, block, x), drops_images(block)
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
@@ -52,7 +51,8 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
     added = None if state.bias is None else state.bias(tokens.origin)
     need_importance = thresholds.config.scores.needs_received(steps)
     y, received = attend_to(q, k, v, weight, tokens.keep, counts, need_importance, added)
-    x = x + run_branch(half.out, y.flatten(-2), counts)
+    y = y.flatten(-2)
+    x = x + by_image(partial(recipe.out, block), y, counts) if drops else half.out(x, y)
     if steps:
         attended = None
         if thresholds.config.needs_class_attention:
@@ -65,7 +65,8 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
         state = state.without(i, x, plan.tokens)
         x, tokens, counts = _fold_rows(x, counts, plan)
-    return state.after(x + run_branch(half.mlp, x, counts), tokens, counts)
+    x = x + by_image(partial(recipe.mlp, block), x, counts) if drops else half.mlp(x)
+    return state.after(x, tokens, counts)
 
 
 def _counts(state: State) -> list[int]:

@@ -53,11 +53,6 @@ def by_image(function: Callable[[Tensor], Tensor], values: Tensor, counts: list[
     return rows(function(pad(values, counts)), counts)
 
 
-def at_once(function: Callable[[Tensor], Tensor], values: Tensor, _counts: list[int]) -> Tensor:
-    """A function of rows [T, C]."""
-    return function(values)
-
-
 @dataclass(frozen=True)
 class Padding:
     """Where the tokens of padded images lie among the rows.

@@ -159,7 +159,7 @@ def _packed_pieces(
     calls: dict[str, Call] = {
         "plain": lambda: packed.step(body, i, rows, off),
         "reduced": lambda: packed.step(body, i, rows, active),
-        "mlp": lambda: rows.x + mlp(rows.x),
+        "mlp": lambda: mlp(rows.x),
     }
     counts = packed.step(body, i, rows, active).counts
     assert counts is not None
@@ -172,13 +172,13 @@ def _compiled_pieces(
     """The same with a compiled plan."""
     rows = compiled.LiveRows.start(x)
     steps = compiled.block_steps(body.policy, active, body.protected)[i]
-    mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
+    half = halves(body.recipe, body.blocks[i], rows.x)
     calls: dict[str, Call] = {
-        "plain": lambda: compiled.run_block(body, i, rows, None, positions),
-        "reduced": lambda: compiled.run_block(body, i, rows, steps, positions),
-        "mlp": lambda: rows.x + mlp(rows.x),
+        "plain": lambda: compiled.run_block(body, i, half, rows, None, positions),
+        "reduced": lambda: compiled.run_block(body, i, half, rows, steps, positions),
+        "mlp": lambda: half.mlp(rows.x),
     }
-    return calls, float(compiled.run_block(body, i, rows, steps, positions).counts.mean())
+    return calls, float(compiled.run_block(body, i, half, rows, steps, positions).counts.mean())
 
 
 def _triton_pieces(

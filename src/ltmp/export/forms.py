@@ -188,7 +188,7 @@ class Form:
                 kept.append(torch.full((images,), float(length), device=x.device, dtype=torch.float32))
             else:
                 state = self._block(body, i, steps, state, positions)
-                kept.append(_there(state).sum(1))
+                kept.append(_counts(state))
         return _finish(body, state or _start(x), torch.stack(kept, 1))
 
     def _block(self, body: Body, i: int, steps: tuple[str, ...], state: _State, positions: Positions | None) -> _State:
@@ -266,6 +266,14 @@ def _there(state: _State) -> Tensor:
     return torch.ones_like(state.size, dtype=torch.bool) if live is None else live
 
 
+def _counts(state: _State) -> Tensor:
+    """float32 [B], tokens of each image."""
+    images, places = state.size.shape
+    if state.layout.live is not None:
+        return state.layout.live.sum(1).float()
+    return torch.full((images,), places, device=state.size.device).float()
+
+
 def _bias(state: _State, power: float) -> Tensor | None:
     """Bias for attention scores, [B, 1, 1, N]: log weight, and -inf for places without a token."""
     live = state.layout.live
@@ -312,7 +320,7 @@ def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:
     assert scored.importance is not None
     kept = scored.importance > threshold
     if protected:
-        kept = kept | ~_patches(scored.origin, protected)
+        kept = kept | _is_prefix(scored.origin, protected)
     else:
         # without a class token nothing else would keep an image from losing every token
         top = scored.importance.masked_fill(~scored.places(), float("-inf")).argmax(1, keepdim=True)
@@ -320,14 +328,12 @@ def _prune(scored: _Scored, threshold: float, protected: int) -> _Scored:
     return scored.kept(kept)
 
 
-def _patches(origin: Tensor, protected: int) -> Tensor:
-    """bool [B, N], tokens that are no prefix.
+def _is_prefix(origin: Tensor, protected: int) -> Tensor:
+    """bool [B, N] or [1, N], prefix tokens.
 
     One prefix token needs no `origin`: it is first, and so even, and never moved.
     """
-    if protected > 1:
-        return origin >= protected
-    return (torch.arange(origin.shape[1], device=origin.device) >= protected).expand(origin.shape[0], -1)
+    return (origin if protected > 1 else torch.arange(origin.shape[1], device=origin.device)[None]) < protected
 
 
 def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
@@ -337,31 +343,32 @@ def _merge(scored: _Scored, threshold: float, protected: int) -> _Scored:
         The evens, then the odds; there are as many odds as evens, the last one not kept where there is none.
     """
     length = scored.size.shape[1]
-    evens = 2 * torch.arange((length + 1) // 2, device=scored.size.device)
+    half = torch.arange((length + 1) // 2, device=scored.size.device)
+    evens = 2 * half
     even, odd = scored.at(evens), scored.at((evens + 1).clamp(max=length - 1))
     odd = odd.kept((evens + 1 < length).expand(odd.size.shape[0], -1))
     assert even.metric is not None
     assert odd.metric is not None
-    free_even = even.kept(_patches(even.origin, protected)).places()
+    free_even = even.kept(~_is_prefix(even.origin, protected)).places()
     # a single prefix token is even
     free_odd = odd.kept(odd.origin >= protected).places() if protected > 1 else odd.places()
     best, partner = match_halves(even.metric, odd.metric, free_even, free_odd)
     if even.merge_penalty is not None and odd.merge_penalty is not None:
         best = penalise(best, even.merge_penalty, odd.merge_penalty.gather(1, partner))
     moved = best > threshold
-    odd = _received(odd, even, (partner[:, None, :] == (evens // 2)[:, None]) & moved[:, None, :])
+    odd = _received(odd, even, torch.where(moved, partner, -1)[:, None] == half[:, None])
     return even.kept(~moved).then(odd)
 
 
 def _merge_pairs(scored: _Scored, threshold: float, protected: int) -> _Scored:
     """Fold the later of each mutual pair above the threshold into the earlier one; see `reduction`."""
     assert scored.metric is not None
-    best, partner = match_mutual(scored.metric, scored.kept(_patches(scored.origin, protected)).places())
+    best, partner = match_mutual(scored.metric, scored.kept(~_is_prefix(scored.origin, protected)).places())
     if scored.merge_penalty is not None:
         best = penalise(best, scored.merge_penalty, scored.merge_penalty.gather(1, partner))
     moved = best > threshold
     place = torch.arange(scored.size.shape[1], device=scored.size.device)
-    return _received(scored, scored, (partner[:, None, :] == place[:, None]) & moved[:, None, :]).kept(~moved)
+    return _received(scored, scored, torch.where(moved, partner, -1)[:, None] == place[:, None]).kept(~moved)
 
 
 def _received(tokens: _Scored, others: _Scored, into: Tensor) -> _Scored:

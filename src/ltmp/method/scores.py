@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..config import Scores
-from ..ops.match.reference import similarity_metric
+from ..ops.match.reference import similarity_metric, unit
 from ..ops.probe.reference import LIFT, WIDTH
 from ..ops.weigh import reference as weigh
 from .policy import Policy
@@ -112,7 +111,7 @@ def metric(scores: Scores, k: Tensor, probed: Tensor | None) -> Tensor:
     """
     if scores.probes_similarity:
         assert probed is not None
-        return F.normalize(probed[..., :WIDTH], dim=-1)
+        return unit(probed[..., :WIDTH])
     return similarity_metric(k, scores.similarity)
 
 

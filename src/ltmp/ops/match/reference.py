@@ -6,11 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+
+def unit(values: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their lengths, as `torch.nn.functional.normalize` does.
+
+    That one broadcasts by hand, which every exported graph would have to repeat.
+    """
+    return values / values.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
 
 _METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda k: k.mean(-2),
-    "heads": lambda k: F.normalize(k, dim=-1).flatten(-2),
+    "heads": lambda k: unit(k).flatten(-2),
 }
 
 
@@ -29,7 +37,7 @@ def similarity_metric(k: Tensor, kind: str = "mean") -> Tensor:
     """
     if kind not in _METRICS:
         raise ValueError(f"unknown similarity of keys {kind!r}: expected {' or '.join(_METRICS)}")
-    return F.normalize(_METRICS[kind](k.detach().float()), dim=-1)
+    return unit(_METRICS[kind](k.detach().float()))
 
 
 def candidates(
@@ -112,6 +120,5 @@ def match_halves(even: Tensor, odd: Tensor, free_even: Tensor, free_odd: Tensor)
     """`match` of tokens already split by parity: metrics [B, E, D] and [B, O, D], free [B, E] and [B, O]."""
     with torch.autocast(even.device.type, enabled=False):
         cosine = even @ odd.transpose(1, 2)
-    possible = free_even[:, :, None] & free_odd[:, None, :]
-    best, partner = cosine.masked_fill_(~possible, float("-inf")).max(-1)
-    return best, partner
+    best, partner = cosine.masked_fill_(~free_odd[:, None], float("-inf")).max(-1)
+    return best.masked_fill(~free_even, float("-inf")), partner
