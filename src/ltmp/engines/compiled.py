@@ -193,6 +193,14 @@ def run_block(
     body: Body, i: int, half: Halves, rows: LiveRows, planned: BlockSteps | None, positions: Positions | None
 ) -> LiveRows:
     """Run block `i` on the live tokens."""
+    left = _attend_and_reduce(body, i, half, rows, planned, positions)
+    return replace(left, x=half.mlp(left.x))
+
+
+def _attend_and_reduce(
+    body: Body, i: int, half: Halves, rows: LiveRows, planned: BlockSteps | None, positions: Positions | None
+) -> LiveRows:
+    """Block `i` up to its MLP: a function of its own, so that queries, keys and values are gone when that one runs."""
     policy, x, live = body.policy, rows.x, len(rows.size)
     q, k, v = half.qkv(x)
     if live < len(x):
@@ -208,10 +216,10 @@ def run_block(
     if live < len(x):
         y = torch.cat([y, y.new_zeros(len(x) - live, y.shape[1])])
     rows = replace(rows, x=half.out(x, y))
-    if planned is not None:
-        arrays = [None if found is None else found.array[:live] for found in (received, attended)]
-        rows = reduce_rows(policy, planned, rows, k, weight, *arrays)
-    return replace(rows, x=half.mlp(rows.x))
+    if planned is None:
+        return rows
+    arrays = [None if found is None else found.array[:live] for found in (received, attended)]
+    return reduce_rows(policy, planned, rows, k, weight, *arrays)
 
 
 def _zeros(name: str, size: int) -> Scratch:
