@@ -215,7 +215,7 @@ def main() -> None:
         given.model, weights=given.weights, num_classes=given.num_classes, image_size=given.img_size
     ).eval()
     model.reset_classifier(0)
-    ltmp.attach(model, ltmp.LTMPConfig(given.variant, scores=given.scores, tokens="grid"))
+    ltmp.attach(model, ltmp.LTMPConfig(given.variant, scores=given.scores, tokens="grid", engine="packed"))
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     size, patches, draw = given.img_size, model.patch_embed.grid_size[0], np.random.default_rng(0)
     pairs = [[view(picture, size, draw) for _ in range(2)] for picture in pictures() for _ in range(given.views)]
