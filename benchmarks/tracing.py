@@ -5,13 +5,16 @@
 Weights are random; thresholds are calibrated on smooth random images, so that token counts differ between images.
 Ratios are medians of paired rounds, of processor time and, in brackets, of time on the wall; `least` is the ratio of
 the least processor times. `ops` are calls of torch's operators, nested ones counted. A grid is checked first: every
-patch has the features of the row that `trace()` says it is part of.
+patch has the features of the row that `trace()` says it is part of. `--memory` prints what a batch needs above what the
+process had, at most, by Linux's high-water mark.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import timm
@@ -57,6 +60,23 @@ def check(model: nn.Module, images: Tensor) -> float:
     return float(calls.share().mean())
 
 
+def peak(call: Callable[[Tensor], object], images: Tensor) -> float:
+    """MiB above those of the process, at most, the median of five calls."""
+
+    def resident(line: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(found.split()[1]) for found in lines if found.startswith(line)) / 1024
+
+    needed = []
+    for _ in range(5):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        call(images)
+        needed.append(resident("VmHWM") - before)
+    return median(needed)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,6 +85,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="peaks instead of times")
     parser.add_argument("--plain", action="store_true", help="plans in torch, as where numba is not installed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -84,6 +105,12 @@ def main() -> None:
     print(f"{args.model}, plans {plans}, {args.threads} threads of {processor()}, medians of {args.repeats} rounds")
     for size in args.batch:
         batch = images[:size]
+        if args.memory:
+            with ltmp.dense():
+                cells = [f"dense {peak(model.forward_features, batch):.0f}"]
+            cells += [f"{name} {peak(call, batch):.0f}" for name, call in ways.items() if name != "again"]
+            print(f"batch {size}: MiB: " + ", ".join(cells), flush=True)
+            continue
         times = {name: [elapsed(call, batch) for _ in range(2)][:0] for name, call in ways.items()}
         for _ in range(args.repeats):
             for name, call in ways.items():
