@@ -140,6 +140,13 @@ def test_bad_sources_are_refused_in_a_sentence(tmp_path):
             find_shards([tmp_path / name])
     with pytest.raises(LTMPError, match="nothing is downloaded"):
         find_shards(["https://example.org/a.tar"])
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(b"x")
+    with pytest.raises(UsageError, match="other is a folder of images, and not the only source"):
+        find_shards([tmp_path / "both" / "b.tar", tmp_path / "other"])
+    with pytest.raises(UsageError, match="one is a folder of images, and not the only source"):
+        find_shards([tmp_path / "one", tmp_path / "other"])
     with pytest.raises(UsageError, match="given twice"):
         find_shards([tmp_path / "a.tar", tmp_path / "*.tar"])
 
