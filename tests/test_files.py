@@ -59,9 +59,19 @@ def test_failure_leaves_the_old_file_and_no_litter(tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
-def test_disk_full_is_named(tmp_path):
-    with pytest.raises(LTMPError, match="disk is full"), atomic_path(tmp_path / "file.txt"):
+@pytest.mark.parametrize("write", [atomic_path, staged])
+def test_disk_full_is_named_and_no_folder_stays(tmp_path, write):
+    with pytest.raises(LTMPError, match="disk is full"), write(tmp_path / "new" / "deep" / "file.txt"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_of_others_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(LTMPError, match="disk is full"), atomic_path(tmp_path / "there" / "new" / "file.txt"):
+        (tmp_path / "there" / "new" / "another.txt").write_text("meanwhile")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path / "there" / "new") == ["another.txt"]
 
 
 def test_folder_that_is_a_file(tmp_path):
@@ -77,10 +87,19 @@ def test_folder_without_permission(tmp_path):
         pass
 
 
-def test_thresholds_that_cannot_be_written(tmp_path):
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model, folder: ltmp.save(model, folder / "thresholds.safetensors"),
+        lambda model, folder: ltmp.pack(model, folder / "bundle", model_name="vit_tiny_patch16_224"),
+    ],
+    ids=["thresholds", "bundle"],
+)
+def test_tensors_that_cannot_be_written(tmp_path, write):
+    """What the system said, and not how a library repeats it."""
     model = ltmp.attach(tiny_vit())
-    with full_disk(), pytest.raises(LTMPError, match="cannot write"):
-        ltmp.save(model, tmp_path / "thresholds.safetensors")
+    with full_disk(), pytest.raises(LTMPError, match="cannot write .*: File too large; choose a folder"):
+        write(model, tmp_path)
     assert os.listdir(tmp_path) == []
 
 

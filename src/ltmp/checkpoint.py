@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._moved import names_moved_from
@@ -20,13 +19,12 @@ from .about import About
 from .config import LTMPConfig
 from .describe import MODEL_FACTS, facts_of, note
 from .errors import LTMPError, UsageError, first_line
-from .files import atomic_path
 from .hosts.attach import attach, attachment, detach, is_attached, thresholds_of
 from .interrupts import uninterrupted
 from .locate import BUNDLE, file_name, locate
 from .method.thresholds import Thresholds
 from .schema import MOST_SAID, check_entries, is_part, said_in
-from .tensorfiles import read_header, read_state_dict, read_tensors, strict_json
+from .tensorfiles import read_header, read_state_dict, read_tensors, strict_json, write_tensors
 from .thresholdfile import ThresholdFile, from_parts, is_threshold, split_thresholds
 
 FORMAT = "ltmp-thresholds"
@@ -96,11 +94,7 @@ def _write(tensors: dict[str, Tensor], about: dict[str, Any], path: str | os.Pat
         from_parts(tensors, dict(about))
     except ValueError as error:
         raise UsageError(f"cannot save {path}: {first_line(error)}") from error
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "ltmp": json.dumps(about)})
-        except SafetensorError as error:
-            raise LTMPError(f"cannot write {path}: {error}") from error
+    write_tensors(tensors, path, {"format": FORMAT, "ltmp": json.dumps(about)})
 
 
 def read(path: str | os.PathLike[str], *, budget: float | None = None) -> ThresholdFile:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -26,6 +25,7 @@ from .evaluate import Evaluation, describe_machine, tables
 from .files import atomic_path
 from .report import Budget, Report, evaluate_budget, write_report
 from .report.gallery import with_left
+from .tensorfiles import write_tensors
 from .text import printable
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
@@ -141,8 +141,7 @@ def trained_model(path: Path, setup: Setup, seed: int, progress: Progress) -> Vi
         (SIZE, setup.full_epochs, setup.full_lr),
     ):
         train(model, loader, size, epochs, lr, progress, distort)
-    with atomic_path(path) as temporary:
-        save_file(model.state_dict(), temporary)
+    write_tensors(model.state_dict(), path, {"format": "pt"})
     return model.eval()
 
 

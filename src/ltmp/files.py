@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LTMPError
@@ -30,7 +30,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     temporary.write_text(text)
 
     Raises:
-        LTMPError: the folder cannot be written or the disk is full; `path` is as it was.
+        LTMPError: the folder cannot be written or the disk is full; `path` is as it was, and no folder was left behind.
     """
     path = Path(path)
     try:
@@ -43,8 +43,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                     shutil.copyfileobj(content, special)
             return
         target = Path(os.path.realpath(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(target, Path.touch) as temporary:
+        with _parents(target), _beside(target, Path.touch) as temporary:
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
             # safetensors puts a file of its own in its place, for this user only
@@ -62,13 +61,27 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(path, Path.mkdir) as folder:
+        with _parents(path), _beside(path, Path.mkdir) as folder:
             yield folder / path.name
             for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
                 file.replace(path.with_name(file.name))
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the folders that `path` lies in; those that were made go again where the block fails."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            # others may have written there meanwhile
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _is_special(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Tensor files of others: read without running code, and checked before anything is allocated.
+"""Tensor files: written whole or not at all; those of others read without running code, and checked before anything is
+allocated.
 
 A file may say anything of itself. What it says is held against its own size: no tensor may be larger than the file that
 it comes from, so that a small file cannot ask for much memory.
@@ -10,19 +11,42 @@ import argparse
 import json
 import os
 import pickle
+import re
 import stat
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import LTMPError, UsageError
+from .files import atomic_path
+
+_OS_ERROR = re.compile(r"os error (\d+)")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, replaced whole or left alone.
+
+    Raises:
+        LTMPError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise LTMPError(f"cannot write {path}: {error}") from error
+            # the library has a text for what the system said, which `atomic_path` explains
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
 
 MOST_HEADER = 1 << 24
 """Bytes of a header: that of 10,000 tensors has one million."""

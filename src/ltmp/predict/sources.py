@@ -113,10 +113,12 @@ def _shards_in(folder: Path) -> list[Path]:
     listing = list_images(folder)
     if listing.images:
         raise UsageError(
-            f"{folder} is a folder of images, and not the only source: images are named by their place in one folder; give "
-            "the folder above, or one at a time, each with its own --out"
+            f"{folder} is a folder of images, and not the only source: images are named by their place in one folder; "
+            "give the folder above, or one at a time, each with its own --out"
         )
-    tars, parquets = ([folder / name for name in listing.others if name.lower().endswith(kind)] for kind in (TARS, PARQUETS))
+    tars, parquets = (
+        [folder / name for name in listing.others if name.lower().endswith(kind)] for kind in (TARS, PARQUETS)
+    )
     if tars and parquets:
         raise UsageError(f"{folder} holds .tar and .parquet files: give one kind, such as '{folder}/*.tar'")
     if not (tars or parquets):

@@ -9,14 +9,11 @@ import re
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..about import About
 from ..errors import LTMPError, UsageError, first_line
-from ..files import atomic_path
-from ..tensorfiles import read_state_dict
+from ..tensorfiles import read_state_dict, write_tensors
 from ..thresholdfile import split_thresholds
 from .hugging_face import PREFIX, build_pretrained, is_of_transformers, save_classifier
 from .libraries import BUILDERS
@@ -243,8 +240,4 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if is_of_transformers(model):
         save_classifier(model, plain_state(model), path)
         return
-    with atomic_path(path) as temporary:
-        try:
-            save_file(plain_state(model), temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise LTMPError(f"cannot write {path}: {error}") from error
+    write_tensors(plain_state(model), path, {"format": "pt"})
