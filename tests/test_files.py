@@ -67,11 +67,16 @@ def test_disk_full_is_named_and_no_folder_stays(tmp_path, write):
 
 
 def test_folders_of_others_stay(tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(LTMPError, match="disk is full"), atomic_path(tmp_path / "there" / "new" / "file.txt"):
-        (tmp_path / "there" / "new" / "another.txt").write_text("meanwhile")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert os.listdir(tmp_path / "there" / "new") == ["another.txt"]
+    folder = tmp_path / "there" / "new"
+
+    def fail():
+        with atomic_path(folder / "file.txt"):
+            (folder / "another.txt").write_text("meanwhile")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(LTMPError, match="disk is full"):
+        fail()
+    assert os.listdir(folder) == ["another.txt"]
 
 
 def test_folder_that_is_a_file(tmp_path):
@@ -98,7 +103,7 @@ def test_folder_without_permission(tmp_path):
 def test_tensors_that_cannot_be_written(tmp_path, write):
     """What the system said, and not how a library repeats it."""
     model = ltmp.attach(tiny_vit())
-    with full_disk(), pytest.raises(LTMPError, match="cannot write .*: File too large; choose a folder"):
+    with full_disk(), pytest.raises(LTMPError, match=r"cannot write .*: File too large; choose a folder"):
         write(model, tmp_path)
     assert os.listdir(tmp_path) == []
 

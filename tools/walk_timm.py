@@ -54,23 +54,28 @@ def walk(name: str) -> dict[str, Any]:
 def off_difference(name: str) -> float:
     """How far the attached model, thresholds off but masked, is from the dense one, at two blocks."""
     torch.manual_seed(0)
-    # the patches of some do not fit 112 pixels; some have a list with an entry a block
+    # the patches of some do not fit 112 pixels, or not in pairs; some have a list with an entry a block
     for i, less in enumerate(({"img_size": 112}, {}, {"num_kv_heads": 1})):
         try:
-            model = timm.create_model(name, depth=2, **less).eval()
+            model, images, dense = small(name, **less)
             break
         except Exception:
             if i == 2:
                 raise
+    ltmp.attach(model).ltmp.train().requires_grad_()
+    return float((model(images) - dense).abs().max() / dense.abs().max())
+
+
+def small(name: str, **less: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The model at two blocks, an image, and what it makes of it."""
+    model = timm.create_model(name, depth=2, **less).eval()
     for parameter in model.parameters():
         if parameter.ndim < 2 and not parameter.any():
             parameter.normal_(0, 0.02)  # a bias of zero would hide that it was left out
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None) or timm.data.resolve_model_data_config(model)["input_size"][1:]
     images = torch.randn(1, 3, *size)
-    dense = model(images)
-    ltmp.attach(model).ltmp.train().requires_grad_()
-    return float((model(images) - dense).abs().max() / dense.abs().max())
+    return model, images, model(images)
 
 
 def quick(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -196,18 +196,19 @@ CASES: dict[str, Case] = {
     "vitamin": timm_case(VisionTransformer, "ViTamin: `vitamin_*`", mlp_layer=GeGluMlp, class_token=False,
         global_pool="avg", act_layer="gelu", tokens=16),
     "vit-post-norm": timm_case(
-        VisionTransformer, "post-norm blocks: `vit_*_rpn_*`", block_fn=ResPostBlock, init_values=1e-5,
-        refused="ResPostBlock", reason="reduction acts between the two branches of a pre-norm block",
+        VisionTransformer, "post-norm blocks: `vit_*_rpn_*`", block_fn=ResPostBlock, init_values=0.5,
     ),
     "vit-parallel": timm_case(
         VisionTransformer, "parallel blocks: `vit_22b`-like", block_fn=ParallelScalingBlock,
-        refused="ParallelScalingBlock", reason="reduction acts between the two branches of a pre-norm block",
+        refused="ParallelScalingBlock, which runs attention and MLP side by side",
+        reason="attention and MLP run side by side, with no place between them",
     ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),
     "eva02": timm_case(
         Eva, "EVA-02, rotary: `eva02_*`", use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False,
         ref_feat_shape=(8, 8),
     ),
+    "eva-post-norm": timm_case(Eva, "post-norm blocks: `eva02_enormous_*`", use_post_norm=True),
     "dinov3": timm_case(
         Eva, "DINOv3: `vit_*_dinov3`", **ROTARY, rope_type="dinov3", num_reg_tokens=4, no_embed_class=True,
         rope_rotate_half=True, init_values=0.1, tokens=21,

@@ -21,7 +21,6 @@ from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
     ParallelThingsBlock,
-    ResPostBlock,
     VisionTransformer,
 )
 from torch import Tensor, nn
@@ -541,12 +540,17 @@ def other_names() -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "parallel": (partial(tiny_vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
-    "diff-parallel": (partial(tiny_vit, block_fn=DiffParallelScalingBlock), "DiffParallelScalingBlock"),
-    "parallel-things": (partial(tiny_vit, block_fn=ParallelThingsBlock), "ParallelThingsBlock"),
-    "post-norm": (partial(tiny_vit, block_fn=ResPostBlock, init_values=1e-5), "ResPostBlock"),
+    "parallel": (partial(tiny_vit, block_fn=ParallelScalingBlock), "is ParallelScalingBlock, which runs attention and"),
+    "diff-parallel": (
+        partial(tiny_vit, block_fn=DiffParallelScalingBlock),
+        "is DiffParallelScalingBlock, which runs attention and",
+    ),
+    "parallel-things": (
+        partial(tiny_vit, block_fn=ParallelThingsBlock),
+        "is ParallelThingsBlock, which runs several attentions",
+    ),
     "gated": (gated, "gate"),
-    "diff-attention": (partial(tiny_vit, attn_layer="diff"), "DiffAttention"),
+    "diff-attention": (partial(tiny_vit, attn_layer="diff"), "uses DiffAttention, which subtracts two attention maps"),
     "attention-dropout": (partial(tiny_vit, attn_drop_rate=0.1), "attn_drop_rate=0"),
     "hooked": (hooked, "blocks.1 has forward hooks"),
     "other-mlp": (other_mlp, "Sequential"),

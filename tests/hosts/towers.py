@@ -474,6 +474,10 @@ READERS: list[Read] = [
         "`vit_relpos_*`, `vit_srelpos_*`",
     ),
     Read(
+        "VisionTransformerRelPos", partial(timm_model, "vit_relpos_small_patch16_rpn_224", img_size=64), square, "timm",
+        "`vit_relpos_*_rpn_*`, post-norm",
+    ),
+    Read(
         "Qwen3VitClassifier", partial(timm_model, "qwen3_vit_88m", img_size=64, embed_dim=64), square, "timm",
         "`qwen3_vit_*`, classifiers and encoders",
     ),

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionRope
-from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..method.recipe import Parts, Recipe, Rotary, linear_of
 from .rotary import turn_table, turned
 from .timm import RECIPE as VIT
-from .timm import find_problems, standard_parts
+from .timm import find_problems, norms_after, standard_parts
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    attn, x = block.attn, block.norm1(x)
+    attn, x = block.attn, x if norms_after(block) else block.norm1(x)
     if attn.qkv is None:
         q = attn.q_proj(x).unflatten(-1, (attn.num_heads, -1))
         k, v = (layer(x).unflatten(-1, (-1, q.shape[-1])) for layer in (attn.k_proj, attn.v_proj))
@@ -41,10 +41,13 @@ def _bias(attn: Any) -> Tensor | None:
 
 def _out(block: Any, y: Tensor) -> Tensor:
     attn = block.attn
-    return block.drop_path1(scaled(attn.proj_drop(attn.proj(attn.norm(y))), getattr(block, "gamma_1", None)))
+    y = attn.proj_drop(attn.proj(attn.norm(y)))
+    return block.drop_path1(block.norm1(y) if norms_after(block) else scaled(y, getattr(block, "gamma_1", None)))
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
+    if norms_after(block):
+        return block.drop_path2(block.norm2(block.mlp(x)))
     return block.drop_path2(scaled(block.mlp(block.norm2(x)), getattr(block, "gamma_2", None)))
 
 
@@ -71,7 +74,7 @@ def _rotate(block: Any, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Ten
 
 def _parts(block: Any) -> Parts | None:
     attn = block.attn
-    if attn.qkv is None:
+    if attn.qkv is None or norms_after(block):
         return None
     bias = _bias(attn)
     qkv = attn.qkv if bias is None else linear_of(attn.qkv.weight, bias)
@@ -79,7 +82,7 @@ def _parts(block: Any) -> Parts | None:
 
 
 def _problems(host: Any) -> list[str]:
-    found = find_problems(host, Eva, EvaBlock, (EvaAttention, AttentionRope))
+    found = find_problems(host, Eva, (EvaBlock, EvaBlockPostNorm), (EvaAttention, AttentionRope))
     if host.patch_drop is not None:
         found.append("it drops patches and their rotary embeddings in training: build it with patch_drop_rate=0")
     return found

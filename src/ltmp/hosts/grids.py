@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionRope
-from timm.models import beit, eva, vision_transformer_relpos
+from timm.models import beit, eva
+from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from ..method.recipe import Recipe, Rotary, linear_ratio, no_pooling, set_nothing
@@ -34,7 +35,7 @@ deepseek_vit, gemma4_vit, qwen3_vit = map(_from_timm, ("deepseek_vit", "gemma4_v
 
 def _plain(blocks: tuple[type, ...], attentions: tuple[type, ...], host: Any) -> list[str]:
     """Reasons why a host of these blocks cannot be reduced."""
-    found = (block_problems(block, blocks[0], attentions) for block in host.blocks)
+    found = (block_problems(block, blocks, attentions) for block in host.blocks)
     return [f"blocks.{i} {trouble}" for i, trouble in enumerate(found) if trouble][:1]
 
 
@@ -92,10 +93,10 @@ HOSTS: dict[type[nn.Module], Recipe | str] = {
         problems=partial(_plain, (beit.Block,), (beit.Attention,)),
         bias=partial(_given, "shared_rel_pos_bias", _beit_own), **_GRID,
     ),
-    vision_transformer_relpos.VisionTransformerRelPos: replace(
+    relpos.VisionTransformerRelPos: replace(
         VIT, name="timm VisionTransformerRelPos",
         problems=partial(
-            _plain, (vision_transformer_relpos.RelPosBlock,), (vision_transformer_relpos.RelPosAttention,)
+            _plain, (relpos.RelPosBlock, relpos.ResPostRelPosBlock), (relpos.RelPosAttention,)
         ),
         bias=partial(_given, "shared_rel_pos", _relpos_own), **_GRID,
     ),

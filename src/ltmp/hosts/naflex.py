@@ -42,7 +42,7 @@ def _class_first(host: Any) -> bool:
 def _problems(host: Any) -> list[str]:
     block: type[nn.Module] = EvaBlock if isinstance(host.blocks[0], EvaBlock) else Block
     attentions = (EvaAttention, AttentionRope) if block is EvaBlock else (Attention,)
-    found = timm.find_problems(host, NaFlexVit, block, attentions, method="_pool")
+    found = timm.find_problems(host, NaFlexVit, (block,), attentions, method="_pool")
     if getattr(host, "rope_is_mixed", False):
         found.append("its rotary embeddings are learned for each block and handed out one block at a time")
     return found

@@ -7,7 +7,9 @@ from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.vision_transformer import Block, LayerScale, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
@@ -32,22 +34,36 @@ _ATTENTION_PARTS = {
     "rel_pos",
 }
 _MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
+_POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
+_UNFIT = {
+    "ParallelScalingBlock": "runs attention and MLP side by side, with no place between them where tokens could go",
+    "DiffParallelScalingBlock": "runs attention and MLP side by side, with no place between them where tokens could go",
+    "ParallelThingsBlock": "runs several attentions side by side, each with similarities and importance of its own",
+    "DiffAttention": "subtracts two attention maps, so that what a token receives does not say how important it is",
+}
+"""Why tokens cannot be reduced in parts of timm, by class: of versions that lack one, too."""
+
+
+def norms_after(block: nn.Module) -> bool:
+    """Whether the norms of a block follow its branches (post-norm: Liu et al., CVPR 2022) instead of preceding them."""
+    return isinstance(block, _POST_NORM)
 
 
 def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    attn = block.attn
-    q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    attn, x = block.attn, x if norms_after(block) else block.norm1(x)
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _out(block: Any, y: Tensor) -> Tensor:
     attn = block.attn
     y = attn.norm(y) if hasattr(attn, "norm") else y
-    return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(y))))
+    y = attn.proj_drop(attn.proj(y))
+    return block.drop_path1(block.norm1(y) if norms_after(block) else block.ls1(y))
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return block.drop_path2(block.norm2(block.mlp(x)) if norms_after(block) else block.ls2(block.mlp(block.norm2(x))))
 
 
 def _attention(block: Any) -> tuple[nn.Module, ...]:
@@ -55,6 +71,8 @@ def _attention(block: Any) -> tuple[nn.Module, ...]:
 
 
 def _parts(block: Any) -> Parts | None:
+    if norms_after(block):
+        return None
     scales = scales_of((block.ls1, block.ls2), LayerScale)
     return None if scales is None else standard_parts(block, block.attn.qkv, scales)
 
@@ -92,20 +110,20 @@ def _class_first(host: Any) -> bool:
 
 
 def _problems(host: Any) -> list[str]:
-    return find_problems(host, VisionTransformer, Block, (Attention,))
+    return find_problems(host, VisionTransformer, (Block, ResPostBlock), (Attention,))
 
 
 def find_problems(
-    host: Any, base: type[nn.Module], block_class: type[Any], attentions: tuple[type, ...], method: str = "pool"
+    host: Any, base: type[nn.Module], blocks: tuple[type, ...], attentions: tuple[type, ...], method: str = "pool"
 ) -> list[str]:
-    """Reasons why a host, which timm has as a `base` of `block_class`es, cannot be reduced, one phrase each."""
+    """Reasons why a host, which timm has as a `base` of `blocks`, cannot be reduced, one phrase each."""
     found = []
     methods = ("forward", "forward_features", method)
     overridden = [name for name in methods if getattr(type(host), name) is not getattr(base, name)]
     if overridden:
         found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
     for i, block in enumerate(host.blocks):
-        trouble = block_problems(block, block_class, attentions)
+        trouble = block_problems(block, blocks, attentions)
         if trouble:
             found.append(f"blocks.{i} {trouble}")
             break
@@ -115,10 +133,10 @@ def find_problems(
     return found
 
 
-def block_problems(block: Any, block_class: type[Any], attentions: tuple[type, ...]) -> str | None:
-    """Why this block is not the standard pre-norm one that the recipe describes, or None."""
-    if type(block) is not block_class:
-        return f"is a {type(block).__name__}, not timm's standard {block_class.__name__}"
+def block_problems(block: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> str | None:
+    """Why this block is not one of those that the recipe describes, or None."""
+    if type(block) not in blocks:
+        return _unfit("is", block, blocks[0])
     extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
     if extra:
         return f"has parts that this version does not know: {', '.join(extra)}"
@@ -126,7 +144,7 @@ def block_problems(block: Any, block_class: type[Any], attentions: tuple[type, .
     if any(part._forward_hooks or part._forward_pre_hooks for part in (block, attn)):
         return "has forward hooks, which would no longer run: remove them"
     if type(attn) not in attentions:
-        return f"uses {type(attn).__name__}, not timm's standard {attentions[0].__name__}"
+        return _unfit("uses", attn, attentions[0])
     extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)
     if extra:
         return f"has an attention with parts that this version does not know: {', '.join(extra)}"
@@ -135,6 +153,12 @@ def block_problems(block: Any, block_class: type[Any], attentions: tuple[type, .
     if not isinstance(block.mlp, _MLPS):
         return f"has a {type(block.mlp).__name__}, which is not known to treat each token by itself"
     return None
+
+
+def _unfit(verb: str, part: nn.Module, standard: type) -> str:
+    name = type(part).__name__
+    why = f", which {_UNFIT[name]}" if name in _UNFIT else f", not timm's standard {standard.__name__}"
+    return f"{verb} {name}{why}"
 
 
 def _final_norm(host: Any) -> nn.Module:
