@@ -196,8 +196,8 @@ def test_large_maps_that_nobody_asks_for_are_never_made(monkeypatch: pytest.Monk
     batch = Batch.random([40, 3, 33], heads=2, width=16)
     heads, size = [t[: batch.live] for t in batch.heads], torch.rand(batch.live) + 1
     whole = attend_images(*heads, size.log(), [40, 3, 33])
-    monkeypatch.setattr("ltmp.ops.attend.rows.MAP", 9)
-    monkeypatch.setattr("ltmp.ops.attend.rows._map", None)
+    monkeypatch.setattr("ltmp.ops.attend.rows.MANY", 1)
+    monkeypatch.setattr("ltmp.ops.attend.rows._scratch", None)
     torch.testing.assert_close(attend_images(*heads, size.log(), [40, 3, 33]), whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(TypeError):
         attend_images(*heads, size.log(), [40, 3, 33], torch.zeros(batch.live))
@@ -208,9 +208,10 @@ def test_large_maps_that_nobody_asks_for_are_never_made(monkeypatch: pytest.Monk
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.booleans(),
     st.booleans(),
-    st.sampled_from([2**18, 64, 700]),
+    st.sampled_from([2**20, 64, 700]),
+    st.sampled_from([192, 20, 1]),
 )
-def test_attend_images(counts: list[int], sized: bool, asked: bool, most: int) -> None:
+def test_attend_images(counts: list[int], sized: bool, asked: bool, most: int, many: int) -> None:
     batch = Batch.random(counts)
     q, k, v = (t[: batch.live] for t in batch.heads)
     tokens = batch.tokens()
@@ -219,6 +220,7 @@ def test_attend_images(counts: list[int], sized: bool, asked: bool, most: int) -
     received, attended = (torch.zeros(batch.live) if asked else None for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ltmp.ops.attend.rows.MAP", most)
+        patch.setattr("ltmp.ops.attend.rows.MANY", many)
         out = attend_images(q, k, v, batch.rows(size).log() if sized else None, counts, received, attended)
     assert_close(out, batch.rows(expected).flatten(1), atol=1e-5)
     if received is not None and attended is not None:

@@ -1,4 +1,4 @@
-"""Attention of packed rows on a CPU in float32, by image: fused, or in parts whose maps stay in a core's cache."""
+"""Attention of packed rows on a CPU in float32, by image: fused, or in parts whose maps stay in the cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from torch.nn import functional as F
 
 from ..scratch import scratch
 
-MAP = 2**18
-"""Values of a map that is worked on at a time: 1 MiB, and as much again for its softmax."""
+MAP = 2**19
+"""Values of a map that is worked on at a time: 2 MiB. With less, threads wait for one another at each of many steps."""
+
+MANY = 192
+"""Tokens from which on an image has many: torch's softmax of a map then takes longer than its parts by themselves, and
+its fused attention is the fastest where nobody asks for the map."""
 
 
 @torch.no_grad()
@@ -62,30 +66,59 @@ def _attend_image(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
 ) -> None:
     """One image [H, N, D], k [H, D, N]; `out` is filled, the scores [N] are added up."""
-    heads, n, width = q.shape
-    group, rows = max(1, min(heads, MAP // (n * n))), min(n, max(16, MAP // n))
-    parts = [(h, i) for h in range(0, heads, group) for i in range(0, n, rows)]
-    if len(parts) > 1 and received is None and attended is None:
-        # nobody asks for the maps: torch's fused kernel keeps none, which pays where they are large
+    if q.shape[1] < MANY:
+        _attend_few(q, k, v, out, bias, received, attended)
+    elif received is None and attended is None:
         mask = None if bias is None else bias[None, None, None]
         out.copy_(F.scaled_dot_product_attention(q[None], k.mT[None], v[None], attn_mask=mask)[0])
-        return
-    for h, i in parts:
-        qi, ki, vi, yi = (q, k, v, out) if len(parts) == 1 else (
-            q[h : h + group, i : i + rows], k[h : h + group], v[h : h + group], out[h : h + group, i : i + rows]
-        )  # fmt: skip
-        shape = (len(qi), qi.shape[1], n)
-        score, p = _map("scores", shape), _map("softmax", shape)
-        start, beta = (score, 0) if bias is None else (bias, 1)
-        torch.baddbmm(start, qi, ki, beta=beta, alpha=width**-0.5, out=score)
-        torch.softmax(score, -1, out=p)
-        yi.copy_(torch.bmm(p, vi))
-        if received is not None:
-            received.add_(p.sum((0, 1)), alpha=1 / (heads * n))
-        if attended is not None and i == 0:
-            attended.add_(p[:, 0].sum(0), alpha=1 / heads)
+    else:
+        _attend_many(q, k, v, out, bias, received, attended)
 
 
-def _map(name: str, shape: tuple[int, int, int]) -> Tensor:
-    groups, rows, n = shape
-    return scratch(name, groups * rows * n).tensor.as_strided(shape, (rows * n, n, 1))
+def _attend_few(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
+) -> None:
+    """The whole map at once."""
+    heads, n, width = q.shape
+    score, p = _scratch("scores", (heads, n, n)), _scratch("softmax", (heads, n, n))
+    start, beta = (score, 0) if bias is None else (bias, 1)
+    torch.baddbmm(start, q, k, beta=beta, alpha=width**-0.5, out=score)
+    torch.softmax(score, -1, out=p)
+    out.copy_(torch.bmm(p, v))
+    if received is not None:
+        received.add_(p.sum((0, 1)), alpha=1 / (heads * n))
+    if attended is not None:
+        attended.add_(p[:, 0].sum(0), alpha=1 / heads)
+
+
+def _attend_many(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
+) -> None:
+    """Some heads or queries at a time, in as few passes over a map as there can be.
+
+    What tokens count as multiplies values and sums, instead of being added to each score; and sums divide what comes of
+    a map, instead of the map.
+    """
+    heads, n, width = q.shape
+    counts = v.new_ones(n) if bias is None else bias.exp()
+    v = torch.mul(v, counts[:, None], out=_scratch("values", (heads, n, width)))
+    group, rows = max(1, min(heads, MAP // (n * n))), min(n, max(16, MAP // n))
+    for h in range(0, heads, group):
+        some = slice(h, h + group)
+        for i in range(0, n, rows):
+            qi = q[some, i : i + rows]
+            weight = _scratch("scores", (len(qi), qi.shape[1], n))
+            torch.baddbmm(weight, qi, k[some], beta=0, alpha=width**-0.5, out=weight)
+            weight.sub_(weight.amax(-1, keepdim=True)).exp_()
+            part = torch.mv(weight.view(-1, n), counts).reciprocal_().view(*weight.shape[:2], 1)
+            torch.mul(torch.bmm(weight, v[some]), part, out=out[some, i : i + rows])
+            if received is not None:
+                given = torch.mv(weight.view(-1, n).t(), part.view(-1))
+                received.addcmul_(given, counts, value=1 / (heads * n))
+            if attended is not None and i == 0:
+                attended.addcmul_((weight[:, 0] * part[:, 0]).sum(0), counts, value=1 / heads)
+
+
+def _scratch(name: str, shape: tuple[int, int, int]) -> Tensor:
+    heads, rows, columns = shape
+    return scratch(name, heads * rows * columns).tensor.as_strided(shape, (rows * columns, columns, 1))
