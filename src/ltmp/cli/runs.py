@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -132,15 +132,14 @@ class Run:
         return "it had not taken its first step and nothing was saved: start again"
 
 
+class _WritableError(Exception):
+    """Nothing is wrong: ends a save that was only tried."""
+
+
 def _check_writable(folder: Path) -> None:
-    """Fail before the work where nothing can be written; leaves no folder behind."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    probe = folder / ".probe"
-    with atomic_path(probe):
-        pass
-    probe.unlink()
-    for path in made:
-        path.rmdir()
+    """Fail before the work where nothing can be written; a save that ends so leaves no file and no folder behind."""
+    with suppress(_WritableError), atomic_path(folder / ".probe"):
+        raise _WritableError
 
 
 def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:

@@ -35,9 +35,10 @@ _ATTENTION_PARTS = {
 }
 _MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
 _POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
+_SIDE_BY_SIDE = "runs attention and MLP side by side, with no place between them where tokens could go"
 _UNFIT = {
-    "ParallelScalingBlock": "runs attention and MLP side by side, with no place between them where tokens could go",
-    "DiffParallelScalingBlock": "runs attention and MLP side by side, with no place between them where tokens could go",
+    "ParallelScalingBlock": _SIDE_BY_SIDE,
+    "DiffParallelScalingBlock": _SIDE_BY_SIDE,
     "ParallelThingsBlock": "runs several attentions side by side, each with similarities and importance of its own",
     "DiffAttention": "subtracts two attention maps, so that what a token receives does not say how important it is",
 }
