@@ -37,6 +37,9 @@ TARGETS = (0.75, 0.6, 0.5)
 # 196 patches and a class token, as many tokens as DeiT has at 224 pixels.
 SIZE, PATCH = 28, 2
 BLANK = -MEAN / STD
+TRAINED = "vit.safetensors"
+"""File of the trained model."""
+
 NAME = "vit_tiny_patch16_224"
 """What timm calls a ViT that its arguments make into the demo's."""
 
@@ -100,7 +103,7 @@ def run_demo(
     """
     setup = setup or Setup()
     new_figure(1, 1)  # before the minutes of training: is matplotlib there?
-    model = trained_model(out / "vit.safetensors", setup, seed, progress)
+    model = trained_model(out / TRAINED, setup, seed, progress)
     val = torch.utils.data.Subset(load_digits("val"), range(setup.val_images))
     budgets, pictures = {}, [_colours(val)]
     for target in targets:
@@ -302,7 +305,7 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         "table.md": "this table (and table.json)",
         "accuracy.png": "accuracy against compute",
         "patches.png": "which patches survived",
-        "vit.safetensors": "the trained model, used again next time",
+        TRAINED: "the trained model, used again next time",
         BUNDLE: f"model and thresholds for every verb, {DIGITS}: pictures for them",
     }.items():
         print(printable(f"{out / name}: {what}"))

