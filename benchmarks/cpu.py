@@ -166,6 +166,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--img-size", type=int, help="default: the model's own")
     parser.add_argument("--scores", choices=SCORES, default="paper")
     parser.add_argument("--target", type=float, default=0.56, help="share of the dense FLOPs")
+    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--images", type=int, default=32, help="different ones, at least a batch")
     parser.add_argument("--threads", type=int, default=2)
@@ -190,7 +191,7 @@ def main() -> None:
     ltmp.attach(model, ltmp.LTMPConfig(engine="packed", scores=given.scores))
     if model.ltmp.config.needs_probe:
         model.ltmp.set_probe(random_probe(len(attachment(model).body.blocks), model.embed_dim))
-    calibrate(model, images, given.target)
+    calibrate(model, images, given.target, given.every)
     calls, rows = ways(model, dense), []
     if not given.json:
         print(

@@ -62,7 +62,7 @@ def reduced_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     if kept.exists():
         ltmp.load(model, kept)
     else:
-        calibrate(model, learn, options.target)
+        calibrate(model, learn, options.target, options.every)
         ltmp.save(model, kept)
     return model, photographs(model, options.val, 16) if options.val else smooth_images(model, 16)
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--learn", type=Path, help="folder or tar of class folders to calibrate on")
     parser.add_argument("--val", type=Path, help="folder or tar of class folders to verify and to time on")
     parser.add_argument("--target", type=float, default=0.55, help="share of the dense FLOPs")
+    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=15.0, help="about how long to time each row")
     parser.add_argument("--runtimes", nargs="+", default=["onnx", "openvino"], choices=["onnx", "openvino", "aoti"])

@@ -55,6 +55,18 @@ def test_all_that_helps_is_one_word(ltmp, images, verb) -> None:
     )
 
 
+@pytest.mark.parametrize("verb", [("dial", *FEW), ("learn", "--views", 4, "--calibration", 6, "--batch-size", 4)])
+def test_every_other_block(ltmp, images, verb, capsys) -> None:
+    asked = (*verb, "--data", images, "--target", 0.8, "--no-eval", "--every")
+    assert ltmp(*asked, 2, "--out", "here") == 0
+    # the last one only drops what the head does not read
+    assert (read("here/thresholds.safetensors").merge < 1).tolist() == [True, False, False]
+    assert read("here/thresholds.safetensors").prune[1] == 0
+    assert ltmp(*asked, 3, "--out", "there") == 2
+    assert "every is 3: expected" in capsys.readouterr().err
+    assert not Path("there").exists()
+
+
 def test_without_labels_or_anything_to_check_on(ltmp, images, capsys) -> None:
     assert ltmp("dial", "--data", images / "train", "--out", "here", "--target", 0.8, *FEW) == 0
     assert "divergence" in capsys.readouterr().out

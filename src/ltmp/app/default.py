@@ -1,4 +1,4 @@
-"""What the app shows by itself, without a network: photographs where weights for them are here, or the demo's digits."""
+"""What the app shows by itself, offline: photographs, where weights for them are here, or the demo's digits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def shows_photographs(folder: Path) -> bool:
     if (folder / TRAINED).exists() or not photographs("RGB"):
         return False
     found = get_pretrained_cfg(SHOWN)
-    return found is not None and isinstance(try_to_load_from_cache(found.hf_hub_id, "model.safetensors"), str)
+    if found is None or found.hf_hub_id is None:
+        return False
+    return isinstance(try_to_load_from_cache(found.hf_hub_id, "model.safetensors"), str)
 
 
 def demo_explorer(folder: Path, progress: Progress, quick: Setup = QUICK) -> Explorer:

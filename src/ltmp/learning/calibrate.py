@@ -69,7 +69,7 @@ def geometry_of(model: nn.Module, images: Images) -> Geometry:
 
 
 @preserved_random_state()
-def calibrate(model: nn.Module, images: Images, target: float) -> None:
+def calibrate(model: nn.Module, images: Images, target: float, every: int = 1) -> None:
     """Set an attached model's thresholds so that `images` cost about `target`, block after block in one pass.
 
     Where the model's scores ask for a probe and there is none, one is learned of these images first.
@@ -77,16 +77,24 @@ def calibrate(model: nn.Module, images: Images, target: float) -> None:
     Args:
         images: [B, 3, H, W] on the model's device, or keywords; 128 or more give stable thresholds.
         target: FLOPs share.
+        every: of how many blocks one removes tokens, see `ltmp.learn_dial`.
     """
     thresholds = thresholds_of(model)
     if thresholds.config.needs_probe and thresholds.probe is None:
         learn_probe(model, images)
-    follow(model, images, usual(target, thresholds.config.scores.matching), target, geometry_of(model, images))
+    shape = usual(target, thresholds.config.scores.matching)
+    follow(model, images, shape, target, geometry_of(model, images), every=every)
 
 
 @torch.inference_mode()
 def follow(
-    model: nn.Module, images: Images, shape: Shape, target: float, geometry: Geometry, judge: Judge | None = None
+    model: nn.Module,
+    images: Images,
+    shape: Shape,
+    target: float,
+    geometry: Geometry,
+    judge: Judge | None = None,
+    every: int = 1,
 ) -> Any:
     """Set an attached model's thresholds so that `images` follow a schedule of `shape` that costs about `target`.
 
@@ -94,6 +102,7 @@ def follow(
         images: [B, 3, H, W] on the model's device, or keywords.
         geometry: what an image of these costs, see `geometry_of`.
         judge: how answers are read; None: not at all.
+        every: of how many blocks one removes tokens.
 
     Returns:
         What the model answers in that pass, which is what it will answer when deployed with these thresholds.
@@ -102,7 +111,7 @@ def follow(
     body, thresholds = made.body, made.thresholds
     # an emptied last block is free where the head reads the prefix tokens alone
     last_free = body.prefix_only and "prune" in thresholds.config.steps
-    schedule = shape.schedule(thresholds.depth, thresholds.config.steps, last_free)
+    schedule = shape.schedule(thresholds.depth, thresholds.config.steps, last_free, every)
     schedule = schedule.to_cost(target, geometry, body.protected)
     calibrating = Calibrating(thresholds, schedule).to(images.device)
     with running(body=replace(body, policy=calibrating)):

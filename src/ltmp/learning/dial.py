@@ -83,6 +83,9 @@ def learn_dial(
         views: images to search on, in passes over `JUDGED` at a time; 0 searches nothing. `most_views` says how many
             images the rest looks at, and a probe adds `PROBED`.
         calibration: images to make the table from.
+        every: of how many blocks one removes tokens, the first of them: with 2 every other block does, and takes what
+            both would have. Fewer decisions take less time (docs/dial.md says where that pays), and the blocks between
+            run as fast as the host's.
         checked: images, beginning with these, that say what the dial costs; no more than there are.
         seed: of the search.
         device: where to learn; default the model's.
@@ -98,6 +101,7 @@ def learn_dial(
     start = time.perf_counter()
     options, thresholds = DialOptions(**settings), thresholds_of(model)
     options.check(low, high)
+    options.check_spacing(thresholds.depth)
     with telling(options.progress if rank() == 0 else False) as progress:
         dial, divergence, maker, shapes = _made(model, loader, (low, high), options, progress)
     thresholds.set_dial(dial)
@@ -139,7 +143,8 @@ def _search(
     thresholds, count, anchors = thresholds_of(maker.model), len(maker.images), anchors_of(low, high)
     settings = {"dial": [low, high], "views": options.views, "calibrate": count, "seed": options.seed,
                 "depth": thresholds.depth, "variant": thresholds.config.variant,
-                **asdict(thresholds.config.scores), **options.subject(maker.model, loader, maker.images)}  # fmt: skip
+                **asdict(thresholds.config.scores), **options.spacing,
+                **options.subject(maker.model, loader, maker.images)}  # fmt: skip
     state = exchange(options.saved(settings))[0] or {"shapes": {}, "views": 0}
     with restoring(options.checkpoint):
         shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
@@ -182,7 +187,7 @@ class _Maker(Calibrator):
         # again where there is one: a run is of its own images alone, resumed or not
         if thresholds_of(model).config.needs_probe:
             probed = learn_probe(model, images, amp=self.amp, judge=judge, progress=progress)
-        super().__init__(model, images, judge)
+        super().__init__(model, images, judge, options.every)
         self.views += probed
 
     def looked(self, images: int, text: str) -> None:

@@ -60,10 +60,11 @@ class Calibrator:
     Args:
         images: [N, 3, H, W] on the model's device, or keywords.
         judge: how answers are read.
+        every: of how many blocks one removes tokens.
     """
 
-    def __init__(self, model: nn.Module, images: Images, judge: Judge) -> None:
-        self.model, self.images, self.judge, self.views = model, images, judge, 0
+    def __init__(self, model: nn.Module, images: Images, judge: Judge, every: int = 1) -> None:
+        self.model, self.images, self.judge, self.every, self.views = model, images, judge, every, 0
         self.geometry = geometry_of(model, images)
         self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
         self.answers = torch.cat([teacher(model, part, judge) for part in images.split(JUDGED)])
@@ -78,7 +79,7 @@ class Calibrator:
         """Calibrate on some of the images."""
         own = thresholds_of(self.model)
         with record() as calls:
-            answers = follow(self.model, self.images[part], shape, share, self.geometry, self.judge)
+            answers = follow(self.model, self.images[part], shape, share, self.geometry, self.judge, self.every)
         self.looked(len(answers), text)
         divergence = self.judge.divergence(answers, self.answers[part]).clamp_min(0).sqrt().mean()
         values = (own.merge.detach().clone(), own.prune.detach().clone())

@@ -119,6 +119,7 @@ def learn(
             variance of the dense model's).
         budget_weight: lambda of the budget loss.
         calibration: images kept for calibration and for the final adjustment.
+        every: of how many blocks one removes tokens, see `ltmp.learn_dial`.
         seed: of whatever is random in the loader's transforms.
         device: where to learn; default the model's.
         amp: autocast type, e.g. `torch.bfloat16`.
@@ -164,6 +165,7 @@ class _Job:
         self.model, self.loader, self.target, self.options = model, loader, target, options
         made = attachment(model)
         self.thresholds = made.thresholds
+        options.check_spacing(self.thresholds.depth)
         place = options.place(self.thresholds)
         model.to(place).eval()
         images, labels = first(loader, options.calibration, progress)
@@ -185,13 +187,14 @@ class _Job:
         )
         # a checkpoint is of the scores that were given
         self.scores = self.thresholds.config.scores
-        self.calibrator = None if options.paper else Calibrator(model, self.images[:CALIBRATED], self.judge)
+        few, every = self.images[:CALIBRATED], options.every
+        self.calibrator = None if options.paper else Calibrator(model, few, self.judge, every)
         self.shape = self.calibrator.fit([target])[target] if self.calibrator is not None else None
         self.batch = batch_size(loader)
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
         optimiser = PaperOptimiser if options.paper else ThresholdOptimiser
-        self.run = optimiser(self.thresholds, options.lr, steps=steps)
+        self.run = optimiser(self.thresholds, options.lr, steps=steps, every=every)
         # the teacher: weights that train are no longer those of the model as it was
         self.original = model if options.tuning is None else copy.deepcopy(model).requires_grad_(False)
         self.cast = options.cast(place)
@@ -220,6 +223,7 @@ class _Job:
             "seed": options.seed,
             "variant": config.variant,
             "scores": asdict(self.scores),
+            **options.spacing,
             "depth": self.thresholds.depth,
             "tuning": asdict(options.tuning) if options.tuning else None,
             **self.subject,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..method.thresholds import Thresholds
 from .heldout import Candidate
 from .resume import frozen
+from .schedule import idle
 from .weights import Weights
 
 
@@ -38,14 +39,19 @@ class ThresholdOptimiser:
     """The thresholds as the optimiser sees them: the merge threshold as it is, the prune threshold by its logarithm.
 
     Importance lives near 1/N; a step in its logarithm means the same for every model and block.
+
+    Args:
+        steps: that will be taken.
+        every: of how many blocks one learns; the others keep the thresholds that the run starts with.
     """
 
     RATES: ClassVar = {"merge": 4e-3, "prune": 0.06}
     FULL_RUN = 250
     AVERAGED = 0.3
 
-    def __init__(self, thresholds: Thresholds, lr: float, steps: int) -> None:
+    def __init__(self, thresholds: Thresholds, lr: float, steps: int, every: int = 1) -> None:
         self.thresholds = thresholds
+        self.idle = idle(thresholds.depth, every).to(thresholds.merge.device)
         self.steps = steps
         self.names = thresholds.config.steps
         self.latent = {name: torch.zeros_like(getattr(thresholds, name).data) for name in self.names}
@@ -99,7 +105,9 @@ class ThresholdOptimiser:
 
     def write(self, latent: dict[str, Tensor]) -> None:
         for name, value in latent.items():
-            getattr(self.thresholds, name).data.copy_(self.to_threshold(name, value))
+            own = getattr(self.thresholds, name).data
+            started = getattr(self.start, name).to(own.device)
+            own.copy_(torch.where(self.idle, started, self.to_threshold(name, value)))
 
     def to_latent(self, name: str, threshold: Tensor) -> Tensor:
         """The number [L] that is optimised, from the threshold."""

@@ -40,6 +40,7 @@ class RunSettings(TypedDict, total=False):
 
     views: int
     calibration: int
+    every: int
     seed: int
     device: str | torch.device | None
     amp: torch.dtype | None
@@ -75,12 +76,26 @@ class LoopOptions:
 
     views: int
     calibration: int = 512
+    every: int = 1
     seed: int = 0
     device: str | torch.device | None = None
     amp: torch.dtype | None = None
     loss: Loss | None = None
     checkpoint: str | Path | None = None
     progress: Progress | bool | None = None
+
+    @property
+    def spacing(self) -> dict[str, int]:
+        """`every` where it is not 1, among the settings that identify a run."""
+        return {"every": self.every} if self.every != 1 else {}
+
+    def check_spacing(self, depth: int) -> None:
+        """Refuse an `every` that leaves no blocks out, or all but the first."""
+        if not 1 <= self.every < max(2, depth):
+            raise UsageError(
+                f"every is {self.every!r}: expected how many blocks it is from one that removes tokens to the next, 1 "
+                f"(all do) to {max(1, depth - 1)} in this model of {depth}"
+            )
 
     def place(self, thresholds: Thresholds) -> torch.device:
         """Where to learn; by default where the model is."""
@@ -128,6 +143,8 @@ class LearnOptions(LoopOptions):
         check_recipe(self.recipe)
         if self.paper and (self.distill or self.tuning is not None):
             raise UsageError("the paper's recipe learns thresholds alone, from labels: leave out distill and tuning")
+        if self.paper and self.every != 1:
+            raise UsageError("the paper's recipe removes tokens in every block: leave out every")
         if self.paper and not self.views:
             raise UsageError("the paper's recipe has no calibrated start: give it views, one epoch in the paper")
 

@@ -29,8 +29,8 @@ class PaperOptimiser(ThresholdOptimiser):
 
     RATES: ClassVar = {"merge": 5e-3, "prune": 5e-6}
 
-    def __init__(self, thresholds: Thresholds, lr: float, steps: int) -> None:
-        super().__init__(thresholds, lr, steps)
+    def __init__(self, thresholds: Thresholds, lr: float, steps: int, every: int = 1) -> None:
+        super().__init__(thresholds, lr, steps, every)
         self.optimizer = torch.optim.SGD(
             [{"params": [self.latent[name]], "lr": lr * self.RATES[name]} for name in self.names]
         )

@@ -63,9 +63,10 @@ def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         raise LTMPError(f"{path} is not a learning run: choose another checkpoint file")
     others = [text for name, text in _SUBJECTS.items() if not _same(before.get(name), settings.get(name))]
     changed = [
-        f"{name} {before.get(name)!r}, now {value!r}"
-        for name, value in settings.items()
-        if name not in _SUBJECTS and before.get(name) != value
+        f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
+        # some are only named where they are not the usual ones
+        for name in {**settings, **before}
+        if name not in _SUBJECTS and before.get(name) != settings.get(name)
     ]
     if changed:
         others.append(f"other settings ({'; '.join(changed)})")

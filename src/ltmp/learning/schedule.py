@@ -73,18 +73,21 @@ class Shape:
     prune_slope: float
     prune_bend: float
 
-    def schedule(self, depth: int, steps: tuple[str, ...], last_free: bool = False) -> Schedule:
+    def schedule(self, depth: int, steps: tuple[str, ...], last_free: bool = False, every: int = 1) -> Schedule:
         """A schedule of this shape, to be scaled by `Schedule.to_cost`.
 
         Args:
             depth: number of blocks, L.
             steps: of "merge" and "prune", the steps that the variant has.
             last_free: whether the head reads the prefix tokens only, so that the last block prunes all others.
+            every: how many blocks it is from one that removes tokens to the next, which removes at all their rates.
         """
         z = torch.linspace(-1, 1, depth, dtype=torch.float64) if depth > 1 else torch.zeros(1, dtype=torch.float64)
         bow, off = z * z - 0.4, torch.zeros_like(z)
         merge = torch.exp(self.merge_slope * z + self.merge_bend * bow) if "merge" in steps else off
         prune = torch.exp(self.prune_level + self.prune_slope * z + self.prune_bend * bow) if "prune" in steps else off
+        if every > 1:
+            merge, prune = gathered(merge, every), gathered(prune, every)
         if last_free and "prune" in steps:
             merge[-1], prune[-1] = 0.0, math.inf
         return Schedule(merge, prune)
@@ -100,6 +103,19 @@ class Shape:
     def towards(self, other: Shape, part: float) -> Shape:
         """Linear interpolation to another shape; `part` 1 is that one."""
         return self.plus(other.plus(self, -1), part)
+
+
+def idle(depth: int, every: int) -> Tensor:
+    """bool [depth], the blocks between those that remove tokens: of these the first is one, and every `every`th."""
+    return torch.arange(depth) % every > 0
+
+
+def gathered(rates: Tensor, every: int) -> Tensor:
+    """Rates [L] where only some blocks remove tokens: each also at the rates of the idle ones just before it."""
+    totals, there = rates.cumsum(0), ~idle(len(rates), every)
+    found = torch.zeros_like(rates)
+    found[there] = totals[there].diff(prepend=totals.new_zeros(1))
+    return found
 
 
 def between(shapes: dict[float, Shape], share: float) -> Shape:

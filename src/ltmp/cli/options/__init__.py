@@ -34,6 +34,7 @@ from .run import CertifiedOption as CertifiedOption
 from .run import Device as Device
 from .run import Engine as Engine
 from .run import EvaluationOptions as EvaluationOptions
+from .run import Every as Every
 from .run import FormOptions as FormOptions
 from .run import RunOptions as RunOptions
 from .run import Seed as Seed

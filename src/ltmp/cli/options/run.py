@@ -32,6 +32,13 @@ Budgets = Annotated[
         metavar="SHARE",
     ),
 ]
+Every = Annotated[
+    int,
+    option(
+        "Of how many blocks one removes tokens: with 2 every other block does. That takes less time; see docs/dial.md.",
+        min=1,
+    ),
+]
 Seed = Annotated[int, option("Seed of the image order.")]
 
 
@@ -55,8 +62,9 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """Which parts of a run happen."""
+    """Where a learned model reduces, and which parts of a run happen."""
 
+    every: Every = 1
     resume: Annotated[bool, option("Go on with the interrupted run in the output folder.", None, "--resume")] = False
     no_eval: Annotated[bool, option("Report no accuracy.", None, "--no-eval")] = False
     dry_run: Annotated[

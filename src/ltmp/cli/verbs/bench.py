@@ -18,6 +18,7 @@ from ..options import (
     ClassMap,
     DataOptions,
     Device,
+    Every,
     SavedModel,
     Source,
     SpeedOptions,
@@ -48,6 +49,7 @@ class BenchModel(SavedModel):
     scores: Annotated[str, option("paper, attention or best, like --scores of learn, where no file is given.")] = (
         "paper"
     )
+    every: Every = 1
 
     def check(self, target: Target | None, budget: float | None) -> None:
         """Refuse what does not go together."""
@@ -193,7 +195,7 @@ def _reduce(network: nn.Module, images: Tensor, model: BenchModel, budget: float
         load(network, model.thresholds, budget=budget)
     else:
         few = smooth(64, (images.shape[-2], images.shape[-1]), images.shape[1], seed=1).to(images) if made else images
-        calibrate(attach(network, config_of(model.scores)), few, model.share)
+        calibrate(attach(network, config_of(model.scores)), few, model.share, model.every)
     if places:
         # an answer for each patch, whatever is left of it
         thresholds_of(network).tokens = "grid"

@@ -137,7 +137,7 @@ def _learn(job: Run, network: nn.Module, loader: Loader, options: DialStage, run
     with progress_bar("learning", None) as bar:
         result = learn_dial(
             network, loader, options.low, options.high, knots=options.knots, views=options.views,
-            calibration=options.calibration, seed=options.seed, device=run.place, amp=run.cast,
+            calibration=options.calibration, every=options.every, seed=options.seed, device=run.place, amp=run.cast,
             checkpoint=job.checkpoint, progress=bar.reach,
         )  # fmt: skip
     if distributed.rank() == 0:

@@ -240,6 +240,7 @@ def _learn(
             options.target,
             views=options.views or 0,
             calibration=options.calibration,
+            every=options.every,
             recipe=options.recipe,
             accumulate=options.accumulate,
             lr=options.lr,
