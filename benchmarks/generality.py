@@ -159,7 +159,7 @@ def dials(model: nn.Module, loader: Loader, options: argparse.Namespace) -> dict
             with progress_bar(f"{scores}, {how}", None) as bar:
                 ltmp.learn_dial(
                     model, loader, 0.42, 0.88, knots=6, views=views, calibration=options.calibration,
-                    checked=loader.images, progress=bar.reach,
+                    checked=loader.images, every=options.every, progress=bar.reach,
                 )  # fmt: skip
             own = thresholds_of(model)
             for budget in BUDGETS:
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=["paper", "best"])
     parser.add_argument("--views", type=int, default=3000, help="images looked at by a search")
     parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
     parser.add_argument("--limit", type=int, default=1000, help="images to report on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained models")
     parser.add_argument("--json", help="- is the screen")

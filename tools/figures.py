@@ -111,12 +111,13 @@ def results() -> Table:
         table.append([name, share(graph), thousands(best), f"{thousands(graph)} ({ratio(graph, best)}x)", ""])
     # the others are of earlier versions
     newest = max(row["date"] for row in cpu_runs())
-    for processor in dict.fromkeys(row["processor"] for row in cpu_runs().where(date=newest)):
-        rows = cpu_runs().where(processor=processor, date=newest)
+    for processor, every in dict.fromkeys((row["processor"], row["every"]) for row in cpu_runs().where(date=newest)):
+        rows = cpu_runs().where(processor=processor, every=every, date=newest)
         shares = sorted(rounded(Decimal(row["share"]), 2) for row in rows)
         alone = [row["ratio_host_linear"] for row in rows if row["ratio_host_linear"]]
         ratios = times(row["ratio"] for row in rows) + (f" (reduction alone: {times(alone)})" if alone else "")
-        name = f"speed, {processor}, batch {' / '.join(row['batch'] for row in rows)}"
+        spaced = "" if every == "1" else f", `--every {every}`"
+        name = f"speed, {processor}{spaced}, batch {' / '.join(row['batch'] for row in rows)}"
         between = dict.fromkeys((f"{shares[0]}", f"{shares[-1]}"))
         table.append([name, " to ".join(between), "1x", ratios, ""])
     return table
@@ -277,10 +278,11 @@ def cpu_runs() -> Runs:
 
 def cpu() -> Table:
     """Speed over dense on each processor."""
-    table = [["processor", "batch", "share", "ideal", "ratio", "with the host's own linear layers"]]
+    names = ["processor", "`--every`", "batch", "share", "ideal", "ratio", "with the host's own linear layers"]
+    table = [names]
     for row in cpu_runs():
-        ideal = rounded(1 / Decimal(row["share"]), 2)
-        table.append([row["processor"], row["batch"], row["share"], ideal, row["ratio"], row["ratio_host_linear"]])
+        ideal, where = rounded(1 / Decimal(row["share"]), 2), [row[key] for key in ("processor", "every", "batch")]
+        table.append([*where, row["share"], ideal, row["ratio"], row["ratio_host_linear"]])
     return table
 
 

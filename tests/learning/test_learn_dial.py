@@ -176,7 +176,7 @@ def test_usual_shapes_depend_on_the_matching(matching: str, monkeypatch: pytest.
     model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(scores=Scores(matching=matching)))
     images, followed = random_images(4, size=32), []
     calibrating = import_module("ltmp.learning.calibrate")
-    monkeypatch.setattr(calibrating, "follow", lambda model, images, shape, *_: followed.append(shape))
+    monkeypatch.setattr(calibrating, "follow", lambda model, images, shape, *_, **__: followed.append(shape))
     share = min(USUAL[matching])
     calibrate(model, images, share)
     assert followed == [USUAL[matching][share]]

@@ -18,7 +18,8 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.data import eval_transform, make_loader, open_dataset
 from ltmp.errors import LTMPError
-from ltmp.learning import optimiser, weights
+from ltmp.learning import dial as dialling
+from ltmp.learning import fit, loop, optimiser, weights
 from ltmp.learning.resume import frozen, load_run, save_run
 
 TARGET = 0.65
@@ -154,6 +155,10 @@ DAMAGES = {
     "vector is a list": replaced("state", "latent", "prune", [0.1] * 4),
     "optimiser of something else": replaced("state", "optimizer", {"state": {}, "param_groups": []}),
     "start without a share": without("state", "start", "share"),
+    "settled is a list": replaced("state", "settled", [1]),
+    "settled without views": without("state", "settled", "views"),
+    "settled by scores that nobody chose": replaced("state", "settled", "size_power", 7.0),
+    "a probe that no scores ask for": replaced("state", "settled", "probe", torch.ones(4, 3, 66)),
     "a list": lambda content: [content],
     "empty": lambda content: {},
     "code": lambda content: {**content, "state": Code()},
@@ -287,3 +292,45 @@ def test_images_that_are_drawn_at_random_are_not_compared(tmp_path: Path) -> Non
     for _ in range(2):
         model = ltmp.attach(tiny_vit())
         learn(model, make_loader(Noisy(), 4), checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("verb", ["learn", "dial"])
+def test_what_images_settled_is_not_settled_again(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe, and what merged tokens count as: the resumed run has them from its file, and ends as the whole one."""
+
+    def run(stop: int | None = None, **more: Any) -> Any:
+        # scores of a name leave what merged tokens count as open
+        model, batches = model_and_batches()
+        ltmp.attach(model, ltmp.LTMPConfig(scores="best"))
+        if verb == "learn":
+            asked: dict[str, Any] = {"on_step": raising} if stop else {}
+            ltmp.learn(model, batches, TARGET, save_every=1, **SHORT, **asked, **more)
+        else:
+            settings = {"knots": 3, "views": 3 * 8 * 48, "calibration": 48, "checked": 0}
+            ltmp.learn_dial(model, batches, 0.6, 0.9, **settings, **more)
+        return model
+
+    def raising(step: Any) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    whole = run()
+    asked: list[str] = []
+    search = dialling._Maker.search
+
+    def searched(self: Any, *args: Any) -> Any:
+        asked.append("search")
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return search(self, *args)
+
+    monkeypatch.setattr(dialling._Maker, "search", searched)
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=3, checkpoint=tmp_path / "run.pt")
+    for module in (dialling, loop):
+        monkeypatch.setattr(module, "learn_probe", lambda *_, **__: pytest.fail("a probe is learned again"))
+    monkeypatch.setattr(fit.Calibrator, "fit", lambda *_: pytest.fail("images settle again"))
+    again = run(checkpoint=tmp_path / "run.pt")
+    assert again.ltmp.config == whole.ltmp.config
+    found = again.ltmp.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.ltmp.state_dict().items())

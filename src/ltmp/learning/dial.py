@@ -21,7 +21,7 @@ from ..method.dial import Dial, keep_on
 from .answers import Distribution, Judge
 from .batches import described, first, pair, watched
 from .budget import check_target
-from .fit import JUDGED, PASSES, Calibrated, Calibrator
+from .fit import JUDGED, PASSES, Calibrated, Calibrator, settle_as, settled
 from .inputs import Images, call, pixels_of
 from .options import DialOptions, DialSettings, with_keywords
 from .probe import PROBED, learn_probe
@@ -120,13 +120,15 @@ def _made(
     images = first(loader, options.calibration, progress)[0].to(place)
     seen = thresholds.seen = thresholds.seen or Seen()
     seen.add(pixels_of(images))
-    maker = _Maker(model, images, options, progress)
+    settings = _settings(model, loader, images, ends, options)
+    state = exchange(options.saved(settings))[0] or {"shapes": {}}
+    maker = _Maker(model, images, options, progress, state.get("settled"))
     for end in ends:
         check_target(end, maker.geometry, attachment(model).body.protected)
     # a streaming source does not say how many it has
     more = min(options.checked, getattr(loader, "images", 0) or options.checked)
     more = more if more > len(images) else 0
-    shapes = _search(maker, loader, low, high, options, checked=more)
+    shapes = _search(maker, anchors_of(low, high), options, settings, state, checked=more)
     knots = options.knots - 1
     dial, divergence = maker.table([low + (high - low) * i / knots for i in range(options.knots)], shapes)
     thresholds.set_dial(dial)
@@ -136,34 +138,48 @@ def _made(
     return dial, divergence, maker, shapes
 
 
+def _settings(
+    model: nn.Module, loader: Any, images: Images, ends: tuple[float, float], options: DialOptions
+) -> dict[str, Any]:
+    """The settings that identify a run; a checkpoint with others is refused."""
+    thresholds = thresholds_of(model)
+    return {
+        "dial": list(ends), "views": options.views, "calibrate": len(images), "seed": options.seed,
+        "depth": thresholds.depth, "variant": thresholds.config.variant, **asdict(thresholds.config.scores),
+        **options.spacing, **options.subject(model, loader, images),
+    }  # fmt: skip
+
+
 def _search(
-    maker: _Maker, loader: Any, low: float, high: float, options: DialOptions, checked: int
+    maker: _Maker,
+    anchors: list[float],
+    options: DialOptions,
+    settings: dict[str, Any],
+    state: dict[str, Any],
+    checked: int,
 ) -> dict[float, Shape]:
     """A shape for each anchor that has none in a saved run; each is saved when it is found."""
-    thresholds, count, anchors = thresholds_of(maker.model), len(maker.images), anchors_of(low, high)
-    settings = {"dial": [low, high], "views": options.views, "calibrate": count, "seed": options.seed,
-                "depth": thresholds.depth, "variant": thresholds.config.variant,
-                **asdict(thresholds.config.scores), **options.spacing,
-                **options.subject(maker.model, loader, maker.images)}  # fmt: skip
-    state = exchange(options.saved(settings))[0] or {"shapes": {}, "views": 0}
+    thresholds, count = thresholds_of(maker.model), len(maker.images)
     with restoring(options.checkpoint):
         shapes = {share: Shape(**numbers) for share, numbers in state["shapes"].items()}
-        maker.views += int(state["views"])
+        starts = {share: Shape(**numbers) for share, numbers in state.get("starts", {}).items()}
     probed = min(PROBED, count) if thresholds.config.needs_probe else 0
     generation = POPULATION * min(JUDGED, count)
     generations = round(options.views / ANCHORS / generation)
     chosen = ANCHORS * (generations * generation + 2 * count) if generations else 0
     judged = maker.passes(ANCHORS) * min(JUDGED, count)
     maker.expected = probed + judged + chosen + (options.knots + 1) * count + ANCHORS * checked
-    starts = maker.fit(anchors)
+    # a new run, or one of an older version
+    starts = starts or maker.fit(anchors)
     if not generations:
         return starts
     for i, share in enumerate(anchors):
         if share not in shapes:
             generator = torch.Generator().manual_seed(options.seed * ANCHORS + i)
             shapes[share] = maker.search(starts[share], share, generations, generator)
-            found = {at: asdict(shape) for at, shape in shapes.items()}
-            options.save(settings, {"shapes": found, "views": maker.views})
+            found = {name: {at: asdict(shape) for at, shape in made.items()}
+                     for name, made in (("shapes", shapes), ("starts", starts))}  # fmt: skip
+            options.save(settings, {**found, "settled": settled(thresholds, maker.views)})
     return shapes
 
 
@@ -181,14 +197,24 @@ def anchors_of(low: float, high: float) -> list[float]:
 class _Maker(Calibrator):
     """An attached model, the images that its dial is made of, and the dense model's answers to them."""
 
-    def __init__(self, model: nn.Module, images: Images, options: DialOptions, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        options: DialOptions,
+        progress: Progress | None,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
         self.amp, self.progress, self.expected = options.amp, progress, 0
-        judge, probed = Judge.of(model, images[:1], loss=options.loss), 0
-        # again where there is one: a run is of its own images alone, resumed or not
-        if thresholds_of(model).config.needs_probe:
-            probed = learn_probe(model, images, amp=self.amp, judge=judge, progress=progress)
+        judge, looked, thresholds = Judge.of(model, images[:1], loss=options.loss), 0, thresholds_of(model)
+        if saved is not None:
+            with restoring(options.checkpoint):
+                looked = settle_as(thresholds, saved)
+        elif thresholds.config.needs_probe:
+            # again where there is one: a run is of its own images alone
+            looked = learn_probe(model, images, amp=self.amp, judge=judge, progress=progress)
         super().__init__(model, images, judge, options.every)
-        self.views += probed
+        self.views += looked
 
     def looked(self, images: int, text: str) -> None:
         super().looked(images, text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..calls import record
 from ..config import Scores
 from ..distributed import exchange
 from ..hosts.attach import thresholds_of
+from ..method.thresholds import Thresholds
 from .answers import Judge, teacher
 from .calibrate import follow, geometry_of
 from .inputs import Images
@@ -115,6 +117,28 @@ class Calibrator:
         thresholds.config = replace(thresholds.config, scores=scores)
         found = [[self.score(shape, share, few) for shape in self.starts(share)] for share in shares]
         return _Judged(scores, found)
+
+
+def settled(thresholds: Thresholds, views: int) -> dict[str, Any]:
+    """What a run's images settled before anything was learned, for its checkpoint; `views` images were looked at."""
+    return {"size_power": thresholds.config.scores.size_power, "probe": thresholds.probe, "views": views}
+
+
+def settle_as(thresholds: Thresholds, saved: dict[str, Any]) -> int:
+    """Set what `settled` saved, and return how many images that took.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    scores = thresholds.config.scores
+    if saved["size_power"] not in [choice.size_power for choice in scores.choices]:
+        raise ValueError(f"size_power {saved['size_power']!r}")
+    if (saved["probe"] is None) == thresholds.config.needs_probe:
+        raise ValueError("probe")
+    chosen = next(choice for choice in scores.choices if choice.size_power == saved["size_power"])
+    thresholds.config = replace(thresholds.config, scores=chosen)
+    thresholds.set_probe(saved["probe"])
+    return int(saved["views"])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .answers import Distribution, Judge
 from .batches import Batch, apart, batch_size, described, first, stream, watched
 from .budget import check_target
 from .calibrate import geometry_of
-from .fit import Calibrator
+from .fit import Calibrator, settle_as, settled
 from .heldout import Candidate, HeldOut
 from .inputs import pixels_of
 from .log import Journal
@@ -35,6 +35,7 @@ from .probe import learn_probe
 from .progress import Progress, telling
 from .randomness import preserved_random_state
 from .resume import restoring
+from .schedule import Shape
 from .weights import Weights, cut, tuned
 
 if TYPE_CHECKING:
@@ -180,26 +181,46 @@ class _Job:
         self.part = options.labels if self.judge.labelled else 0.0
         if options.paper and not self.part:
             raise UsageError("the paper's recipe learns from labels of classes: this model has no such answers")
-        # again where there is one: a run is of its own images alone, resumed or not
-        asked = self.thresholds.config.needs_probe
-        self.probed = (
-            learn_probe(model, self.images, amp=options.amp, judge=self.judge, progress=progress) if asked else 0
-        )
+        self.batch = batch_size(loader)
         # a checkpoint is of the scores that were given
         self.scores = self.thresholds.config.scores
-        few, every = self.images[:CALIBRATED], options.every
-        self.calibrator = None if options.paper else Calibrator(model, few, self.judge, every)
-        self.shape = self.calibrator.fit([target])[target] if self.calibrator is not None else None
-        self.batch = batch_size(loader)
+        self.saved: dict[str, Any] | None = exchange(options.saved(self.settings))[0]
+        self.calibrator, self.shape, self.probed = self._settled()
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
         optimiser = PaperOptimiser if options.paper else ThresholdOptimiser
-        self.run = optimiser(self.thresholds, options.lr, steps=steps, every=every)
+        self.run = optimiser(self.thresholds, options.lr, steps=steps, every=options.every)
         # the teacher: weights that train are no longer those of the model as it was
         self.original = model if options.tuning is None else copy.deepcopy(model).requires_grad_(False)
         self.cast = options.cast(place)
         self.journal = Journal(options.log if rank() == 0 else None, model, self.images)
         self.held_out = self._held_out(labels)
+
+    def _settled(self) -> tuple[Calibrator | None, Shape | None, int]:
+        """Who calibrates the start, its shape, and how many images were looked at before.
+
+        A saved run has begun: its images have settled everything, and nobody looks at them again.
+        """
+        thresholds, options, model = self.thresholds, self.options, self.model
+        # older versions did not save it
+        if self.saved is not None and "settled" in self.saved:
+            with restoring(options.checkpoint):
+                return None, None, settle_as(thresholds, self.saved["settled"])
+        # again where there is one: a run is of its own images alone
+        probed = (
+            learn_probe(model, self.images, amp=options.amp, judge=self.judge, progress=self.progress)
+            if thresholds.config.needs_probe
+            else 0
+        )
+        if options.paper:
+            return None, None, probed
+        calibrator = Calibrator(model, self.images[:CALIBRATED], self.judge, options.every)
+        return calibrator, calibrator.fit([self.target])[self.target], probed
+
+    @property
+    def looked(self) -> int:
+        """Images looked at before the first step."""
+        return self.probed + (0 if self.calibrator is None else self.calibrator.views)
 
     def _held_out(self, labels: Tensor | None) -> HeldOut:
         """This rank's part of the images kept apart."""
@@ -231,8 +252,7 @@ class _Job:
 
     def begin(self) -> dict[str, Any] | None:
         """Take up a saved run and return its state, or start from calibrated thresholds."""
-        options, run = self.options, self.run
-        state = exchange(options.saved(self.settings))[0]
+        options, run, state = self.options, self.run, self.saved
         if state is not None:
             with restoring(options.checkpoint):
                 run.restore(state)
@@ -297,7 +317,9 @@ class _Job:
             self._save()
 
     def _save(self) -> None:
-        self.options.save(self.settings, {**self.run.completed, "seen": self.seen.keys})
+        self.options.save(self.settings, {
+            **self.run.completed, "seen": self.seen.keys, "settled": settled(self.thresholds, self.looked),
+        })  # fmt: skip
 
     def choose(self, weights: Weights | None) -> tuple[Candidate, int]:
         """The better of the calibrated and the learned thresholds, and how often the images kept apart were seen."""
@@ -327,8 +349,7 @@ class _Job:
             self.journal.deployed(self.run.steps + 1, best)
         for keys in exchange(self.seen.keys):
             self.seen.add_keys(keys)
-        calibrated = 0 if self.calibrator is None else self.calibrator.views
-        seen = len(self.run.history) * self.views_a_step + len(self.images) * looks + calibrated + self.probed
+        seen = len(self.run.history) * self.views_a_step + len(self.images) * looks + self.looked
         stayed = self.options.tuning is not None and best is not self.run.start
         note(
             self.model,
