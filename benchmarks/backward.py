@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.56])
+    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -53,7 +54,7 @@ def main() -> None:
     print(f"{given.model}, batch {given.batch}, {given.threads} threads of {processor()}, torch {torch.__version__}")
     for target in given.targets:
         reduced = ltmp.attach(copy.deepcopy(plain).eval())
-        calibrate(reduced, images[: min(64, len(images))], target)
+        calibrate(reduced, images[: min(64, len(images))], target, given.every)
         with ltmp.record() as calls, torch.no_grad():
             reduced(images)
         share = float(calls.share().mean())

@@ -235,7 +235,9 @@ def _follow(source, into, moved, block, x, dropped):
             row = moved[into[i]]
             source[s] = row if row >= 0 else -1 - block
             if row < 0 and len(dropped) > 0:
-                dropped[0, s] = x[i]
+                # not as slices, whose check of shapes takes seconds to compile
+                for c in range(x.shape[1]):
+                    dropped[0, s, c] = x[i, c]
 
 
 @compiled
