@@ -99,6 +99,18 @@ def test_agrees_with_packed(host: str, variant: str) -> None:
     assert_same(expected, found)
 
 
+@pytest.mark.parametrize("idle", [(1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("host", list(HOSTS)[:4])
+def test_blocks_that_remove_nothing(host: str, idle: tuple[int, ...]) -> None:
+    images = random_images(3)
+    model = attach_reducing(tiny_vit(**HOSTS[host]), images)
+    model.ltmp.merge[list(idle)], model.ltmp.prune[list(idle)] = 1.0, 0.0
+    expected, found = both(model, images)
+    kept = torch.cat([torch.full((3, 1), float(model.pos_embed.shape[1])), expected.kept], 1).diff()
+    assert (kept == 0).all(0).nonzero()[:, 0].tolist() == list(idle)
+    assert_same(expected, found)
+
+
 @pytest.mark.parametrize("variant", ["ltmp", "ltpm"])
 def test_capacity_gives_the_same(variant: str) -> None:
     images = random_images(3)
