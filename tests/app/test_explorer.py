@@ -38,6 +38,15 @@ def test_smaller_budgets_leave_less(explorer, pictures):
     assert looks[2].strip().width > looks[2].picture(0).width
 
 
+def test_times_are_of_reduced_calls_alone(explorer, pictures, monkeypatch):
+    """No trial of `auto`, which runs both ways, and may then answer dense."""
+    assert explorer.model.ltmp.config.engine == "auto"
+    monkeypatch.setattr("ltmp.engines.trial.run", lambda *_: pytest.fail("both ways were run"))
+    opened = explorer.open(pictures[0])
+    for share in (0.6, 0.8):
+        assert explorer.look(opened, share).reduced.seconds > 0
+
+
 def test_left_out_blocks_come_back(explorer, pictures):
     made, image = attachment(explorer.model), explorer.open(pictures[0]).pixels
     found = []

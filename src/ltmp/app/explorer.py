@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..calls import dense
+from ..calls import dense, record
 from ..deploy import Deployment
 from ..engines.body import Body, running
 from ..hosts.attach import attachment
@@ -129,7 +129,8 @@ class Explorer:
     @torch.inference_mode()
     def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
         made, times = attachment(self.model), []
-        with dense() if plain else nullcontext():
+        # recorded calls are reduced: others may first find out whether that pays, by running both ways
+        with dense() if plain else record():
             for _ in range(ROUNDS if self.timed else 1):
                 start = perf_counter()
                 logits_of(self.model(pixels)).cpu()
