@@ -19,7 +19,8 @@ def test_every_way_at_each_batch_size(ltmp, images, tmp_path):
     learn = ("--views", 0, "--calibration", 6, "--batch-size", 3, "--target", 0.7)
     assert ltmp("learn", "--data", images, "--out", tmp_path / "run", *learn) == 0
     file, table = tmp_path / "run" / "thresholds.safetensors", tmp_path / "bench.csv"
-    assert ltmp("bench", "--thresholds", file, "--scores", "best", *QUICK) == 2
+    for more in (("--scores", "best"), ("--every", 2)):
+        assert ltmp("bench", "--thresholds", file, *more, *QUICK) == 2
     sizes = ("--batch-size", 1, "--batch-size", 4)
     assert ltmp("bench", "--data", images, "--thresholds", file, *sizes, *QUICK, "--csv", table) == 0
     rows = list(csv.DictReader(table.open()))
@@ -63,6 +64,7 @@ def test_a_red_way_fails_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch):
     [
         (["--dtype", "int8"], "no dtype 'int8': expected one of float32, bfloat16, float16"),
         (["--share", "1.5"], "expected a number between 0 and 1"),
+        (["--every", "12"], "every is 12: expected"),
         (["--scores", "worst"], "unknown scores 'worst': expected one of paper, attention, best"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_broken_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [0, -1, DEPTH])
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("way", WAYS)
 def test_what_leaves_no_blocks_is_refused(way: Callable[..., None], every: int) -> None:
     model, batches = model_and_batches()
     with pytest.raises(UsageError, match=rf"every is {every}: expected .* 1 \(all do\) to 5 in this model of 6"):

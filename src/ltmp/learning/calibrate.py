@@ -19,7 +19,7 @@ from .answers import Judge
 from .inputs import Images, call
 from .probe import learn_probe
 from .randomness import preserved_random_state
-from .schedule import Schedule, Shape, usual
+from .schedule import Schedule, Shape, check_every, usual
 
 
 class Calibrating(Thresholds):
@@ -78,8 +78,12 @@ def calibrate(model: nn.Module, images: Images, target: float, every: int = 1) -
         images: [B, 3, H, W] on the model's device, or keywords; 128 or more give stable thresholds.
         target: FLOPs share.
         every: of how many blocks one removes tokens, see `ltmp.learn_dial`.
+
+    Raises:
+        UsageError: `every` is no such number.
     """
     thresholds = thresholds_of(model)
+    check_every(every, thresholds.depth)
     if thresholds.config.needs_probe and thresholds.probe is None:
         learn_probe(model, images)
     shape = usual(target, thresholds.config.scores.matching)

@@ -28,7 +28,7 @@ from .probe import PROBED, learn_probe
 from .progress import Progress, telling
 from .randomness import preserved_random_state
 from .resume import restoring
-from .schedule import Shape, searched
+from .schedule import Shape, check_every, searched
 from .search import POPULATION, evolve
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def learn_dial(
     start = time.perf_counter()
     options, thresholds = DialOptions(**settings), thresholds_of(model)
     options.check(low, high)
-    options.check_spacing(thresholds.depth)
+    check_every(options.every, thresholds.depth)
     with telling(options.progress if rank() == 0 else False) as progress:
         dial, divergence, maker, shapes = _made(model, loader, (low, high), options, progress)
     thresholds.set_dial(dial)

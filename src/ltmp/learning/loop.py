@@ -35,7 +35,7 @@ from .probe import learn_probe
 from .progress import Progress, telling
 from .randomness import preserved_random_state
 from .resume import restoring
-from .schedule import Shape
+from .schedule import Shape, check_every
 from .weights import Weights, cut, tuned
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class _Job:
         self.model, self.loader, self.target, self.options = model, loader, target, options
         made = attachment(model)
         self.thresholds = made.thresholds
-        options.check_spacing(self.thresholds.depth)
+        check_every(options.every, self.thresholds.depth)
         place = options.place(self.thresholds)
         model.to(place).eval()
         images, labels = first(loader, options.calibration, progress)

@@ -89,14 +89,6 @@ class LoopOptions:
         """`every` where it is not 1, among the settings that identify a run."""
         return {"every": self.every} if self.every != 1 else {}
 
-    def check_spacing(self, depth: int) -> None:
-        """Refuse an `every` that leaves no blocks out, or all but the first."""
-        if not 1 <= self.every < max(2, depth):
-            raise UsageError(
-                f"every is {self.every!r}: expected how many blocks it is from one that removes tokens to the next, 1 "
-                f"(all do) to {max(1, depth - 1)} in this model of {depth}"
-            )
-
     def place(self, thresholds: Thresholds) -> torch.device:
         """Where to learn; by default where the model is."""
         return torch.device(self.device) if self.device is not None else thresholds.merge.device

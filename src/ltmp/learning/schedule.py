@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..method.flops import Geometry, flops_share
 
 MOST = 0.8 * math.log(2)
@@ -103,6 +104,15 @@ class Shape:
     def towards(self, other: Shape, part: float) -> Shape:
         """Linear interpolation to another shape; `part` 1 is that one."""
         return self.plus(other.plus(self, -1), part)
+
+
+def check_every(every: int, depth: int) -> None:
+    """Refuse what is no number of blocks from one that removes tokens to the next: UsageError."""
+    if not 1 <= every < max(2, depth):
+        raise UsageError(
+            f"every is {every!r}: expected how many blocks it is from one that removes tokens to the next, 1 (all do) "
+            f"to {max(1, depth - 1)} in this model of {depth}"
+        )
 
 
 def idle(depth: int, every: int) -> Tensor:

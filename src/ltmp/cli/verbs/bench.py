@@ -61,8 +61,9 @@ class BenchModel(SavedModel):
             raise UsageError(
                 "which dial? --budget, --milliseconds and --images-per-second set that of --thresholds FILE"
             )
-        if self.thresholds is not None and self.scores != "paper":
-            raise UsageError("--scores is for thresholds of --share: those of a file know their own")
+        for name, given in {"--scores": self.scores != "paper", "--every": self.every != 1}.items():
+            if given and self.thresholds is not None:
+                raise UsageError(f"{name} is for thresholds of --share: those of a file know their own")
 
     def network(self, name: str, budget: float | None) -> nn.Module:
         """The model, frozen; without weights of its own with random ones that are as varied as learned ones."""
