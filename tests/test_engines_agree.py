@@ -59,7 +59,7 @@ def run_body(model: Any, x: Tensor, form: str) -> tuple[list[Tensor], Tensor, li
     return [row[n > 0] for row, n in zip(out, size, strict=True)], torch.cat(calls.kept), [n[n > 0] for n in size]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     images=st.integers(1, 4),
     patches=st.integers(1, 20),

@@ -84,7 +84,7 @@ def test_steps_may_have_rates_of_their_own(variant: str) -> None:
     assert_close(found, logits, 1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     variant=st.sampled_from(FIXED),
     r=st.one_of(st.integers(0, 12), st.floats(0, 0.9), st.lists(st.integers(0, 9), min_size=DEPTH, max_size=DEPTH)),

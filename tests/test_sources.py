@@ -29,7 +29,7 @@ def traced(model: Any, x: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor,
     return out, size, calls.sources[0], calls.blocks[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     images=st.integers(1, 4),
     patches=st.integers(1, 20),

@@ -128,7 +128,7 @@ def test_a_data_set_is_whole_or_refused(tmp_path):
         open_dataset(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_damage_ends(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("tar") / "a.tar"

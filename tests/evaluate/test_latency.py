@@ -56,7 +56,7 @@ def dial_of_three() -> Dial:
 
 
 @given(st.floats(0.0, 1.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_largest_share_that_is_fast_enough_is_taken(part: float) -> None:
     costs, dial = linear_costs(dense=1.0), dial_of_three()
     fast, slow = (float(costs.predict_seconds(dial.kept_at(share))) for share in (dial.lowest, dial.highest))

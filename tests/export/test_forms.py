@@ -68,7 +68,7 @@ def test_every_host_and_variant(form, host, variant):
     assert_close(actual, logits, RTOL * max(1.0, logits.abs().max().item()), "logits")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     form=st.sampled_from(sorted(FORMS)),
     host=st.sampled_from([*HOSTS.values(), rotary]),

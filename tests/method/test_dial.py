@@ -56,7 +56,7 @@ def test_the_ends_are_reached_by_the_numbers_that_people_type(share: float) -> N
 
 
 @given(st.floats(0.125, 0.4375, width=32), st.floats(0.5, 0.96875, width=32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_the_ends_are_said_to_be_can_be_asked_for(lowest: float, highest: float) -> None:
     dial = make_dial(2, lowest=lowest, highest=highest)
     assert torch.equal(dial.at(dial.lowest)[0], dial.merge[0])
@@ -64,7 +64,7 @@ def test_what_the_ends_are_said_to_be_can_be_asked_for(lowest: float, highest: f
 
 
 @given(st.floats(0.3, 0.95), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_between_neighbours_values_are_theirs_in_proportion(share: float, seed: int) -> None:
     dial = make_dial(4, seed=seed, lowest=0.29, highest=0.96)
     merge, prune = dial.at(share)
@@ -77,7 +77,7 @@ def test_between_neighbours_values_are_theirs_in_proportion(share: float, seed: 
 
 
 @given(st.floats(0.3, 0.95), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_step_never_switches_inside_a_dial(share: float, seed: int) -> None:
     """However close to 1 a merge threshold is at the knots, and however close to 0 a prune threshold."""
     generator = torch.Generator().manual_seed(seed)

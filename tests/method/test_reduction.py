@@ -42,7 +42,7 @@ def cases(draw: st.DrawFn) -> tuple[Tokens, Tensor, Tensor, float, float, str, i
     return Tokens.start(images, length, torch.device("cpu")), metric, importance, merge, prune, variant, protected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), st.sampled_from(MATCHINGS))
 @torch.no_grad()
 def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
@@ -72,7 +72,7 @@ def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
         assert not plan.merged[b][receivers].any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 @torch.no_grad()
 def test_features_follow_the_plan(case: tuple) -> None:
@@ -171,7 +171,7 @@ def test_tokens_that_are_in_no_pair_look_for_one_in_two_more_rounds() -> None:
     assert plan.into.tolist() == [[0, 1, 2, 3, 3, 5, 5, 7, 7]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(4, 24), st.integers(0, 10_000))
 @torch.no_grad()
 def test_mutual_pairs_do_not_depend_on_ranks(length: int, seed: int) -> None:

@@ -155,7 +155,7 @@ def test_equal_tokens(variant: str, scores: str) -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     counts=st.lists(st.integers(1, 24), min_size=1, max_size=6),
     variant=st.sampled_from(["ltmp", "ltpm", "ltm", "ltp"]),
@@ -203,7 +203,7 @@ def test_large_maps_that_nobody_asks_for_are_never_made(monkeypatch: pytest.Monk
         attend_images(*heads, size.log(), [40, 3, 33], torch.zeros(batch.live))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.booleans(),

@@ -82,7 +82,7 @@ def test_attend_keeps_no_map() -> None:
     assert saved < 256 * 256
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.booleans(), st.integers(0, 1000))
 def test_attend_rows(counts: list[int], importance: bool, seed: int) -> None:
     q, k, v, size, _ = case(1, sum(counts), seed=seed)
@@ -95,7 +95,7 @@ def test_attend_rows(counts: list[int], importance: bool, seed: int) -> None:
         assert_close(received, torch.cat([r[0] for _, r in expected]), atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 15), st.integers(0, 1000))
 def test_match(tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

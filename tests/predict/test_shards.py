@@ -48,7 +48,7 @@ def test_tar_passes_over_what_is_no_image(tmp_path):
     assert 0 < items[0].position < items[1].position < items[2].position <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(share=st.floats(0, 1))
 def test_truncated_tar_gives_what_is_whole_and_says_so(tmp_path_factory, share):
     root = tmp_path_factory.mktemp("cut")

@@ -109,7 +109,7 @@ def test_a_failing_warm_up_is_raised(run):
         Batcher(run).start([[1], [-1]])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(items=st.lists(st.integers(0, 99), max_size=40), size=st.integers(1, 9), wait=st.sampled_from([0, 0.001]))
 def test_everyone_gets_their_own_answer(items, size, wait):
     run, counted = Doubling(), []

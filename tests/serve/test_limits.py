@@ -82,7 +82,7 @@ def test_a_truncated_image_is_said(kind):
     assert refused(body[: len(body) // 2]).code == "unreadable-image"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), kind=st.sampled_from(list(MEDIA_TYPES.values())))
 def test_damage_is_refused_or_read_never_worse(data, kind):
     body = bytearray(picture(kind=kind))
