@@ -185,7 +185,7 @@ class _Job:
         # a checkpoint is of the scores that were given
         self.scores = self.thresholds.config.scores
         self.saved: dict[str, Any] | None = exchange(options.saved(self.settings))[0]
-        self.calibrator, self.shape, self.probed = self._settled()
+        self.calibrator, self.shape, self.before = self._settled()
         self.views_a_step = self.batch * world() * options.accumulate
         steps = max(1, round(options.views / self.views_a_step)) if options.views else 0
         optimiser = PaperOptimiser if options.paper else ThresholdOptimiser
@@ -220,7 +220,7 @@ class _Job:
     @property
     def looked(self) -> int:
         """Images looked at before the first step."""
-        return self.probed + (0 if self.calibrator is None else self.calibrator.views)
+        return self.before + (0 if self.calibrator is None else self.calibrator.views)
 
     def _held_out(self, labels: Tensor | None) -> HeldOut:
         """This rank's part of the images kept apart."""
