@@ -37,16 +37,21 @@ def photographs(mode: str) -> list[Image.Image]:
     Args:
         mode: Pillow's name of what the model takes.
     """
+    return [read_image(file, mode) for file in _photographs()]
+
+
+def _photographs() -> list[Path]:
+    """Their files."""
     found = find_spec("skimage")
     if found is None or found.origin is None:
         return []
     files = [Path(found.origin).parent / "data" / name for name in PHOTOGRAPHS]
-    return [read_image(file, mode) for file in files if file.is_file()]
+    return [file for file in files if file.is_file()]
 
 
 def shows_photographs(folder: Path) -> bool:
     """Whether to show `SHOWN`: its weights were fetched before, and `ltmp demo` left no model in `folder`."""
-    if (folder / TRAINED).exists() or not photographs("RGB"):
+    if (folder / TRAINED).exists() or not _photographs():
         return False
     found = get_pretrained_cfg(SHOWN)
     if found is None or found.hf_hub_id is None:

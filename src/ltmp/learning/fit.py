@@ -130,13 +130,10 @@ def settle_as(thresholds: Thresholds, saved: dict[str, Any]) -> int:
     Raises:
         KeyError, TypeError, ValueError: it is damaged.
     """
-    scores = thresholds.config.scores
-    if saved["size_power"] not in [choice.size_power for choice in scores.choices]:
-        raise ValueError(f"size_power {saved['size_power']!r}")
+    choices = {choice.size_power: choice for choice in thresholds.config.scores.choices}
     if (saved["probe"] is None) == thresholds.config.needs_probe:
         raise ValueError("probe")
-    chosen = next(choice for choice in scores.choices if choice.size_power == saved["size_power"])
-    thresholds.config = replace(thresholds.config, scores=chosen)
+    thresholds.config = replace(thresholds.config, scores=choices[saved["size_power"]])
     thresholds.set_probe(saved["probe"])
     return int(saved["views"])
 
