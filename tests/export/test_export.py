@@ -18,7 +18,7 @@ from ltmp.engines.body import running
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.evaluate import evaluate
 from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
-from ltmp.export.forms import FORMS
+from ltmp.export.layouts import FORMS
 from ltmp.export.onnx import read_metadata
 from ltmp.export.runtimes import OPENERS, Session
 from ltmp.export.verify import NOISES, Verification, check_share, expect, made_images, smooth_images, verify

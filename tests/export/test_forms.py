@@ -17,7 +17,8 @@ from helpers import TINY, assert_close, attach_reducing, liven, make_probe, rand
 from ltmp.config import SCORES as NAMED
 from ltmp.config import Scores
 from ltmp.engines.body import running
-from ltmp.export.forms import FORMS, Form
+from ltmp.export.forms import Form
+from ltmp.export.layouts import FORMS
 from ltmp.hosts.attach import attachment, thresholds_of
 
 DEPTH = 3
@@ -66,6 +67,20 @@ def test_every_host_and_variant(form, host, variant):
     assert kept[:, -1].max() < kept[:, 0].max()
     assert torch.equal(counts, kept)
     assert_close(actual, logits, RTOL * max(1.0, logits.abs().max().item()), "logits")
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "single"])
+@given(kept=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_places_without_a_token_show_one_of_their_image(form, kept):
+    # what they are masked with hides them only beside that one
+    keep = torch.tensor(kept)
+    keep[:, 0] = True
+    source, layout = FORMS[form](keep, keep.shape[1])
+    shown = layout.pad(source)
+    assert layout.live is not None
+    assert torch.equal(layout.live.sum(1), keep.sum(1))
+    assert keep.flatten()[shown].all()
+    assert torch.equal(shown // keep.shape[1], torch.arange(len(keep))[:, None].expand_as(shown))
 
 
 @settings(max_examples=80)

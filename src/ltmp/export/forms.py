@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,76 +21,7 @@ from ..method.policy import Active
 from ..method.scores import BlockScores, score
 from ..method.tokens import Tokens
 from ..ops.match.reference import match_halves, match_mutual, penalise
-
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """Where the rows of a batch, [T] one image after the other, lie in a padded batch [B, N].
-
-    Attributes:
-        images, length: B and N.
-        live: bool [B, N], or None where every place holds a token.
-        fill: int64 [B * N], the row that each place shows (any row where there is none), or None where rows are places.
-        place: int64 [T], the place of each row, or None likewise.
-    """
-
-    images: int
-    length: int
-    live: Tensor | None = None
-    fill: Tensor | None = None
-    place: Tensor | None = None
-
-    def pad(self, rows: Tensor) -> Tensor:
-        """[T, ...] to [B, N, ...]; what places without a token hold means nothing, but is finite."""
-        rows = rows if self.fill is None else rows.index_select(0, self.fill)
-        return rows.unflatten(0, (self.images, self.length))
-
-    def rows(self, padded: Tensor) -> Tensor:
-        """The inverse of `pad`."""
-        flat = padded.flatten(0, 1)
-        return flat if self.place is None else flat.index_select(0, self.place)
-
-
-Compact = Callable[[Tensor, int], tuple[Tensor, PackedLayout]]
-"""(keep bool [B, M], N before) to the places [T] in [B * M] that stay, in order, and the layout that they then have."""
-
-
-def single(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
-    """One image: what is left is all there is."""
-    source = keep.flatten().nonzero().flatten()
-    return source, PackedLayout(1, source.shape[0])
-
-
-_PLACES = 3
-"""The fewest that the batch form pads an image to: a product of one place, or of half of two, is one of vectors."""
-
-
-def batch(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
-    """Any number of images: linear layers over the rows that are left, attention padded to the longest image."""
-    images, places = keep.shape
-    source = keep.flatten().nonzero().flatten()
-    counts = keep.sum(1)
-    # AOTInductor has to know which products are of vectors
-    longest: Any = counts.max().clamp(min=_PLACES).item()
-    torch._check(longest >= _PLACES)
-    first = counts.cumsum(0) - counts
-    place = torch.arange(longest, device=keep.device)
-    fill = (first[:, None] + place).clamp(max=source.shape[0] - 1).flatten()
-    image = source // places
-    at = torch.arange(source.shape[0], device=keep.device) + (image * longest - first.index_select(0, image))
-    return source, PackedLayout(images, longest, place < counts[:, None], fill, at)
-
-
-def static(keep: Tensor, length: int) -> tuple[Tensor, PackedLayout]:
-    """Nothing shrinks: what is gone stays behind the live tokens, masked. Unique keys make any sort a stable one."""
-    images, places = keep.shape
-    place = torch.arange(places, device=keep.device)
-    order = (keep * places - place).to(torch.float32).topk(length, dim=1).indices
-    source = (order + places * torch.arange(images, device=keep.device)[:, None]).flatten()
-    return source, PackedLayout(images, length, place[:length] < keep.sum(1, keepdim=True))
-
-
-FORMS: dict[str, Compact] = {"single": single, "batch": batch, "static": static}
+from .layouts import Compact, PackedLayout
 
 
 @dataclass(frozen=True)
@@ -195,18 +125,19 @@ class Form:
         recipe, block, layout = body.recipe, body.blocks[i], state.layout
         q, k, v = recipe.qkv(block, state.x)
         if positions is not None:
-            q, k = positions.rotate(i, block, q, k, layout.rows(state.origin))
+            q, k = positions.rotate(i, block, q, k, layout.unpad(state.origin))
         bias = _bias(state, body.policy.size_power(i))
-        queries, keys, values = layout.pad(q), layout.pad(k), layout.pad(v)
+        keys, values = layout.heads(k), layout.heads(v)
         # no mean of attention weights is above 1: only the prefix is left, and only its queries matter
         if "prune" in steps and self.prune[i] >= 1 and body.protected:
             places = _prefix(state.origin, body.protected)
-            y, _ = _attend(_take(queries, places), keys, values, bias)
-            state = _only_prefix(state, places)
-            x = state.x + recipe.out(block, y.flatten(0, 1))
+            prefix = _only_prefix(state, places)
+            y, _ = _attend(prefix.layout.heads(_take(layout.pad(q), places).flatten(0, 1)), keys, values, bias)
+            state = prefix
+            x = state.x + recipe.out(block, state.layout.from_heads(y))
         else:
-            y, p = _attend(queries, keys, values, bias)
-            state = replace(state, x=state.x + recipe.out(block, layout.rows(y)))
+            y, p = _attend(layout.heads(q), keys, values, bias)
+            state = replace(state, x=state.x + recipe.out(block, layout.from_heads(y)))
             if steps:
                 scores = _scores(body, i, steps, state, k, p)
                 state = self._reduce(body.protected, i, steps, state, scores, body.policy.config.scores.mutual)
@@ -274,43 +205,47 @@ def _counts(state: _State) -> Tensor:
     return torch.full((images,), places, device=state.size.device).float()
 
 
+_NOTHING = -40.0
+"""Bias of places without a token: each shows a live token of its image, and weighs 4e-18 of that, which changes no
+float32 sum. The exponential of -inf is a denormal number in ONNX Runtime, whose softmax is four times slower then."""
+
+
 def _bias(state: _State, power: float) -> Tensor | None:
-    """Bias for attention scores, [B, 1, 1, N]: log weight, and -inf for places without a token."""
+    """Bias of `_attend`: log weight, and next to nothing for places without a token."""
     live = state.layout.live
     if live is None and not state.weighed:
         return None
     bias = state.size.log() if power == 1 else state.size.log() * power
-    return (bias if live is None else bias.masked_fill(~live, float("-inf")))[:, None, None, :]
+    bias = (bias if live is None else bias.masked_fill(~live, _NOTHING))[:, None]
+    return bias if state.layout.alone else bias[:, None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention with the map at hand (paper, section 3.1).
 
     Args:
-        q: [B, M, H, D]; k, v: [B, N, H, D]; bias: [B, 1, 1, N].
+        q: [B, H, M, D]; k, v: [B, H, N, D]; bias: [B, 1, 1, N]; all without B for one image.
 
     Returns:
-        y [B, M, H * D] and the map [B, H, M, N].
+        y [B, H, M, D] and the map [B, H, M, N].
     """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     p = (score if bias is None else score + bias).softmax(-1)
-    return (p @ v).transpose(1, 2).flatten(2), p
+    return p @ v, p
 
 
 def _scores(body: Body, block: int, steps: tuple[str, ...], state: _State, k: Tensor, p: Tensor) -> BlockScores:
-    """Scores of a block's tokens from keys [T, H, D] and the attention map [B, H, N, N]."""
+    """Scores of a block's tokens from keys [T, H, D] and the map of `_attend`."""
     policy, layout = body.policy, state.layout
+    p = p[None] if layout.alone else p
     tokens = Tokens(state.size, _there(state).float(), state.origin)
-    received = _received_mean(p, layout.live) if "prune" in steps else None
+    received = _received_mean(p, _there(state)) if "prune" in steps else None
     attended = p[:, :, 0].mean(1) if policy.config.needs_class_attention else None
     return score(policy, block, steps, tokens, body.protected, state.x, k, received, attended, layout.pad)
 
 
-def _received_mean(p: Tensor, live: Tensor | None) -> Tensor:
-    """[B, N], mean attention received over heads and live queries (paper, section 3.3)."""
-    if live is None:
-        return p.mean((1, 2))
+def _received_mean(p: Tensor, live: Tensor) -> Tensor:
+    """[B, N], mean attention received over heads and live queries (paper, section 3.3), summed by a product."""
     votes = live[:, None, None, :].to(p.dtype) @ p
     return votes.sum((1, 2)) / (p.shape[1] * live.sum(1, keepdim=True))
 
@@ -373,13 +308,14 @@ def _merge_pairs(scored: _Scored, threshold: float, protected: int) -> _Scored:
 
 def _received(tokens: _Scored, others: _Scored, into: Tensor) -> _Scored:
     """`tokens` after what goes `into` them, bool [B, tokens, others]."""
-    weight = torch.where(into, others.size[:, None, :], 0.0)
+    # products, as runtimes are slow to choose; no importance is below 0
+    one = into.float()
+    weight = one * others.size[:, None, :]
     size = tokens.size + weight.sum(-1)
     x = tokens.x * (tokens.size / size)[..., None] + (weight / size[..., None]) @ others.x
     importance = tokens.importance
     if importance is not None and others.importance is not None:
-        arriving = torch.where(into, others.importance[:, None, :], float("-inf")).amax(-1)
-        importance = torch.maximum(importance, arriving)
+        importance = torch.maximum(importance, (one * others.importance[:, None, :]).amax(-1))
     return replace(tokens, x=x, size=size, importance=importance)
 
 

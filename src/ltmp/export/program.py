@@ -19,7 +19,8 @@ from ..errors import LTMPError, UsageError, first_line
 from ..hosts.attach import attachment, is_attached
 from ..hosts.outputs import logits_of
 from ..method.thresholds import Thresholds
-from .forms import FORMS, Form
+from .forms import Form
+from .layouts import FORMS
 
 INPUT, OUTPUTS = "images", ("logits", "counts")
 

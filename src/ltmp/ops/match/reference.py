@@ -120,5 +120,6 @@ def match_halves(even: Tensor, odd: Tensor, free_even: Tensor, free_odd: Tensor)
     """`match` of tokens already split by parity: metrics [B, E, D] and [B, O, D], free [B, E] and [B, O]."""
     with torch.autocast(even.device.type, enabled=False):
         cosine = even @ odd.transpose(1, 2)
-    best, partner = cosine.masked_fill_(~free_odd[:, None], float("-inf")).max(-1)
+    # a sum, as exported graphs are slow to choose
+    best, partner = cosine.add_(torch.where(free_odd, 0.0, float("-inf"))[:, None]).max(-1)
     return best.masked_fill(~free_even, float("-inf")), partner
