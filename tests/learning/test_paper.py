@@ -39,7 +39,7 @@ def test_the_prune_gradient_is_that_of_a_sigmoid_of_plain_importance() -> None:
     model, _ = model_and_batches()
     thresholds = thresholds_of(model)
     thresholds.set(prune=[0.1, 0.2, 0.3, 0.4])
-    thresholds.requires_grad_(True)
+    thresholds.requires_grad_(True).train()
     score = torch.tensor([0.05, 0.11, 0.5])
     for wanted in (True, False):
         with linear_gradients(thresholds, wanted):

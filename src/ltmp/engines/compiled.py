@@ -30,6 +30,7 @@ from ..ops.scratch import Scratch, both, scratch
 from .body import Body
 from .masked import finish
 from .onednn import Halves, halves, room, watched
+from .plain import look
 from .positions import Positions
 from .rows import first_rows, pad
 from .segments import Segments
@@ -47,7 +48,7 @@ _UNASKED = np.empty((0, 0, 0), np.float32)
 
 
 def applies(policy: Policy, x: Tensor) -> bool:
-    """Whether the kernels compute what `packed` would for `x` [B, N, C]."""
+    """Whether the kernels compute what `packed` would for `x` [B, N, C], where no block drops whole images."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -59,6 +60,17 @@ def applies(policy: Policy, x: Tensor) -> bool:
         and not watched()
         and unavailable() is None
     )
+
+
+def halves_of(body: Body, x: Tensor) -> list[Halves] | None:
+    """How to run each block on rows like `x`; None where one drops whole images, which its own modules do.
+
+    All blocks are looked up at once, as between products the processor has to fetch again what it takes to look.
+    """
+    known = [look(body.recipe, block) for block in body.blocks]
+    if any(block.drops() for block in known):
+        return None
+    return [halves(body.recipe, block, x, seen) for block, seen in zip(body.blocks, known, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class LiveRows:
         """The same as [B, N]."""
         counts = self.counts.tolist()
         size, origin = (pad(torch.from_numpy(values), counts) for values in (self.size, self.origin))
-        keep = torch.arange(size.shape[1]) < torch.from_numpy(self.counts)[:, None]
+        keep = torch.arange(size.shape[1], device="cpu") < torch.from_numpy(self.counts)[:, None]
         source = torch.from_numpy(self.source) if self.source.shape[1] else None
         # rows that are not there are no prefix tokens
         return Tokens(size, keep.float(), origin.masked_fill(~keep, _NOWHERE), source)
@@ -123,8 +135,7 @@ class InNumba:
 
     Attributes:
         body: of the call.
-        halves: how to run each block; looked up for all of them at once, as between products the processor has to
-            fetch again what it takes to look.
+        halves: how to run each block, see `halves_of`.
         planned: steps of each block.
         positions: of the tokens at the start.
         rows: what is left.
@@ -156,31 +167,30 @@ class InNumba:
         return spread(rows.x, first, torch.from_numpy(rows.source), rows.dropped.values)
 
     def reduced(self) -> Reduced:
-        rows, kept = self.rows, torch.tensor(self.kept, dtype=torch.float32).T
+        rows, kept = self.rows, torch.tensor(self.kept, dtype=torch.float32, device="cpu").T
         source = torch.from_numpy(rows.source) if rows.source.shape[1] else None
         return Reduced(rows.x, torch.from_numpy(rows.size), kept, source, self.trail)
 
 
 def start(
-    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, *, unmerges: bool = True,
-    among: Segments | None = None,
+    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, found: list[Halves], *,
+    unmerges: bool = True, among: Segments | None = None,
 ) -> InNumba:  # fmt: skip
-    """`x` [B, N, C] of which `applies` is true, behind `before` blocks that removed nothing."""
+    """`x` [B, N, C] of which `applies` is true, with `halves_of` it, behind `before` blocks that removed nothing."""
     calls = tracing()
     rows = LiveRows.start(x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None)
     trail = (torch.from_numpy(rows.source),) * before if calls is not None and calls.every_block else None
     planned = block_steps(body.policy, active, body.protected)
-    found = [halves(body.recipe, block, rows.x) for block in body.blocks]
     return InNumba(body, found, planned, positions, rows, (rows.counts.tolist(),) * before, trail)
 
 
-def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C] of which `applies` is true; see `packed.run`."""
+def run(body: Body, x: Tensor, active: Active, positions: Positions | None, found: list[Halves]) -> Reduced:
+    """Run all blocks on [B, N, C] of which `applies` is true, by `halves_of` it; see `packed.run`."""
     first = next((i for i in range(body.depth) if body.policy.steps(active, i)), body.depth)
     for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         x = body.whole(i, x, positions)
-    partway = start(body, x, active, positions, first, unmerges=False)
+    partway = start(body, x, active, positions, first, found, unmerges=False)
     for i in range(first, body.depth):
         partway = partway.step(i)
     counts = partway.rows.counts.tolist()

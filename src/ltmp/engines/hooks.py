@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-_OURS = ("transformers.utils.", "torch.", "ltmp.")
-"""Where hooks come from that ask nothing of a reduced model: those that record outputs where asked to, that compute a
-weight before it is used, and our own."""
+_OURS = ("transformers.utils.", "ltmp.")
+"""Where hooks come from that ask nothing of a reduced model: those that record outputs where asked to, and our own."""
+
+_COMPUTE = "torch."
+"""Where those come from that compute a weight before its module is called, or watch every module alike."""
 
 _UNHOOKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether someone hooked this very module."""
+def is_hooked(module: nn.Module, called: bool = False) -> bool:
+    """Whether someone hooked this very module; if it is `called`, torch's own hooks do what they are for."""
     found = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(found) and any(not _origin(hook).startswith(_OURS) for hooks in found for hook in hooks.values())
+    return any(found) and _foreign(found, called)
+
+
+def all_hooked() -> bool:
+    """Whether someone hooked every module there is."""
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return _foreign([getattr(nn.modules.module, f"_global_{name}") for name in names], called=True)
+
+
+def _foreign(found: Iterable[Mapping[int, object]], called: bool) -> bool:
+    known = (*_OURS, _COMPUTE) if called else _OURS
+    return any(not _origin(hook).startswith(known) for hooks in found for hook in hooks.values())
 
 
 def _origin(hook: object) -> str:

@@ -16,15 +16,14 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module
 
-from ..method.recipe import Parts, Recipe, is_plain, linear_of
-from .hooks import hooked_inside
+from ..method.recipe import Parts, Recipe, linear_of
+from .plain import Known, look
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -48,18 +47,15 @@ class Halves(NamedTuple):
     mlp: Callable[[Tensor], Tensor]
 
 
-def drops_images(block: nn.Module) -> bool:
-    """Whether the block leaves out branches of some images at random (stochastic depth, Huang et al., ECCV 2016)."""
-    if not block.training:
-        return False
-    return any(type(m).__name__.endswith(("DropPath", "StochasticDepth")) and m.training for m in block.modules())
+def halves(recipe: Recipe, block: nn.Module, x: Tensor, known: Known | None = None) -> Halves:
+    """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same.
 
-
-def halves(recipe: Recipe, block: nn.Module, x: Tensor) -> Halves:
-    """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same."""
-    if _applies(x) and not block.training:
-        parts = _known(recipe, block).plain()
-        if parts is not None and not hooked_inside(block):
+    Args:
+        known: of the block, where somebody has looked already.
+    """
+    if not block.training and _applies(x):
+        parts = (known or look(recipe, block)).parts(block)
+        if parts is not None and parts.act in _GELU and parts.fc1.weight.dtype == torch.float32:
             linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
             return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
     return Halves(
@@ -95,44 +91,6 @@ def watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-class _Known:
-    """The parts of a block, for as long as it has the same children and weights."""
-
-    def __init__(self, recipe: Recipe, block: nn.Module) -> None:
-        modules = list(block.modules())
-        parts = recipe.parts(block)
-        self._layers = () if parts is None else (*parts.qkv, parts.proj, parts.fc1, parts.fc2, parts.norm1, parts.norm2)
-        self._parts = parts if parts is not None and parts.act in _GELU and is_plain(parts, torch.float32) else None
-        # layers made of a host's own weights (`linear_of`) are of the memory that these had
-        places = () if set(self._layers) <= set(modules) else (m._parameters for m in modules)
-        self._names = [(p, name, v) for m in modules for p in (m._parameters, m._modules) for name, v in p.items()]
-        self._memory = [(value, value.data_ptr()) for place in places for value in place.values() if value is not None]
-
-    def holds(self) -> bool:
-        """Whether they are those of its block still."""
-        for place, name, value in self._names:
-            if place.get(name) is not value:
-                return False
-        return all(value.data_ptr() == at for value, at in self._memory)
-
-    def plain(self) -> Parts | None:
-        """Its parts, if nothing but plain layers is there to be run: no hooks, no adapters."""
-        for layer in self._layers:
-            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
-                return None
-        return self._parts
-
-
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-
-
-def _known(recipe: Recipe, block: nn.Module) -> _Known:
-    known = _KNOWN.get(block)
-    if known is None or not known.holds():
-        known = _KNOWN[block] = _Known(recipe, block)
-    return known
-
-
 _Linear = Callable[..., Tensor]
 
 
@@ -151,8 +109,8 @@ def _faster(width: int, threads: int) -> bool:
     """Whether oneDNN is, at layers from `width` to four times that: the least of nine turns each, in processor time."""
     del threads  # there is an answer for each number of them
     with torch.inference_mode():
-        layer = linear_of(torch.zeros(4 * width, width), torch.zeros(4 * width))
-        x = torch.zeros(128, width)
+        layer = linear_of(torch.zeros(4 * width, width, device="cpu"), torch.zeros(4 * width, device="cpu"))
+        x = torch.zeros(128, width, device="cpu")
         least = [float("inf"), float("inf")]
         for turn in range(10):
             for i, linear in enumerate((_mkl, _onednn)):

@@ -15,7 +15,8 @@ from ..ops.attend.reference import attend, attend_rows
 from . import compiled
 from .body import Body
 from .masked import finish
-from .onednn import drops_images, halves
+from .onednn import halves
+from .plain import look
 from .positions import Positions
 from .rows import by_image, first_rows, pad, rows
 from .state import Reduced, State
@@ -23,9 +24,9 @@ from .state import Reduced, State
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C], cutting what is gone; see `Run`. By `compiled` where that applies."""
-    # in train mode a block may drop whole images, which its own modules do
-    if compiled.applies(body.policy, x) and not body.blocks[0].training:
-        return compiled.run(body, x, active, positions)
+    found = compiled.halves_of(body, x) if compiled.applies(body.policy, x) else None
+    if found is not None:
+        return compiled.run(body, x, active, positions, found)
     state = State.start(x, packs=True, positions=positions)
     for i in range(body.depth):
         state = step(body, i, state, active)
@@ -43,7 +44,7 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         return state.after(body.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
-    half, drops = halves(recipe, block, x), drops_images(block)
+    half, drops = halves(recipe, block, x), look(recipe, block).drops()
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))

@@ -66,8 +66,9 @@ def start(
         from . import triton
 
         return triton.start(*given, among)
-    if compiled.applies(body.policy, x) and not body.blocks[0].training:
-        return compiled.start(*given, among=among)
+    found = compiled.halves_of(body, x) if compiled.applies(body.policy, x) else None
+    if found is not None:
+        return compiled.start(*given, found, among=among)
     return start_in_torch(*given, among)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..calls import tracing
 from ..method import reduction
 from ..method.policy import Active
-from ..method.recipe import Bias, Parts, Recipe, is_plain
+from ..method.recipe import Bias, Parts, Recipe
 from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens
 from ..ops.attend.triton import attend
@@ -31,7 +31,7 @@ from ..ops.probe.triton import probe_rows
 from ..ops.weigh.triton import class_attention_rows, saliency_rows
 from .body import Body
 from .capacity import Capacity
-from .hooks import hooked_inside
+from .plain import look
 from .planned import fuse_rows, metric_rows, plan_rows
 from .positions import Positions
 from .rows import Padding, Rows, tokens_of, unpack
@@ -118,9 +118,8 @@ def branches(body: Body) -> list[Branches]:
     """The blocks, fused where they are standard."""
     found: list[Branches] = []
     for block in body.blocks:
-        parts = body.recipe.parts(block)
-        fused = parts is not None and is_plain(parts) and not hooked_inside(block)
-        found.append(FusedBranches(parts) if parts is not None and fused else OwnBranches(block, body.recipe))
+        parts = look(body.recipe, block).parts(block)
+        found.append(OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts))
     return found
 
 

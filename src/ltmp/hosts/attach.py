@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import weakref
 from collections.abc import Iterable, Iterator, Set
@@ -123,7 +124,14 @@ class Attachment(Blocks):
     model: weakref.ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "model": None}
+        return {**super().__getstate__(), "model": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        made = memo[id(self)] = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(self.__getstate__(), memo))
+        twin = None if self.model is None else memo.get(id(self.model()))
+        made.model = None if twin is None else weakref.ref(twin)
+        return made
 
     @property
     def host(self) -> nn.Module:
@@ -275,7 +283,7 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
     if present is not None:
         detach(model)
     # thresholds that are born in inference mode could never be set outside of it
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         policy = _policy(len(blocks), config).to(next(host.parameters()).device)
     policy.forms = recipe.forms
     policy.train(host.training)
@@ -355,6 +363,9 @@ def detach(model: Model) -> Model:
     made.undo()
     attached = made.model() if made.model is not None else None
     for module in [*model.modules(), *([attached] if attached is not None else [])]:
+        # on copies of the norm that was hooked, too
+        for handle in [handle for handle, hook in module._forward_hooks.items() if hook is carry_sizes]:
+            del module._forward_hooks[handle]
         for place in (vars(module), module._modules):
             if place.get("ltmp") is made.policy:
                 del place["ltmp"]

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..engines.body import Body, running_engine
-from ..engines.hooks import is_hooked
+from ..engines.hooks import all_hooked, is_hooked
 from ..errors import LTMPError
 
 log = logging.getLogger("ltmp")
@@ -31,14 +32,28 @@ class Blocks:
     owner: nn.Module
     name: str
     _kinds: tuple[type, ...] = field(init=False)
+    _links: list[tuple[nn.Module, str, nn.Module]] = field(init=False)
+    _facts: list[tuple[nn.Module, str, Any]] = field(init=False)
     _weights: list[tuple[dict[str, Any], str]] = field(init=False)
     _unhooked: dict[bool, int] = field(init=False, default_factory=lambda: {True: -1, False: -1})
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._kinds = tuple(map(type, self.body.blocks))
+        uncalled = [module for block in self.body.blocks for module in self.body.recipe.attention(block)]
+        self._links = list(_links(self.body.blocks, {id(module) for module in uncalled}))
+        self._facts = [
+            (module, name, vars(module).get(name))
+            for module in uncalled
+            for name in _FACTS
+            if name == "forward" or name in vars(module)
+        ]
         # one of each block says for all whether they are there
         self._weights = [next(_weights(block)) for block in self.body.blocks]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # handles of hooks are counted anew in another process
+        return {**vars(self), "_unhooked": {True: -1, False: -1}}
 
     def check(self, whole: bool) -> None:
         """See whether a call can run reduced.
@@ -63,27 +78,46 @@ class Blocks:
                 "are called (FSDP): shard the model as a whole and not its blocks, or run it inside "
                 "`with ltmp.dense():`"
             )
-        if any(weights[name].is_meta for weights, name in self._weights):
+        if any(name in weights and weights[name].is_meta for weights, name in self._weights):
             raise LTMPError(
                 f"weights of this {host} are on the meta device until their layers are called (offloaded by "
                 "accelerate), and a reduced model reads them itself: keep the blocks on one device, or run it inside "
                 "`with ltmp.dense():`"
             )
+        self._check_uncalled(host)
         # nobody needs to look again before a hook is registered somewhere
         latest = RemovableHandle.next_id
         if latest not in (self._unhooked[True], self._unhooked[whole]) and self._find_hooks(whole):
             self._unhooked[whole] = latest
 
+    def _check_uncalled(self, host: str) -> None:
+        """Refuse what was done to modules that a reduced model does not call: it would not be seen."""
+        for owner, name, module in self._links:
+            if owner._modules.get(name) is not module:
+                raise LTMPError(
+                    f"an attention of this {host} was replaced after attaching ({name} is a "
+                    f"{type(owner._modules.get(name)).__name__} now), and a reduced model runs the one that was there: "
+                    f"{_ATTACH_AGAIN}"
+                )
+        for module, name, value in self._facts:
+            now = module.__dict__.get(name)
+            if now is not value and now != value:
+                raise LTMPError(
+                    f"{type(module).__name__}.{name} of this {host} was changed after attaching, and a reduced model "
+                    f"does not call that module: {_ATTACH_AGAIN}"
+                )
+
     def _find_hooks(self, whole: bool) -> bool:
         """Refuse hooks that would not run, and warn of those that see something else; whether there are none."""
-        inside = False
+        inside = all_hooked()
         for i, block in enumerate(self.body.blocks):
             skipped = {id(m) for m in self.body.recipe.attention(block)}
             for name, module in block.named_modules():
-                if not is_hooked(module) or (module is block and not whole):
+                uncalled = module is block or id(module) in skipped
+                if not is_hooked(module, called=not uncalled) or (module is block and not whole):
                     continue
                 path = f"{self.name}.{i}.{name}".rstrip(".")
-                if module is block or id(module) in skipped:
+                if uncalled:
                     raise LTMPError(
                         f"hooks on {path} would not run, as a reduced model does not call it: call the model inside "
                         "`with ltmp.dense():`; features after each block, every patch in its place, are what "
@@ -94,9 +128,27 @@ class Blocks:
             self._warned = True
             log.warning(
                 "hooks inside the blocks of a reduced model see the tokens that are left, those of all images as rows "
-                "[T, C]: call it inside `with ltmp.dense():` for the whole model's"
+                "[T, C], and none of its attentions: call it inside `with ltmp.dense():` for the whole model's"
             )
         return not inside
+
+
+_FACTS = (
+    "forward", "p", "dropout", "attention_dropout", "dropout_prob", "scale", "scaling", "num_heads",
+    "num_attention_heads",
+)  # fmt: skip
+"""Attributes of an attention that say what it computes: adapters and attention maps replace its forward."""
+
+_ATTACH_AGAIN = "call ltmp.detach(model) and attach again after such changes, or run it inside `with ltmp.dense():`"
+
+
+def _links(blocks: Iterable[nn.Module], uncalled: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Where modules that are not called hang: their owner, their name there, and they themselves."""
+    for block in blocks:
+        for owner in block.modules():
+            for name, module in owner._modules.items():
+                if id(module) in uncalled and module is not None:
+                    yield owner, name, module
 
 
 def _weights(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
@@ -118,8 +170,24 @@ def refuse_replica(body: Body, args: tuple[Any, ...]) -> None:
         )
 
 
+def _refuse_transforms(values: list[Any]) -> None:
+    """Refuse images without values, and all images of a batch as if they were one."""
+    if any(isinstance(value, FakeTensor) for value in values) and running_engine() is None:
+        raise LTMPError(
+            "a reduced model does not know how many tokens images without values (FakeTensorMode) would lose: call it "
+            "inside `with ltmp.dense():`"
+        )
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise LTMPError(
+            "torch.func.vmap cannot follow a model that removes other tokens from each image: call it on the images "
+            "one after the other, or inside `with ltmp.dense():`"
+        )
+
+
 def refuse_tracers(values: Iterable[Any]) -> None:
     """Refuse what would record how many tokens these very images lose, or cannot follow it."""
+    values = list(values)
     if torch.jit.is_tracing():
         what = "torch.jit.trace, and what is built on it (torch.onnx.export(dynamo=False), openvino.convert_model),"
     elif any(isinstance(value, fx.Proxy) for value in values):
@@ -127,6 +195,8 @@ def refuse_tracers(values: Iterable[Any]) -> None:
     elif torch.compiler.is_exporting() and running_engine() is None:
         what = "torch.export, and what is built on it (torch.onnx.export),"
     else:
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(values)
         return
     raise LTMPError(
         f"{what} cannot follow a model that removes tokens: write it with ltmp.export.export(model, ...) or `ltmp "

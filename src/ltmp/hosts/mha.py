@@ -25,6 +25,8 @@ def parts(
     """The weights of a block with the norms `ln_1` and `ln_2`, or None where they are not plain."""
     name, none = activation_name(act), nn.Identity()
     norms = (block.ln_1, block.ln_2)
+    if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or type(fc1) is not nn.Linear:
+        return None
     if name is None or any(norm.weight is None or norm.weight.dtype != fc1.weight.dtype for norm in norms):
         return None
     return Parts(

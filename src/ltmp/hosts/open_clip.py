@@ -7,7 +7,8 @@ from typing import Any
 from open_clip.transformer import LayerScale, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from ..engines.body import Body
+from ..engines.body import Body, running_body
+from ..errors import LTMPError
 from ..method.recipe import Parts, Recipe, describe_timm, linear_ratio, scales_of
 from . import mha
 from .pooling import sized_mean, without_prefix
@@ -32,7 +33,7 @@ def _attention(block: Any) -> tuple[nn.Module, ...]:
 
 def _parts(block: Any) -> Parts | None:
     scales = scales_of((block.ls_1, block.ls_2), LayerScale)
-    if scales is None:
+    if scales is None or list(block.mlp._modules) != ["c_fc", "gelu", "c_proj"]:
         return None
     return mha.parts(block, block.attn, block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj, scales)
 
@@ -45,12 +46,15 @@ def _problems(host: Any) -> list[str]:
     if host.attn_pool is not None:
         found.append("it pools by attention for a captioning decoder (CoCa), which knows no sizes")
     if host.output_tokens or host.pool_type == "none":
-        found.append("it hands out every token, and a reduced image has fewer of them: set output_tokens=False")
+        found.append(_HANDS_OUT)
     return found[:1] if found and found[0].startswith("resblocks") else found
 
 
 def _mlp_ratio(block: Any) -> float:
     return linear_ratio(block.mlp, block.attn.embed_dim)
+
+
+_HANDS_OUT = "it hands out every token, and a reduced image has fewer of them: set output_tokens=False"
 
 
 class SizedGlobalPool:
@@ -61,6 +65,9 @@ class SizedGlobalPool:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         host: Any = self.body.host
+        body = running_body(self.body)
+        if host.output_tokens and body.reduces() and not body.grid:
+            raise LTMPError(f"{_HANDS_OUT}, or call it inside `with ltmp.dense():`")
         size = sizes_of(x, self.body) if host.pool_type == "avg" else None
         if size is None:
             return type(host)._global_pool(host, x)

@@ -34,8 +34,8 @@ def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
     if unmerging() or (body is not None and (running_body(body).grid or not running_body(body).reduces())):
         return None
     raise LTMPError(
-        "the sizes of these tokens got lost between the blocks and the pooling: give forward_head what "
-        "forward_features returned, unchanged, or call ltmp.detach(model)"
+        "the sizes of these tokens got lost between the blocks and the pooling: attach after the norm between them is "
+        "replaced, and give forward_head what forward_features returned, unchanged; or call ltmp.detach(model)"
     )
 
 

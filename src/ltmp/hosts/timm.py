@@ -14,7 +14,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from ..engines.body import Body
-from ..method.recipe import Parts, Recipe, activation_name, linear_ratio, scales_of
+from ..method.recipe import Parts, Recipe, activation_name, has_own_scale, linear_ratio, scales_of
 from .pooling import log_size, sized_mean, without_prefix
 from .sizes import sizes_of
 
@@ -68,7 +68,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _attention(block: Any) -> tuple[nn.Module, ...]:
-    return (block.attn,)
+    return (block.attn, block.attn.attn_drop)
 
 
 def _parts(block: Any) -> Parts | None:
@@ -151,6 +151,8 @@ def block_problems(block: Any, blocks: tuple[type, ...], attentions: tuple[type,
         return f"has an attention with parts that this version does not know: {', '.join(extra)}"
     if attn.attn_drop.p > 0:
         return f"has attention dropout {attn.attn_drop.p}; build the model with attn_drop_rate=0"
+    if not attn.fused_attn and has_own_scale(attn, attn.head_dim):
+        return f"scales its attention by {attn.scale} instead of 1 / sqrt({attn.head_dim})"
     if not isinstance(block.mlp, _MLPS):
         return f"has a {type(block.mlp).__name__}, which is not known to treat each token by itself"
     return None

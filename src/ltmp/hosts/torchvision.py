@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
+from torchvision.models.vision_transformer import EncoderBlock, MLPBlock, VisionTransformer
 
 from ..method.recipe import Parts, Recipe, describe_timm, linear_ratio
 from . import mha
@@ -28,6 +28,8 @@ def _attention(block: Any) -> tuple[nn.Module, ...]:
 
 
 def _parts(block: Any) -> Parts | None:
+    if type(block.mlp) is not MLPBlock:
+        return None
     return mha.parts(block, block.self_attention, block.mlp[0], block.mlp[1], block.mlp[3])
 
 

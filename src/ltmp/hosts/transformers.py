@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from ..engines.body import Body, running_body
-from ..method.recipe import READS_TOKENS, Parts, Recipe, Rotary, activation_name, linear_ratio
+from ..method.recipe import READS_TOKENS, Parts, Recipe, Rotary, activation_name, has_own_scale, linear_ratio
 from .forward import BlockForward
 from .layouts import LAYOUTS, Layout
 from .pooling import log_size, sized_mean, without_prefix
@@ -84,7 +84,9 @@ def _out(block: nn.Module, y: Tensor) -> Tensor:
 
 
 def _attention(block: nn.Module) -> list[nn.Module]:
-    return [block.get_submodule(holder) for holder in _layout(block).holders if holder]
+    layout = _layout(block)
+    dropout = block.get_submodule(layout.attention)._modules.get("dropout")
+    return [block.get_submodule(holder) for holder in layout.holders if holder] + ([] if dropout is None else [dropout])
 
 
 def _mlp(block: nn.Module, x: Tensor) -> Tensor:
@@ -112,6 +114,9 @@ def _block_problems(block: nn.Module) -> str | None:
     dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
     if dropout > 0:
         return f"has attention dropout {dropout}: build the model with 0"
+    width = attrgetter(layout.qkv[-1])(block).out_features // (_heads(attention) * (1 if len(layout.qkv) == 3 else 3))
+    if has_own_scale(attention, width):
+        return f"scales its attention by something else than 1 / sqrt({width})"
     _FOUND[type(block)] = layout
     return None
 

@@ -108,7 +108,7 @@ class Dial:
             UsageError: the share is neither 1 nor between the dial's ends.
         """
         if share == 1:
-            return torch.ones(self.depth), torch.zeros(self.depth)
+            return torch.ones(self.depth, device="cpu"), torch.zeros(self.depth, device="cpu")
         row = self._between(share)
         return row[: self.depth], row[self.depth : 2 * self.depth]
 

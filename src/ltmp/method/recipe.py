@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -53,22 +53,19 @@ def the_same(value: Any, _block: int) -> Any:
     return value
 
 
-def is_plain(parts: Parts, dtype: torch.dtype | None = None) -> bool:
+def is_plain(parts: Parts) -> bool:
     """Whether weights can be taken from a block and multiplied by ourselves.
 
     Linear layers must be just that, with no adapter around them, and all weights plain tensors: quantised, sharded or
     offloaded ones are tensors of their own kinds, which know operators of torch alone.
 
-    Args:
-        dtype: of the linear layers' weights; None for any.
     """
-    # runs for every block of a call: dictionaries instead of attributes
     for layer in parts.linears:
         weights = layer.__dict__["_parameters"]
         weight = weights.get("weight")
         if type(layer) is not nn.Linear or "forward" in layer.__dict__ or type(weight) is not nn.Parameter:
             return False
-        if type(weights["bias"]) not in _PLAIN or (dtype is not None and weight.dtype != dtype):
+        if "bias" not in weights or type(weights["bias"]) not in _PLAIN:
             return False
     norms = parts.norm1.__dict__["_parameters"], parts.norm2.__dict__["_parameters"]
     others = (parts.scale1, parts.scale2, *norms[0].values(), *norms[1].values())
@@ -142,6 +139,16 @@ def _linears(module: nn.Module) -> Iterator[Any]:
             yield layer
 
 
+def has_own_scale(attention: nn.Module, width: int) -> bool:
+    """Whether an attention multiplies the scores of heads [..., D] by something else than 1 / sqrt(D).
+
+    Args:
+        width: D.
+    """
+    scale = next((vars(attention)[name] for name in ("scale", "scaling") if name in vars(attention)), None)
+    return isinstance(scale, float) and not math.isclose(scale, width**-0.5, rel_tol=1e-6)
+
+
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
@@ -154,7 +161,7 @@ def scales_of(layers: Sequence[Any], layer_scale: type[Any]) -> list[Tensor | No
 
 def activation_name(act: nn.Module) -> str | None:
     """The name that `Parts` has for an activation, or None."""
-    if isinstance(act, nn.GELU):
+    if type(act) is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     # libraries' own classes, by name because they move between versions
     return _ACTIVATIONS.get(type(act).__name__.removesuffix("Activation").removeprefix("Pytorch"))

@@ -49,6 +49,12 @@ def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     return over(score, threshold, tau, lambda values: values.clamp_min(torch.finfo(values.dtype).tiny).log())
 
 
+def _has_values(tensor: Tensor) -> bool:
+    """Not so of what tracers, offloaders and transforms of functions put in its place."""
+    plain = type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 class Thresholds(Policy):
     """The learned thresholds of a model, `model.ltmp`, with the dial and the probe that belong to them.
 
@@ -96,7 +102,11 @@ class Thresholds(Policy):
         Raises:
             ValueError: the number of values is not the model's depth, or a value is not finite.
         """
-        new = {n: torch.as_tensor(v).float() for n, v in (("merge", merge), ("prune", prune)) if v is not None}
+        new = {
+            n: torch.as_tensor(v, device=self.merge.device).float()
+            for n, v in (("merge", merge), ("prune", prune))
+            if v is not None
+        }
         for name, values in new.items():
             if values.shape != (self.depth,):
                 raise ValueError(
@@ -204,10 +214,12 @@ class Thresholds(Policy):
         return self.probe[block]
 
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        """1 above the block's threshold, else 0."""
+        """1 above the block's threshold, else 0; only where tokens are masked a gradient reaches the threshold."""
+        threshold = getattr(self, step)[block]
+        threshold = threshold if self.masks else threshold.detach()
         if step == "merge" or not self.log_prune:
-            return over(score, getattr(self, step)[block], self.config.tau)
-        return log_over(score, self.prune[block], PRUNE_TAU)
+            return over(score, threshold, self.config.tau)
+        return log_over(score, threshold, PRUNE_TAU)
 
     def pruned_whole(self) -> Tensor:
         """No mean of attention weights is above 1."""
@@ -249,13 +261,15 @@ class Thresholds(Policy):
     def _look_now(self) -> Answers:
         # not as attributes, which tracers replace
         both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
-        if not all(type(p) is nn.Parameter and not p.is_meta for p in both):
+        if not all(map(_has_values, both)):
             # something without values stands in for them: a tracer, an offloader
             if self._known is None:
                 raise LTMPError("these thresholds are on the meta device, or are traced, and have no values there")
             both = self._known[2]
         if both[0].device.type != "cpu":
             return self._answers(*torch.stack([p.detach() for p in both]).tolist())
+        if any(p.dtype != torch.float32 or not p.is_contiguous() for p in both):
+            both = tuple(p.detach().float().contiguous() for p in both)
         # from memory, by no operator
         found = [ctypes.string_at(p.data_ptr(), p.nbytes) for p in both]
         if self._known is None or self._known[0] != (self.config, *found):
@@ -314,4 +328,8 @@ class Thresholds(Policy):
             except ValueError as error:
                 error_msgs.append(str(error))
         rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
+        for name in (f"{prefix}merge", f"{prefix}prune"):
+            # `assign=True` would keep the type of a checkpoint in half precision
+            if name in rest:
+                rest[name] = rest[name].float()
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
