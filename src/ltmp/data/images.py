@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import LTMPError, UsageError
+from ..textfiles import open_regular
 
 # From here on an image is reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
@@ -75,16 +75,11 @@ def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file (a pipe would be waited for, a device read for ever), empty, or over 1 GB.
+        ValueError: it is no regular file, empty, or over 1 GB.
     """
-    # without O_NONBLOCK opening a pipe waits until somebody writes to it
-    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = open(os.open(path, how), "rb")  # noqa: SIM115 - it may be what is returned
+    file = open_regular(path)
     try:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a regular file, but a pipe, a device or a socket")
-        size = about.st_size - offset if size is None else size
+        size = os.fstat(file.fileno()).st_size - offset if size is None else size
         if size > MAX_BYTES:
             raise ValueError(f"{size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image")
         if size == 0:
