@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, Throughput
+from ..textfiles import read_json
 from .collect import DENSE, LEARNED, Budget, Measured
 
 COLUMNS = {
@@ -40,7 +40,7 @@ def read_result(path: Path) -> Result:
         LTMPError: no such file, not JSON, or nothing in it that a report shows.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise UsageError(f"no results {path}: give files that `ltmp eval --json` and others wrote") from None
     except (OSError, ValueError) as error:
