@@ -24,6 +24,8 @@ LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
 # Decoded images beyond this many bytes are not read; a process of bulk scoring has that much for one.
 MAX_DECODED = 2**29
+# Conversions are done piece by piece of about this many pixels: each is a copy, or several.
+PIECE = 2**20
 # What decoders take for a pixel of their own, whatever size is asked for; measured on Pillow 12.
 _DECODERS = {"WEBP": 16, "JPEG2000": 20, "AVIF": 10}
 # Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
@@ -142,14 +144,14 @@ def _decode(source: IO[bytes] | Image.Image, mode: str) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
     _check_scans(image)
-    _check_memory(image)
+    _check_memory(image, mode)
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
     image.load()
     turn = _turn(image)
-    times = min(image.size) // max(DRAFT_SIZE)
-    many = image.width * image.height > LARGE_PIXELS and times > 1
-    image = _reduced(image, mode, times) if many else _converted(image, mode)
+    times, pixels = _times(image), image.width * image.height
+    whole = times == 1 and (image.mode == mode or pixels <= PIECE)
+    image = _converted(image, mode) if whole else _reduced(image, mode, times)
     return image if turn is None else image.transpose(turn)
 
 
@@ -172,11 +174,17 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+def _times(image: Image.Image) -> int:
+    """How many times smaller an image comes; at least by two where it is large, however short its shorter side is."""
+    return max(2, min(image.size) // max(DRAFT_SIZE)) if image.width * image.height > LARGE_PIXELS else 1
+
+
 def _reduced(image: Image.Image, mode: str, times: int) -> Image.Image:
     """`_converted` and so many times smaller, piece by piece: whole copies of this many pixels take gigabytes."""
     small = Image.new(mode, (image.width // times, image.height // times))
-    for top in range(0, small.height, 64):
-        bottom = min(top + 64, small.height)
+    rows = max(1, PIECE // (times * image.width))
+    for top in range(0, small.height, rows):
+        bottom = min(top + rows, small.height)
         strip = image.crop((0, times * top, times * small.width, times * bottom))
         small.paste(_converted(strip, mode).reduce(times), (0, top))
     return small
@@ -248,20 +256,33 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _check_memory(image: Image.Image) -> None:
+def _check_memory(image: Image.Image, mode: str) -> None:
     """Refuse what takes gigabytes to decode, by the header; raises `UnfitImageError`."""
-    large = image.width * image.height > LARGE_PIXELS
+    times, pixels = _times(image), image.width * image.height
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    decoder = 0
     if image.format in ("JPEG", "MPO"):
         # all coefficients of a progressive one are kept, of others a few rows
-        each = 7 if image.info.get("progressive") else 1 if large else 4
-    else:
-        each = _DECODERS.get(image.format or "", 1 if image.mode in ("1", "L", "P") else 4)
-    needed = each * image.width * image.height
+        decoder = 6 if image.info.get("progressive") else 0
+        stored = 1 if pixels > LARGE_PIXELS and min(image.size) >= 2 * max(DRAFT_SIZE) else stored
+    # the result is another copy, or a part of one
+    result = 0 if image.mode == mode and times == 1 else 4 / times**2
+    each = max(_DECODERS.get(image.format or "", 0), decoder + stored, stored + result)
+    needed = each * pixels + _piece_of_tiff(image)
     if needed > MAX_DECODED:
         raise UnfitImageError(
             f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e9:.1f} GB to decode: over the "
             f"limit of {MAX_DECODED / 1e9:.1f} GB"
         )
+
+
+def _piece_of_tiff(image: Image.Image) -> int:
+    """Bytes of a strip or tile, which is decompressed whole; a strip may hold all rows."""
+    tags = getattr(image, "tag_v2", {})
+    if image.format != "TIFF" or image.info.get("compression", "raw") == "raw":
+        return 0
+    width, rows = tags.get(322, image.width), tags.get(323, min(tags.get(278, image.height), image.height))
+    return int(width * rows * sum(tags.get(258, (8,))) // 8)
 
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
