@@ -11,7 +11,7 @@ from ltmp.cli.runs import Run
 from ltmp.cli.verbs.push import _read
 from ltmp.errors import LTMPError
 from ltmp.report import read_result
-from ltmp.textfiles import read_json, read_text
+from ltmp.textfiles import open_regular, read_json, read_text
 
 
 def odd(folder: Path, kind: str, name: str = "run.json") -> Path:
@@ -50,6 +50,15 @@ def test_odd_files_are_refused_in_a_sentence(tmp_path: Path, kind: str, why: str
         _read(path)
     with pytest.raises(LTMPError, match=r"run\.json is damaged: delete it"):
         Run(tmp_path, {}, resume=True)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no such folder here")
+def test_a_folder_is_named_and_leaves_no_file_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+            open_regular(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_text_is_read_as_python_reads_it(tmp_path: Path) -> None:

@@ -19,13 +19,16 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         OSError: it cannot be read.
         ValueError: it is no regular file: a pipe would be waited for, a device read for ever.
     """
-    # without O_NONBLOCK opening a pipe waits until somebody writes to it
-    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = open(os.open(path, how), "rb")  # noqa: SIM115 - it is what is returned
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - it is what is returned
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError("not a regular file, but a pipe, a device or a socket")
     return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without O_NONBLOCK opening a pipe waits until somebody writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_text(path: str | os.PathLike[str], most: int) -> str:
