@@ -138,7 +138,39 @@ def test_models_that_nobody_could_build_are_not_packed(tmp_path: Path) -> None:
         ltmp.pack(built(), tmp_path / "packed")
     with pytest.raises(UsageError, match="class_names is 'ant', expected a list"):
         ltmp.pack(reduced(), tmp_path / "packed", class_names="ant")
+    for names in (["ant", "bee"], [*"abcde"]):
+        with pytest.raises(UsageError, match=f"{len(names)} class names for a model with 3 classes"):
+            ltmp.pack(reduced(), tmp_path / "packed", model_name=NAME, class_names=names)
     assert not (tmp_path / "packed").exists()
+
+
+def test_another_bundles_weights_are_not_left_beside(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "model").mkdir()
+    with pytest.raises(UsageError, match=r"packed/model is of another bundle, or of none: remove it"):
+        ltmp.pack(reduced(), folder, model_kwargs=SHAPE)
+    (folder / "model").rmdir()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_bundle_is_replaced_whole_or_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise LTMPError("the disk is full")
+
+    other = reduced()
+    other.ltmp.set([0.7] * 3, [0.01] * 3)
+    torch.nn.init.zeros_(other.head.weight)
+    with monkeypatch.context() as patch:
+        patch.setattr("ltmp.bundle.save", fail)
+        with pytest.raises(LTMPError, match="the disk is full"):
+            ltmp.pack(other, folder, model_kwargs=SHAPE)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    ltmp.pack(other, folder, model_kwargs=SHAPE)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in after)
 
 
 @torch.no_grad()

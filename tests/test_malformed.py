@@ -26,7 +26,8 @@ from ltmp import LTMPConfig, LTMPError
 from ltmp.about import About, Preprocessing
 from ltmp.checkpoint import FORMAT, read
 from ltmp.hosts.attach import is_attached
-from ltmp.tensorfiles import read_state_dict, strict_json
+from ltmp.tensorfiles import read_state_dict
+from ltmp.textfiles import strict_json
 from ltmp.thresholdfile import split_thresholds
 from ltmp.zoo.build import load_weights
 

@@ -49,8 +49,8 @@ class Preprocessing:
         Raises:
             ValueError: no mapping, or a value that makes no sense.
         """
-        known = _mapping("preprocessing", values)
-        return cls(**_checked({name: known[name] for name in _PREPROCESSING if name in known}, _PREPROCESSING))
+        known = mapping("preprocessing", values)
+        return cls(**checked({name: known[name] for name in _PREPROCESSING if name in known}, _PREPROCESSING))
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class About:
         Raises:
             ValueError: no mapping, or a value that cannot be right; the message is one short line.
         """
-        values = _mapping("what it says of itself", values)
+        values = mapping("what it says of itself", values)
         known = {name: value for name, value in values.items() if name in _ABOUT}
         other = {name: value for name, value in values.items() if name not in _ABOUT}
-        return cls(**_checked(known, _ABOUT), other=_json("what it says of itself", other))
+        return cls(**checked(known, _ABOUT), other=_json("what it says of itself", other))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +115,8 @@ Check = Callable[[str, Any], Any]
 """From a name and a value to the value as it is kept; raises ValueError."""
 
 
-def _checked(values: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
+def checked(values: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
+    """Those that are known, each by its check."""
     return {name: checks[name](name, value) for name, value in values.items() if value is not None}
 
 
@@ -130,13 +131,15 @@ def _wrong(name: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"{shown(name)[1:-1]} is {shown(value)}, expected {expected}")
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping."""
     if not isinstance(value, Mapping):
         raise _wrong(name, value, "a mapping")
     return dict(value)
 
 
-def _text(name: str, value: Any) -> str:
+def text(name: str, value: Any) -> str:
+    """A name, as every terminal shows it."""
     if not isinstance(value, str) or len(value) > MOST_LETTERS or _INVISIBLE.search(value):
         raise _wrong(name, value, f"text of {MOST_LETTERS} letters at most, without control characters")
     return value
@@ -151,7 +154,9 @@ def _one_of(known: tuple[str, ...]) -> Check:
     return check
 
 
-def _whole(low: int, high: int) -> Check:
+def whole(low: int, high: int) -> Check:
+    """A whole number in these bounds."""
+
     def check(name: str, value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
             raise _wrong(name, value, f"a whole number from {low} to {high}")
@@ -160,7 +165,9 @@ def _whole(low: int, high: int) -> Check:
     return check
 
 
-def _number(low: float, high: float) -> Check:
+def number(low: float, high: float) -> Check:
+    """A finite number in these bounds."""
+
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise _wrong(name, value, f"a number from {low:g} to {high:g}")
@@ -169,7 +176,9 @@ def _number(low: float, high: float) -> Check:
     return check
 
 
-def _several(of: Check, low: int, high: int) -> Check:
+def several(of: Check, low: int, high: int) -> Check:
+    """A list of so many."""
+
     def check(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or not low <= len(value) <= high:
             raise _wrong(name, value, f"a list of {low} to {high}" if low < high else f"a list of {low}")
@@ -183,11 +192,11 @@ def _json(name: str, value: Any, nested: int = 0) -> Any:
     if nested > MOST_NESTED:
         raise ValueError(f"{name} is nested more than {MOST_NESTED} deep")
     if isinstance(value, Mapping):
-        return {_text("a name", key): _json(key, each, nested + 1) for key, each in value.items()}
+        return {text("a name", key): _json(key, each, nested + 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_json(name, each, nested + 1) for each in value]
     if isinstance(value, str):
-        return _text(name, value)
+        return text(name, value)
     if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise _wrong(name, value, "a JSON value")
@@ -195,7 +204,7 @@ def _json(name: str, value: Any, nested: int = 0) -> Any:
 
 def _settings(name: str, value: Any) -> dict[str, Any]:
     """Arguments of a model: none of them so large that it alone takes much memory."""
-    found: dict[str, Any] = _json(name, _mapping(name, value))
+    found: dict[str, Any] = _json(name, mapping(name, value))
     for key, each in found.items():
         for number in each if isinstance(each, list) else [each]:
             if isinstance(number, int | float) and abs(number) > MOST_PIXELS:
@@ -203,33 +212,33 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
-_SHARE = _number(1e-6, 1 + 1e-6)
+_SHARE = number(1e-6, 1 + 1e-6)
 
 _PREPROCESSING: dict[str, Check] = {
-    "mean": _several(_number(-1e3, 1e3), 1, 16),
-    "std": _several(_number(1e-6, 1e3), 1, 16),
+    "mean": several(number(-1e3, 1e3), 1, 16),
+    "std": several(number(1e-6, 1e3), 1, 16),
     "interpolation": _one_of(INTERPOLATIONS),
-    "crop_pct": _number(1e-3, 1),
+    "crop_pct": number(1e-3, 1),
     "crop_mode": _one_of(CROP_MODES),
 }
 
 _ABOUT: dict[str, Check] = {
-    "model_name": _text,
-    "architecture": _text,
+    "model_name": text,
+    "architecture": text,
     "library": _one_of(LIBRARIES),
-    "base_model": _text,
+    "base_model": text,
     "model_kwargs": _settings,
-    "depth": _whole(1, MOST_BLOCKS),
-    "width": _whole(1, 1 << 16),
-    "num_classes": _whole(0, MOST_CLASSES),
-    "input_size": _several(_whole(1, MOST_PIXELS), 2, 2),
+    "depth": whole(1, MOST_BLOCKS),
+    "width": whole(1, 1 << 16),
+    "num_classes": whole(0, MOST_CLASSES),
+    "input_size": several(whole(1, MOST_PIXELS), 2, 2),
     "preprocessing": lambda name, value: Preprocessing.from_dict(value),
-    "class_names": _several(_text, 0, MOST_CLASSES),
+    "class_names": several(text, 0, MOST_CLASSES),
     "target": _SHARE,
     "share": _SHARE,
     "budget": _SHARE,
-    "dial": _several(_SHARE, 2, 2),
-    "certificate": lambda name, value: _json(name, _mapping(name, value)),
+    "dial": several(_SHARE, 2, 2),
+    "certificate": lambda name, value: _json(name, mapping(name, value)),
 }
 """How each field of `About` is checked."""
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from .about import About
 from .checkpoint import read, save
-from .describe import MODEL_FACTS, built_as, facts_of
+from .data.dataset import check_names
+from .describe import MODEL_FACTS, built_as, classes_of, facts_of
 from .errors import UsageError
-from .files import atomic_path
+from .files import staged
 from .locate import BUNDLE, locate
 from .zoo.build import build_model, is_safe_name, name_in_file, save_weights
 from .zoo.hugging_face import PREFIX, is_of_transformers
@@ -127,7 +128,8 @@ def pack(model: nn.Module, folder: str | os.PathLike[str], **metadata: Any) -> P
     """Write one folder that serves, shows, evaluates and exports an attached model with no more to be said.
 
     It holds the model's own weights (`weights.safetensors`, of transformers the folder `model`), `bundle.json` with
-    preprocessing, class names and what the model is built by, and `thresholds.safetensors`, which is written last.
+    preprocessing, class names and what the model is built by, and `thresholds.safetensors`. They replace an earlier
+    bundle's when all are written, `thresholds.safetensors` last.
 
     >>> ltmp.pack(model, "deit-small-0.6")
     >>> model = ltmp.from_pretrained("deit-small-0.6")
@@ -141,7 +143,8 @@ def pack(model: nn.Module, folder: str | os.PathLike[str], **metadata: Any) -> P
         The folder.
 
     Raises:
-        UsageError: nobody knows by which name the model is built, or metadata that make no sense.
+        UsageError: nobody knows by which name the model is built, metadata that make no sense, or weights in the folder
+            that would be taken for these.
         LTMPError: nothing is attached, or the folder cannot be written.
     """
     folder = Path(folder)
@@ -157,8 +160,13 @@ def pack(model: nn.Module, folder: str | os.PathLike[str], **metadata: Any) -> P
     elif name is None:
         raise UsageError("by which name is this model built? give model_name, as for --model")
     said = {key: value for key, value in replace(about, model_name=name).to_dict().items() if key in MODEL_FACTS}
-    save_weights(model, folder / (MODEL if whole else WEIGHTS))
-    with atomic_path(folder / BUNDLE) as temporary:
-        temporary.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    save(model, folder / THRESHOLDS, **{**metadata, "model_name": name})
+    check_names(about.class_names, classes_of(model))
+    other = folder / (WEIGHTS if whole else MODEL)
+    if other.exists():
+        raise UsageError(f"{other} is of another bundle, or of none: remove it, or pack into another folder")
+    with staged(folder / THRESHOLDS) as thresholds:
+        save_weights(model, folder / MODEL if whole else thresholds.with_name(WEIGHTS))
+        text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+        thresholds.with_name(BUNDLE).write_text(text, encoding="utf-8")
+        save(model, thresholds, **{**metadata, "model_name": name})
     return folder

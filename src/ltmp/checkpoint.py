@@ -24,7 +24,8 @@ from .interrupts import uninterrupted
 from .locate import BUNDLE, file_name, locate
 from .method.thresholds import Thresholds
 from .schema import MOST_SAID, check_entries, is_part, said_in
-from .tensorfiles import read_header, read_state_dict, read_tensors, strict_json, write_tensors
+from .tensorfiles import read_header, read_state_dict, read_tensors, write_tensors
+from .textfiles import read_json
 from .thresholdfile import ThresholdFile, from_parts, is_threshold, split_thresholds
 
 FORMAT = "ltmp-thresholds"
@@ -119,9 +120,7 @@ def _with_bundle(file: ThresholdFile, beside: Path) -> ThresholdFile:
     if not beside.is_file():
         return file
     try:
-        if beside.stat().st_size > 4 * MOST_SAID:
-            raise ValueError("it is too large")
-        said = About.from_dict(strict_json(beside.read_bytes())).to_dict()
+        said = About.from_dict(read_json(beside, 4 * MOST_SAID)).to_dict()
         return replace(file, metadata={**file.metadata, **{k: v for k, v in said.items() if k in MODEL_FACTS}})
     except (OSError, ValueError) as error:
         raise LTMPError(f"{beside} is no description of a model ({first_line(error)[:200]}): pack it again") from error

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .calls import record
-from .data.dataset import Transform
+from .data.dataset import Transform, check_names
 from .data.images import read_image
 from .data.transforms import eval_transform, image_mode, sharp_view
-from .errors import LTMPError, UsageError
+from .errors import LTMPError
 from .hosts.attach import is_attached
 from .hosts.outputs import logits_of
 
@@ -134,10 +134,7 @@ class Deployment:
         logits = self(self.blank[None]).logits
         if logits.ndim != 2:
             raise LTMPError("the model does not give one row of class scores an image: use a classifier")
-        if self.names and len(self.names) != logits.shape[1]:
-            raise UsageError(
-                f"{len(self.names)} class names for a model with {logits.shape[1]} classes: give one a class, in order"
-            )
+        check_names(self.names, logits.shape[1])
         return logits.shape[1]
 
     def name(self, index: int) -> str:

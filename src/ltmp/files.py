@@ -43,7 +43,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                     shutil.copyfileobj(content, special)
             return
         target = Path(os.path.realpath(path))
-        with _parents(target), _beside(target, Path.touch) as temporary:
+        with _parents(target), _beside(target, _touch) as temporary:
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
             # safetensors puts a file of its own in its place, for this user only
@@ -51,6 +51,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.replace(target)
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
+
+
+class _TriedError(Exception):
+    """Nothing is wrong: ends a save that was only tried."""
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Fail before the work where nothing can be written; no file and no folder is left behind.
+
+    Raises:
+        LTMPError: as `atomic_path`.
+    """
+    path = Path(folder) / "file"
+    try:
+        with suppress(_TriedError), _parents(path), _beside(path, _touch):
+            raise _TriedError
+    except OSError as error:
+        raise LTMPError(_explain(path.parent, error)) from error
 
 
 @contextmanager
@@ -100,7 +118,7 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     It is made like any other file, so that the umask has its say, and locked for as long as this process lives: one
     that nobody has locked is left over.
     """
-    _sweep(path.parent)
+    sweep(path.parent)
     while True:
         # names may have 255 bytes
         temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.ltmp-tmp")
@@ -117,7 +135,12 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             os.close(lock)
 
 
-def _sweep(folder: Path) -> None:
+def _touch(path: Path) -> None:
+    """Make a file that is not there; a link is not followed."""
+    path.touch(exist_ok=False)
+
+
+def sweep(folder: Path) -> None:
     """Remove what saves that were killed left in a folder; where files cannot be locked, nothing."""
     for entry in os.scandir(folder):
         if _OURS.fullmatch(entry.name) and not entry.is_symlink():
@@ -133,7 +156,8 @@ def _lock(path: Path, wait: bool) -> int | None:
     try:
         import fcntl
 
-        handle = os.open(path, os.O_RDONLY)
+        # a pipe of such a name is not waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
         if handle is not None:

@@ -10,7 +10,8 @@ from .config import LTMPConfig
 from .errors import first_line
 from .fingerprint import MOST as MOST_KEYS
 from .method.dial import PREFIX as DIAL
-from .tensorfiles import TensorEntry, strict_json
+from .tensorfiles import TensorEntry
+from .textfiles import strict_json
 
 MOST_SAID = 1 << 22
 """Letters of what a file says of itself: the names of 20,000 classes have one million."""

@@ -8,7 +8,6 @@ it comes from, so that a small file cannot ask for much memory.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import re
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from .errors import LTMPError, UsageError
 from .files import atomic_path
+from .textfiles import strict_json
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 
@@ -71,28 +71,6 @@ class TensorEntry(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def strict_json(text: str | bytes) -> Any:
-    """The value in a JSON text, where it says each thing once, and numbers are numbers.
-
-    Raises:
-        ValueError: no JSON, nested too deep, a name twice in a mapping, NaN or infinity.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name is there twice")
-        return found
-
-    def no_number(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:

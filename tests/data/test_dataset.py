@@ -170,7 +170,13 @@ def test_class_map_numbers_the_classes(class_folders, tmp_path):
     assert [data[i][1] for i in (0, 4, 8)] == [3, 2, 0]
     check_classes(data, 4, class_map=names)
     with pytest.raises(LTMPError, match="up to 3 but the model's head has 2"):
-        check_classes(data, 2, class_map=names)
+        check_classes(data, 2, class_map={"ant": 3})
+    for classes in (2, 5):
+        with pytest.raises(UsageError, match=f"4 class names for a model with {classes} classes"):
+            check_classes(data, classes, class_map=names)
+    names.write_text("cow\nfly\nfly\nant\n")
+    with pytest.raises(UsageError, match=r"classes\.txt: 'fly' is there twice"):
+        open_dataset(class_folders, class_map=names)
     with pytest.raises(LTMPError, match="no images of the classes in the class map"):
         open_dataset(class_folders, class_map={"fly": 0})
     with pytest.raises(UsageError, match=r"\.txt"):

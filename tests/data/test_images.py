@@ -221,6 +221,54 @@ def test_what_takes_much_memory_is_refused_by_its_header(kind, how, monkeypatch)
         decode(file)
 
 
+@pytest.mark.parametrize(
+    ("kind", "form", "size", "fits"),
+    [
+        ("P", "PNG", (94_000, 1890), True),
+        ("RGB", "PNG", (81_000, 1640), False),
+        ("RGBA", "PNG", (81_000, 1640), False),
+        ("RGB", "PNG", (11_000, 11_000), True),
+        ("I", "TIFF", (81_000, 1640), False),
+        ("RGB", "JPEG", (60_000, 1300), True),
+        ("RGB", "JPEG", (13_000, 13_000), True),
+    ],
+)
+def test_memory_is_counted_in_bytes_of_all_copies(kind, form, size, fits):
+    image = Image.Image()
+    image._mode, image._size, image.format = kind, size, form
+    if fits:
+        images._check_memory(image, "RGB")
+    else:
+        with pytest.raises(UnfitImageError, match=f"pixels of {form} take"):
+            images._check_memory(image, "RGB")
+
+
+@pytest.mark.parametrize("rows", [10, 400])
+def test_a_strip_that_is_decompressed_whole_counts(rows, monkeypatch):
+    file = encoded(Image.new("RGB", (600, 400)), "TIFF", compression="tiff_deflate", tiffinfo={278: rows})
+    monkeypatch.setattr(images, "MAX_DECODED", 1_000_000)
+    if rows == 10:
+        assert decode(file).size == (600, 400)
+    else:
+        with pytest.raises(UnfitImageError, match="600 x 400 pixels of TIFF"):
+            decode(file)
+
+
+@pytest.mark.parametrize("kind", ["L", "RGBA", "P", "I;16", "I", "CMYK"])
+def test_pieces_are_converted_as_the_whole_is_and_thin_images_reduced(kind, monkeypatch):
+    wide = Image.effect_noise((700, 20), 90)
+    if kind.startswith("I"):
+        image = Image.fromarray(np.asarray(wide).astype({"I": np.int32, "I;16": np.uint16}[kind]) * 257)
+    else:
+        image = wide.convert("RGB").convert(kind)
+    file = encoded(image, "TIFF")
+    whole = decode(file)
+    monkeypatch.setattr(images, "PIECE", 1500)
+    assert decode(file).tobytes() == whole.tobytes()
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
+    assert decode(file).tobytes() == whole.reduce(2).tobytes()
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("kind", ["L", "LA", "RGB", "RGBA", "P", "I;16", "CMYK"])
 def test_large_images_are_reduced_piece_by_piece_to_what_they_are(kind, mode, monkeypatch):

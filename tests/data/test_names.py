@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,11 @@ def imagenet():
 def test_folders_go_before_the_model_and_a_file_before_both(imagenet, tmp_path):
     folders = SimpleNamespace(class_to_index={"ant": 0, "cow": 2})
     assert class_names(imagenet, folders) == ["ant", "class 1", "cow"]
+    (tmp_path / "names.txt").write_text("crane\n" * 1000)
+    assert class_names(imagenet, folders, tmp_path / "names.txt") == ["crane"] * 1000
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    assert class_names(imagenet, folders, tmp_path / "names.txt") == ["one", "two"]
+    with pytest.raises(UsageError, match="2 class names for a model with 1000 classes"):
+        class_names(imagenet, folders, tmp_path / "names.txt")
 
 
 def test_imagenet_is_put_into_words(imagenet):
@@ -38,5 +42,13 @@ def test_nobody_knows():
 
 
 def test_a_bad_file_is_named(imagenet, tmp_path):
-    with pytest.raises(UsageError, match=r"no\.txt"):
-        class_names(imagenet, None, tmp_path / "no.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(1 << 30)
+    for name, why in (
+        ("no", r"no class map .*no\.txt"),
+        ("pipe", r"pipe\.txt cannot be read \(not a regular file"),
+        ("huge", r"huge\.txt cannot be read \(over 17 MB"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            class_names(imagenet, None, tmp_path / f"{name}.txt")

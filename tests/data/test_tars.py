@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,30 @@ def test_a_pax_header_that_cannot_be_costs_its_own_member(record, first, tmp_pat
     path = write(tmp_path / "a.tar", *members, member("2.png", b"C"))
     read = {data for _, data in found(path)}
     assert {b"A", b"C"} <= read
+
+
+@pytest.mark.parametrize("kind", [*"LKxg"])
+@pytest.mark.parametrize("damage", ["large", "many", "broken", "digits", "records"])
+def test_headers_that_want_memory_or_hours_are_one_damaged_place(kind, damage, tmp_path):
+    path = write(tmp_path / "a.tar", member("0.png", b"A"), member("2.png", b"C"))
+    whole, size = path.read_bytes(), {"large": 1 << 26}.get(damage, 0)
+    data = {"broken": b"0 foo=\n", "digits": b"1" * 500_000}.get(damage, b"")
+    if damage == "records":
+        data = b"".join(b"11 k%04d=v\n" % number for number in range(1000))
+    info, _ = member("x", data, type=kind.encode())
+    info.size = size or info.size
+    odd = info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+    with path.open("wb") as file:
+        file.write(whole[:1024] + odd * (1 if size or damage == "digits" else 300))
+        file.truncate(file.tell() + size)
+        file.seek(0, io.SEEK_END)
+        file.write(whole[1024:])
+    start = time.process_time()
+    tracemalloc.start()
+    assert found(path) == [("0.png", b"A"), ("", None), ("2.png", b"C")]
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+    assert time.process_time() - start < 4
 
 
 def test_absolute_names_and_duplicates(tmp_path):

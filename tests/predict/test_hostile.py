@@ -243,6 +243,47 @@ def test_a_lock_that_is_a_link_empties_nothing(folder, tmp_path):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["_run.json", "_errors.csv", "00000.parquet", "_errors/00000.csv", "_errors"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_written_through_links_or_waited_for(folder, tmp_path, name, kind, overwrite):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    predict([folder], out, scoring())
+    mine.mkdir()
+    (mine / "00000.csv").write_text("precious")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).unlink(missing_ok=True)
+    if kind == "link":
+        (out / name).symlink_to(mine if name == "_errors" else mine / "00000.csv")
+    else:
+        os.mkfifo(out / name)
+    with pytest.raises(UsageError, match=rf"out/{name} is no plain (file|folder), .*: remove it, or choose another"):
+        predict([folder], out, scoring(), overwrite=overwrite)
+    assert (mine / "00000.csv").read_text() == "precious"
+
+
+def test_a_probe_of_others_is_left_alone(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "mine").write_text("precious")
+    (out / ".probe").symlink_to(tmp_path / "mine")
+    predict([folder], out, scoring())
+    assert (out / ".probe").is_symlink()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_manifest_nested_too_deep_is_no_end(folder, tmp_path, overwrite):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "_run.json").write_text("[" * 100_000)
+    if overwrite:
+        assert predict([folder], out, scoring(), overwrite=True).images == 10
+    else:
+        with pytest.raises(LTMPError, match=r"_run\.json cannot be read .*nested too deep.*--overwrite"):
+            predict([folder], out, scoring())
+
+
 def test_a_jpeg_of_endless_scans_is_listed_at_once(tmp_path):
     root = tmp_path / "images"
     root.mkdir()

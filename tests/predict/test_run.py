@@ -105,13 +105,17 @@ def test_leftovers_of_a_kill_are_swept_and_files_are_taken_whole_or_not(folder, 
     out = tmp_path / "out"
     predict([folder], out, scoring(), shard_size=4)
     whole = results(out)
-    (out / ".00001.parquet.abc").write_bytes(b"half")
+    left = [out / ".00001.parquet.0123abcd.ltmp-tmp", out / "_errors" / ".00001.csv.0123abcd.ltmp-tmp"]
+    mine = [out / ".probe", out / ".probe-notes.txt", out / ".00001.parquet.old"]
     (out / "_errors").mkdir(exist_ok=True)
+    for path in (*left, *mine):
+        path.write_text("half")
     (out / "_errors" / "00001.csv").write_text("row,key,reason\n0,x,stale\n")
     (out / "00001.parquet").write_bytes((out / "00001.parquet").read_bytes()[:-20])
     assert predict([folder], out, scoring(), shard_size=4).continued == 2
     assert results(out) == whole
-    assert not (out / ".00001.parquet.abc").exists()
+    assert [path.exists() for path in left] == [False, False]
+    assert [path.read_text() for path in mine] == ["half"] * 3
 
 
 def other_model():

@@ -179,6 +179,44 @@ def test_other_json_is_refused(text, tmp_path):
         read_result(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"top1": "x"}, "top1 is 'x', expected a number from 0 to 100"),
+        ({"share": None}, "it has no share"),
+        ({"share": -5}, "share is -5, expected a number"),
+        ({"share_std": float("nan")}, "NaN is no number"),
+        ({"kept": None}, "kept"),
+        ({"kept": ["x"]}, "kept is 'x'"),
+        ({"throughput": {}}, "it has no batch_size"),
+        ({"throughput": [1]}, "a result is a list, expected a mapping"),
+        ({"images": 10**400}, "images is 1000"),
+        ({"history": []}, "0 history, expected 1 to"),
+        ({"history": [{"step": 1, "loss": "x", "share": 1}]}, "loss is 'x'"),
+        ({"rows": [{"name": "m", "model": "m", "share": 0.5, "top1": 101}]}, "top1 is 101"),
+        ({"rows": [{"model": "\ud800", "share": 0.5}]}, "model is .*without control characters"),
+        ({"rows": [{"model": ["m"], "share": 0.5}]}, "model is a list"),
+        ({"rows": [{"model": "m", "share": 0.5}] * 20_000}, "20,000 rows, expected 1 to 200"),
+    ],
+)
+def test_damaged_results_are_refused_by_their_field(changes, why, budget, tmp_path):
+    path = tmp_path / "odd.json"
+    values = {**tables.as_json(budget.evaluation, thresholds="runs/deit/thresholds.safetensors"), **changes}
+    if {"history", "rows"} & changes.keys():
+        del values["kept"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(LTMPError, match=rf"odd\.json .*{why}"):
+        read_result(path)
+
+
+def test_names_that_are_no_text_are_spelt_out(budget, tmp_path):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(tables.as_json(budget.evaluation, thresholds="runs/\ud800/thresholds.safetensors")))
+    report = Report("\udcff", read_result(path).budgets, settings={"results": "\udcff"})
+    write_report(report, tmp_path / "page.html")
+    assert "\\ud800" in (tmp_path / "page.html").read_text()
+
+
 def test_an_empty_report_is_refused(tmp_path):
     with pytest.raises(LTMPError, match="nothing to report"):
         write_report(Report("empty"), tmp_path / "page.html")

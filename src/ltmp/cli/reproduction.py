@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..errors import LTMPError
 from ..evaluate import describe_machine, tables
 from ..evaluate.published import published
 from ..files import atomic_path
+from ..textfiles import read_json
 from .commands import call
 from .options import NamedModel, TableOptions, short_name
 from .runs import InterruptedRunError, Run
@@ -66,12 +66,20 @@ def carry_out(plans: list[ModelPlan], job: Run) -> None:
         job.finish(name, {"exit_code": code})
 
 
+def _told(path: Path) -> Any:
+    """What a part wrote of itself."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise LTMPError(f"{path} cannot be read ({error}): repeat its command, which --dry-run lists") from error
+
+
 def _rows(plan: ModelPlan, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
     """What was measured, and what others published of the model."""
     name = plan.model.model
     found: list[dict[str, Any]] = []
     for budget in budgets:
-        told = json.loads((plan.folder / f"compare-{budget:g}" / "compare.json").read_text(encoding="utf-8"))
+        told = _told(plan.folder / f"compare-{budget:g}" / "compare.json")
         measured = {row["name"]: row for row in told["rows"]}
         dense = measured["dense"]
         file = "thresholds.safetensors"
@@ -126,7 +134,7 @@ def report(plans: list[ModelPlan], budgets: tuple[float, ...], out: Path, output
     found = {plan.model.model: _rows(plan, budgets) for plan in plans}
     rows = [row for of_model in found.values() for row in of_model]
     files = {plan.model.model: plan.folder / "certificate.json" for plan in plans}
-    certified = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    certified = {name: _told(file) for name, file in files.items() if file.exists()}
     told = {"rows": rows, "certified": certified, "machine": describe_machine()}
     shown = {name: _shown(of_model) for name, of_model in found.items()}
     pages = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,8 @@ from ..calls import record
 from ..data import Loader
 from ..errors import INTERRUPTED, LTMPError, UsageError
 from ..evaluate import Evaluation, deployed, evaluate, measure, tables
-from ..files import atomic_path
+from ..files import check_writable
+from ..textfiles import read_json
 from .options import RunOptions
 from .progress import progress_bar
 from .screen import tell
@@ -79,7 +80,7 @@ class Run:
             raise UsageError(f"{folder} holds an interrupted run: add --resume to go on, or choose another --out")
         if resume and not self.exists:
             raise UsageError(f"nothing to resume in {folder}: expected {self.checkpoint}, leave --resume out to start")
-        _check_writable(folder)
+        check_writable(folder)
         self._read()
 
     @property
@@ -91,7 +92,7 @@ class Run:
         if not self._record.exists():
             return
         try:
-            saved = json.loads(self._record.read_text(encoding="utf-8"))
+            saved = read_json(self._record)
             settings, done = dict(saved["settings"]), dict(saved["done"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LTMPError(f"{self._record} is damaged: delete it, and {self.checkpoint}, to start over") from error
@@ -130,16 +131,6 @@ class Run:
             saved = self.checkpoint if self.checkpoint.exists() else self._record
             return f"the run is saved in {saved}: give the same command with --resume to go on"
         return "it had not taken its first step and nothing was saved: start again"
-
-
-class _WritableError(Exception):
-    """Nothing is wrong: ends a save that was only tried."""
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before the work where nothing can be written; a save that ends so leaves no file and no folder behind."""
-    with suppress(_WritableError), atomic_path(folder / ".probe"):
-        raise _WritableError
 
 
 def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from io import IOBase
@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import LTMPError, UsageError
+from ..textfiles import read_text
 from .folders import class_folders, describe_others, list_images, natural_key
 from .images import EXTENSIONS, Broken, decode, reason
 from .tars import Content, open_content, tar_images
@@ -25,6 +26,7 @@ Transform = Callable[[Image.Image], Any]
 ClassMap = Mapping[str, int] | str | Path
 
 UNLABELLED = -1
+MOST_NAMES = 1 << 24
 # Names of a split's folder, the usual one first.
 TRAIN = ("train", "training")
 EVALUATION = ("val", "validation", "valid", "eval", "evaluation")
@@ -160,11 +162,14 @@ def check_classes(dataset: Dataset, num_classes: int, class_map: ClassMap | None
     """Raise LTMPError unless the dataset's classes fit a model with `num_classes` outputs.
 
     Without a class map the counts must be equal: a subset's folders would otherwise be numbered from 0 and
-    silently mean other classes. Datasets without labels, or whose classes are not known, pass.
+    silently mean other classes. Datasets without labels, or whose classes are not known, pass. Raises UsageError for a
+    file of names that has another number of them.
     """
     classes = getattr(dataset, "class_to_index", None)
     if not classes or not getattr(dataset, "labelled", True):
         return
+    if class_map is not None and not isinstance(class_map, Mapping):
+        check_names(classes, num_classes)
     highest = max(classes.values()) + 1
     if highest > num_classes or (class_map is None and len(classes) != num_classes):
         what = f"{len(classes)} classes" if class_map is None else f"class indices up to {highest - 1}"
@@ -177,16 +182,26 @@ def check_classes(dataset: Dataset, num_classes: int, class_map: ClassMap | None
         )
 
 
+def check_names(names: Collection[str], classes: int | None) -> None:
+    """Raise UsageError where both are known, and there is not one name for each of a model's classes."""
+    if names and classes and len(names) != classes:
+        raise UsageError(f"{len(names)} class names for a model with {classes} classes: give one a class, in order")
+
+
 def read_names(path: str | Path) -> list[str]:
     """The class names in a text file, one a line.
 
     Raises:
-        UsageError: no such file, not text, or a line without a name.
+        UsageError: no such file, not text, too large, or a line without a name.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"class map {path}: expected a .txt file with one class name a line") from error
+        lines = read_text(path, MOST_NAMES).rstrip().split("\n")
+    except FileNotFoundError as error:
+        raise UsageError(f"no class map {path}: expected a .txt file with one class name a line") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"class map {path} cannot be read ({error}): expected a .txt file with one class name a line"
+        ) from error
     names = [line.strip() for line in lines]
     if not all(names):
         raise UsageError(f"class map {path}: line {1 + names.index('')} is empty; expected one class name a line")
@@ -308,7 +323,12 @@ def _class_map(class_map: ClassMap | None) -> dict[str, int] | None:
         raise UsageError(
             f"class map {class_map}: expected a .txt file with one class name a line, in the model's order"
         )
-    return {name: number for number, name in enumerate(read_names(class_map))}
+    names = read_names(class_map)
+    numbers = {name: number for number, name in enumerate(names)}
+    if len(numbers) < len(names):
+        twice = next(name for number, name in enumerate(names) if numbers[name] != number)
+        raise UsageError(f"class map {class_map}: {twice!r} is there twice, so its images would be of two classes")
+    return numbers
 
 
 def _class_to_index(source: Any) -> dict[str, int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,15 @@ import numpy as np
 from PIL import Image
 
 from ..errors import LTMPError, UsageError
+from ..textfiles import open_regular
 
 # From here on an image is reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
 # Decoded images beyond this many bytes are not read; a process of bulk scoring has that much for one.
 MAX_DECODED = 2**29
+# Conversions are done piece by piece of about this many pixels: each is a copy, or several.
+PIECE = 2**20
 # What decoders take for a pixel of their own, whatever size is asked for; measured on Pillow 12.
 _DECODERS = {"WEBP": 16, "JPEG2000": 20, "AVIF": 10}
 # Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
@@ -75,16 +77,11 @@ def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file (a pipe would be waited for, a device read for ever), empty, or over 1 GB.
+        ValueError: it is no regular file, empty, or over 1 GB.
     """
-    # without O_NONBLOCK opening a pipe waits until somebody writes to it
-    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = open(os.open(path, how), "rb")  # noqa: SIM115 - it may be what is returned
+    file = open_regular(path)
     try:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a regular file, but a pipe, a device or a socket")
-        size = about.st_size - offset if size is None else size
+        size = os.fstat(file.fileno()).st_size - offset if size is None else size
         if size > MAX_BYTES:
             raise ValueError(f"{size / 1e9:.1f} GB are over the limit of {MAX_BYTES / 1e9:.1f} GB for one image")
         if size == 0:
@@ -147,14 +144,14 @@ def _decode(source: IO[bytes] | Image.Image, mode: str) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
     _check_scans(image)
-    _check_memory(image)
+    _check_memory(image, mode)
     if image.width * image.height > LARGE_PIXELS:
         image.draft(mode, DRAFT_SIZE)
     image.load()
     turn = _turn(image)
-    times = min(image.size) // max(DRAFT_SIZE)
-    many = image.width * image.height > LARGE_PIXELS and times > 1
-    image = _reduced(image, mode, times) if many else _converted(image, mode)
+    times, pixels = _times(image), image.width * image.height
+    whole = times == 1 and (image.mode == mode or pixels <= PIECE)
+    image = _converted(image, mode) if whole else _reduced(image, mode, times)
     return image if turn is None else image.transpose(turn)
 
 
@@ -177,11 +174,17 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+def _times(image: Image.Image) -> int:
+    """How many times smaller an image comes; at least by two where it is large, however short its shorter side is."""
+    return max(2, min(image.size) // max(DRAFT_SIZE)) if image.width * image.height > LARGE_PIXELS else 1
+
+
 def _reduced(image: Image.Image, mode: str, times: int) -> Image.Image:
     """`_converted` and so many times smaller, piece by piece: whole copies of this many pixels take gigabytes."""
     small = Image.new(mode, (image.width // times, image.height // times))
-    for top in range(0, small.height, 64):
-        bottom = min(top + 64, small.height)
+    rows = max(1, PIECE // (times * image.width))
+    for top in range(0, small.height, rows):
+        bottom = min(top + rows, small.height)
         strip = image.crop((0, times * top, times * small.width, times * bottom))
         small.paste(_converted(strip, mode).reduce(times), (0, top))
     return small
@@ -253,20 +256,33 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _check_memory(image: Image.Image) -> None:
+def _check_memory(image: Image.Image, mode: str) -> None:
     """Refuse what takes gigabytes to decode, by the header; raises `UnfitImageError`."""
-    large = image.width * image.height > LARGE_PIXELS
+    times, pixels = _times(image), image.width * image.height
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    decoder = 0
     if image.format in ("JPEG", "MPO"):
         # all coefficients of a progressive one are kept, of others a few rows
-        each = 7 if image.info.get("progressive") else 1 if large else 4
-    else:
-        each = _DECODERS.get(image.format or "", 1 if image.mode in ("1", "L", "P") else 4)
-    needed = each * image.width * image.height
+        decoder = 6 if image.info.get("progressive") else 0
+        stored = 1 if pixels > LARGE_PIXELS and min(image.size) >= 2 * max(DRAFT_SIZE) else stored
+    # the result is another copy, or a part of one
+    result = 0 if image.mode == mode and times == 1 else 4 / times**2
+    each = max(_DECODERS.get(image.format or "", 0), decoder + stored, stored + result)
+    needed = each * pixels + _piece_of_tiff(image)
     if needed > MAX_DECODED:
         raise UnfitImageError(
             f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e9:.1f} GB to decode: over the "
             f"limit of {MAX_DECODED / 1e9:.1f} GB"
         )
+
+
+def _piece_of_tiff(image: Image.Image) -> int:
+    """Bytes of a strip or tile, which is decompressed whole; a strip may hold all rows."""
+    tags = getattr(image, "tag_v2", {})
+    if image.format != "TIFF" or image.info.get("compression", "raw") == "raw":
+        return 0
+    width, rows = tags.get(322, image.width), tags.get(323, min(tags.get(278, image.height), image.height))
+    return int(width * rows * sum(tags.get(258, (8,))) // 8)
 
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")

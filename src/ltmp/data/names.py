@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..describe import about_of, labels_of
-from .dataset import read_names
+from ..describe import about_of, classes_of, labels_of
+from .dataset import check_names, read_names
 
 _WORDNET = re.compile(r"n\d{8}")
 
@@ -27,10 +27,12 @@ def class_names(
         pretrained: whether a model of timm has timm's weights: the names belong to these, not to the architecture.
 
     Raises:
-        UsageError: the file cannot be read, or holds no names.
+        UsageError: the file cannot be read, or does not hold one name for each of the model's classes.
     """
     if file is not None:
-        return read_names(file)
+        names = read_names(file)
+        check_names(names, classes_of(model))
+        return names
     own = about_of(model).class_names or labels_of(model)
     labelled = getattr(dataset, "labelled", True)
     return (folder_names(dataset) if labelled else []) or list(own) or (_timms(model) if pretrained else [])

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from .images import Broken, is_image_name, open_part
 
 _CHUNK = 1 << 20
+# Of one member: what its headers say beside its data, long names above all, is read into memory.
+MAX_HEADERS, MAX_HEADER_BYTES = 16, 1 << 20
+# Records that hold for every member behind them, each of which copies them all.
+MAX_GLOBAL = 256
+# Python's parser takes hours for a million digits; no number has more than these.
+_DIGITS = re.compile(rb"[0-9]{100}")
+_EXTENSIONS = b"LKxgX"
 
 
 class Slice(NamedTuple):
@@ -85,27 +93,35 @@ def tar_images(path: str) -> Iterator[Member]:
 
 
 def _members(path: str) -> Iterator[tarfile.TarInfo | Member]:
-    """Everything in a tar but folders, in order; a `Member` tells of damage."""
+    """Everything in a tar but folders, in order; a `Member` tells of damage, once for all that is behind each other."""
     length = os.path.getsize(path)
     with open(path, "rb") as file:
         archive = _empty_archive()
-        archive.fileobj, start = file, 0
+        start, following, damage = 0, None, None
         while True:
             file.seek(start)
+            headers: Any = _Headers(file)
+            archive.fileobj = headers
             try:
                 member = archive.tarinfo.fromtarfile(archive)
             except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-                return
+                following, member = None, None
             # headers fail in as many ways as there are numbers in them
             except Exception as error:
-                following = _next_header(path, start + tarfile.BLOCKSIZE, length)
+                following, member = _next_header(file, start + tarfile.BLOCKSIZE, length, not headers.spent), None
                 if start == 0 and following is None and isinstance(error, tarfile.HeaderError):
                     raise tarfile.ReadError(f"{error}") from error
-                yield Member("", Broken(path, _damage(start, length, following, error)), start)
-            else:
+                damage = damage or (start, error)
+                if len(archive.pax_headers) > MAX_GLOBAL:
+                    archive.pax_headers = {}
+            if damage and (member or following is None):
+                at, why = damage
+                yield Member("", Broken(path, _damage(at, length, start if member else None, why)), at)
+                damage = None
+            if member:
                 following = archive.offset
                 if member.size < 0 or not start < following < length + tarfile.BLOCKSIZE:
-                    following = _next_header(path, member.offset_data, length)
+                    following = _next_header(file, member.offset_data, length)
                 if not member.isdir():
                     yield member
                 if following is None:
@@ -115,9 +131,48 @@ def _members(path: str) -> Iterator[tarfile.TarInfo | Member]:
             start = following
 
 
+class _Headers:
+    """A tar's file as the headers of one member may read it: little of it, and few times.
+
+    Attributes:
+        spent: whether they wanted more.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.left, self.count, self.spent = file, MAX_HEADER_BYTES, 0, False
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        data = self.file.read(size) if self.left >= 0 else b""
+        self.check(self.left >= 0 and not _DIGITS.search(data), "its header is larger than any that is written")
+        return data
+
+    def check(self, fine: bool, why: str) -> None:
+        if not fine:
+            self.spent = True
+            raise tarfile.HeaderError(why)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, or one that says more of the next, which then is read inside."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> _Header:
+        headers = archive.fileobj
+        headers.count += 1
+        headers.check(headers.count <= MAX_HEADERS, f"over {MAX_HEADERS} headers for one member")
+        headers.check(len(archive.pax_headers) <= MAX_GLOBAL, f"over {MAX_GLOBAL} records for every member")
+        return super().fromtarfile(archive)
+
+
 def _empty_archive() -> tarfile.TarFile:
     """A parser of headers. Opened on the tar itself it would read the first one, and fail with it."""
-    return tarfile.TarFile(fileobj=BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
+    archive = tarfile.TarFile(fileobj=BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
+    archive.tarinfo = _Header
+    return archive
 
 
 def _damage(start: int, length: int, following: int | None, error: Exception | None) -> str:
@@ -128,18 +183,25 @@ def _damage(start: int, length: int, following: int | None, error: Exception | N
     return f"the .tar is damaged at byte {start} ({error}): images after this point could not be found"
 
 
-def _next_header(path: str, offset: int, length: int) -> int | None:
-    """Where the next block from `offset` on begins that is a header by its magic word and its checksum."""
-    with open(path, "rb") as file:
-        for start in range(-(-offset // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, length, _CHUNK):
-            file.seek(start)
-            chunk = file.read(_CHUNK)
-            at = chunk.find(b"ustar")
-            while at >= 0:
-                block = at - 257
-                if block >= 0 and block % tarfile.BLOCKSIZE == 0 and _is_header(chunk[block : block + 512]):
-                    return start + block
-                at = chunk.find(b"ustar", at + 1)
+def _next_header(file: IO[bytes], start: int, length: int, extensions: bool = True) -> int | None:
+    """Where the next block from `start` on begins that is a header by its magic word and its checksum.
+
+    With `extensions` also one that only says more of the next.
+    """
+    start, size = -(-start // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, 8 * tarfile.BLOCKSIZE
+    while start < length:
+        file.seek(start)
+        chunk = file.read(size)
+        at = chunk.find(b"ustar")
+        while at >= 0:
+            block = at - 257
+            header = chunk[block : block + tarfile.BLOCKSIZE] if block >= 0 else b""
+            fits = block % tarfile.BLOCKSIZE == 0 and _is_header(header)
+            if fits and (extensions or header[156] not in _EXTENSIONS):
+                return start + block
+            at = chunk.find(b"ustar", at + 1)
+        # little at first: where much is damaged, the next one is near
+        start, size = start + size, min(2 * size, _CHUNK)
     return None
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import LTMPError, UsageError
-from ..files import atomic_path
+from ..files import atomic_path, check_writable, sweep
 from ..hosts.attach import attachment
+from ..textfiles import read_json
 from .predictor import Predictor
 from .shards import Shard
 from .writer import ERRORS
@@ -70,7 +71,7 @@ def begin(out: Path, shards: Sequence[Shard], settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps({"ltmp": __version__, "settings": settings, "source": source}, indent=1))
         return
     try:
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path)
         before, images = dict(earlier["settings"]), dict(earlier["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LTMPError(
@@ -98,11 +99,11 @@ def _difference(before: dict[str, str], now: dict[str, str], shards: Sequence[Sh
     return f"{changed.source} has changed since"
 
 
-def prepare(out: Path, sources: Sequence[str | Path]) -> None:
-    """Make the folder, before any work is done.
+def prepare(out: Path, sources: Sequence[str | Path], shards: Sequence[Shard]) -> None:
+    """Make the folder, before any work is done, and remove what a killed run had not finished there.
 
     Raises:
-        UsageError: it is a file, lies in the source, or holds other things than a run.
+        UsageError: it is a file, lies in the source, or holds other things than a run, such as links for its files.
         LTMPError: it cannot be written.
     """
     real = out.resolve()
@@ -114,10 +115,21 @@ def prepare(out: Path, sources: Sequence[str | Path]) -> None:
     held = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
     if held and MANIFEST not in held:
         raise UsageError(f"{out} holds other files, but no run to continue: choose an empty or a new folder")
-    probe = out / ".probe"
-    with atomic_path(probe):
-        pass
-    probe.unlink()
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_plain(out, {MANIFEST, f"{ERRORS}.csv", *(f"{shard.name}.parquet" for shard in shards)}, ERRORS)
+    if (out / ERRORS).exists():
+        _check_plain(out / ERRORS, {f"{shard.name}.csv" for shard in shards})
+        sweep(out / ERRORS)
+
+
+def _check_plain(folder: Path, files: set[str], folder_in: str | None = None) -> None:
+    """Refuse what lies under the names that a run writes and is none of its making: links would be written through."""
+    for entry in list(os.scandir(folder)):
+        if entry.name in files and not entry.is_file(follow_symlinks=False):
+            raise UsageError(f"{entry.path} is no plain file, as runs write: remove it, or choose another --out")
+        if entry.name == folder_in and not entry.is_dir(follow_symlinks=False):
+            raise UsageError(f"{entry.path} is no plain folder, as runs make: remove it, or choose another --out")
 
 
 def clear(out: Path, shards: Sequence[Shard]) -> None:
@@ -132,21 +144,11 @@ def clear(out: Path, shards: Sequence[Shard]) -> None:
 def _names_of(out: Path, shards: Sequence[Shard]) -> list[str]:
     """The shards that the manifest in `out` names, or those of this run where it cannot be read."""
     try:
-        names = [str(name) for name in json.loads((out / MANIFEST).read_text())["source"]]
+        names = [str(name) for name in read_json(out / MANIFEST)["source"]]
     except (OSError, ValueError, KeyError, TypeError):
         names = [shard.name for shard in shards]
     # a manifest of somebody else's making reaches no other folder
     return [name for name in names if name == os.path.basename(name)]
-
-
-def sweep(out: Path, shards: Sequence[Shard]) -> None:
-    """Remove the temporary files that a killed run left; nobody else may be writing."""
-    ours = tuple(f".{shard.name}.{kind}." for shard in shards for kind in ("parquet", "csv"))
-    ours += (f".{MANIFEST}.", f".{ERRORS}.csv.", ".probe", "..probe.")
-    for folder in (out, out / ERRORS):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name.startswith(ours) and path.is_file():
-                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -74,13 +74,12 @@ def predict(
     """
     out = Path(out).absolute()
     shards = find_shards(sources, shard_size=shard_size, column=column, key_column=key_column)
-    manifest.prepare(out, sources)
+    manifest.prepare(out, sources, shards)
     with manifest.locked(out):
         # whoever starts a cluster may have no GPU: the model is only looked at here
         predictor = Predictor(replace(scoring, device="cpu") if ray else scoring, out)
         if overwrite:
             manifest.clear(out, shards)
-        manifest.sweep(out, shards)
         manifest.begin(out, shards, {**manifest.settings_of(predictor), "device": scoring.device.partition(":")[0]})
         before = [written for shard in shards if (written := finished(out, shard))]
         names = {written.name for written in before}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+from ..text import printable
 from ..visualize.curves import new_figure
 from .collect import DENSE, Budget, Measured
 
@@ -195,6 +196,7 @@ def learning(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Draw:
 
 def _short(name: str, most: int = 28) -> str:
     """A name that fits into a legend: the end says more than the beginning."""
+    name = printable(name)
     return name if len(name) <= most else "…" + name[1 - most :]
 
 

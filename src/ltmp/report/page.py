@@ -46,7 +46,8 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
         raise LTMPError("nothing to report: give thresholds to evaluate, or results that other verbs wrote as JSON")
     page = render(report)
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        # names of files may be no text
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def render(report: Report) -> str:

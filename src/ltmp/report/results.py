@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..about import MOST_BLOCKS, Check, checked, mapping, number, several, shown, text, whole
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, Throughput
+from ..text import printable
+from ..textfiles import read_json
 from .collect import DENSE, LEARNED, Budget, Measured
 
 COLUMNS = {
@@ -22,6 +24,30 @@ COLUMNS = {
     "speed-up": ("speedup", "speed-up"),
 }
 """The table's columns, and what other verbs call them."""
+
+MOST_ROWS, MOST_STEPS = 200, 1_000_000
+"""Of one file: more than anybody compares, or learns for."""
+
+_PERCENT, _SHARE, _SPEED, _COUNT = number(0, 100), number(0, 2), number(1e-9, 1e12), whole(1, 1 << 40)
+_CHECKS = {
+    **dict.fromkeys(("top-1", "top-5", "agree"), _PERCENT),
+    **dict.fromkeys(("share", "std"), _SHARE),
+    **dict.fromkeys(("img/s", "speed-up"), _SPEED),
+}
+_STEP = {"step": whole(0, 1 << 40), "loss": number(-1e30, 1e30), "share": _SHARE}
+_THROUGHPUT = {
+    **dict.fromkeys(("batch_size", "rounds"), _COUNT),
+    **dict.fromkeys(("dense", "reduced", "speedup"), _SPEED),
+}
+_EVALUATION: dict[str, Check] = {
+    **dict.fromkeys(("images", "tokens"), _COUNT),
+    **dict.fromkeys(("top1", "top5", "dense_top1", "dense_top5", "agreement"), _PERCENT),
+    **dict.fromkeys(("share", "share_std", "share_min", "share_max"), _SHARE),
+    "kept": several(number(0, 1 << 40), 1, MOST_BLOCKS),
+    "skipped": whole(0, 1 << 40),
+    "throughput": lambda name, value: _throughput(name, value),
+}
+"""How each field of other verbs' results is checked."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +63,11 @@ def read_result(path: Path) -> Result:
     """Read what `ltmp eval --json`, `ltmp learn --json` or `ltmp compare --json` wrote.
 
     Raises:
-        LTMPError: no such file, not JSON, or nothing in it that a report shows.
+        UsageError: no such file.
+        LTMPError: not JSON, nothing in it that a report shows, a value that makes no sense, or thousands of rows.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise UsageError(f"no results {path}: give files that `ltmp eval --json` and others wrote") from None
     except (OSError, ValueError) as error:
@@ -51,46 +78,72 @@ def read_result(path: Path) -> Result:
             return Result(budgets=[Budget(name, _evaluation(values))])
         if isinstance(values, dict) and "history" in values:
             return _learned(values, name)
-        rows = values.get("rows", values) if isinstance(values, dict) else values
-        return Result(measured=[_measured(row) for row in rows])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        rows = values.get("rows") if isinstance(values, dict) else values
+        return Result(measured=[_measured(row) for row in _list("rows", rows, MOST_ROWS)])
+    except ValueError as error:
         raise LTMPError(
-            f"{path} holds no results that a report shows ({type(error).__name__}: {error}): expected the JSON of "
-            "ltmp eval, ltmp learn or ltmp compare"
+            f"{path} holds no results that a report shows ({error}): expected the JSON of ltmp eval, ltmp learn or "
+            "ltmp compare"
         ) from error
 
 
 def _name(values: Any, path: Path) -> str:
     thresholds = values.get("thresholds") if isinstance(values, dict) else None
-    return Path(thresholds).parent.name or Path(thresholds).stem if isinstance(thresholds, str) else path.stem
+    file = Path(thresholds) if isinstance(thresholds, str) else Path(path.stem)
+    return printable(file.parent.name or file.stem)
 
 
 def _evaluation(values: Mapping[str, Any]) -> Evaluation:
-    known = {one.name: values[one.name] for one in fields(Evaluation) if one.name in values}
-    if known.get("throughput"):
-        known["throughput"] = Throughput(**known["throughput"])
-    return Evaluation(**known)
+    found = _fields(values, _EVALUATION, optional=("top1", "top5", "dense_top1", "dense_top5", "skipped", "throughput"))
+    unknown = dict.fromkeys(("top1", "top5", "dense_top1", "dense_top5"))
+    return Evaluation(**{**unknown, **found, "kept": list(found["kept"])})
+
+
+def _throughput(name: str, value: Any) -> Throughput:
+    return Throughput(**_fields(value, _THROUGHPUT))
+
+
+def _fields(values: Any, checks: Mapping[str, Check], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The values that `checks` names, checked; the others are left out."""
+    known = mapping("a result", values)
+    found = checked({name: known[name] for name in checks if name in known}, checks)
+    missing = next((name for name in checks if name not in found and name not in optional), None)
+    if missing is not None:
+        raise ValueError(f"it has no {missing}")
+    return found
 
 
 def _learned(values: Mapping[str, Any], name: str) -> Result:
     measured = [Measured(LEARNED, {**_columns(values), "model": name})]
-    if values.get("top1_dense") is not None:
-        measured.insert(0, Measured(DENSE, {"model": DENSE, "share": 1.0, "top-1": float(values["top1_dense"])}))
-    steps = [{"step": step["step"], "loss": step["loss"], "share": step["share"]} for step in values["history"]]
+    dense = _fields(values, {"top1_dense": _PERCENT}, optional=["top1_dense"])
+    if dense:
+        measured.insert(0, Measured(DENSE, {"model": DENSE, "share": 1.0, "top-1": float(dense["top1_dense"])}))
+    steps = [_fields(step, _STEP) for step in _list("history", values["history"], MOST_STEPS)]
     return Result(measured=measured, learning={name: steps})
 
 
-def _measured(row: Mapping[str, Any]) -> Measured:
-    series = str(row.get("method") or row["model"])
-    return Measured(series, {**_columns(row), "model": str(row.get("name") or series)})
+def _list(name: str, value: Any, most: int) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {shown(value)}, expected a list")
+    if not 0 < len(value) <= most:
+        raise ValueError(f"{len(value):,} {name}, expected 1 to {most:,}")
+    return value
+
+
+def _measured(row: Any) -> Measured:
+    names = _fields(row, dict.fromkeys(("method", "model", "name"), text), optional=("method", "model", "name"))
+    series = names.get("method") or names.get("model")
+    if not series:
+        raise ValueError("it has no model")
+    return Measured(series, {**_columns(row), "model": names.get("name") or series})
 
 
 def _columns(values: Mapping[str, Any]) -> dict[str, float | None]:
     """The table's columns from whatever they are called in `values`; a share there must be."""
-    found = {}
+    found: dict[str, float | None] = {}
     for column, names in COLUMNS.items():
-        value = next((values[name] for name in names if values.get(name) is not None), None)
-        found[column] = None if value is None else float(value)
+        name = next((name for name in names if values.get(name) is not None), None)
+        found[column] = None if name is None else float(_CHECKS[column](name, values[name]))
     if found["share"] is None:
-        raise KeyError("share")
+        raise ValueError("it has no share")
     return found

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..calls import dense
 from ..checkpoint import load, read
+from ..data.dataset import check_names
 from ..deploy import Deployment
 from ..errors import LTMPError, UsageError
 from ..files import atomic_path
@@ -116,6 +117,7 @@ def _answers(deployment: Deployment, image: torch.Tensor) -> str:
         return ""
     if plain.ndim != 2 or getattr(deployment.model, "num_classes", None) == 0:
         return ""
+    check_names(deployment.names, plain.shape[1])
     (first, before), (second, after) = (
         (deployment.name(int(chances.argmax())), chances.max().item())
         for chances in (logits[0].softmax(-1) for logits in answers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...textfiles import read_json
 from ..options import option, verb
 
 
@@ -63,7 +63,7 @@ def push_verb(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: expected the JSON that `ltmp eval --json FILE` writes") from error
     if not isinstance(values, dict):
