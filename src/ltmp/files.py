@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,8 +43,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with temporary.open("rb") as content, path.open("wb") as special:
                     shutil.copyfileobj(content, special)
             return
-        target = Path(os.path.realpath(path))
-        with _parents(target), _beside(target, Path.touch) as temporary:
+        # a link to a folder is left to the system: that of a stream may lead to a name that is no folder
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        with _parents(target), _beside(target, _touch) as temporary:
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
             # safetensors puts a file of its own in its place, for this user only
@@ -51,6 +53,55 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.replace(target)
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
+
+
+class _TriedError(Exception):
+    """Nothing is wrong: ends a save that was only tried."""
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Fail before the work where nothing can be written; no file and no folder is left behind.
+
+    Raises:
+        LTMPError: as `atomic_path`.
+    """
+    path = Path(folder) / "file"
+    try:
+        with suppress(_TriedError), _parents(path), _beside(path, _touch):
+            raise _TriedError
+    except OSError as error:
+        raise LTMPError(_explain(path.parent, error)) from error
+
+
+def check_file_writable(path: str | os.PathLike[str]) -> None:
+    """Fail before the work where `atomic_path(path)` would; nothing is written.
+
+    Raises:
+        LTMPError: as `atomic_path`.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if _is_special(path) and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise LTMPError(_explain(path, error)) from error
+    with suppress(_TriedError), atomic_path(path):
+        raise _TriedError
+
+
+def is_stdout(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is "-", or a name of the file or stream that is printed to."""
+    try:
+        return os.fspath(path) == "-" or os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError, AttributeError):  # nothing there, or nothing that has a number
+        return False
+
+
+def short_stem(path: Path) -> str:
+    """The name without its ending, cut so that a longer ending fits: file systems take 255 bytes."""
+    return os.fsdecode(os.fsencode(path.stem)[:200])
 
 
 @contextmanager
@@ -85,12 +136,13 @@ def _parents(path: Path) -> Iterator[None]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether there is something that is neither a regular file nor a folder."""
+    """Whether there is something that is neither a regular file nor a folder, or that has no name any more."""
     try:
         mode = path.stat().st_mode
-    except OSError:
+    except FileNotFoundError:
         return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    named = os.path.exists(os.path.realpath(path))
+    return not (named and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)))
 
 
 @contextmanager
@@ -115,6 +167,11 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         _remove(temporary)
         if lock is not None:
             os.close(lock)
+
+
+def _touch(path: Path) -> None:
+    """Make a file that is not there; a link is not followed."""
+    path.touch(exist_ok=False)
 
 
 def _sweep(folder: Path) -> None:

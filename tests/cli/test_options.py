@@ -9,8 +9,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 
+from ltmp.cli import main
 from ltmp.cli.commands import app
 from ltmp.cli.verbs.learn import TuningOptions
 from ltmp.cli.verbs.show import Pictures
@@ -63,6 +65,32 @@ def test_what_options_repeat_of_the_library() -> None:
     assert TuningOptions(tune="norms").tuning() == Tuning("norms")
     hint = Pictures.__annotations__["formats"]
     assert "|".join(FORMATS) in str(hint)
+
+
+def numbers() -> list[tuple[str, str, Any]]:
+    """Every option of numbers: its verb, its name, and the type of one."""
+    found = []
+    for name, verb in verbs().items():
+        for parameter in verb.params:
+            kind = getattr(parameter.type, "types", [parameter.type])[0]
+            if kind.name.split()[0] in ("integer", "float"):
+                found.append((name, parameter.opts[0], kind))
+    return found
+
+
+def test_every_whole_number_has_bounds() -> None:
+    bounds = {(verb, name): (getattr(kind, "min", None), getattr(kind, "max", None))
+              for verb, name, kind in numbers() if kind.name.startswith("integer")}  # fmt: skip
+    assert len(bounds) > 60
+    assert [name for name, ends in bounds.items() if None in ends] == []
+
+
+def test_no_option_takes_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, name, kind in numbers():
+        if kind.name.startswith("float"):
+            values = ["nan"] * (3 if name in ("--mean", "--std") else 1)
+            assert main([verb, name, *values]) == 2
+            assert f"{name} is nan: expected" in capsys.readouterr().err, (verb, name)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_what_cannot_be_shown_is_said(ltmp, budgets, photo, tmp_path, capsys):
         (1, "cannot read", [text, *file]),
         (2, "no thresholds file", [photo, "--thresholds", "none.safetensors"]),
         (2, "was given twice", [photo, *file, *file]),
-        (2, "no block 9 to show", [photo, *file, "--blocks", "9"]),
+        (2, "expected numbers from 1 to 3", [photo, *file, "--blocks", "9"]),
         (2, "expected numbers from 1 to 3", [photo, *file, "--blocks", "x"]),
         (2, "unknown format 'svg'", [photo, *file, "--format", "svg"]),
         (2, "is one file, but there are 2 images", [photo, photo, *file, "--out", "one.png"]),
