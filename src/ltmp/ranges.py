@@ -31,9 +31,8 @@ class Range:
 
     def __str__(self) -> str:
         limits = {"at least": self.min, "above": self.above, "at most": self.max, "below": self.below}
-        return (
-            " and ".join(f"{word} {_short(limit)}" for word, limit in limits.items() if limit is not None) or "finite"
-        )
+        told = " and ".join(f"{word} {_short(limit)}" for word, limit in limits.items() if limit is not None)
+        return f"a number {told}" if told else "a finite number"
 
     def check(self, name: str, value: float) -> None:
         """Refuse another number.
@@ -42,7 +41,7 @@ class Range:
             UsageError: names what has it, and the range.
         """
         if value not in self:
-            raise UsageError(f"{name} is {_short(value)}: expected a number {self}")
+            raise UsageError(f"{name} is {_short(value)}: expected {self}")
 
 
 def _short(value: object) -> str:

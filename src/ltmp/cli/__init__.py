@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import errno
 import os
 import select
 import sys
@@ -17,6 +18,8 @@ from ..text import printable
 
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""There is no room. Of files `atomic_path` says it, with their names: what is left is what is printed to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def _guarded(arguments: list[str]) -> int:
             # whoever read our output has seen enough
             _discard(sys.stdout)
             return 1
-        if isinstance(error, OSError) and not error.filename and _is_stuck(sys.stdout):
+        if isinstance(error, OSError) and not error.filename and error.errno in _FULL:
             _discard(sys.stdout)
             return _fail(f"cannot write the results: {error.strerror}; send them elsewhere", 1, arguments)
         if isinstance(error, OSError) and error.filename and error.strerror:
@@ -62,15 +65,6 @@ def _is_read(stream: Any) -> bool:
         return not any(event & select.POLLERR for _, event in poll.poll(0))
     except (AttributeError, OSError):  # no such call on Windows, or no file
         return True
-
-
-def _is_stuck(stream: Any) -> bool:
-    """Whether what waits there cannot be written."""
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _discard(stream: Any) -> None:
