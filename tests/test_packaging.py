@@ -98,7 +98,19 @@ LAYERS = (
     ("calls",),
     ("method",),
     ("ops", "config"),
-    ("about", "files", "fingerprint", "interrupts", "locate", "errors", "tensorfiles", "text", "_version", "_moved"),
+    (
+        "about",
+        "files",
+        "fingerprint",
+        "interrupts",
+        "locate",
+        "errors",
+        "ranges",
+        "tensorfiles",
+        "text",
+        "_version",
+        "_moved",
+    ),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
