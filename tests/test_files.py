@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import ltmp
 from helpers import tiny_vit
 from ltmp.errors import LTMPError
-from ltmp.files import atomic_path, staged
+from ltmp.files import atomic_path, check_file_writable, check_writable, staged
 from ltmp.learning.resume import save_run
 
 
@@ -202,7 +202,7 @@ def test_long_names_can_be_saved(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from ltmp.files import atomic_path, staged
+from ltmp.files import atomic_path, check_file_writable, check_writable, staged
 with atomic_path(sys.argv[1] + "/t.safetensors") as file, staged(sys.argv[1] + "/m.onnx") as other:
     file.write_text("half")
     other.write_text("half")
@@ -243,3 +243,26 @@ def test_files_of_safetensors_have_the_mode_of_any_other(tmp_path: Path) -> None
     finally:
         os.umask(before)
     assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_is_no_folder_gets_no_files(tmp_path):
+    with open(tmp_path / "gone", "w") as stream:
+        os.unlink(tmp_path / "gone")
+        folder = Path(f"/proc/self/fd/{stream.fileno()}")
+        with pytest.raises(LTMPError, match="cannot write"):
+            check_writable(folder)
+        with pytest.raises(LTMPError, match="cannot write"), atomic_path(folder / "file.txt"):
+            pass
+        with atomic_path(folder) as temporary:
+            temporary.write_text("in the file that has no name")
+        assert os.fstat(stream.fileno()).st_size > 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["", "there/file.txt", "n" * 300], ids=["a folder", "below a file", "too long"])
+def test_a_file_that_cannot_be_written_is_found_out_first(tmp_path, name):
+    (tmp_path / "there").write_text("")
+    with pytest.raises(LTMPError, match="cannot write"):
+        check_file_writable(tmp_path / name)
+    check_file_writable(tmp_path / "new" / "file.txt")
+    assert os.listdir(tmp_path) == ["there"]

@@ -105,6 +105,7 @@ LAYERS = (
         "interrupts",
         "locate",
         "errors",
+        "ranges",
         "tensorfiles",
         "text",
         "textfiles",

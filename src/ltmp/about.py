@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .errors import UsageError
+
 MOST_BLOCKS = 1024
 MOST_CLASSES = 1 << 20
 MOST_LETTERS = 1000
@@ -51,6 +53,19 @@ class Preprocessing:
         """
         known = mapping("preprocessing", values)
         return cls(**checked({name: known[name] for name in _PREPROCESSING if name in known}, _PREPROCESSING))
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options of an image transform that make no sense; None is not asked for.
+
+        Raises:
+            UsageError: names the option, and what was expected.
+        """
+        try:
+            cls.from_dict({name: list(map(float, value)) if name in ("mean", "std") else value
+                           for name, value in options.items() if value is not None})  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)

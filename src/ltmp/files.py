@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,10 @@ from .errors import LTMPError
 
 _OURS = re.compile(r"\..*\.[0-9a-f]{8}\.ltmp-tmp", re.DOTALL)
 """Names of what a save has not finished yet."""
+
+
+LOCK = ".lock"
+"""Name of the file that a run holds in its folder."""
 
 
 @contextmanager
@@ -42,7 +47,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with temporary.open("rb") as content, path.open("wb") as special:
                     shutil.copyfileobj(content, special)
             return
-        target = Path(os.path.realpath(path))
+        # a link to a folder is left to the system: that of a stream may lead to a name that is no folder
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
         with _parents(target), _beside(target, _touch) as temporary:
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
@@ -69,6 +75,68 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             raise _TriedError
     except OSError as error:
         raise LTMPError(_explain(path.parent, error)) from error
+
+
+def check_file_writable(path: str | os.PathLike[str]) -> None:
+    """Fail before the work where `atomic_path(path)` would; nothing is written.
+
+    Raises:
+        LTMPError: as `atomic_path`.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if _is_special(path) and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise LTMPError(_explain(path, error)) from error
+    with suppress(_TriedError), atomic_path(path):
+        raise _TriedError
+
+
+def is_stdout(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is "-", or a name of the file or stream that is printed to."""
+    try:
+        return os.fspath(path) == "-" or os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError, AttributeError):  # nothing there, or nothing that has a number
+        return False
+
+
+def short_stem(path: Path) -> str:
+    """The name without its ending, cut so that a longer ending fits: file systems take 255 bytes."""
+    return os.fsdecode(os.fsencode(path.stem)[:200])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder inside: a second run there would undo the first. The lock goes with the process, killed or not.
+
+    Raises:
+        LTMPError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    try:
+        # neither emptied nor followed: a link there may lead to anything
+        file = open(  # noqa: SIM115
+            os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0
+        )
+    except OSError as error:
+        raise LTMPError(
+            f"cannot lock {folder}: {folder / LOCK} cannot be opened ({error.strerror}): remove it, or choose another "
+            "--out"
+        ) from error
+    with file:
+        try:
+            # unlike flock, not inherited by the processes that decode, which outlive a killed run by seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise LTMPError(f"another run is writing to {folder}: wait for it, or choose another --out") from error
+        yield
 
 
 @contextmanager
@@ -103,12 +171,13 @@ def _parents(path: Path) -> Iterator[None]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether there is something that is neither a regular file nor a folder."""
+    """Whether there is something that is neither a regular file nor a folder, or that has no name any more."""
     try:
         mode = path.stat().st_mode
-    except OSError:
+    except FileNotFoundError:
         return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    named = os.path.exists(os.path.realpath(path))
+    return not (named and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)))
 
 
 @contextmanager

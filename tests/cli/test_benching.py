@@ -63,7 +63,7 @@ def test_a_red_way_fails_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch):
     ("arguments", "sentence"),
     [
         (["--dtype", "int8"], "no dtype 'int8': expected one of float32, bfloat16, float16"),
-        (["--share", "1.5"], "expected a number between 0 and 1"),
+        (["--share", "1.5"], "--share is 1.5: expected a number above 0 and below 1"),
         (["--every", "12"], "every is 12: expected"),
         (["--scores", "worst"], "unknown scores 'worst': expected one of paper, attention, best"),
     ],

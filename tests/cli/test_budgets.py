@@ -223,8 +223,8 @@ def test_a_speed_out_of_reach_is_said(run, dial, capsys):
         ("eval", ("--budget", 0.5, "--milliseconds", 9), "--budget and --milliseconds each set the dial"),
         ("eval", ("--milliseconds", 9, "--images-per-second", 9), "give one of them"),
         ("eval", ("--milliseconds", 9, "--engine", "onnx"), "is not timed block by block"),
-        ("eval", ("--milliseconds", -9), "--milliseconds -9: expected a positive number"),
-        ("eval", ("--images-per-second", "nan"), "expected a positive number"),
+        ("eval", ("--milliseconds", -9), "--milliseconds is -9: expected a number above 0"),
+        ("eval", ("--images-per-second", "nan"), "--images-per-second is nan: expected a number above 0"),
         ("bench", ("--milliseconds", 9, "--batch-size", 4), "give one --batch-size"),
     ],
 )

@@ -175,6 +175,7 @@ def test_tuning_runs_one_epoch_and_puts_the_model_where_it_is_told(ltmp, images,
         (["learn", "--data", "DATA", "--tune", "heads"], 2, "knows no parts 'heads': choose one of norms, lora"),
         (["learn", "--data", "DATA", "--tune", "lora", "--lora-rank", "0"], 2, "rank"),
         (["learn", "--data", "DATA", "--tuned-weights", "x.safetensors"], 2, "add --tune norms or --tune lora"),
+        (["learn", "--data", "DATA", "--tune-lr", "0.1"], 2, "--tune-lr is for a tuned model"),
         (["nonsense"], 2, "nonsense"),
         (["learn", "--data", "DATA", "--target", "1.5"], 2, "target is 1.5"),
         (["learn", "--data", "DATA", "--target", "0.01"], 2, "out of reach"),
@@ -182,6 +183,15 @@ def test_tuning_runs_one_epoch_and_puts_the_model_where_it_is_told(ltmp, images,
         (["learn", "--data", "DATA", "--resume"], 2, "nothing to resume"),
         (["learn", "--data", "gone"], 2, "gone does not exist"),
         (["learn", "--data", "DATA", "--out", "file/run"], 1, "cannot write"),
+        (["learn", "--data", "DATA", "--out", "file"], 1, "cannot write file"),
+        (["learn", "--data", "DATA", "--json", "file/result.json"], 1, "cannot write file/result.json"),
+        (["learn", "--data", "DATA", "--lr", "1e20"], 2, "--lr"),
+        (["learn", "--data", "DATA", "--tau", "0"], 2, "--tau is 0: expected a number above 0 and at most 100"),
+        (["learn", "--data", "DATA", "--interpolation", "bogus"], 2, "expected one of nearest, bilinear, bicubic"),
+        (["learn", "--data", "DATA", "--std", "0", "0", "0"], 2, "std is 0.0, expected a number from 1e-06"),
+        (["learn", "--data", "DATA", "--batch-size", "9" * 20], 2, "'--batch-size'"),
+        (["compare", "--data", "DATA", "--thresholds", "x", "--learn-data", "gone"], 2, "--learn-data is for methods"),
+        (["eval", "--data", "DATA", "--thresholds", "x", "--csv", "."], 1, "cannot write .: it is a folder"),
         (["learn", "--data", "DATA", "--device", "cuda:99"], 2, "cuda:99"),
         (["learn", "--data", "DATA", "--device", "tpux"], 2, "tpux"),
         (["learn", "--data", "DATA", "--model-kwargs", "depth"], 2, "NAME=VALUE"),
@@ -360,3 +370,21 @@ def test_learning_logs_for_tensorboard(ltmp, images, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     assert ltmp("learn", "--data", images, "--out", tmp_path / "run", *LEARN, "--log", tmp_path / "log") == 0
     assert [file.name.partition(".")[0] for file in (tmp_path / "log").iterdir()] == ["events"]
+
+
+@pytest.mark.parametrize("letters", [10, 10**6], ids=["at the end", "at once"])
+def test_a_full_disk_behind_stdout_is_one_line(letters):
+    script = (
+        f"import sys; from ltmp import cli; cli._run = lambda _: print('x' * {letters}) or 0; sys.exit(cli.main([]))"
+    )
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run([sys.executable, "-c", script], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the results: No space left on device; send them elsewhere\n"
+
+
+def test_json_in_what_is_printed_to_is_all_there_is(tmp_path):
+    with open(tmp_path / "out.json", "w") as stdout:
+        script = "import sys; from ltmp.cli import main; sys.exit(main(['info', '--json', '/dev/stdout']))"
+        subprocess.run([sys.executable, "-c", script], stdout=stdout, check=True)
+    assert "torch" in json.loads((tmp_path / "out.json").read_text())

@@ -97,6 +97,11 @@ def test_an_interrupted_run_goes_on(ltmp, images, capsys, monkeypatch) -> None:
     ("wrong", "said"),
     [
         (("--target", 0.5), "--target 0.5 is not on the dial"),
+        (("--target", 0.8, "--budget", 0.01), "--budget 0.01 is not on the dial"),
+        (("--low", 0), "--low is 0: expected a number above 0"),
+        (("--high", "nan"), "--high is nan"),
+        (("--low", 0.95), "--low 0.95 is not below --high 0.9"),
+        (("--target", 0.8, "--certify", 5), "--certify is 5: expected a number above 0 and below 1"),
         (("--target", 0.8, "--low", 0.1), "out of reach"),
         (("--target", 0.8, "--variant", "best"), "unknown variant"),
         (("--target", 0.8, "--scores", "all"), "expected one of paper, attention, best"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ltmp as package
 from ltmp.checkpoint import read
@@ -62,6 +65,78 @@ def test_a_run_with_other_settings_is_refused(other, said, ltmp, images, monkeyp
     capsys.readouterr()
     assert ltmp("learn", "--data", images, *LEARN, "--resume", *other) == 1
     assert f"other settings ({said})" in capsys.readouterr().err
+
+
+def other_weights(images: Path, weights: Path) -> None:
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, "other.safetensors")
+
+
+def other_images(images: Path, weights: Path) -> None:
+    for file in images.rglob("*.png"):
+        colour = (ord(file.parent.name[0]), 99 * int(file.stem), 0)
+        Image.new("RGB", (80, 60), colour).save(file)
+
+
+def other_thresholds(images: Path, weights: Path) -> None:
+    tensors = load_file("run/thresholds.safetensors")
+    save_file({name: value * 0.99 for name, value in tensors.items()}, "run/thresholds.safetensors")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_weights, "is of a run with other weights"),
+        (other_images, "is of a run with other images"),
+        (other_thresholds, "run/thresholds.safetensors is not of the run"),
+    ],
+)
+def test_a_run_of_something_else_is_refused(verb, change, said, ltmp, images, weights, monkeypatch, capsys):
+    options, evaluation, _ = VERBS[verb]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, interrupted)
+        assert ltmp(verb, "--data", images, *options) == 130
+    # learning is done, and what it saved on its way is gone or of no more use
+    Path("run/run.pt").unlink(missing_ok=True)
+    change(images, weights)
+    capsys.readouterr()
+    own = ("--weights", "other.safetensors") if change is other_weights else ()
+    if own:
+        record = Path("run/run.json")
+        record.write_text(record.read_text().replace(str(weights), "other.safetensors"))
+    assert ltmp(verb, "--data", images, *options, "--resume", *own) == 1
+    assert said in capsys.readouterr().err
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ltmp.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(ltmp, images, tmp_path, capsys):
+    Path("run").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLD, "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert ltmp("learn", "--data", images, *LEARN) == 1
+        assert "another run is writing to run: wait for it" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_an_earlier_file_is_replaced_with_a_word(ltmp, images, capsys):
+    how = ("--data", images, *LEARN, "--no-eval", "--views", 0)
+    assert ltmp("learn", *how) == 0
+    assert "replaced" not in capsys.readouterr().err
+    assert ltmp("learn", *how) == 0
+    assert "replaced the run/thresholds.safetensors of an earlier run" in capsys.readouterr().err
 
 
 def test_neither_tuned_weights_nor_their_evaluation_before_are_made_again(ltmp, images, monkeypatch, capsys):

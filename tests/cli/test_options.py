@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pytest
 import typer
 
+from ltmp.cli import main
 from ltmp.cli.commands import app
 from ltmp.cli.verbs.learn import TuningOptions
 from ltmp.cli.verbs.show import Pictures
@@ -63,6 +67,29 @@ def test_what_options_repeat_of_the_library() -> None:
     assert TuningOptions(tune="norms").tuning() == Tuning("norms")
     hint = Pictures.__annotations__["formats"]
     assert "|".join(FORMATS) in str(hint)
+
+
+def numbers(kind: type) -> list[tuple[str, str, Any, Any]]:
+    """Every option of such numbers: its verb, its name, its annotation, and how it is declared."""
+    found = []
+    for verb in verbs():
+        for name, hint in getattr(import_module(f"ltmp.cli.verbs.{verb}"), f"{verb}_verb").__annotations__.items():
+            annotation, declared = get_args(hint)
+            if re.search(rf"\b{kind.__name__}\b", str(annotation)) and isinstance(declared, typer.models.OptionInfo):
+                found.append((verb, f"--{name.replace('_', '-')}", annotation, declared))
+    return found
+
+
+def test_every_whole_number_has_bounds() -> None:
+    found = numbers(int)
+    assert len(found) > 60
+    assert [(verb, name) for verb, name, _, declared in found if None in (declared.min, declared.max)] == []
+
+
+def test_no_option_takes_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, name, annotation, _ in numbers(float):
+        assert main([verb, name, *["nan"] * max(1, str(annotation).count("float"))]) == 2
+        assert name in capsys.readouterr().err, (verb, name)
 
 
 if __name__ == "__main__":

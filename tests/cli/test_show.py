@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_what_cannot_be_shown_is_said(ltmp, budgets, photo, tmp_path, capsys):
         (1, "cannot read", [text, *file]),
         (2, "no thresholds file", [photo, "--thresholds", "none.safetensors"]),
         (2, "was given twice", [photo, *file, *file]),
-        (2, "no block 9 to show", [photo, *file, "--blocks", "9"]),
+        (2, "expected numbers from 1 to 3", [photo, *file, "--blocks", "9"]),
         (2, "expected numbers from 1 to 3", [photo, *file, "--blocks", "x"]),
         (2, "unknown format 'svg'", [photo, *file, "--format", "svg"]),
         (2, "is one file, but there are 2 images", [photo, photo, *file, "--out", "one.png"]),
@@ -151,3 +152,9 @@ def test_braces_and_markup_in_names_are_letters(ltmp, images, budgets, tmp_path,
     assert ltmp("show", photo, *options(budgets[:1]), "--out", tmp_path / "out", "--format", "blocks") == 0
     assert (tmp_path / "out" / "a{1}[red]\x1b-patches-01.png").exists()
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_longest_of_names_is_cut(ltmp, budgets, photo, tmp_path):
+    photograph = photo.rename(photo.with_name(f"{'n' * 251}.png"))
+    assert ltmp("show", photograph, *options(budgets[:1]), "--out", "drawn") == 0
+    assert [file.name for file in Path("drawn").iterdir()] == [f"{'n' * 200}-patches.png"]

@@ -193,10 +193,21 @@ def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> Non
     assert searched(usual, {}, 0.4) == usual(0.4)
 
 
-@pytest.mark.parametrize("wrong", [{"low": 0.9, "high": 0.5}, {"knots": 1}, {"calibration": 1}, {"views": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"low": 0.9, "high": 0.5},
+        {"low": 0},
+        {"knots": 1},
+        {"knots": 1000},
+        {"calibration": 1},
+        {"views": -1},
+        {"seed": 2**64},
+    ],
+)
 def test_settings_that_make_no_sense(wrong: dict[str, float]) -> None:
     model, batches = model_and_images()
-    with pytest.raises(UsageError, match="a dial needs low < high"):
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))} is "):
         ltmp.learn_dial(model, batches, **{**SETTINGS, **wrong})
     with pytest.raises(UsageError, match="out of reach"):
         ltmp.learn_dial(model, batches, 0.05, 0.9, **SETTINGS)

@@ -291,11 +291,11 @@ def test_decisions_are_made_in_float32_under_autocast(monkeypatch: pytest.Monkey
     ("settings", "expected"),
     [
         ({"parts": "heads"}, "knows no parts 'heads': choose one of norms, lora"),
-        ({"labels": 1.5}, "labels is 1.5: expected a part of the loss between 0 and 1"),
-        ({"lr": 0.0}, "lr is 0.0: expected a rate above 0"),
+        ({"labels": 1.5}, "labels is 1.5: expected a number at least 0 and at most 1"),
+        ({"lr": 0.0}, "lr is 0: expected a number above 0"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
-        ({"rank": 0}, "rank and joint_every must be at least 1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1"),
+        ({"rank": 0}, "rank is 0: expected a number at least 1"),
     ],
 )
 def test_bad_settings_are_said(settings: dict[str, object], expected: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from helpers import tiny_vit
 from ltmp.errors import LTMPError, UsageError
+from ltmp.files import locked
 from ltmp.predict import predict
 
 from .conftest import build_slowly, encoded, scoring, write_tar
@@ -180,9 +181,8 @@ def test_wrong_call_removes_nothing(folder, tmp_path):
 
 
 def hold(out, held, done):
-    from ltmp.predict import manifest
 
-    with manifest.locked(out):
+    with locked(out):
         held.set()
         done.wait(20)
 

@@ -161,3 +161,9 @@ def test_permission_denied(tmp_path, folder):
     with pytest.raises(LTMPError, match="cannot list"):
         find_shards([folder])
     (folder / "1").chmod(0o700)
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}.tar", "{0..9}" * 9 + ".tar"])
+def test_braces_that_never_end_are_refused(pattern):
+    with pytest.raises(UsageError, match="stands for more than 1,000,000 files"):
+        sources.find_shards([pattern])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import errno
 import os
 import select
 import sys
@@ -17,6 +18,8 @@ from ..text import printable
 
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""There is no room. Of files `atomic_path` says it, with their names: what is left is what is printed to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,16 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: list[str]) -> int:
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        # what cannot be written is told now, and not by the interpreter at its end
+        sys.stdout.flush()
+        return code
     except LTMPError as error:
         return _fail(str(error), error.exit_code, arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, arguments)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
-            # whoever read our output has seen enough; what waits to be written must not fail once more at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # whoever read our output has seen enough
+            _discard(sys.stdout)
             return 1
+        if isinstance(error, OSError) and not error.filename and error.errno in _FULL:
+            _discard(sys.stdout)
+            return _fail(f"cannot write the results: {error.strerror}; send them elsewhere", 1, arguments)
         if isinstance(error, OSError) and error.filename and error.strerror:
             return _fail(f"cannot use {error.filename}: {error.strerror}; choose another path", 1, arguments)
         return _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, arguments)
@@ -56,6 +65,11 @@ def _is_read(stream: Any) -> bool:
         return not any(event & select.POLLERR for _, event in poll.poll(0))
     except (AttributeError, OSError):  # no such call on Windows, or no file
         return True
+
+
+def _discard(stream: Any) -> None:
+    """What waits to be written there must not fail once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _tell_or_interrupt(tell: Callable[[Any], Any], told: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -14,10 +14,14 @@ from torch import nn
 
 from .. import distributed
 from ..calls import record
+from ..checkpoint import read_state_dict
 from ..data import Loader
 from ..errors import INTERRUPTED, LTMPError, UsageError
 from ..evaluate import Evaluation, deployed, evaluate, measure, tables
-from ..files import check_writable
+from ..files import LOCK, check_writable, locked
+from ..fingerprint import of_tensors
+from ..learning.randomness import preserved_random_state
+from ..learning.resume import differences, subject
 from ..textfiles import read_json
 from .options import RunOptions
 from .progress import progress_bar
@@ -64,7 +68,8 @@ class Run:
         resume: whether there has to be something to go on with.
 
     Raises:
-        UsageError: it is not clear whether to go on; or LTMPError: the folder cannot be written.
+        UsageError: it is not clear whether to go on.
+        LTMPError: the folder cannot be written, or another run is writing there.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -73,14 +78,22 @@ class Run:
         self.checkpoint = folder / "run.pt"
         self._record = folder / "run.json"
         self._done: dict[str, Any] = {}
+        self._subject: dict[str, Any] = {}
+        self._replaces = False
         self._settings = json.loads(json.dumps(settings, default=str))
         if not distributed.is_first():
             return
+        check_writable(folder)
+        with self.alone():
+            self._begin(resume)
+
+    def _begin(self, resume: bool) -> None:
+        folder = self.folder
         if self.exists and not resume and not distributed.restarted():
             raise UsageError(f"{folder} holds an interrupted run: add --resume to go on, or choose another --out")
         if resume and not self.exists:
             raise UsageError(f"nothing to resume in {folder}: expected {self.checkpoint}, leave --resume out to start")
-        check_writable(folder)
+        self._replaces = self.thresholds.exists() and not self.exists
         self._read()
 
     @property
@@ -94,12 +107,36 @@ class Run:
         try:
             saved = read_json(self._record)
             settings, done = dict(saved["settings"]), dict(saved["done"])
+            # older versions did not write it
+            self._subject = dict(saved.get("subject", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LTMPError(f"{self._record} is damaged: delete it, and {self.checkpoint}, to start over") from error
         other = [f"{k} {settings.get(k)!r}, now {v!r}" for k, v in self._settings.items() if settings.get(k) != v]
         if other:
             raise LTMPError(f"{self._record} is of a run with other settings ({'; '.join(other)}): repeat those")
         self._done = done
+
+    def of(self, network: nn.Module, loader: Loader, run: RunOptions) -> None:
+        """Say what the run is of, before anything is learned.
+
+        Raises:
+            LTMPError: there is a record of it, which is of other weights or images.
+        """
+        found = _subject_of(network, loader, run)
+        others = differences(self._subject, found)
+        if others:
+            raise LTMPError(
+                f"{self._record} is of a run with {' and '.join(others)}: repeat those, or choose another --out"
+            )
+        self._subject = found
+
+    def check_files(self, before: dict[str, str]) -> None:
+        """Refuse files of a finished stage that are others now; `before` is what `fingerprints` gave."""
+        for path, found in fingerprints(before).items():
+            if found != before[path]:
+                raise LTMPError(
+                    f"{path} is not of the run in {self._record}: somebody replaced it; choose another --out"
+                )
 
     def done(self, stage: str) -> Any:
         """The result of a finished stage, or None; the same on every rank."""
@@ -109,18 +146,40 @@ class Run:
         """Write down what a stage gave."""
         self._done[stage] = result
         if distributed.rank() == 0:
-            tables.write_json({"settings": self._settings, "done": self._done}, self._record)
+            tables.write_json({"settings": self._settings, "subject": self._subject, "done": self._done}, self._record)
 
     def close(self) -> None:
         """Everything is done: nothing is left to go on with."""
         self.checkpoint.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
+        if self._replaces:
+            tell(f"replaced the {self.thresholds} of an earlier run")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder inside, which stays only if there is something in it then.
+
+        Raises:
+            LTMPError: another run is writing there.
+        """
+        if not distributed.is_first():
+            yield
+            return
+        made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as after:
+            for folder in reversed(made):
+                after.callback(_remove_if_empty, folder)
+            after.enter_context(locked(self.folder))
+            after.callback((self.folder / LOCK).unlink, missing_ok=True)
+            yield
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Say, of what stops the run inside, how to go on."""
+        """Hold the folder, and say, of what stops the run inside, how to go on."""
         try:
-            yield
+            with self.alone():
+                yield
         except KeyboardInterrupt:
             raise InterruptedRunError(f"interrupted; {self._how_to_go_on()}") from None
         except distributed.LostRankError as error:
@@ -131,6 +190,22 @@ class Run:
             saved = self.checkpoint if self.checkpoint.exists() else self._record
             return f"the run is saved in {saved}: give the same command with --resume to go on"
         return "it had not taken its first step and nothing was saved: start again"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@preserved_random_state()
+def _subject_of(network: nn.Module, loader: Loader, run: RunOptions) -> dict[str, Any]:
+    """Fingerprints of weights and images, and how these are read."""
+    return subject(network, loader, next(iter(loader))[0], run.cast)
+
+
+def fingerprints(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Of the tensors in some files, by path."""
+    return {str(path): of_tensors(read_state_dict(path)) for path in paths}
 
 
 def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:

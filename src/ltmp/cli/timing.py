@@ -42,9 +42,6 @@ class Target:
             raise UsageError(f"{' and '.join(names)} each set the dial: give one of them")
         if asked.milliseconds is None and asked.images_per_second is None:
             return None
-        for name in names:
-            if not (given[name] or 0) > 0:
-                raise UsageError(f"{name} {given[name]:g}: expected a positive number")
         if distributed.started():
             raise UsageError(f"{names[0]} times one process: run it without torchrun, then give --budget to all")
         return cls(asked.milliseconds, asked.images_per_second)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..about import Preprocessing
 from ..describe import about_of
 from ..errors import UsageError
 from ..zoo.hugging_face import data_config, is_of_transformers
@@ -107,9 +108,7 @@ def eval_settings(
     from timm.data import resolve_data_config
 
     options = options or {}
-    crop_pct = options.get("crop_pct")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise UsageError(f"crop_pct is {crop_pct}: expected a number in (0, 1], 1 crops nothing")
+    Preprocessing.check(options)
     known = {name: value for name, value in asdict(about_of(model).preprocessing).items() if value is not None}
     for name, value in known.items():
         given = options.get(name)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import atomic_path
+from ..files import atomic_path, is_stdout
 from ..text import printable, spreadsheet_cell
 from .accuracy import Evaluation
 
@@ -79,12 +79,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write_json(values: Any, path: str | Path) -> None:
-    """Write JSON to a file, or to the screen where `path` is "-"."""
+    """Write JSON to a file, or to the screen where `path` is "-" or a name of it."""
     _write(json.dumps(values, indent=2) + "\n", path)
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """Write rows to a CSV file with a header, or to the screen where `path` is "-"; text is never a formula."""
+    """Write rows to a CSV file with a header, or to the screen as `write_json` does; text is never a formula."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -98,7 +98,7 @@ def as_json(evaluation: Evaluation, **about: Any) -> dict[str, Any]:
 
 
 def _write(text: str, path: str | Path) -> None:
-    if str(path) == "-":
+    if is_stdout(path):
         sys.stdout.write(text)
         return
     with atomic_path(path) as temporary:

@@ -15,6 +15,7 @@ from torch import nn
 from ..distributed import rank
 from ..errors import UsageError
 from ..method.thresholds import Thresholds
+from ..ranges import BATCH, CALIBRATION, FACTOR, KNOTS, SEED, SHARE, VIEWS, Range
 from .answers import Loss
 from .inputs import Images, pixels_of
 from .log import Logger
@@ -84,6 +85,13 @@ class LoopOptions:
     checkpoint: str | Path | None = None
     progress: Progress | bool | None = None
 
+    def __post_init__(self) -> None:
+        self._check(views=VIEWS, calibration=CALIBRATION, seed=SEED)
+
+    def _check(self, **ranges: Range) -> None:
+        for name, numbers in ranges.items():
+            numbers.check(name, getattr(self, name))
+
     @property
     def spacing(self) -> dict[str, int]:
         """`every` where it is not 1, among the settings that identify a run."""
@@ -130,8 +138,8 @@ class LearnOptions(LoopOptions):
     tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
-        if self.views < 0 or self.accumulate < 1 or self.calibration < 2:
-            raise UsageError("views must be at least 0, accumulate at least 1 and calibration at least 2")
+        super().__post_init__()
+        self._check(accumulate=BATCH, lr=FACTOR, budget_weight=Range(min=0), save_every=Range(min=1))
         check_recipe(self.recipe)
         if self.paper and (self.distill or self.tuning is not None):
             raise UsageError("the paper's recipe learns thresholds alone, from labels: leave out distill and tuning")
@@ -164,13 +172,17 @@ class DialOptions(LoopOptions):
     knots: int = 14
     checked: int = 2816
 
-    def check(self, low: float, high: float) -> None:
-        """Refuse what makes no dial from `low` to `high`."""
-        if self.knots < 2 or self.calibration < 2 or min(self.views, self.checked) < 0 or not low < high:
-            raise UsageError(
-                "a dial needs low < high, at least 2 knots, at least 2 images to calibrate on, and views and checked "
-                "of at least 0"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(knots=KNOTS, checked=VIEWS)
+
+    @staticmethod
+    def check(low: float, high: float) -> None:
+        """Refuse ends between which there is no dial."""
+        SHARE.check("low", low)
+        SHARE.check("high", high)
+        if not low < high:
+            raise UsageError(f"low is {low:g}, and high is {high:g}: a dial goes from a smaller share to a larger one")
 
 
 def with_keywords(options: type) -> Callable[[Function], Function]:

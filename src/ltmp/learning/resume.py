@@ -61,7 +61,7 @@ def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         raise LTMPError(f"{path} is truncated or not a learning run: delete it to start over") from error
     if not ours:
         raise LTMPError(f"{path} is not a learning run: choose another checkpoint file")
-    others = [text for name, text in _SUBJECTS.items() if not _same(before.get(name), settings.get(name))]
+    others = differences(before, settings)
     changed = [
         f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
         # some are only named where they are not the usual ones
@@ -73,6 +73,11 @@ def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     if others:
         raise LTMPError(f"{path} is of a run with {' and '.join(others)}: repeat those, or delete it")
     return state
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a run is not of any more, of what `subject` gave: "other weights"."""
+    return [text for name, text in _SUBJECTS.items() if not _same(before.get(name), now.get(name))]
 
 
 def _same(before: Any, now: Any) -> bool:

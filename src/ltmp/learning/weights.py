@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from ..errors import LTMPError, MissingExtraError, UsageError
 from ..hosts.attach import attachment, thresholds_of
 from ..method.thresholds import Thresholds
+from ..ranges import PART, RANK, RATE, Range
 
 PARTS = ("norms", "lora")
 RATES = {"norms": 1e-3, "lora": 3e-4}
@@ -49,14 +49,12 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.parts not in PARTS:
             raise UsageError(f"tuning knows no parts {self.parts!r}: choose one of {', '.join(PARTS)}")
-        if not 0 <= self.labels <= 1:
-            raise UsageError(f"labels is {self.labels!r}: expected a part of the loss between 0 and 1")
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"the tuning's lr is {self.lr!r}: expected a rate above 0, such as 0.001")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UsageError(f"weight_decay is {self.weight_decay!r}: expected 0 or more")
-        if self.rank < 1 or self.joint_every < 1:
-            raise UsageError("rank and joint_every must be at least 1")
+        PART.check("labels", self.labels)
+        if self.lr is not None:
+            RATE.check("the tuning's lr", self.lr)
+        Range(min=0).check("weight_decay", self.weight_decay)
+        RANK.check("rank", self.rank)
+        Range(min=1).check("joint_every", self.joint_every)
 
 
 class Weights:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from .shards import Shard
 from .writer import ERRORS
 
 MANIFEST = "_run.json"
-_LOCK = ".lock"
 # What each setting is called in a message.
 _NAMES = {"batch_size": "batch size", "class_names": "class names", "amp": "--amp", "top": "--top"}
 
@@ -149,33 +147,3 @@ def _names_of(out: Path, shards: Sequence[Shard]) -> list[str]:
         names = [shard.name for shard in shards]
     # a manifest of somebody else's making reaches no other folder
     return [name for name in names if name == os.path.basename(name)]
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder inside: a second run there would undo the first. The lock goes with the process, killed or not.
-
-    Raises:
-        LTMPError: another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    try:
-        # neither emptied nor followed: a link there may lead to anything
-        file = open(  # noqa: SIM115
-            os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0
-        )
-    except OSError as error:
-        raise LTMPError(
-            f"cannot lock {out}: {out / _LOCK} cannot be opened ({error.strerror}): remove it, or choose another --out"
-        ) from error
-    with file:
-        try:
-            # unlike flock, not inherited by the processes that decode, which outlive a killed run by seconds
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise LTMPError(f"another run is writing to {out}: wait for it, or choose another --out") from error
-        yield

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ..errors import LTMPError
+from ..files import locked
 from . import manifest
 from .predictor import Predictor, Scoring
 from .ray import RayOptions, score_on_ray
@@ -75,7 +76,7 @@ def predict(
     out = Path(out).absolute()
     shards = find_shards(sources, shard_size=shard_size, column=column, key_column=key_column)
     manifest.prepare(out, sources, shards)
-    with manifest.locked(out):
+    with locked(out):
         # whoever starts a cluster may have no GPU: the model is only looked at here
         predictor = Predictor(replace(scoring, device="cpu") if ray else scoring, out)
         if overwrite:

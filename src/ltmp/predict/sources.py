@@ -8,11 +8,13 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..data.folders import describe_others, list_images
 from ..errors import LTMPError, UsageError
+from ..files import short_stem
 from .shards import FolderShard, ParquetShard, Shard, TarShard, local_path, open_parquet
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,9 @@ PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image_path
 KEY_COLUMNS = ("key", "__key__", "id", "image_id", "path", "file", "file_name", "filename")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+MOST_FILES = 1_000_000
+"""That braces stand for."""
 
 
 def find_shards(
@@ -72,9 +76,15 @@ def _expand(source: str) -> list[str]:
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """`a{1..3}{x,y}` as a1x, a1y, a2x, ...; a range keeps leading zeros."""
+    """`a{1..3}{x,y}` as a1x, a1y, a2x, ...; a range keeps leading zeros.
+
+    Raises:
+        UsageError: they stand for more than `MOST_FILES`.
+    """
     parts = _BRACES.split(pattern)
     choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
+    if prod(map(len, choices)) > MOST_FILES:
+        raise UsageError(_too_many(pattern))
     return ("".join(chosen) for chosen in product(*choices))
 
 
@@ -83,7 +93,13 @@ def _choices(braces: str) -> list[str]:
     if span is None:
         return braces.split(",")
     first, last = span.groups()
+    if int(last) - int(first) >= MOST_FILES:
+        raise UsageError(_too_many(f"{{{braces}}}"))
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+
+
+def _too_many(pattern: str) -> str:
+    return f"{pattern} stands for more than {MOST_FILES:,} files: give the folder, or fewer at a time"
 
 
 def _images_below(folder: Path) -> list[tuple[str, int]]:
@@ -127,8 +143,7 @@ def _shards_in(folder: Path) -> list[Path]:
 
 
 def _file_shard(path: Path, number: int, column: str | None, key_column: str | None) -> Shard:
-    # file systems take 255 bytes, and a temporary file's name is longer
-    name = f"{number:05d}-{os.fsdecode(os.fsencode(path.stem)[:200])}"
+    name = f"{number:05d}-{short_stem(path)}"
     suffixes = path.name.lower()
     if suffixes.endswith(COMPRESSED):
         raise UsageError(f"{path} is compressed, and only a plain .tar can be read at any place: decompress it first")

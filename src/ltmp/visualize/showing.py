@@ -16,7 +16,7 @@ from ..checkpoint import load, read
 from ..data.dataset import check_names
 from ..deploy import Deployment
 from ..errors import LTMPError, UsageError
-from ..files import atomic_path
+from ..files import atomic_path, check_file_writable, short_stem
 from ..hosts.attach import detach
 from .animation import save_film
 from .groups import ReducedView, see
@@ -168,12 +168,14 @@ def _targets(images: Sequence[Path], out: Path, formats: Sequence[str]) -> list[
         endings = {"blocks": _NUMBERED}
         files = [
             [out / (name + "-patches" + endings.get(kind, f".{kind}")) for kind in dict.fromkeys(formats)]
-            for name in _distinct([image.stem for image in images])
+            for name in _distinct([short_stem(image) for image in images])
         ]
     inputs = {image.resolve() for image in images}
     for file in (file for group in files for file in group):
         if file.resolve() in inputs:
             raise UsageError(f"{file} is itself to be shown, and would be overwritten: choose another --out")
+    # all others lie beside it
+    check_file_writable(files[0][0])
     return files
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ...about import Preprocessing
 from ...errors import LTMPError
+from ...ranges import BATCH, IMAGES, WORKERS
 from .groups import DATA, RUN, option
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ Data = Annotated[
     option("Folder or .tar of class folders, flat folder of images, or a timm dataset (hfds/..., torch/...).", DATA),
 ]
 ClassMap = Annotated[Path | None, option("The model's class names, one a line (.txt), where folders differ.", DATA)]
-Limit = Annotated[int | None, option("Use at most this many images, of all classes alike.", DATA, min=1)]
-BatchSize = Annotated[int, option("Images per batch.", RUN, min=1)]
+Limit = Annotated[int | None, option("Use at most this many images, of all classes alike.", DATA, within=IMAGES)]
+BatchSize = Annotated[int, option("Images per batch.", RUN, within=BATCH)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,9 @@ class PreprocessingOptions:
     crop_pct: Annotated[float | None, option("Share of the resized image kept; 1: all.", DATA)] = None
     crop_mode: Annotated[str | None, option("center, squash (ignores the aspect ratio) or border.", DATA)] = None
 
+    def __post_init__(self) -> None:
+        Preprocessing.check(self.transform)
+
     @property
     def transform(self) -> dict[str, Any]:
         """The options of `eval_transform`."""
@@ -57,7 +62,7 @@ class BatchOptions(PreprocessingOptions):
     class_map: ClassMap = None
     strict: Annotated[bool, option("Refuse an image that cannot be read instead of skipping it.", DATA)] = False
     batch_size: BatchSize = 64
-    workers: Annotated[int, option("Processes that read images.", RUN, min=0, max=256)] = 0
+    workers: Annotated[int, option("Processes that read images.", RUN, within=WORKERS)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
@@ -10,13 +11,54 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ...ranges import ANY, Range
+
 MODEL, METHOD, DATA, RUN, OUTPUT = "Model", "Method", "Data", "Running", "Output"
 """Panels of the help."""
 
 
-def option(help: str, panel: str | None = None, *names: str, **settings: Any) -> Any:
-    """An option, in a panel of the help, called as its field unless `names` say otherwise."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+def option(
+    help: str,
+    panel: str | None = None,
+    *names: str,
+    within: Range = ANY,
+    writes: Callable[[Any], None] | None = None,
+    **settings: Any,
+) -> Any:
+    """An option, in a panel of the help, called as its field unless `names` say otherwise.
+
+    It is checked before anything else is done.
+
+    Args:
+        within: its numbers, which are finite in any case.
+        writes: raises where what the option names cannot be written.
+    """
+    # Typer shows these two in the help
+    settings |= {name: getattr(within, name) for name in ("min", "max") if getattr(within, name) is not None}
+    return typer.Option(*names, help=help, rich_help_panel=panel, callback=_checking(within, writes), **settings)
+
+
+def _checking(within: Range, writes: Callable[[Any], None] | None) -> Callable[..., Any]:
+    """A callback of Typer that checks an option's values, of which there may be several."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, int | float) and not isinstance(one, bool):
+                within.check(param.opts[0], one)
+            elif one is not None and writes is not None and _is_first():
+                writes(one)
+        return value
+
+    return check
+
+
+def _is_first() -> bool:
+    """Whether this process writes; asks torch only where several may have been started."""
+    if "RANK" not in os.environ:
+        return True
+    from ...distributed import is_first
+
+    return is_first()
 
 
 _DEBUG = inspect.Parameter(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
 from ...locate import BUNDLE
+from ...ranges import CLASSES, PIXELS
 from .groups import MODEL, option
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ class BuildOptions:
     """How a model is built."""
 
     pretrained: Annotated[bool, option("Take timm's pretrained weights instead.", MODEL)] = False
-    num_classes: Annotated[int | None, option("Classes of the model's head.", MODEL)] = None
-    img_size: Annotated[int | None, option("Image size in pixels; default: the model's own.", MODEL, "--img-size")] = (
-        None
-    )
+    num_classes: Annotated[int | None, option("Classes of the model's head.", MODEL, within=CLASSES)] = None
+    img_size: Annotated[
+        int | None, option("Image size in pixels; default: the model's own.", MODEL, "--img-size", within=PIXELS)
+    ] = None
     model_kwargs: Annotated[
         list[str] | None, option("More arguments of the model; may be repeated.", MODEL, metavar="NAME=VALUE")
     ] = None

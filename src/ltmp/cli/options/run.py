@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ...errors import UsageError
+from ...ranges import BUDGET, SEED, SPACING, Range
 from .data import Limit
 from .groups import RUN, option
 
@@ -20,7 +21,10 @@ Engine = Annotated[str | None, option("auto, packed, triton or graph; default: a
 Budget = Annotated[
     float | None,
     option(
-        "FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.", RUN, metavar="SHARE"
+        "FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.",
+        RUN,
+        metavar="SHARE",
+        within=BUDGET,
     ),
 ]
 Budgets = Annotated[
@@ -30,16 +34,17 @@ Budgets = Annotated[
         RUN,
         "--budget",
         metavar="SHARE",
+        within=BUDGET,
     ),
 ]
 Every = Annotated[
     int,
     option(
         "Of how many blocks one removes tokens: with 2 every other block does. That takes less time; see docs/dial.md.",
-        min=1,
+        within=SPACING,
     ),
 ]
-Seed = Annotated[int, option("Seed of the image order.")]
+Seed = Annotated[int, option("Seed of the image order.", within=SEED)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +138,14 @@ class SpeedOptions(CertifiedOption):
     milliseconds: Annotated[
         float | None,
         option(
-            "Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.", RUN
+            "Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.",
+            RUN,
+            within=Range(above=0),
         ),
     ] = None
-    images_per_second: Annotated[float | None, option("Instead of --budget: the speed wanted here.", RUN)] = None
+    images_per_second: Annotated[
+        float | None, option("Instead of --budget: the speed wanted here.", RUN, within=Range(above=0))
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

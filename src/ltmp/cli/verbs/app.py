@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ...errors import LTMPError, UsageError, first_line
+from ...ranges import BUDGET, Range
 from ..extras import need
 from ..options import (
     DATA,
@@ -36,7 +37,8 @@ class AppModel(ModelOptions, CertifiedOption):
         list[Path] | None, option("A file that `ltmp learn` wrote; may be repeated, a budget each.")
     ] = None
     budget: Annotated[
-        float | None, option("FLOPs share that the slider begins at; default: one in the middle.", metavar="SHARE")
+        float | None,
+        option("FLOPs share that the slider begins at; default: one in the middle.", metavar="SHARE", within=BUDGET),
     ] = None
     demo_out: Annotated[Path, option("Where `ltmp demo` wrote its model.")] = Path("ltmp-demo")
     device: Device = "auto"
@@ -60,7 +62,9 @@ class Page:
     """Where the page is."""
 
     host: Annotated[str, option("Address to listen on; 0.0.0.0 is everybody.")] = "127.0.0.1"
-    port: Annotated[int | None, option("Port; default: the first free one from 7860 on.", min=1, max=65535)] = None
+    port: Annotated[int | None, option("Port; default: the first free one from 7860 on.", within=Range(1, 65_535))] = (
+        None
+    )
     browser: Annotated[bool, option("Open a browser.")] = False
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...ranges import BATCH, PIXELS, SECONDS, SHARE
 from ..extras import RUNTIMES
 from ..options import (
     DATA,
@@ -45,7 +46,9 @@ class BenchModel(SavedModel):
     """Which model, and which thresholds."""
 
     thresholds: Annotated[Path | None, option("The file that `ltmp learn` wrote; without it, see --share.")] = None
-    share: Annotated[float, option("FLOPs share to calibrate thresholds for, where no file is given.")] = 0.55
+    share: Annotated[
+        float, option("FLOPs share to calibrate thresholds for, where no file is given.", within=SHARE)
+    ] = 0.55
     scores: Annotated[str, option("paper, attention or best, like --scores of learn, where no file is given.")] = (
         "paper"
     )
@@ -53,8 +56,6 @@ class BenchModel(SavedModel):
 
     def check(self, target: Target | None, budget: float | None) -> None:
         """Refuse what does not go together."""
-        if not 0 < self.share < 1:
-            raise UsageError(f"--share {self.share}: expected a number between 0 and 1")
         if self.model is None and self.thresholds is None:
             raise UsageError("which model? give --model NAME, or --thresholds FILE of one that was learned")
         if self.thresholds is None and (target or budget is not None):
@@ -97,13 +98,13 @@ class BenchData(Source):
 class BenchOptions(AgainstOptions):
     """Which ways are timed, for how long."""
 
-    batch_size: Annotated[list[int] | None, option("May be repeated; default: 1, 8 and 32.", RUN, min=1)] = None
+    batch_size: Annotated[list[int] | None, option("May be repeated; default: 1, 8 and 32.", RUN, within=BATCH)] = None
     dtype: Annotated[str, option("Type of weights and images: float32, bfloat16 or float16.", RUN)] = "float32"
-    seconds: Annotated[float, option("About how many seconds to time each way.", min=0.01)] = 2.0
+    seconds: Annotated[float, option("About how many seconds to time each way.", within=SECONDS)] = 2.0
     compile: Annotated[bool, option("Time torch.compile of the dense model, too.")] = True
     baseline: Annotated[bool, option("Time fixed-rate merging at the same share, too.")] = True
     resize: Annotated[
-        list[int] | None, option("Time the dense model at so many pixels a side, too; may be repeated.", min=1)
+        list[int] | None, option("Time the dense model at so many pixels a side, too; may be repeated.", within=PIXELS)
     ] = None
     runtimes: Annotated[
         bool, option("Time exports in ONNX Runtime and OpenVINO, too, where they are installed; takes minutes.")

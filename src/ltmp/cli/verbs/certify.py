@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...files import check_file_writable
+from ...ranges import BUDGET, IMAGES, SHARE, Range
 from ..options import (
     OUTPUT,
     RUN,
@@ -17,6 +19,7 @@ from ..options import (
     OutputOptions,
     ReducedModel,
     RunOptions,
+    option,
     verb,
 )
 
@@ -34,17 +37,19 @@ RISKS = "disagree (another first choice than the dense model's), error (accuracy
 class CertifyOptions:
     """Options for the guarantee."""
 
-    risk: Annotated[str, typer.Option(help=f"{RISKS}.")] = "disagree"
-    at_most: Annotated[float, typer.Option(help="The level: 0.01 is 1 % of images, or 1 point of accuracy.")] = 0.01
-    confidence: Annotated[float, typer.Option(help="How sure, from 0.5 to below 1.")] = 0.95
+    risk: Annotated[str, option(f"{RISKS}.")] = "disagree"
+    at_most: Annotated[float, option("The level: 0.01 is 1 % of images, or 1 point of accuracy.", within=SHARE)] = 0.01
+    confidence: Annotated[float, option("How sure, from 0.5 to below 1.", within=Range(min=0.5, below=1))] = 0.95
     distance: Annotated[
-        float, typer.Option(help="Of --risk embedding: 1 - cosine above which an embedding counts.")
+        float, option("Of --risk embedding: 1 - cosine above which an embedding counts.", within=Range(min=0, max=2))
     ] = 0.05
     budget: Annotated[
         list[float] | None,
-        typer.Option(metavar="SHARE", help="FLOPs share to test; may be repeated. Default: every 0.05 on the dial."),
+        option(
+            "FLOPs share to test; may be repeated. Default: every 0.05 on the dial.", metavar="SHARE", within=BUDGET
+        ),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, drawn at random.")] = None
+    limit: Annotated[int | None, option("Use at most this many images, drawn at random.", within=IMAGES)] = None
 
     def settings(self, run: RunOptions) -> dict[str, Any]:
         """The arguments of `ltmp.certify`."""
@@ -59,10 +64,7 @@ class CertifyRun(RunOptions):
     """Where, by what, and what else is measured."""
 
     engine: Engine = None
-    speed: Annotated[
-        bool,
-        typer.Option(help="Time the result against dense and against lower resolution, too.", rich_help_panel=RUN),
-    ] = True
+    speed: Annotated[bool, option("Time the result against dense and against lower resolution, too.", RUN)] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class CertifyOutput(OutputOptions):
 
     out: Annotated[
         Path | None,
-        typer.Option(help="Thresholds file with the certificate; default: the one given.", rich_help_panel=OUTPUT),
+        option("Thresholds file with the certificate; default: the one given.", OUTPUT, writes=check_file_writable),
     ] = None
 
 
@@ -95,6 +97,8 @@ def certify_verb(
     name = model.name()
     if output.out is None and not model.thresholds.exists():
         raise UsageError(f"where to? {model.thresholds} is not a file here: give --out FILE.safetensors")
+    path = output.out or locate(model.thresholds)
+    check_file_writable(path)
     network = model.build(name)
     load(network, model.thresholds, engine=run.engine)
     labelled = options.risk == "error"
@@ -103,7 +107,6 @@ def certify_verb(
     )
     certificate, gain = certified_with_bar(network, loader, options, run, speed=run.speed)
     report_skipped(loader.skipped)
-    path = output.out or locate(model.thresholds)
     annotate(locate(model.thresholds), path, certificate=certificate.to_dict())
     show_certificate(certificate, gain, path, output)
     if certificate.budget is None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
+from ...files import check_writable
+from ...ranges import BUDGET, CALIBRATION, SEED, VIEWS
 from ..extras import need
 from ..options import (
     AgainstOptions,
@@ -50,7 +52,8 @@ class CompareOptions(CertifiedOption, AgainstOptions):
         list[float] | None,
         option(
             "FLOPs share that methods without a rate, and files with a dial, are to meet; may be repeated. "
-            f"Default: {', '.join(map(str, CURVE))}, and of a file what it was saved at."
+            f"Default: {', '.join(map(str, CURVE))}, and of a file what it was saved at.",
+            within=BUDGET,
         ),
     ] = None
     thresholds: Annotated[
@@ -59,9 +62,9 @@ class CompareOptions(CertifiedOption, AgainstOptions):
     learn_data: Annotated[str | None, option("Images that ltmp, ltpm, ltm and ltp learn on, not those of --data.")] = (
         None
     )
-    views: Annotated[int, option("Images to look at while optimising thresholds; 0: calibrate only.", min=0)] = 0
-    calibration: Annotated[int, option("Images to calibrate thresholds on.", min=2)] = 256
-    seed: Annotated[int, option("Seed of the order of images to learn from.")] = 0
+    views: Annotated[int, option("Images to look at while optimising thresholds; 0: calibrate only.", within=VIEWS)] = 0
+    calibration: Annotated[int, option("Images to calibrate thresholds on.", within=CALIBRATION)] = 256
+    seed: Annotated[int, option("Seed of the order of images to learn from.", within=SEED)] = 0
 
     def wanted(self) -> list[Wanted]:
         """The methods, each once."""
@@ -69,8 +72,11 @@ class CompareOptions(CertifiedOption, AgainstOptions):
 
         default = () if self.thresholds else ("ltmp", "m")
         found = [Wanted.parse(text) for text in dict.fromkeys(self.method or default)]
-        if self.learn_data is None and any(method.learned for method in found):
+        learned = any(method.learned for method in found)
+        if self.learn_data is None and learned:
             raise UsageError("learned methods need images to learn on: give --learn-data, or files as --thresholds")
+        if self.learn_data is not None and not learned:
+            raise UsageError("--learn-data is for methods that are learned here: add --method ltmp, or leave it out")
         return found
 
 
@@ -79,7 +85,9 @@ class CompareRun(EvaluationOptions):
     """How it runs, and where results go."""
 
     engine: Engine = None
-    out: Annotated[Path, option("Folder of compare.csv, compare.json and compare.png.")] = Path("compare")
+    out: Annotated[Path, option("Folder of compare.csv, compare.json and compare.png.", writes=check_writable)] = Path(
+        "compare"
+    )
 
 
 @verb

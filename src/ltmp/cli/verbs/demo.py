@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ...files import check_writable
+from ...ranges import SEED
 from ..extras import need
 from ..options import option, verb
 
 
 @verb
 def demo_verb(
-    out: Annotated[Path, option("Output folder; the trained model is kept there.")] = Path("ltmp-demo"),
-    seed: Annotated[int, option("Seed of the training.")] = 0,
+    out: Annotated[Path, option("Output folder; the trained model is kept there.", writes=check_writable)] = Path(
+        "ltmp-demo"
+    ),
+    seed: Annotated[int, option("Seed of the training.", within=SEED)] = 0,
 ) -> None:
     """Train a small ViT on digits, learn three budgets, and draw what came out: about five minutes on two cores."""
     from ...demo import BUNDLE, DIGITS, run_demo

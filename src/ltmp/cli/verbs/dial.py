@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
+from ...ranges import BUDGET, CALIBRATION, KNOTS, SEED, SHARE, VIEWS
 from ..options import (
     FolderOptions,
     LearningData,
@@ -35,33 +36,39 @@ REPORTED = (0.8, 0.6, 0.47, 0.37)
 class DialStage(StageOptions):
     """Which budgets, and from how much."""
 
-    low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.")] = 0.3
-    high: Annotated[float, option("Largest budget of the dial, besides 1 (dense).")] = 0.95
-    target: Annotated[float, option("Budget that the file is saved at.")] = 0.6
-    knots: Annotated[int, option("Rows of the dial.", min=2)] = 14
-    views: Annotated[int, option("Images to look at while searching, each time counted; 0: calibrate only.", min=0)] = (
-        9_000
+    low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.", within=SHARE)] = (
+        0.3
     )
-    calibration: Annotated[int, option("Images to calibrate each row of the dial.", min=2)] = 512
+    high: Annotated[float, option("Largest budget of the dial, besides 1 (dense).", within=SHARE)] = 0.95
+    target: Annotated[float, option("Budget that the file is saved at.", within=SHARE)] = 0.6
+    knots: Annotated[int, option("Rows of the dial.", within=KNOTS)] = 14
+    views: Annotated[
+        int, option("Images to look at while searching, each time counted; 0: calibrate only.", within=VIEWS)
+    ] = 9_000
+    calibration: Annotated[int, option("Images to calibrate each row of the dial.", within=CALIBRATION)] = 512
     budget: Annotated[
-        list[float] | None, option(f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}.")
+        list[float] | None,
+        option(f"Share to report on; may be repeated. Default: {', '.join(map(str, REPORTED))}.", within=BUDGET),
     ] = None
-    seed: Annotated[int, option("Seed of the image order and of the search.")] = 0
+    seed: Annotated[int, option("Seed of the image order and of the search.", within=SEED)] = 0
     certify: Annotated[
         float | None,
         option(
             "End with the smallest budget that with 95 % confidence answers otherwise than the dense model for at most "
             "this part of images (0.01), tested on --val, and with what it brings here; see `ltmp certify`.",
             metavar="LEVEL",
+            within=SHARE,
         ),
     ] = None
 
     def check(self) -> None:
-        """Refuse a target beyond the ends."""
-        if not self.low <= self.target <= self.high:
-            raise UsageError(
-                f"--target {self.target:g} is not on the dial: give one from {self.low:g} to {self.high:g}"
-            )
+        """Refuse ends in the wrong order, and budgets beyond them."""
+        if not self.low < self.high:
+            raise UsageError(f"--low {self.low:g} is not below --high {self.high:g}: a dial goes from one to the other")
+        budgets = [share for share in self.budget or () if share != 1]
+        for name, share in (("--target", self.target), *(("--budget", share) for share in budgets)):
+            if not self.low <= share <= self.high:
+                raise UsageError(f"{name} {share:g} is not on the dial: give one from {self.low:g} to {self.high:g}")
 
 
 @verb
@@ -81,7 +88,6 @@ def dial_verb(
     ltmp eval --data imagenet/ --thresholds runs/deit_small_patch16_224-ltmp-dial --pretrained --budget 0.55
     """
     from ... import attach, distributed
-    from ...hosts.attach import thresholds_of
     from ..runs import Run, base_model, report_skipped, settings_of
     from ..screen import suggest
 
@@ -96,25 +102,24 @@ def dial_verb(
     if options.dry_run:
         _foretell(network, loader, checking, options, run, job)
         return
-    with distributed.group(place), job.resumable():
-        _learn(job, network, loader, options, run)
-        rows = _reported(network, checking, options.budget, run) if checking else []
-        learned = job.done("learning")
-        distributed.merge(loader.skipped)
-        if distributed.rank() > 0:
-            return
-    # few images may end a dial a little off its ends
-    dial = thresholds_of(network).dial
-    assert dial is not None
-    thresholds_of(network).set_budget(dial.nearest(options.target))
-    certified = (
-        _certified(network, checking, options.certify, run) if checking and options.certify is not None else None
-    )
-    about = {
-        "model_name": model.model, "target": options.target, "share": options.target, "views": learned["views"],
-        "budgets": rows, **base_model(network, model.pretrained and not model.weights),
-    }  # fmt: skip
-    _report(job, network, about, {**learned, "certified": certified}, output)
+    with job.resumable():
+        with distributed.group(place):
+            job.of(network, loader, run)
+            _learn(job, network, loader, options, run)
+            rows = _reported(network, checking, options.budget, run) if checking else []
+            learned = job.done("learning")
+            distributed.merge(loader.skipped)
+            if distributed.rank() > 0:
+                return
+        _set_nearest(network, options.target)
+        certified = (
+            _certified(network, checking, options.certify, run) if checking and options.certify is not None else None
+        )
+        about = {
+            "model_name": model.model, "target": options.target, "share": options.target, "views": learned["views"],
+            "budgets": rows, **base_model(network, model.pretrained and not model.weights),
+        }  # fmt: skip
+        _report(job, network, about, {**learned, "certified": certified}, output)
     report_skipped(loader.skipped)
     if not output.quiet:
         suggest(*model.deploy(job.thresholds))
@@ -130,8 +135,11 @@ def _learn(job: Run, network: nn.Module, loader: Loader, options: DialStage, run
     from ... import distributed, load, save
     from ...learning import learn_dial
     from ..progress import progress_bar
+    from ..runs import fingerprints
 
-    if job.done("learning") is not None:
+    done = job.done("learning")
+    if done is not None:
+        job.check_files(done.get("files", {}))
         load(network, job.thresholds)
         return
     with progress_bar("learning", None) as bar:
@@ -140,11 +148,22 @@ def _learn(job: Run, network: nn.Module, loader: Loader, options: DialStage, run
             calibration=options.calibration, every=options.every, seed=options.seed, device=run.place, amp=run.cast,
             checkpoint=job.checkpoint, progress=bar.reach,
         )  # fmt: skip
+    found: dict[str, Any] = {"views": result.views, "seconds": result.seconds, "divergence": result.divergence}
     if distributed.rank() == 0:
-        # before anything else is done with them
+        # before anything else is done with them, and as they will be in the end
+        _set_nearest(network, options.target)
         save(network, job.thresholds, views=result.views)
-    found = {"views": result.views, "seconds": result.seconds, "divergence": result.divergence}
+        found["files"] = fingerprints([job.thresholds])
     job.finish("learning", found)
+
+
+def _set_nearest(network: nn.Module, share: float) -> None:
+    """Set the dial; few images may end it a little off its ends."""
+    from ...hosts.attach import thresholds_of
+
+    thresholds = thresholds_of(network)
+    assert thresholds.dial is not None
+    thresholds.set_budget(share if share == 1 else thresholds.dial.nearest(share))
 
 
 def _report(
@@ -214,7 +233,7 @@ def _reported(
     shares = budgets or [share for share in REPORTED if dial.lowest <= share <= dial.highest]
     policies = {}
     for share in shares:
-        thresholds.set_budget(share)
+        _set_nearest(network, share)
         policies[f"{share:g}"] = copy.deepcopy(thresholds)
     with progress_bar("evaluating", checking.images) as bar:
         found = evaluate_policies(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ...errors import UsageError
+from ...files import check_file_writable
+from ...ranges import BATCH, Range
 from ..extras import need
 from ..options import (
     DATA,
@@ -35,11 +37,14 @@ class ExportOptions(FormOptions, CertifiedOption):
     format: Annotated[str, option("onnx, program (torch.export) or aoti (AOTInductor, compiled for this CPU).")] = (
         "onnx"
     )
-    opset: Annotated[int, option("ONNX opset.")] = 20
+    opset: Annotated[int, option("ONNX opset.", within=Range(min=1, max=100))] = 20
     dense: Annotated[bool, option("Export the dense model, to compare with.", None, "--dense")] = False
-    static_batch: Annotated[int, option("Images per batch of the static form.", min=1)] = 1
+    static_batch: Annotated[int, option("Images per batch of the static form.", within=BATCH)] = 1
     budget: Budget = None
-    out: Annotated[Path | None, option("The file; default: MODEL_FORM.onnx (or .pt2) in this folder.")] = None
+    out: Annotated[
+        Path | None,
+        option("The file; default: MODEL_FORM.onnx (or .pt2) in this folder.", writes=check_file_writable),
+    ] = None
 
     def plan(self) -> Plan:
         """The same, checked."""
@@ -55,7 +60,7 @@ class ExportData(Source, PreprocessingOptions):
     """Images that the file is verified on."""
 
     data: Annotated[str | None, option("Images to verify on, as for `ltmp eval`; default: made ones.", DATA)] = None
-    images: Annotated[int, option("How many images to verify on.", DATA, min=1)] = 8
+    images: Annotated[int, option("How many images to verify on.", DATA, within=BATCH)] = 8
 
     def first(self, network: nn.Module) -> Tensor | None:
         """The first batch of the dataset, if there is one; its labels do not matter."""

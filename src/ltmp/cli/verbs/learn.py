@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...config import LTMPConfig
 from ...errors import UsageError
+from ...files import check_writable
+from ...ranges import BATCH, CALIBRATION, FACTOR, PART, RANK, RATE, TEMPERATURE, VIEWS
 from ..extras import need
 from ..options import (
     OUTPUT,
@@ -21,6 +23,7 @@ from ..options import (
     StageOptions,
     option,
     verb,
+    words,
 )
 
 if TYPE_CHECKING:
@@ -31,8 +34,13 @@ if TYPE_CHECKING:
     from ...learning import Logger, Tuning
     from ..runs import Run
 
-VIEWS = 20_000
+LOOKED_AT = 20_000
 _TUNING = "Tuning"
+
+
+def _check_beside(path: Path) -> None:
+    """Refuse a model, a file or a folder, that cannot be written."""
+    check_writable(path.parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +60,22 @@ class TuningOptions:
         option(
             "Where to write the tuned model; default: OUT/model.safetensors, for hf: models the folder OUT/model.",
             _TUNING,
+            writes=_check_beside,
         ),
     ] = None
     tune_lr: Annotated[
         float | None,
-        option("Learning rate of the tuned weights.", _TUNING, show_default="1e-3 for norms, 3e-4 for lora"),
+        option(
+            "Learning rate of the tuned weights.", _TUNING, within=RATE, show_default="1e-3 for norms, 3e-4 for lora"
+        ),
     ] = None
     labels: Annotated[
-        float, option("Weight of labels in the loss, 0 to 1; the rest is distilled from the dense model.", _TUNING)
+        float,
+        option(
+            "Weight of labels in the loss, 0 to 1; the rest is distilled from the dense model.", _TUNING, within=PART
+        ),
     ] = 0.0
-    lora_rank: Annotated[int, option("Rank of LoRA updates.", _TUNING)] = 8
+    lora_rank: Annotated[int, option("Rank of LoRA updates.", _TUNING, within=RANK)] = 8
 
     def tuning(self) -> Tuning | None:
         """The settings, or None where no weights train."""
@@ -71,10 +85,9 @@ class TuningOptions:
             need("peft")
         if self.tune is not None:
             return Tuning(self.tune, lr=self.tune_lr, labels=self.labels, rank=self.lora_rank)
-        if self.tuned_weights is not None:
-            raise UsageError(
-                "--tuned-weights says where a tuned model goes: add --tune norms or --tune lora, or leave it out"
-            )
+        for word in words(TuningOptions(**{field.name: getattr(self, field.name) for field in fields(TuningOptions)})):
+            if word.startswith("--"):
+                raise UsageError(f"{word} is for a tuned model: add --tune norms or --tune lora, or leave it out")
         return None
 
 
@@ -87,13 +100,13 @@ class LearningOptions(TuningOptions, StageOptions):
         int | None,
         option(
             "Images to look at while optimising, each time counted; 0: calibrate only.",
-            min=0,
-            show_default=f"{VIEWS}; with --tune one epoch",
+            within=VIEWS,
+            show_default=f"{LOOKED_AT}; with --tune one epoch",
         ),
     ] = None
-    calibration: Annotated[int, option("Images kept apart, to calibrate the start and to meet the budget.", min=2)] = (
-        512
-    )
+    calibration: Annotated[
+        int, option("Images kept apart, to calibrate the start and to meet the budget.", within=CALIBRATION)
+    ] = 512
     recipe: Annotated[
         str,
         option(
@@ -103,10 +116,12 @@ class LearningOptions(TuningOptions, StageOptions):
     ] = "ltmp"
     tau: Annotated[
         float | None,
-        option("Temperature of the decisions' gradients.", show_default="0.1; with --recipe paper 0.5"),
+        option(
+            "Temperature of the decisions' gradients.", within=TEMPERATURE, show_default="0.1; with --recipe paper 0.5"
+        ),
     ] = None
-    accumulate: Annotated[int, option("Batches per step.", min=1)] = 1
-    lr: Annotated[float, option("Factor on the learning rates.")] = 1.0
+    accumulate: Annotated[int, option("Batches per step.", within=BATCH)] = 1
+    lr: Annotated[float, option("Factor on the learning rates.", within=FACTOR)] = 1.0
     distill: Annotated[bool, option("Learn from the dense model's answers instead of labels.", None, "--distill")] = (
         False
     )
@@ -122,7 +137,7 @@ class LearningOptions(TuningOptions, StageOptions):
         if self.recipe == "paper":
             apart = max(2, round(HELD_OUT * loader.images)) if loader.images else apart
         once = self.tune is not None or self.recipe == "paper"
-        views = self.views if self.views is not None else views_of(loader, 1, apart) if once else VIEWS
+        views = self.views if self.views is not None else views_of(loader, 1, apart) if once else LOOKED_AT
         return replace(self, views=views, calibration=apart)
 
     def temperature(self) -> float:
@@ -190,18 +205,20 @@ def learn_verb(
     if learning.dry_run:
         _foretell(network, loader, checking, learning, run, job)
         return
-    with distributed.group(place), job.resumable():
-        before = _before(job, network, checking, run) if tuning else None
-        _learn(job, network, loader, learning, run, log)
-        after = _evaluated(network, checking, run)
-        learned = job.done("learning")
-        distributed.merge(loader.skipped)
-        if distributed.rank() > 0:
-            return
-    about = _about(model.model, learned, before, after)
-    if tuning is None:
-        about |= base_model(network, model.pretrained and not model.weights)
-    _report(job, network, about, learned["history"], output)
+    with job.resumable():
+        with distributed.group(place):
+            job.of(network, loader, run)
+            before = _before(job, network, checking, run) if tuning else None
+            _learn(job, network, loader, learning, run, log)
+            after = _evaluated(network, checking, run)
+            learned = job.done("learning")
+            distributed.merge(loader.skipped)
+            if distributed.rank() > 0:
+                return
+        about = _about(model.model, learned, before, after)
+        if tuning is None:
+            about |= base_model(network, model.pretrained and not model.weights)
+        _report(job, network, about, learned["history"], output)
     report_skipped(loader.skipped)
     if not output.quiet:
         tuned = Path(learned["weights"]) if learned.get("tuned") else None
@@ -227,9 +244,11 @@ def _learn(
     from ... import distributed, save
     from ...learning import learn
     from ..progress import progress_bar
+    from ..runs import fingerprints
 
     done = job.done("learning")
     if done is not None:
+        job.check_files(done.get("files", {}))
         _restore(job, network, done)
         return
     tuning = options.tuning()
@@ -263,6 +282,8 @@ def _learn(
             found["weights"] = str(_write_weights(network, options.tuned_weights, job.folder))
         # before anything else is done with them
         save(network, job.thresholds, **found)
+        written = [job.thresholds, *([_weights_file(found["weights"])] if "weights" in found else [])]
+        found["files"] = fingerprints(written)
     job.finish("learning", {**found, "history": [asdict(step) for step in result.history]})
 
 
@@ -273,9 +294,14 @@ def _restore(job: Run, network: nn.Module, done: dict[str, Any]) -> None:
 
     weights = done.get("weights")
     if weights is not None:
-        path = Path(weights)
-        load_weights(detach(network), path / "model.safetensors" if path.is_dir() else path)
+        load_weights(detach(network), _weights_file(weights))
     load(network, job.thresholds)
+
+
+def _weights_file(weights: str) -> Path:
+    """The file of a tuned model, which is a folder for Hugging Face."""
+    path = Path(weights)
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 def _evaluated(network: nn.Module, checking: Loader | None, run: RunOptions) -> Evaluation | None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ...files import check_writable
 from ..options import Budget, ClassMap, PreprocessingOptions, ReducedModel, verb
 
 
@@ -40,6 +41,7 @@ def pack_verb(
     from ...data.transforms import eval_settings
     from ..screen import say, suggest
 
+    check_writable(out)
     name = model.name(model.budget)
     network = model.build(name, budget=model.budget)
     load(network, model.thresholds, budget=model.budget)

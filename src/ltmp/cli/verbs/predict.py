@@ -12,6 +12,7 @@ import typer
 
 from ...config import ENGINES
 from ...errors import UsageError
+from ...ranges import CLASSES, WORKERS, Range
 from ..options import (
     DATA,
     MODEL,
@@ -87,11 +88,14 @@ class PredictRun(RunOptions):
 
     batch_size: BatchSize = 64
     workers: Annotated[
-        int | None, option("Processes that decode ahead; default: 1, with a GPU up to 8.", RUN, min=0, max=256)
+        int | None, option("Processes that decode ahead; default: 1, with a GPU up to 8.", RUN, within=WORKERS)
     ] = None
     engine: Annotated[str | None, option("auto, packed, triton or graph; ray is short for --runner ray.", RUN)] = None
     runner: Annotated[str, option("local: this process; ray: a Ray cluster.", _RAY)] = "local"
-    actors: Annotated[int | None, option("Models at once; default: one per GPU, or else per CPU.", _RAY, min=1)] = None
+    actors: Annotated[
+        int | None,
+        option("Models at once; default: one per GPU, or else per CPU.", _RAY, within=Range(min=1, max=4096)),
+    ] = None
     ray_address: Annotated[
         str | None, option("Address of a running Ray cluster; default: RAY_ADDRESS, or a local one for this run.", _RAY)
     ] = None
@@ -115,14 +119,18 @@ class PredictOutput(OutputOptions):
 
     out: Annotated[Path, option("Output folder; an interrupted run there goes on.", OUTPUT)]
     top: Annotated[
-        int | None, option("Classes to keep for each image; default: 5, or all of fewer.", OUTPUT, min=1)
+        int | None,
+        option(
+            "Classes to keep for each image; default: 5, or all of fewer.", OUTPUT, within=Range(min=1, max=CLASSES.max)
+        ),
     ] = None
     embeddings: Annotated[
         bool, option("Keep what enters the classifier instead of classes.", OUTPUT, "--embeddings")
     ] = False
-    shard_size: Annotated[int, option("Images per output file where SOURCE is a folder of images.", OUTPUT, min=1)] = (
-        1024
-    )
+    shard_size: Annotated[
+        int,
+        option("Images per output file where SOURCE is a folder of images.", OUTPUT, within=Range(min=1, max=10**6)),
+    ] = 1024
     overwrite: Annotated[bool, option("Remove the run in --out and start anew.", OUTPUT, "--overwrite")] = False
 
 

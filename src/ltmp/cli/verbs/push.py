@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...ranges import BUDGET
 from ...textfiles import read_json
 from ..options import option, verb
 
@@ -25,7 +26,11 @@ class PushOptions:
     ] = None
     budget: Annotated[
         float | None,
-        option("What a file's dial is set to for those who ask for no budget; default: as saved.", metavar="SHARE"),
+        option(
+            "What a file's dial is set to for those who ask for no budget; default: as saved.",
+            metavar="SHARE",
+            within=BUDGET,
+        ),
     ] = None
     private: Annotated[bool, option("Make the new repository private.", None, "--private")] = False
     revision: Annotated[str | None, option("Branch to push to.")] = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...files import check_file_writable
 from ..extras import need
 from ..options import (
     DATA,
@@ -64,7 +65,7 @@ class ReportRun(EvaluationOptions):
 class PageOptions:
     """HTML file to write."""
 
-    out: Annotated[Path, option("HTML file to write.", OUTPUT)] = Path("report.html")
+    out: Annotated[Path, option("HTML file to write.", OUTPUT, writes=check_file_writable)] = Path("report.html")
     title: Annotated[str | None, option("Title of the page.", OUTPUT)] = None
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...files import check_writable
+from ...ranges import BUDGET, CALIBRATION, IMAGES, SHARE, VIEWS
 from ..extras import need
 from ..options import (
     DATA,
@@ -37,7 +39,7 @@ MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
 BUDGETS = (0.6, 0.5, 0.4)
 LOW, HIGH = 0.3, 0.95
 """Ends of the dials."""
-VIEWS, CALIBRATION = 9_000, 512
+LOOKED_AT, CALIBRATED = 9_000, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class ReproducedData(BatchOptions):
 
     val: Annotated[str | None, option("Data to report on; default: val/ of the data folder.", DATA)] = None
     limit: Annotated[
-        int | None, option("Use at most this many images to learn from, and as many to report on.", DATA, min=1)
+        int | None, option("Use at most this many images to learn from, and as many to report on.", DATA, within=IMAGES)
     ] = None
 
     def of(self, path: str) -> LearningData:
@@ -84,12 +86,21 @@ class ReproduceOptions:
 
     budget: Annotated[
         list[float] | None,
-        option(f"FLOPs share; may be repeated. Default: {', '.join(map(str, BUDGETS))}.", metavar="SHARE"),
+        option(
+            f"FLOPs share; may be repeated. Default: {', '.join(map(str, BUDGETS))}.", metavar="SHARE", within=BUDGET
+        ),
     ] = None
-    views: Annotated[int, option("Images that each dial looks at while searching; 0: calibrate only.", min=0)] = VIEWS
-    calibration: Annotated[int, option("Images to calibrate each row of a dial.", min=2)] = CALIBRATION
+    views: Annotated[
+        int, option("Images that each dial looks at while searching; 0: calibrate only.", within=VIEWS)
+    ] = LOOKED_AT
+    calibration: Annotated[int, option("Images to calibrate each row of a dial.", within=CALIBRATION)] = CALIBRATED
     certify: Annotated[
-        float, option("Level of the certificate: 0.01 is 1 % of other answers than the dense model's.", metavar="LEVEL")
+        float,
+        option(
+            "Level of the certificate: 0.01 is 1 % of other answers than the dense model's.",
+            metavar="LEVEL",
+            within=SHARE,
+        ),
     ] = 0.01
     speed: Annotated[bool, option("Measure images per second, too.")] = True
     dry_run: Annotated[
@@ -110,9 +121,9 @@ class ReproduceOptions:
 class ReproduceOutput(TableOptions):
     """Where the runs and the table go."""
 
-    out: Annotated[Path, option("Folder of all runs, and of table.md, table.csv and table.json.", OUTPUT)] = Path(
-        "reproduce"
-    )
+    out: Annotated[
+        Path, option("Folder of all runs, and of table.md, table.csv and table.json.", OUTPUT, writes=check_writable)
+    ] = Path("reproduce")
 
 
 @verb
@@ -151,8 +162,9 @@ def reproduce_verb(
     if options.dry_run:
         _foretell(plans, job)
         return
-    carry_out(plans, job)
-    report(plans, options.budgets, output.out, output)
+    with job.alone():
+        carry_out(plans, job)
+        report(plans, options.budgets, output.out, output)
     if not output.quiet:
         best = plans[0].folder / "dial-best"
         suggest(*plans[0].model.deploy(best / "thresholds.safetensors", budget=options.budgets[0]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ...ranges import BATCH, Range
 from ..options import Budget, CertifiedOption, Engine, PreprocessingOptions, ReducedModel, RunOptions, option, verb
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ...serve import Limits
 
 _SERVICE, _LIMITS = "Service", "Limits"
+_PATIENCE = Range(0.1, 86_400)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +23,24 @@ class ServiceOptions:
     """Where the service listens, and how much it takes on."""
 
     host: Annotated[str, option("Address to listen on; 0.0.0.0: all of this machine's.", _SERVICE)] = "127.0.0.1"
-    port: Annotated[int, option("0: any free one.", _SERVICE, min=0, max=65535)] = 8000
+    port: Annotated[int, option("0: any free one.", _SERVICE, within=Range(0, 65_535))] = 8000
     json_logs: Annotated[bool, option("Log in lines of JSON.", _SERVICE, "--json-logs")] = False
-    max_batch: Annotated[int, option("Images per call of the model.", _LIMITS, min=1)] = 32
-    max_wait: Annotated[float, option("Milliseconds that an image waits for others.", _LIMITS, min=0)] = 5.0
-    max_queue: Annotated[int, option("Requests at once; more are answered 429.", _LIMITS, min=1)] = 128
-    max_connections: Annotated[int, option("Open connections; more are closed.", _LIMITS, min=1)] = 512
-    max_body: Annotated[float, option("Megabytes of a request.", _LIMITS, min=0.001)] = 10.0
-    max_pixels: Annotated[float, option("Megapixels of an image.", _LIMITS, min=0.001, max=178)] = 25.0
-    read_timeout: Annotated[float, option("Seconds a client has to send its request.", _LIMITS, min=0.1)] = 10.0
-    timeout: Annotated[float, option("Seconds from a whole request to its answer.", _LIMITS, min=0.1)] = 30.0
-    decode_timeout: Annotated[float, option("Seconds that decoding one image may take.", _LIMITS, min=0.1)] = 5.0
-    decoders: Annotated[int, option("Processes that decode.", _LIMITS, min=1, max=256)] = 2
+    max_batch: Annotated[int, option("Images per call of the model.", _LIMITS, within=BATCH)] = 32
+    max_wait: Annotated[
+        float, option("Milliseconds that an image waits for others.", _LIMITS, within=Range(0, 60_000))
+    ] = 5.0
+    max_queue: Annotated[int, option("Requests at once; more are answered 429.", _LIMITS, within=Range(1, 10**6))] = 128
+    max_connections: Annotated[int, option("Open connections; more are closed.", _LIMITS, within=Range(1, 10**6))] = 512
+    max_body: Annotated[float, option("Megabytes of a request.", _LIMITS, within=Range(0.001, 10_000))] = 10.0
+    max_pixels: Annotated[float, option("Megapixels of an image.", _LIMITS, within=Range(0.001, 178))] = 25.0
+    read_timeout: Annotated[float, option("Seconds a client has to send its request.", _LIMITS, within=_PATIENCE)] = (
+        10.0
+    )
+    timeout: Annotated[float, option("Seconds from a whole request to its answer.", _LIMITS, within=_PATIENCE)] = 30.0
+    decode_timeout: Annotated[float, option("Seconds that decoding one image may take.", _LIMITS, within=_PATIENCE)] = (
+        5.0
+    )
+    decoders: Annotated[int, option("Processes that decode.", _LIMITS, within=Range(1, 256))] = 2
 
     def limits(self) -> Limits:
         """In bytes, pixels and seconds."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...ranges import Range
 from ..options import (
     OUTPUT,
     Budgets,
@@ -58,7 +59,7 @@ class Pictures(OutputOptions):
     blocks: Annotated[
         str | None, option("Which blocks, counted from 1: 4,8,11 or 1-6, or all.", OUTPUT, metavar="LIST")
     ] = None
-    width: Annotated[int, option("Width of one picture in pixels.", OUTPUT, min=32)] = 224
+    width: Annotated[int, option("Width of one picture in pixels.", OUTPUT, within=Range(min=32, max=4096))] = 224
 
 
 @verb
@@ -128,10 +129,11 @@ def parse_blocks(text: str, depth: int) -> list[int]:
         return list(range(depth))
     chosen: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if found is None:
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last <= depth:
             raise UsageError(f"--blocks {text!r}: expected numbers from 1 to {depth}, such as 4,8,11 or 1-6, or all")
-        chosen += range(int(found[1]) - 1, int(found[2] or found[1]))
+        chosen += range(first - 1, last)
     return chosen
 
 
