@@ -227,9 +227,9 @@ def test_tensors_of_other_kinds_are_left_to_the_host() -> None:
     x = torch.randn(7, 16)
     from ltmp.hosts.timm import RECIPE
 
-    assert onednn.halves(RECIPE, block, x).qkv.func is onednn._qkv
+    assert onednn.halves(RECIPE, (block,), x)[0].qkv.func is onednn._qkv
     block.mlp.fc1.weight = torch.nn.Parameter(block.mlp.fc1.weight.as_subclass(Watched), requires_grad=False)
-    assert onednn.halves(RECIPE, block, x).qkv.func is not onednn._qkv
+    assert onednn.halves(RECIPE, (block,), x)[0].qkv.func is not onednn._qkv
 
 
 @torch.inference_mode()

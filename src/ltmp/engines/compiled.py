@@ -7,7 +7,7 @@ bias for each pair of tokens, and policies made for one purpose (calibration).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,14 +67,11 @@ def halves_of(body: Body, x: Tensor) -> list[Halves] | None:
 
     All blocks are looked up at once, as between products the processor has to fetch again what it takes to look.
     """
-    known = [look(body.recipe, block) for block in body.blocks]
-    if any(block.drops() for block in known):
-        return None
-    return [halves(body.recipe, block, x, seen) for block, seen in zip(body.blocks, known, strict=True)]
+    known = look(body.recipe, body.blocks)
+    return None if known.drops() else halves(body.recipe, body.blocks, x, known)
 
 
-@dataclass(frozen=True)
-class LiveRows:
+class LiveRows(NamedTuple):
     """The live tokens of a batch between two blocks, one image after the other.
 
     Attributes:
@@ -129,8 +126,7 @@ class LiveRows:
         return Tokens(size, keep.float(), origin.masked_fill(~keep, _NOWHERE), source)
 
 
-@dataclass(frozen=True)
-class InNumba:
+class InNumba(NamedTuple):
     """A batch between two blocks; see `state.Partway`.
 
     Attributes:
@@ -158,7 +154,7 @@ class InNumba:
     def step(self, i: int, _bias: Bias | None = None) -> InNumba:
         rows = run_block(self.body, i, self.halves[i], self.rows, self.planned[i], self.positions)
         trail = None if self.trail is None else (*self.trail, torch.from_numpy(rows.source))
-        return replace(self, rows=rows, kept=(*self.kept, rows.counts.tolist()), trail=trail)
+        return self._replace(rows=rows, kept=(*self.kept, rows.counts.tolist()), trail=trail)
 
     def unmerged(self) -> Tensor:
         rows = self.rows
@@ -204,7 +200,7 @@ def run_block(
 ) -> LiveRows:
     """Run block `i` on the live tokens."""
     left = _attend_and_reduce(body, i, half, rows, planned, positions)
-    return replace(left, x=half.mlp(left.x))
+    return left._replace(x=half.mlp(left.x))
 
 
 def _attend_and_reduce(
@@ -225,7 +221,7 @@ def _attend_and_reduce(
     y = attend_images(q, k, v, bias, rows.counts.tolist(), *signals)
     if live < len(x):
         y = torch.cat([y, y.new_zeros(len(x) - live, y.shape[1])])
-    rows = replace(rows, x=half.out(x, y))
+    rows = rows._replace(x=half.out(x, y))
     if planned is None:
         return rows
     arrays = [None if found is None else found.array[:live] for found in (received, attended)]

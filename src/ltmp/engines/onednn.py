@@ -13,7 +13,7 @@ or where a block is not plain, the host's modules run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -47,17 +47,20 @@ class Halves(NamedTuple):
     mlp: Callable[[Tensor], Tensor]
 
 
-def halves(recipe: Recipe, block: nn.Module, x: Tensor, known: Known | None = None) -> Halves:
-    """How to run `block` on rows like `x`: its plain layers without its modules where that computes the same.
+def halves(recipe: Recipe, blocks: Sequence[nn.Module], x: Tensor, known: Known | None = None) -> list[Halves]:
+    """How to run blocks on rows like `x`: their plain layers without their modules where that computes the same.
 
     Args:
-        known: of the block, where somebody has looked already.
+        known: of the blocks, where somebody has looked already.
     """
-    if not block.training and _applies(x):
-        parts = (known or look(recipe, block)).parts(block)
-        if parts is not None and parts.act in _GELU and parts.fc1.weight.dtype == torch.float32:
-            linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
-            return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
+    found = (known or look(recipe, blocks)).parts(blocks) if _applies(x) else [None] * len(blocks)
+    return [_halves_of(recipe, block, parts) for block, parts in zip(blocks, found, strict=True)]
+
+
+def _halves_of(recipe: Recipe, block: nn.Module, parts: Parts | None) -> Halves:
+    if parts is not None and not block.training and parts.act in _GELU and parts.fc1.weight.dtype == torch.float32:
+        linear = _onednn if _faster(parts.fc1.in_features, torch.get_num_threads()) else _mkl
+        return Halves(partial(_qkv, parts, linear), partial(_out, parts, linear), partial(_mlp, parts, linear))
     return Halves(
         partial(recipe.qkv, block),
         lambda x, y: x + recipe.out(block, y),

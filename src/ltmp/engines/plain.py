@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..method.recipe import Parts, Recipe, activation_name, is_plain
 from .hooks import hooked_inside
@@ -21,48 +23,72 @@ _DROPS = ("DropPath", "StochasticDepth")
 
 
 class Known:
-    """What is known of a block, for as long as it has the same children and weights."""
+    """What is known of some blocks, for as long as they have the same children and weights.
 
-    def __init__(self, recipe: Recipe, block: nn.Module) -> None:
-        modules = list(block.modules())
-        parts = recipe.parts(block)
-        whole = parts is not None and is_plain(parts) and all(_accounted(m, block, parts) for m in modules)
-        self._parts = parts if whole else None
-        places = [place for m in modules for place in (m._parameters, m._modules)]
+    Every call asks for it: it holds dictionaries of modules, and no module that would keep its model alive.
+    """
+
+    def __init__(self, recipe: Recipe, blocks: Sequence[nn.Module]) -> None:
+        self._recipe, self._blocks = recipe, tuple(map(ref, blocks))
+        self._parts = [_whole(recipe, block) for block in blocks]
+        modules = [module for block in blocks for module in block.modules()]
+        inside = [vars(module) for block in blocks for module in block.modules() if module is not block]
+        places = [place for module in modules for place in (module._parameters, module._modules)]
         self._names: list[tuple[dict[str, Any], str, Any]] = [(p, name, v) for p in places for name, v in p.items()]
-        # layers made of a host's own weights (`linear_of`) are of the memory that these had
-        layers = () if parts is None else (*parts.linears, parts.norm1, parts.norm2)
-        own = () if set(layers) <= set(modules) else (m._parameters for m in modules)
-        self._memory = [(value, value.data_ptr()) for place in own for value in place.values() if value is not None]
         self._names += [(vars(m), "approximate", m.approximate) for m in modules if isinstance(m, nn.GELU)]
-        self._states = [vars(m) for m in modules if m is not block]
+        self._memory = [(value, value.data_ptr()) for value in _borrowed(self._parts, blocks)]
+        self._states = inside
         self._idle = [vars(m) for m in modules if type(m).__name__.endswith(_IDLE)]
         self._drops = [vars(m) for m in modules if type(m).__name__.endswith(_DROPS)]
+        self._unhooked = -1
 
-    # every call asks this of every block: plain loops where there is something to be looked at
-
-    def holds(self) -> bool:
-        """Whether they are those of its block still."""
+    def holds(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether it is of these blocks, as they are."""
+        if len(blocks) != len(self._blocks):
+            return False
+        for block, known in zip(blocks, self._blocks, strict=True):
+            if known() is not block:
+                return False
         for place, name, value in self._names:
             if place.get(name) is not value:
                 return False
         return not self._memory or all(value.data_ptr() == at for value, at in self._memory)
 
-    def parts(self, block: nn.Module) -> Parts | None:
-        """Its parts, if nothing else has a say in what it computes now: no hook, no adapter, no dropout."""
-        if self._parts is None:
-            return None
-        for state in self._states:
-            if "forward" in state:
-                return None
-        for state in self._idle:
-            if state["training"]:
-                return None
-        return None if hooked_inside(block) else self._parts
+    def parts(self, blocks: Sequence[nn.Module]) -> list[Parts | None]:
+        """Of each block its parts, or None where something else has a say now: a hook, an adapter, dropout."""
+        if self._untouched() and self._is_unhooked(blocks):
+            return self._parts
+        if len(blocks) == 1:
+            return [None]
+        return [look(self._recipe, (block,)).parts((block,))[0] for block in blocks]
 
     def drops(self) -> bool:
-        """Whether it leaves out branches of some images at random now (stochastic depth, Huang et al., ECCV 2016)."""
+        """Whether one leaves out branches of some images at random now (stochastic depth, Huang et al., ECCV 2016)."""
         return bool(self._drops) and any(state["training"] for state in self._drops)
+
+    def _untouched(self) -> bool:
+        for state in self._states:
+            if "forward" in state:
+                return False
+        for state in self._idle:  # noqa: SIM110 - as fast as it can be
+            if state["training"]:
+                return False
+        return True
+
+    def _is_unhooked(self, blocks: Sequence[nn.Module]) -> bool:
+        latest = RemovableHandle.next_id
+        if self._unhooked != latest:
+            if any(map(hooked_inside, blocks)):
+                return False
+            self._unhooked = latest
+        return True
+
+
+def _whole(recipe: Recipe, block: nn.Module) -> Parts | None:
+    """The parts of a block, if they are all that it is made of."""
+    parts = recipe.parts(block)
+    plain = parts is not None and is_plain(parts) and all(_accounted(m, block, parts) for m in block.modules())
+    return parts if plain else None
 
 
 def _accounted(module: nn.Module, block: nn.Module, parts: Parts) -> bool:
@@ -77,14 +103,25 @@ def _accounted(module: nn.Module, block: nn.Module, parts: Parts) -> bool:
     return scales or activation_name(module) == parts.act or type(module).__name__.endswith(_IDLE)
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+def _borrowed(found: Sequence[Parts | None], blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The weights of blocks with layers made of a host's own memory (`linear_of`), which is to stay where it was."""
+    return [
+        weight
+        for parts, block in zip(found, blocks, strict=True)
+        if parts is not None and not set(parts.linears) <= set(block.modules())
+        for weight in block.parameters()
+    ]
 
 
-def look(recipe: Recipe, block: nn.Module) -> Known:
-    """What is known of a block as it is now."""
+_KNOWN: WeakKeyDictionary[nn.Module, dict[int, Known]] = WeakKeyDictionary()
+
+
+def look(recipe: Recipe, blocks: Sequence[nn.Module]) -> Known:
+    """What is known of blocks as they are now."""
     if torch.compiler.is_compiling():
-        return Known(recipe, block)
-    known = _KNOWN.get(block)
-    if known is None or not known.holds():
-        known = _KNOWN[block] = Known(recipe, block)
+        return Known(recipe, blocks)
+    by_number = _KNOWN.setdefault(blocks[0], {})
+    known = by_number.get(len(blocks))
+    if known is None or not known.holds(blocks):
+        known = by_number[len(blocks)] = Known(recipe, blocks)
     return known

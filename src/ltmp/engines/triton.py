@@ -116,11 +116,11 @@ def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
 
 def branches(body: Body) -> list[Branches]:
     """The blocks, fused where they are standard."""
-    found: list[Branches] = []
-    for block in body.blocks:
-        parts = look(body.recipe, block).parts(block)
-        found.append(OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts))
-    return found
+    found = look(body.recipe, body.blocks).parts(body.blocks)
+    return [
+        OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts)
+        for block, parts in zip(body.blocks, found, strict=True)
+    ]
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:

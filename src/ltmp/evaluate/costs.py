@@ -155,7 +155,7 @@ def _packed_pieces(
     off = ((False, False),) * len(active)
     start = State.start(x, packs=True, positions=positions)
     rows = replace(start, x=x.flatten(0, 1))
-    mlp = halves(body.recipe, body.blocks[i], rows.x).mlp
+    mlp = halves(body.recipe, body.blocks[i : i + 1], rows.x)[0].mlp
     calls: dict[str, Call] = {
         "plain": lambda: packed.step(body, i, rows, off),
         "reduced": lambda: packed.step(body, i, rows, active),
@@ -172,7 +172,7 @@ def _compiled_pieces(
     """The same with a compiled plan."""
     rows = compiled.LiveRows.start(x)
     steps = compiled.block_steps(body.policy, active, body.protected)[i]
-    half = halves(body.recipe, body.blocks[i], rows.x)
+    half = halves(body.recipe, body.blocks[i : i + 1], rows.x)[0]
     calls: dict[str, Call] = {
         "plain": lambda: compiled.run_block(body, i, half, rows, None, positions),
         "reduced": lambda: compiled.run_block(body, i, half, rows, steps, positions),

@@ -18,7 +18,6 @@ MANY = 192
 its fused attention is the fastest where nobody asks for the map."""
 
 
-@torch.no_grad()
 def attend_images(
     q: Tensor,
     k: Tensor,
@@ -28,7 +27,7 @@ def attend_images(
     received: Tensor | None = None,
     attended: Tensor | None = None,
 ) -> Tensor:
-    """`reference.attend` of packed rows, one image after the other.
+    """`reference.attend` of packed rows, one image after the other; called where no gradients are asked for.
 
     Args:
         q, k, v: float32 [T, H, D], the live tokens of all images one after the other.
