@@ -98,7 +98,9 @@ _Linear = Callable[..., Tensor]
 
 
 def _mkl(layer: nn.Linear, x: Tensor, act: str | None = None) -> Tensor:
-    y = F.linear(x, layer.weight, layer.bias)
+    # as an attribute of a module, a weight takes longer to find
+    own = layer._parameters
+    y = F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
     return y if act is None else torch.ops.aten.gelu_(y, approximate=act)
 
 
@@ -141,11 +143,13 @@ def _added(layer: nn.Linear, linear: _Linear, scale: Tensor | None, x: Tensor, y
     """x + scale * layer(y)."""
     if scale is not None:
         return torch.addcmul(x, linear(layer, y), scale)
-    if linear is _mkl and layer.bias is not None:
+    own = layer._parameters
+    if linear is _mkl and own["bias"] is not None:
         # MKL adds its product to what is there: the sum of x and the bias saves the pass that would copy the bias
-        return torch.add(x, layer.bias).addmm_(y, layer.weight.t())
+        return torch.add(x, own["bias"]).addmm_(y, own["weight"].t())  # type: ignore[union-attr]
     return x + linear(layer, y)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
+    own = norm._parameters
+    return torch.native_layer_norm(x, norm.normalized_shape, own["weight"], own["bias"], norm.eps)[0]

@@ -40,7 +40,7 @@ def attend_images(
         [T, H * D].
     """
     rows, heads, width = q.shape
-    out = q.new_empty(rows, heads * width)
+    out = torch.empty(rows, heads * width, device=q.device)
     images = [_split(_heads_first(t, q.shape, t is k), counts, 1 + (t is k)) for t in (q, k, v, out)]
     scores = [[None] * len(counts) if t is None else _split(t, counts, 0) for t in (bias, received, attended)]
     for image in zip(*images, *scores, strict=True):
