@@ -18,6 +18,7 @@ import ltmp
 from helpers import assert_close, attach_reducing, embed, make_probe, plain_torch, random_images, run_recorded, tiny_vit
 from ltmp.config import SCORES, VARIANTS
 from ltmp.engines import compiled, onednn
+from ltmp.engines.plain import look
 from ltmp.evaluate import describe_machine
 
 pytest.importorskip("numba")
@@ -227,9 +228,9 @@ def test_tensors_of_other_kinds_are_left_to_the_host() -> None:
     x = torch.randn(7, 16)
     from ltmp.hosts.timm import RECIPE
 
-    assert onednn.halves(RECIPE, (block,), x)[0].qkv.func is onednn._qkv
+    assert onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0].qkv.func is onednn._qkv
     block.mlp.fc1.weight = torch.nn.Parameter(block.mlp.fc1.weight.as_subclass(Watched), requires_grad=False)
-    assert onednn.halves(RECIPE, (block,), x)[0].qkv.func is not onednn._qkv
+    assert onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0].qkv.func is not onednn._qkv
 
 
 @torch.inference_mode()

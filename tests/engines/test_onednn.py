@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ltmp
 from helpers import assert_close, attach_reducing, random_images, run_recorded, tiny_vit
 from ltmp.engines import onednn
+from ltmp.engines.plain import look
 from ltmp.hosts.timm import RECIPE
 
 needs_onednn = pytest.mark.skipif(
@@ -28,7 +29,7 @@ KINDS = {
 
 
 def by_onednn(block: nn.Module, x: torch.Tensor) -> bool:
-    return onednn.halves(RECIPE, (block,), x)[0].qkv.func is onednn._qkv
+    return onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0].qkv.func is onednn._qkv
 
 
 @needs_onednn
@@ -38,7 +39,7 @@ def test_halves_are_those_of_the_host(kwargs: dict[str, object]) -> None:
     block = tiny_vit(**kwargs).blocks[0]
     x = torch.randn(37, 16)
     assert by_onednn(block, x)
-    half = onednn.halves(RECIPE, (block,), x)[0]
+    half = onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0]
     for got, expected in zip(half.qkv(x), RECIPE.qkv(block, x), strict=True):
         assert_close(got, expected, 1e-5, "qkv")
     y = torch.randn_like(x)
@@ -73,7 +74,7 @@ def test_what_is_not_a_plain_inference_block_runs_its_own_modules() -> None:
             assert not by_onednn(block, x)
         with FlopCounterMode(display=False) as counter:
             assert not by_onednn(block, x)
-            onednn.halves(RECIPE, (block,), x)[0].out(x, x)
+            onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0].out(x, x)
         assert counter.get_total_flops() == 2 * 7 * 16 * 16
         assert not by_onednn(block.train(), x)
         assert not by_onednn(tiny_vit(mlp_layer=SwiGLU).blocks[0], x)
@@ -86,7 +87,7 @@ def test_hooks_and_adapters_on_linear_layers_are_heard() -> None:
     block = tiny_vit().blocks[0]
     block.mlp.fc1.register_forward_hook(lambda *_: heard.append("fc1"))
     assert not by_onednn(block, x)
-    onednn.halves(RECIPE, (block,), x)[0].mlp(x)
+    onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0].mlp(x)
     assert heard == ["fc1"]
 
     class Adapter(nn.Linear):

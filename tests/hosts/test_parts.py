@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.nn.utils import prune
 
 import ltmp
 from helpers import assert_close, random_images, run_recorded, tiny_vit
+from ltmp.engines.plain import look
 from ltmp.hosts.attach import attachment
 
 IMAGES = random_images(3)
@@ -140,7 +143,8 @@ def _replace(attention: nn.Module, block: Any, name: str) -> None:
 
 
 def _set_forward(attention: Any, block: Any, name: str) -> None:
-    attention.forward = attention.forward
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: own(*args, **kwargs)
 
 
 def _drop(attention: Any, block: Any, name: str) -> None:
@@ -320,3 +324,74 @@ def test_a_tower_that_is_to_hand_out_tokens_is_refused() -> None:
     model.output_tokens = True
     with pytest.raises(ltmp.LTMPError, match="output_tokens=False"):
         model(IMAGES)
+
+
+def parts_of(model: Any) -> list[Any]:
+    body = attachment(model).body
+    return look(body.memory, body.recipe, body.blocks).parts(body.blocks)
+
+
+@pytest.mark.parametrize("build", [tiny_vit, torchvision_vit, CASES["hf-dinov2"].build])
+def test_plain_blocks_run_by_their_parts(build: Callable[[], Any]) -> None:
+    assert None not in parts_of(reduced(build()))
+
+
+def test_a_forward_that_was_patched_and_restored_is_the_modules_own() -> None:
+    model = reduced(tiny_vit())
+    expected = model(IMAGES)
+    for path in ("attn", "mlp"):
+        module = model.blocks[1].get_submodule(path)
+        own = module.forward
+        module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
+        with ltmp.dense():
+            model(IMAGES)
+        module.forward = own
+    assert None not in parts_of(model)
+    assert_close(model(IMAGES), expected, ATOL, "restored")
+
+
+def test_accelerate_may_move_the_inputs_of_modules() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = reduced(tiny_vit())
+    expected = model(IMAGES)
+    places = dict.fromkeys([name for name, _ in model.named_children()], "cpu")
+    places |= dict.fromkeys([name for name, _ in model.named_parameters(recurse=False)], "cpu")
+    accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    with torch.no_grad():
+        assert_close(model(IMAGES), expected, ATOL, "dispatched")
+
+
+def test_dropout_that_drops_nothing_may_take_the_place_of_another() -> None:
+    model = reduced(tiny_vit())
+    expected = model(IMAGES)
+    model.blocks[1].attn.attn_drop = nn.Identity()
+    assert torch.equal(model(IMAGES), expected)
+    model.blocks[1].attn.attn_drop = nn.Dropout(0.1)
+    with pytest.raises(ltmp.LTMPError, match="attn_drop of a block"):
+        model(IMAGES)
+
+
+@pytest.mark.parametrize("how", ["attribute", "hook"])
+def test_a_model_that_is_referred_to_from_inside_is_freed(how: str) -> None:
+    model = reduced(tiny_vit())
+    if how == "attribute":
+        model.blocks[1].mlp.owner = [model]
+    else:
+        model.blocks[1].mlp.register_forward_hook(lambda *_, model=model: None)
+    with torch.no_grad():
+        model(IMAGES)
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    assert left() is None
+
+
+def test_copies_know_nothing_of_the_others_blocks() -> None:
+    model = reduced(tiny_vit())
+    with torch.no_grad():
+        expected = model(IMAGES)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not attachment(twin).body.memory
+            twin.blocks[1].mlp.fc1.weight.mul_(3)
+            assert (twin(IMAGES) - expected).abs().max() > 1e-3
+        assert torch.equal(model(IMAGES), expected)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,13 @@ from .segments import Segments
 from .state import Reduced
 
 
+class Memory(dict[Any, Any]):
+    """Lives as long as the body, which may be referred to from it; a copy begins anew."""
+
+    def __reduce__(self) -> Any:
+        return Memory, ()
+
+
 @dataclass(frozen=True, eq=False)
 class Body:
     """The blocks of an attached transformer. Frozen: a call shares nothing with another.
@@ -29,6 +37,7 @@ class Body:
         policy: which of their tokens go.
         protected: number of prefix tokens.
         host: the transformer.
+        memory: what engines know of the blocks, see `plain.look`.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -36,6 +45,7 @@ class Body:
     policy: Policy
     protected: int
     host: nn.Module
+    memory: Memory = field(default_factory=Memory, repr=False)
 
     @property
     def depth(self) -> int:

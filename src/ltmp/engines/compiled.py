@@ -67,7 +67,7 @@ def halves_of(body: Body, x: Tensor) -> list[Halves] | None:
 
     All blocks are looked up at once, as between products the processor has to fetch again what it takes to look.
     """
-    known = look(body.recipe, body.blocks)
+    known = look(body.memory, body.recipe, body.blocks)
     return None if known.drops() else halves(body.recipe, body.blocks, x, known)
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module
 
 from ..method.recipe import Parts, Recipe, linear_of
-from .plain import Known, look
+from .plain import Known
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -47,13 +47,13 @@ class Halves(NamedTuple):
     mlp: Callable[[Tensor], Tensor]
 
 
-def halves(recipe: Recipe, blocks: Sequence[nn.Module], x: Tensor, known: Known | None = None) -> list[Halves]:
+def halves(recipe: Recipe, blocks: Sequence[nn.Module], x: Tensor, known: Known) -> list[Halves]:
     """How to run blocks on rows like `x`: their plain layers without their modules where that computes the same.
 
     Args:
-        known: of the blocks, where somebody has looked already.
+        known: of the blocks, see `plain.look`.
     """
-    found = (known or look(recipe, blocks)).parts(blocks) if _applies(x) else [None] * len(blocks)
+    found = known.parts(blocks) if _applies(x) else [None] * len(blocks)
     return [_halves_of(recipe, block, parts) for block, parts in zip(blocks, found, strict=True)]
 
 

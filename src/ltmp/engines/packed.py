@@ -44,7 +44,8 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
         return state.after(body.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
-    half, drops = halves(recipe, (block,), x)[0], look(recipe, (block,)).drops()
+    known = look(body.memory, recipe, (block,))
+    half, drops = halves(recipe, (block,), x, known)[0], known.drops()
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -25,30 +24,26 @@ _DROPS = ("DropPath", "StochasticDepth")
 class Known:
     """What is known of some blocks, for as long as they have the same children and weights.
 
-    Every call asks for it: it holds dictionaries of modules, and no module that would keep its model alive.
+    Every call asks for it.
     """
 
     def __init__(self, recipe: Recipe, blocks: Sequence[nn.Module]) -> None:
-        self._recipe, self._blocks = recipe, tuple(map(ref, blocks))
+        self._recipe = recipe
+        self._each: list[Known] = []
         self._parts = [_whole(recipe, block) for block in blocks]
         modules = [module for block in blocks for module in block.modules()]
-        inside = [vars(module) for block in blocks for module in block.modules() if module is not block]
+        inside = [module for block in blocks for module in block.modules() if module is not block]
         places = [place for module in modules for place in (module._parameters, module._modules)]
         self._names: list[tuple[dict[str, Any], str, Any]] = [(p, name, v) for p in places for name, v in p.items()]
         self._names += [(vars(m), "approximate", m.approximate) for m in modules if isinstance(m, nn.GELU)]
         self._memory = [(value, value.data_ptr()) for value in _borrowed(self._parts, blocks)]
-        self._states = inside
+        self._states = [(vars(module), type(module).forward) for module in inside]
         self._idle = [vars(m) for m in modules if type(m).__name__.endswith(_IDLE)]
         self._drops = [vars(m) for m in modules if type(m).__name__.endswith(_DROPS)]
         self._unhooked = -1
 
-    def holds(self, blocks: Sequence[nn.Module]) -> bool:
-        """Whether it is of these blocks, as they are."""
-        if len(blocks) != len(self._blocks):
-            return False
-        for block, known in zip(blocks, self._blocks, strict=True):
-            if known() is not block:
-                return False
+    def holds(self) -> bool:
+        """Whether the blocks are as they were."""
         for place, name, value in self._names:
             if place.get(name) is not value:
                 return False
@@ -60,15 +55,17 @@ class Known:
             return self._parts
         if len(blocks) == 1:
             return [None]
-        return [look(self._recipe, (block,)).parts((block,))[0] for block in blocks]
+        self._each = self._each or [Known(self._recipe, (block,)) for block in blocks]
+        return [known.parts((block,))[0] for known, block in zip(self._each, blocks, strict=True)]
 
     def drops(self) -> bool:
         """Whether one leaves out branches of some images at random now (stochastic depth, Huang et al., ECCV 2016)."""
         return bool(self._drops) and any(state["training"] for state in self._drops)
 
     def _untouched(self) -> bool:
-        for state in self._states:
-            if "forward" in state:
+        for state, forward in self._states:
+            # one that was patched and restored is the class's, bound to the module
+            if "forward" in state and getattr(state["forward"], "__func__", None) is not forward:
                 return False
         for state in self._idle:  # noqa: SIM110 - as fast as it can be
             if state["training"]:
@@ -113,15 +110,12 @@ def _borrowed(found: Sequence[Parts | None], blocks: Sequence[nn.Module]) -> lis
     ]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, dict[int, Known]] = WeakKeyDictionary()
-
-
-def look(recipe: Recipe, blocks: Sequence[nn.Module]) -> Known:
-    """What is known of blocks as they are now."""
+def look(memory: MutableMapping[Any, Any], recipe: Recipe, blocks: Sequence[nn.Module]) -> Known:
+    """What is known of blocks as they are now, kept in the `memory` of their body."""
     if torch.compiler.is_compiling():
         return Known(recipe, blocks)
-    by_number = _KNOWN.setdefault(blocks[0], {})
-    known = by_number.get(len(blocks))
-    if known is None or not known.holds(blocks):
-        known = by_number[len(blocks)] = Known(recipe, blocks)
+    place = (id(blocks[0]), len(blocks))
+    known = memory.get(place)
+    if known is None or not known.holds():
+        known = memory[place] = Known(recipe, blocks)
     return known

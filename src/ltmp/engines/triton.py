@@ -116,7 +116,7 @@ def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
 
 def branches(body: Body) -> list[Branches]:
     """The blocks, fused where they are standard."""
-    found = look(body.recipe, body.blocks).parts(body.blocks)
+    found = look(body.memory, body.recipe, body.blocks).parts(body.blocks)
     return [
         OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts)
         for block, parts in zip(body.blocks, found, strict=True)

@@ -22,7 +22,8 @@ from ..deploy import deployed
 from ..engines import compiled, packed, select
 from ..engines.body import Body
 from ..engines.capacity import Capacity
-from ..engines.onednn import halves
+from ..engines.onednn import Halves, halves
+from ..engines.plain import look
 from ..engines.positions import Positions
 from ..engines.state import State
 from ..hosts.attach import attachment
@@ -146,6 +147,11 @@ def _merge_some(body: Body, i: int, x: Tensor) -> None:
     policy.prune[i] = torch.finfo(torch.float32).tiny
 
 
+def _half(body: Body, i: int, x: Tensor) -> Halves:
+    blocks = body.blocks[i : i + 1]
+    return halves(body.recipe, blocks, x, look(body.memory, body.recipe, blocks))[0]
+
+
 def _packed_pieces(
     body: Body, i: int, x: Tensor, positions: Positions | None, active: Active
 ) -> tuple[dict[str, Call], float]:
@@ -155,7 +161,7 @@ def _packed_pieces(
     off = ((False, False),) * len(active)
     start = State.start(x, packs=True, positions=positions)
     rows = replace(start, x=x.flatten(0, 1))
-    mlp = halves(body.recipe, body.blocks[i : i + 1], rows.x)[0].mlp
+    mlp = _half(body, i, rows.x).mlp
     calls: dict[str, Call] = {
         "plain": lambda: packed.step(body, i, rows, off),
         "reduced": lambda: packed.step(body, i, rows, active),
@@ -172,7 +178,7 @@ def _compiled_pieces(
     """The same with a compiled plan."""
     rows = compiled.LiveRows.start(x)
     steps = compiled.block_steps(body.policy, active, body.protected)[i]
-    half = halves(body.recipe, body.blocks[i : i + 1], rows.x)[0]
+    half = _half(body, i, rows.x)
     calls: dict[str, Call] = {
         "plain": lambda: compiled.run_block(body, i, half, rows, None, positions),
         "reduced": lambda: compiled.run_block(body, i, half, rows, steps, positions),

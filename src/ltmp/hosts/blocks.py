@@ -93,15 +93,15 @@ class Blocks:
     def _check_uncalled(self, host: str) -> None:
         """Refuse what was done to modules that a reduced model does not call: it would not be seen."""
         for owner, name, module in self._links:
-            if owner._modules.get(name) is not module:
+            now = owner._modules.get(name)
+            if now is not module and not _does_nothing(now):
                 raise LTMPError(
-                    f"an attention of this {host} was replaced after attaching ({name} is a "
-                    f"{type(owner._modules.get(name)).__name__} now), and a reduced model runs the one that was there: "
-                    f"{_ATTACH_AGAIN}"
+                    f"{name} of a block of this {host} was replaced after attaching (by a {type(now).__name__}), and a "
+                    f"reduced model runs what was there: {_ATTACH_AGAIN}"
                 )
         for module, name, value in self._facts:
             now = module.__dict__.get(name)
-            if now is not value and now != value:
+            if now is not value and now != value and not (name == "forward" and _runs_its_own(module)):
                 raise LTMPError(
                     f"{type(module).__name__}.{name} of this {host} was changed after attaching, and a reduced model "
                     f"does not call that module: {_ATTACH_AGAIN}"
@@ -138,6 +138,18 @@ _FACTS = (
     "num_attention_heads",
 )  # fmt: skip
 """Attributes of an attention that say what it computes: adapters and attention maps replace its forward."""
+
+
+def _does_nothing(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _runs_its_own(module: nn.Module) -> bool:
+    """Whether the forward that was set on a module is its class's, by accelerate with inputs that are moved before."""
+    own = vars(module)
+    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    return getattr(forward, "__func__", None) is type(module).forward
+
 
 _ATTACH_AGAIN = "call ltmp.detach(model) and attach again after such changes, or run it inside `with ltmp.dense():`"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 
@@ -63,7 +64,7 @@ def is_plain(parts: Parts) -> bool:
     for layer in parts.linears:
         weights = layer.__dict__["_parameters"]
         weight = weights.get("weight")
-        if type(layer) is not nn.Linear or "forward" in layer.__dict__ or type(weight) is not nn.Parameter:
+        if type(layer) not in _LINEAR or type(weight) is not nn.Parameter:
             return False
         if "bias" not in weights or type(weights["bias"]) not in _PLAIN:
             return False
@@ -73,6 +74,8 @@ def is_plain(parts: Parts) -> bool:
 
 
 _PLAIN = (nn.Parameter, Tensor, type(None))
+# the second is what torch.nn.MultiheadAttention ends with
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 @dataclass(frozen=True)
