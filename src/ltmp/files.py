@@ -122,7 +122,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     try:
         # neither emptied nor followed: a link there may lead to anything
-        file = open(  # noqa: SIM115
+        file = open(  # noqa: SIM115 - closed below, where it is no longer opening it that can fail
             os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0
         )
     except OSError as error:

@@ -63,10 +63,12 @@ def applies(policy: Policy, x: Tensor) -> bool:
 
 
 def halves_of(body: Body, x: Tensor) -> list[Halves] | None:
-    """How to run each block on rows like `x`; None where one drops whole images, which its own modules do.
+    """How to run each block on rows like `x`; None where `applies` is not true, or a block drops whole images.
 
     All blocks are looked up at once, as between products the processor has to fetch again what it takes to look.
     """
+    if not applies(body.policy, x):
+        return None
     known = look(body.memory, body.recipe, body.blocks)
     return None if known.drops() else halves(body.recipe, body.blocks, x, known)
 
@@ -172,7 +174,7 @@ def start(
     body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, found: list[Halves], *,
     unmerges: bool = True, among: Segments | None = None,
 ) -> InNumba:  # fmt: skip
-    """`x` [B, N, C] of which `applies` is true, with `halves_of` it, behind `before` blocks that removed nothing."""
+    """`x` [B, N, C] behind `before` blocks that removed nothing; `found` is `halves_of` it."""
     calls = tracing()
     rows = LiveRows.start(x, calls is not None, unmerges=unmerges, among=among, positioned=positions is not None)
     trail = (torch.from_numpy(rows.source),) * before if calls is not None and calls.every_block else None
@@ -181,7 +183,7 @@ def start(
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None, found: list[Halves]) -> Reduced:
-    """Run all blocks on [B, N, C] of which `applies` is true, by `halves_of` it; see `packed.run`."""
+    """Run all blocks on [B, N, C], of which `found` is `halves_of`; see `packed.run`."""
     first = next((i for i in range(body.depth) if body.policy.steps(active, i)), body.depth)
     for i in range(first):
         # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention

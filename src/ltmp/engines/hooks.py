@@ -1,4 +1,4 @@
-"""Whether someone hooked a module that an engine does not call as its host would."""
+"""Whether someone hooked or patched a module that an engine does not call as its host would."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def all_hooked() -> bool:
     """Whether someone hooked every module there is."""
     names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     return _foreign([getattr(nn.modules.module, f"_global_{name}") for name in names], called=True)
+
+
+def is_own(forward: object, kind: type[nn.Module]) -> bool:
+    """Whether a forward that was set on a module is that of its class, as where it was patched and restored."""
+    return getattr(forward, "__func__", None) is kind.forward
 
 
 def _foreign(found: Iterable[Mapping[int, object]], called: bool) -> bool:

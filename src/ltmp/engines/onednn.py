@@ -98,7 +98,7 @@ _Linear = Callable[..., Tensor]
 
 
 def _mkl(layer: nn.Linear, x: Tensor, act: str | None = None) -> Tensor:
-    # as an attribute of a module, a weight takes longer to find
+    # as an attribute of a module, a weight takes longer to find; it is never None (`is_plain`)
     own = layer._parameters
     y = F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
     return y if act is None else torch.ops.aten.gelu_(y, approximate=act)
@@ -146,6 +146,7 @@ def _added(layer: nn.Linear, linear: _Linear, scale: Tensor | None, x: Tensor, y
     own = layer._parameters
     if linear is _mkl and own["bias"] is not None:
         # MKL adds its product to what is there: the sum of x and the bias saves the pass that would copy the bias
+        # the weight is never None, as in `_mkl`
         return torch.add(x, own["bias"]).addmm_(y, own["weight"].t())  # type: ignore[union-attr]
     return x + linear(layer, y)
 

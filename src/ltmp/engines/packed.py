@@ -24,7 +24,7 @@ from .state import Reduced, State
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
     """Run all blocks on [B, N, C], cutting what is gone; see `Run`. By `compiled` where that applies."""
-    found = compiled.halves_of(body, x) if compiled.applies(body.policy, x) else None
+    found = compiled.halves_of(body, x)
     if found is not None:
         return compiled.run(body, x, active, positions, found)
     state = State.start(x, packs=True, positions=positions)

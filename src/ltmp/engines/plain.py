@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..method.recipe import Parts, Recipe, activation_name, is_plain
-from .hooks import hooked_inside
+from .hooks import hooked_inside, is_own
 
 _LIBRARIES = {"torch", "timm", "torchvision", "open_clip", "transformers"}
 """Whose modules compute what their classes' names say."""
@@ -37,7 +37,7 @@ class Known:
         self._names: list[tuple[dict[str, Any], str, Any]] = [(p, name, v) for p in places for name, v in p.items()]
         self._names += [(vars(m), "approximate", m.approximate) for m in modules if isinstance(m, nn.GELU)]
         self._memory = [(value, value.data_ptr()) for value in _borrowed(self._parts, blocks)]
-        self._states = [(vars(module), type(module).forward) for module in inside]
+        self._states = [(vars(module), type(module)) for module in inside]
         self._idle = [vars(m) for m in modules if type(m).__name__.endswith(_IDLE)]
         self._drops = [vars(m) for m in modules if type(m).__name__.endswith(_DROPS)]
         self._unhooked = -1
@@ -63,9 +63,8 @@ class Known:
         return bool(self._drops) and any(state["training"] for state in self._drops)
 
     def _untouched(self) -> bool:
-        for state, forward in self._states:
-            # one that was patched and restored is the class's, bound to the module
-            if "forward" in state and getattr(state["forward"], "__func__", None) is not forward:
+        for state, kind in self._states:
+            if "forward" in state and not is_own(state["forward"], kind):
                 return False
         for state in self._idle:  # noqa: SIM110 - as fast as it can be
             if state["training"]:

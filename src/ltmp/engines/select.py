@@ -66,7 +66,7 @@ def start(
         from . import triton
 
         return triton.start(*given, among)
-    found = compiled.halves_of(body, x) if compiled.applies(body.policy, x) else None
+    found = compiled.halves_of(body, x)
     if found is not None:
         return compiled.start(*given, found, among=among)
     return start_in_torch(*given, among)

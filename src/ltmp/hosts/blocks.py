@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..engines.body import Body, running_engine
-from ..engines.hooks import all_hooked, is_hooked
+from ..engines.hooks import all_hooked, is_hooked, is_own
 from ..errors import LTMPError
 
 log = logging.getLogger("ltmp")
@@ -147,8 +147,7 @@ def _does_nothing(module: nn.Module | None) -> bool:
 def _runs_its_own(module: nn.Module) -> bool:
     """Whether the forward that was set on a module is its class's, by accelerate with inputs that are moved before."""
     own = vars(module)
-    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
-    return getattr(forward, "__func__", None) is type(module).forward
+    return is_own(own.get("_old_forward") if "_hf_hook" in own else own.get("forward"), type(module))
 
 
 _ATTACH_AGAIN = "call ltmp.detach(model) and attach again after such changes, or run it inside `with ltmp.dense():`"

@@ -59,16 +59,15 @@ def is_plain(parts: Parts) -> bool:
 
     Linear layers must be just that, with no adapter around them, and all weights plain tensors: quantised, sharded or
     offloaded ones are tensors of their own kinds, which know operators of torch alone.
-
     """
     for layer in parts.linears:
-        weights = layer.__dict__["_parameters"]
+        weights = layer._parameters
         weight = weights.get("weight")
         if type(layer) not in _LINEAR or type(weight) is not nn.Parameter:
             return False
         if "bias" not in weights or type(weights["bias"]) not in _PLAIN:
             return False
-    norms = parts.norm1.__dict__["_parameters"], parts.norm2.__dict__["_parameters"]
+    norms = (parts.norm1._parameters, parts.norm2._parameters)
     others = (parts.scale1, parts.scale2, *norms[0].values(), *norms[1].values())
     return all(type(other) in _PLAIN for other in others)
 
