@@ -16,13 +16,13 @@ from PIL import Image
 
 import ltmp
 from helpers import random_images, tiny_vit
-from ltmp.about import Preprocessing
 from ltmp.bundle import Bundle
 from ltmp.checkpoint import read
+from ltmp.checkpoint.describe import metadata_of
+from ltmp.checkpoint.metadata import Preprocessing
 from ltmp.cli import main
 from ltmp.data import class_names, eval_transform, make_loader, open_dataset, transforms
 from ltmp.data.transforms import eval_settings
-from ltmp.describe import about_of
 from ltmp.errors import LTMPError, UsageError
 from ltmp.serve import Deployment
 from ltmp.zoo.build import build_model, save_weights
@@ -84,7 +84,7 @@ def test_a_folder_gives_the_model_as_it_was(folder: Path) -> None:
     assert torch.equal(model(x), reduced()(x))
     about = read(folder).about
     assert (about.num_classes, about.input_size, about.class_names) == (3, (32, 32), tuple(NAMES))
-    about = about_of(model)
+    about = metadata_of(model)
     assert (about.library, about.target) == ("timm", 0.6)
     assert class_names(model) == NAMES
     settings = eval_settings(model)

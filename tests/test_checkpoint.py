@@ -23,12 +23,12 @@ import ltmp
 from helpers import make_dial, make_probe, random_images, run_recorded, tiny_vit
 from ltmp import LTMPConfig, LTMPError
 from ltmp.checkpoint import FORMAT, annotate, apply, read
+from ltmp.checkpoint.contents import split_seed_state, split_thresholds
 from ltmp.config import SCORES, Scores
 from ltmp.errors import UsageError
+from ltmp.files.tensors import read_state_dict
 from ltmp.hosts.attach import is_attached
 from ltmp.method.dial import Dial
-from ltmp.tensorfiles import read_state_dict
-from ltmp.thresholdfile import split_seed_state, split_thresholds
 from ltmp.zoo.build import load_weights
 
 MERGE, PRUNE = [0.5, 0.6, 0.7], [0.01, 0.02, 0.03]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import ltmp
 from helpers import random_images, tiny_vit
-from ltmp.fingerprint import MOST, Seen, image_keys, of_tensors
+from ltmp.fingerprint import MAX_KEYS, Seen, image_keys, of_tensors
 from ltmp.learning.batches import watched
 
 
@@ -58,7 +58,7 @@ def test_many_images_are_sampled_and_small():
     seen = Seen()
     for part in keys[:50_000].split(1000):
         seen.add_keys(part)
-    assert len(seen.keys) == MOST
+    assert len(seen.keys) == MAX_KEYS
     assert seen.keys.numel() * 8 <= 32 * 1024
     assert seen.images == pytest.approx(50_000, rel=0.05)
     assert seen.count(keys[45_000:]) == pytest.approx(5_000, rel=0.15)
@@ -72,7 +72,7 @@ def test_watching_hands_batches_on():
     assert seen.images == 6
 
 
-@pytest.mark.parametrize("seen", [torch.ones(3), torch.zeros(2, 2, dtype=torch.int64), torch.arange(MOST + 1)])
+@pytest.mark.parametrize("seen", [torch.ones(3), torch.zeros(2, 2, dtype=torch.int64), torch.arange(MAX_KEYS + 1)])
 def test_a_sketch_that_cannot_be_one_is_refused(seen, tmp_path):
     model = ltmp.attach(tiny_vit())
     ltmp.save(model, tmp_path / "t.safetensors")

@@ -23,12 +23,12 @@ from safetensors.torch import save, save_file
 import ltmp
 from helpers import make_dial, tiny_vit
 from ltmp import LTMPConfig, LTMPError
-from ltmp.about import About, Preprocessing
 from ltmp.checkpoint import FORMAT, read
+from ltmp.checkpoint.contents import split_thresholds
+from ltmp.checkpoint.metadata import Metadata, Preprocessing
+from ltmp.files.tensors import read_state_dict
+from ltmp.files.text import strict_json
 from ltmp.hosts.attach import is_attached
-from ltmp.tensorfiles import read_state_dict
-from ltmp.textfiles import strict_json
-from ltmp.thresholdfile import split_thresholds
 from ltmp.zoo.build import load_weights
 
 GOOD = {"merge": torch.full((3,), 0.5), "prune": torch.full((3,), 0.01)}
@@ -389,18 +389,18 @@ def test_checkpoints_that_people_have_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_said_comes_back() -> None:
-    about = About(
+    about = Metadata(
         model_name="deit_small_patch16_224", library="timm", model_kwargs={"depth": 3}, depth=3, num_classes=2,
         input_size=(32, 32), class_names=("katze", "hund \N{DOG FACE}"), target=0.6, dial=(0.3, 0.9),
         preprocessing=Preprocessing(mean=(0.5,) * 3, crop_pct=0.9, crop_mode="squash", interpolation="bicubic"),
         certificate={"risk": "disagree", "budget": None}, other={"top1": 71.5, "speed": {"batch_size": 64}},
     )  # fmt: skip
-    assert About.from_dict(strict_json(json.dumps(about.to_dict()))) == about
-    assert About.from_dict({}).to_dict() == {}
+    assert Metadata.from_dict(strict_json(json.dumps(about.to_dict()))) == about
+    assert Metadata.from_dict({}).to_dict() == {}
 
 
 def test_names_are_shown_in_refusals_as_every_terminal_can() -> None:
     with pytest.raises(ValueError, match=r"^model_name is 'a\\x1b', expected text"):
-        About.from_dict({"model_name": "a\x1b"})
+        Metadata.from_dict({"model_name": "a\x1b"})
     with pytest.raises(ValueError, match=r"^a name is '\\x1b"):
-        About.from_dict({"\x1b[31mred": 1})
+        Metadata.from_dict({"\x1b[31mred": 1})

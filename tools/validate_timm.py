@@ -13,11 +13,11 @@ from common import add_options, build, open_images, run, variant
 
 import ltmp
 from ltmp.checkpoint import apply, read
+from ltmp.checkpoint.contents import split_thresholds
 from ltmp.cli.options import autocast_type, pick_device
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate, tables
-from ltmp.tensorfiles import read_state_dict
-from ltmp.thresholdfile import split_thresholds
+from ltmp.files.tensors import read_state_dict
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -48,7 +48,7 @@ MOVED_NAMES: dict[str, dict[str, str]] = {
     "checkpoint": {
         "plain_state": "zoo.build",
         "save_weights": "zoo.build",
-        "split_seed_state": "thresholdfile",
+        "split_seed_state": "checkpoint.contents",
     },
 }
 """Of modules that are still there: names that left them, each with the module that it is in now."""

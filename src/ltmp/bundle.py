@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .about import About
 from .checkpoint import read, save
+from .checkpoint.describe import MODEL_FACTS, built_as, classes_of, facts_of
+from .checkpoint.metadata import Metadata
 from .data.dataset import check_names
-from .describe import MODEL_FACTS, built_as, classes_of, facts_of
 from .errors import UsageError
 from .files import staged
 from .locate import BUNDLE, locate
@@ -41,7 +41,7 @@ class Bundle:
     """
 
     source: str
-    about: About
+    about: Metadata
     name: str | None = None
     weights: Path | None = None
 
@@ -149,7 +149,7 @@ def pack(model: nn.Module, folder: str | os.PathLike[str], **metadata: Any) -> P
     """
     folder = Path(folder)
     try:
-        about = About.from_dict({**facts_of(model), **{k: v for k, v in metadata.items() if v is not None}})
+        about = Metadata.from_dict({**facts_of(model), **{k: v for k, v in metadata.items() if v is not None}})
     except ValueError as error:
         raise UsageError(f"cannot pack {folder}: {error}") from error
     whole = is_of_transformers(model)

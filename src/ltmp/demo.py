@@ -23,10 +23,10 @@ from .data.embedded import CLASSES, MEAN, STD
 from .deploy import Deployment
 from .evaluate import Evaluation, describe_machine, tables
 from .files import atomic_path
+from .files.tensors import write_tensors
 from .report import Budget, Report, evaluate_budget, write_report
 from .report.gallery import with_left
-from .tensorfiles import write_tensors
-from .text import printable
+from .sanitize import printable
 from .visualize import paint_groups, plot_tradeoff, see
 from .visualize.curves import new_figure, save_figure
 from .zoo.build import load_weights

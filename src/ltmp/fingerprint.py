@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MOST = 4096
+MAX_KEYS = 4096
 """Images that are remembered one by one: 32 KB."""
 
 _BINS, _STEPS = 64, 32
@@ -56,13 +56,13 @@ class Seen:
         self.add_keys(image_keys(images))
 
     def add_keys(self, keys: Tensor) -> None:
-        self.keys = torch.cat([self.keys, keys]).unique()[:MOST]
+        self.keys = torch.cat([self.keys, keys]).unique()[:MAX_KEYS]
 
     @property
     def images(self) -> int:
         """How many different images there were; beyond 4,096 an estimate, to within 5 % mostly."""
-        full = len(self.keys) == MOST
-        return round((MOST - 1) * _SPAN / float(self.keys[-1])) if full else len(self.keys)
+        full = len(self.keys) == MAX_KEYS
+        return round((MAX_KEYS - 1) * _SPAN / float(self.keys[-1])) if full else len(self.keys)
 
     def count(self, keys: Tensor) -> int:
         """How many of these images were among them; beyond 4,096 an estimate, but 0 only where none is known."""

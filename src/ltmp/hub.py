@@ -15,15 +15,15 @@ from .bundle import Bundle
 from .checkpoint import annotate, load, read, save
 from .errors import LTMPError, UsageError
 from .evaluate import Evaluation, tables
+from .files.text import read_text
 from .locate import DIAL, FILES, PREFIX, download, file_name, locate, told
 from .method.certificate import Certificate
-from .textfiles import read_text
 from .zoo.build import is_safe_name
 from .zoo.hugging_face import PREFIX as HF
 
 PAPER = "https://openreview.net/forum?id=WYKTCKpImz"
 START, END = "<!-- ltmp: this part is written anew by each push -->", "<!-- /ltmp -->"
-MOST_CARD = 1 << 24
+MAX_CARD = 1 << 24
 
 
 def from_pretrained(
@@ -148,7 +148,7 @@ def push_to_hub(
             before = download(url.repo_id, [FILES, "README.md"], revision=revision, token=token)
             files = {**{p.name: read(p).metadata for p in before.glob(FILES)}, file: added.metadata}
             old = before / "README.md"
-            text = card(url.repo_id, files, read_text(old, MOST_CARD) if old.exists() else None)
+            text = card(url.repo_id, files, read_text(old, MAX_CARD) if old.exists() else None)
             operations = [CommitOperationAdd(file, path), CommitOperationAdd("README.md", text.encode())]
             api.create_commit(url.repo_id, operations, commit_message=message or f"Add {file}", revision=revision)
     return str(url)

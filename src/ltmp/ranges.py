@@ -6,8 +6,12 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
-from .about import MOST_CLASSES, MOST_PIXELS
 from .errors import UsageError
+
+MAX_BLOCKS = 1024
+MAX_CLASSES = 1 << 20
+MAX_PIXELS = 16_384
+"""Longest side of an image."""
 
 
 @dataclass(frozen=True)
@@ -71,5 +75,5 @@ KNOTS = Range(min=2, max=64)
 RANK = Range(min=1, max=1024)
 SPACING = Range(min=1, max=1024)
 WORKERS = Range(min=0, max=256)
-PIXELS = Range(min=1, max=MOST_PIXELS)
-CLASSES = Range(min=0, max=MOST_CLASSES)
+PIXELS = Range(min=1, max=MAX_PIXELS)
+CLASSES = Range(min=0, max=MAX_CLASSES)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calls import record
+from .checkpoint.describe import facts_of, metadata_of
 from .deploy import deployed
-from .describe import about_of, facts_of
 from .hosts.attach import attachment
 from .method.facts import kept_at_budget
 from .method.thresholds import Thresholds
@@ -76,7 +76,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> ModelSummary:
     """
     made = attachment(model)
     policy, config = made.policy, made.policy.config
-    about, facts = about_of(model), facts_of(model)
+    about, facts = metadata_of(model), facts_of(model)
     learned = isinstance(policy, Thresholds)
     kept = kept_at_budget(policy)
     share = about.share

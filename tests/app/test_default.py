@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from ltmp.app.default import SHOWN, shows_photographs
 from ltmp.cli import main
 from ltmp.demo import TRAINED
-from ltmp.tensorfiles import write_tensors
+from ltmp.files.tensors import write_tensors
 
 # without extra app there are none, and the digits are shown
 pytest.importorskip("skimage", reason="the photographs are scikit-image's")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import LTMPError, MissingExtraError, first_line
 from ..hosts.attach import thresholds_of
-from ..text import printable
+from ..sanitize import printable
 from .explorer import WIDTH, Explorer, Look
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..evaluate.baselines import AtResolution, at_resolution, patch_size
 
-MOST = 6
+MAX_SIZES = 6
 """Resolutions to try."""
 
 
@@ -25,7 +25,7 @@ def lower_resolutions(model: nn.Module, images: Tensor) -> list[tuple[float, AtR
     if not hasattr(model, "set_input_size") or patch == 1 or images.shape[-2] != side:
         return []
     try:
-        sizes = range(side - patch, side // 2, -patch)[:MOST]
+        sizes = range(side - patch, side // 2, -patch)[:MAX_SIZES]
         found = [at_resolution(model, size, images) for size in sizes]
     except UsageError:
         return []

@@ -16,7 +16,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 PValue = Callable[[Floats, float, float], float]
 """From losses [n], a level and a confidence to a p-value; the confidence may tune the test, but not its error rate."""
 
-MOST = 1 << 21
+MAX_IMAGES = 1 << 21
 """Images beyond which `images_needed` gives up."""
 
 
@@ -101,7 +101,7 @@ def images_needed(p_value: PValue, losses: Floats, level: float, confidence: flo
     high = 1
     while not enough(high):
         high *= 2
-        if high > MOST:
+        if high > MAX_IMAGES:
             return None
     low = high // 2
     while high - low > 1:
@@ -112,4 +112,4 @@ def images_needed(p_value: PValue, losses: Floats, level: float, confidence: flo
 
 def least_images(p_value: PValue, level: float, confidence: float) -> int:
     """Images without which not even losses of nothing but 0 certify `level`."""
-    return images_needed(p_value, np.zeros(1), level, confidence) or MOST
+    return images_needed(p_value, np.zeros(1), level, confidence) or MAX_IMAGES

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import INTERRUPTED, LTMPError, MissingExtraError, UsageError
-from ..text import printable
+from ..sanitize import printable
 
 ON_SEVERAL_RANKS = ("learn", "eval")
 """The verbs that torchrun may start; others would all write the same files."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..text import printable
+from ..sanitize import printable
 from .screen import console, tell
 
 STEADY = 600.0

@@ -12,7 +12,7 @@ from ..errors import LTMPError
 from ..evaluate import describe_machine, tables
 from ..evaluate.published import published
 from ..files import atomic_path
-from ..textfiles import read_json
+from ..files.text import read_json
 from .commands import call
 from .options import NamedModel, TableOptions, short_name
 from .runs import InterruptedRunError, Run

@@ -19,10 +19,10 @@ from ..data import Loader
 from ..errors import INTERRUPTED, LTMPError, UsageError
 from ..evaluate import Evaluation, deployed, evaluate, measure, tables
 from ..files import LOCK, check_writable, locked
+from ..files.text import read_json
 from ..fingerprint import of_tensors
 from ..learning.randomness import preserved_random_state
 from ..learning.resume import differences, subject
-from ..textfiles import read_json
 from .options import RunOptions
 from .progress import progress_bar
 from .screen import tell
@@ -215,7 +215,7 @@ def base_model(network: nn.Module, pretrained: bool) -> dict[str, str]:
 
 
 def foretell_time(network: nn.Module, loader: Loader, run: RunOptions, *, passes: int, reads: int) -> str:
-    """About how long so many passes of an image through the dense model take here, and so many images to be read."""
+    """Metadata how long so many passes of an image through the dense model take here, and so many images to be read."""
     start = perf_counter()
     images = next(iter(loader))[0]
     reading = reads * (perf_counter() - start) / len(images)

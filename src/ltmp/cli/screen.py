@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..text import printable
+from ..sanitize import printable
 
 console = Console(stderr=True)
 _PART = ContextVar("part", default=False)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import LTMPError, UsageError
-from ..textfiles import read_text
+from ..files.text import read_text
 from .folders import class_folders, describe_others, list_images, natural_key
 from .images import EXTENSIONS, Broken, decode, reason
 from .tars import Content, open_content, tar_images
@@ -26,7 +26,7 @@ Transform = Callable[[Image.Image], Any]
 ClassMap = Mapping[str, int] | str | Path
 
 UNLABELLED = -1
-MOST_NAMES = 1 << 24
+MAX_NAMES = 1 << 24
 # Names of a split's folder, the usual one first.
 TRAIN = ("train", "training")
 EVALUATION = ("val", "validation", "valid", "eval", "evaluation")
@@ -195,7 +195,7 @@ def read_names(path: str | Path) -> list[str]:
         UsageError: no such file, not text, too large, or a line without a name.
     """
     try:
-        lines = read_text(path, MOST_NAMES).rstrip().split("\n")
+        lines = read_text(path, MAX_NAMES).rstrip().split("\n")
     except FileNotFoundError as error:
         raise UsageError(f"no class map {path}: expected a .txt file with one class name a line") from error
     except (OSError, ValueError) as error:

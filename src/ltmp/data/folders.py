@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LTMPError
-from ..text import printable
+from ..sanitize import printable
 from .images import is_image_name
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import LTMPError, UsageError
-from ..textfiles import open_regular
+from ..files.text import open_regular
 
 # From here on an image is reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels a side.
 LARGE_PIXELS = 50_000_000

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..describe import about_of, classes_of, labels_of
+from ..checkpoint.describe import classes_of, labels_of, metadata_of
 from .dataset import check_names, read_names
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -33,7 +33,7 @@ def class_names(
         names = read_names(file)
         check_names(names, classes_of(model))
         return names
-    own = about_of(model).class_names or labels_of(model)
+    own = metadata_of(model).class_names or labels_of(model)
     labelled = getattr(dataset, "labelled", True)
     return (folder_names(dataset) if labelled else []) or list(own) or (_timms(model) if pretrained else [])
 

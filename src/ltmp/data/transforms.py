@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..about import Preprocessing
-from ..describe import about_of
+from ..checkpoint.describe import metadata_of
+from ..checkpoint.metadata import Preprocessing
 from ..errors import UsageError
 from ..zoo.hugging_face import data_config, is_of_transformers
 from .dataset import Transform
@@ -109,7 +109,7 @@ def eval_settings(
 
     options = options or {}
     Preprocessing.check(options)
-    known = {name: value for name, value in asdict(about_of(model).preprocessing).items() if value is not None}
+    known = {name: value for name, value in asdict(metadata_of(model).preprocessing).items() if value is not None}
     for name, value in known.items():
         given = options.get(name)
         if given is not None and _listed(given) != _listed(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import atomic_path, is_stdout
-from ..text import printable, spreadsheet_cell
+from ..sanitize import printable, spreadsheet_cell
 from .accuracy import Evaluation
 
 Row = Mapping[str, object]

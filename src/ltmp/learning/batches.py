@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.describe import classes_of
 from ..data import Loader
 from ..data.names import folder_names
-from ..describe import classes_of
 from ..distributed import rank, world
 from ..errors import LTMPError
 from ..fingerprint import Seen

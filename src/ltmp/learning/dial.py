@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..describe import note
+from ..checkpoint.describe import note
 from ..distributed import exchange, rank
 from ..fingerprint import Seen
 from ..hosts.attach import attachment, thresholds_of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..describe import note
+from ..checkpoint.describe import note
 from ..distributed import LostRankError, exchange, rank, world
 from ..errors import UsageError
 from ..fingerprint import Seen

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..data import Loader
 from ..errors import LTMPError, first_line
 from ..files import atomic_path
+from ..files.tensors import load_plain
 from ..fingerprint import image_keys, of_tensors
-from ..tensorfiles import load_plain
 
 ALIKE = 0.5
 """Part of the images that must be those of before: another machine may decode a few of them a little differently."""

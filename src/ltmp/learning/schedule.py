@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..method.flops import Geometry, flops_share
 
-MOST = 0.8 * math.log(2)
+MAX_MERGE_RATE = 0.8 * math.log(2)
 """Highest merge rate. At most half of the tokens, rate log 2, can merge, each into its partner."""
 
 NEVER = -30.0
@@ -40,8 +40,8 @@ class Schedule:
         return float(flops_share(self.kept(geometry, protected), geometry))
 
     def times(self, factor: float) -> Schedule:
-        """All rates multiplied by `factor`; merge rates are capped at `MOST`."""
-        return Schedule((self.merge * factor).clamp(max=MOST), self.prune * factor)
+        """All rates multiplied by `factor`; merge rates are capped at `MAX_MERGE_RATE`."""
+        return Schedule((self.merge * factor).clamp(max=MAX_MERGE_RATE), self.prune * factor)
 
     def to_cost(self, target: float, geometry: Geometry, protected: int) -> Schedule:
         """The schedule scaled by the factor at which it costs `target`, by bisection."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from .._version import __version__
 from ..errors import LTMPError, UsageError
 from ..files import atomic_path, check_writable, sweep
+from ..files.text import read_json
 from ..hosts.attach import attachment
-from ..textfiles import read_json
 from .predictor import Predictor
 from .shards import Shard
 from .writer import ERRORS

@@ -27,7 +27,7 @@ KEY_COLUMNS = ("key", "__key__", "id", "image_id", "path", "file", "file_name", 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-MOST_FILES = 1_000_000
+MAX_FILES = 1_000_000
 """That braces stand for."""
 
 
@@ -79,11 +79,11 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     """`a{1..3}{x,y}` as a1x, a1y, a2x, ...; a range keeps leading zeros.
 
     Raises:
-        UsageError: they stand for more than `MOST_FILES`.
+        UsageError: they stand for more than `MAX_FILES`.
     """
     parts = _BRACES.split(pattern)
     choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
-    if prod(map(len, choices)) > MOST_FILES:
+    if prod(map(len, choices)) > MAX_FILES:
         raise UsageError(_too_many(pattern))
     return ("".join(chosen) for chosen in product(*choices))
 
@@ -93,13 +93,13 @@ def _choices(braces: str) -> list[str]:
     if span is None:
         return braces.split(",")
     first, last = span.groups()
-    if int(last) - int(first) >= MOST_FILES:
+    if int(last) - int(first) >= MAX_FILES:
         raise UsageError(_too_many(f"{{{braces}}}"))
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def _too_many(pattern: str) -> str:
-    return f"{pattern} stands for more than {MOST_FILES:,} files: give the folder, or fewer at a time"
+    return f"{pattern} stands for more than {MAX_FILES:,} files: give the folder, or fewer at a time"
 
 
 def _images_below(folder: Path) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_path
-from ..text import printable, spreadsheet_cell
+from ..sanitize import printable, spreadsheet_cell
 from .reading import Unreadable
 from .shards import Shard, parquet
 
@@ -20,7 +20,7 @@ Columns = Mapping[str, Any]
 
 # Readers of a folder of Parquet (pyarrow, pandas, Spark) pass over names that begin with an underscore.
 ERRORS = "_errors"
-_ABOUT = b"ltmp"
+_METADATA = b"ltmp"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write_shard(
     share = float(columns["share"].mean(dtype=np.float64)) if keys else 1.0
     written = Written(shard.name, shard.source, len(keys), len(broken), len(keys) - len(set(keys)), share)
     _write_errors(out / ERRORS / f"{shard.name}.csv", broken)
-    table = _table(columns, embeddings, class_names).replace_schema_metadata({_ABOUT: json.dumps(asdict(written))})
+    table = _table(columns, embeddings, class_names).replace_schema_metadata({_METADATA: json.dumps(asdict(written))})
     # an open file: pyarrow takes no path that is not UTF-8
     with atomic_path(file_of(out, shard)) as temporary, temporary.open("wb") as file:
         parquet().write_table(table, file)
@@ -83,7 +83,7 @@ def finished(out: Path, shard: Shard) -> Written | None:
     files = parquet()
     try:
         with file_of(out, shard).open("rb") as file:
-            return Written(**json.loads(files.read_metadata(file).metadata[_ABOUT]))
+            return Written(**json.loads(files.read_metadata(file).metadata[_METADATA]))
     # no file, or one that a crash of the machine left unfinished
     except (OSError, ValueError, KeyError, TypeError):
         return None

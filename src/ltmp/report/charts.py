@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from ..text import printable
+from ..sanitize import printable
 from ..visualize.curves import new_figure
 from .collect import DENSE, Budget, Measured
 

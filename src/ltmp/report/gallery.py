@@ -14,7 +14,7 @@ from ..visualize import paint_last, see
 from .changes import Changes
 from .collect import Budget, Report
 
-MOST = 12
+MAX_IMAGES = 12
 """Thumbnails in a row."""
 
 ALL = 240
@@ -42,7 +42,7 @@ class GalleryImage:
 
 def row_length(budgets: int) -> int:
     """How many thumbnails a row may have where each of `budgets` budgets has three rows, two of them twice."""
-    return max(1, min(MOST, ALL // (5 * max(1, budgets))))
+    return max(1, min(MAX_IMAGES, ALL // (5 * max(1, budgets))))
 
 
 def with_left(deployment: Deployment, budget: Budget, picture: Callable[[int], Image.Image]) -> Budget:
@@ -55,7 +55,7 @@ def with_left(deployment: Deployment, budget: Budget, picture: Callable[[int], I
     if budget.images is None:
         return budget
     found = {}
-    for index in {*_ordered(budget, MOST, costliest=False), *_ordered(budget, MOST, costliest=True)}:
+    for index in {*_ordered(budget, MAX_IMAGES, costliest=False), *_ordered(budget, MAX_IMAGES, costliest=True)}:
         image = picture(index)
         (seen,) = see(deployment.model, deployment.prepare(image)[None].to(deployment.device))
         found[index] = paint_last(deployment.view(image, 2 * SIDE), seen, 2 * SIDE)

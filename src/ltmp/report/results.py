@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..about import MOST_BLOCKS, Check, checked, mapping, number, several, shown, text, whole
+from ..checkpoint.metadata import Check, checked, mapping, number, several, shown, text, whole
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, Throughput
-from ..text import printable
-from ..textfiles import read_json
+from ..files.text import read_json
+from ..ranges import MAX_BLOCKS
+from ..sanitize import printable
 from .collect import DENSE, LEARNED, Budget, Measured
 
 COLUMNS = {
@@ -25,7 +26,7 @@ COLUMNS = {
 }
 """The table's columns, and what other verbs call them."""
 
-MOST_ROWS, MOST_STEPS = 200, 1_000_000
+MAX_ROWS, MAX_STEPS = 200, 1_000_000
 """Of one file: more than anybody compares, or learns for."""
 
 _PERCENT, _SHARE, _SPEED, _COUNT = number(0, 100), number(0, 2), number(1e-9, 1e12), whole(1, 1 << 40)
@@ -43,7 +44,7 @@ _EVALUATION: dict[str, Check] = {
     **dict.fromkeys(("images", "tokens"), _COUNT),
     **dict.fromkeys(("top1", "top5", "dense_top1", "dense_top5", "agreement"), _PERCENT),
     **dict.fromkeys(("share", "share_std", "share_min", "share_max"), _SHARE),
-    "kept": several(number(0, 1 << 40), 1, MOST_BLOCKS),
+    "kept": several(number(0, 1 << 40), 1, MAX_BLOCKS),
     "skipped": whole(0, 1 << 40),
     "throughput": lambda name, value: _throughput(name, value),
 }
@@ -79,7 +80,7 @@ def read_result(path: Path) -> Result:
         if isinstance(values, dict) and "history" in values:
             return _learned(values, name)
         rows = values.get("rows") if isinstance(values, dict) else values
-        return Result(measured=[_measured(row) for row in _list("rows", rows, MOST_ROWS)])
+        return Result(measured=[_measured(row) for row in _list("rows", rows, MAX_ROWS)])
     except ValueError as error:
         raise LTMPError(
             f"{path} holds no results that a report shows ({error}): expected the JSON of ltmp eval, ltmp learn or "
@@ -118,7 +119,7 @@ def _learned(values: Mapping[str, Any], name: str) -> Result:
     dense = _fields(values, {"top1_dense": _PERCENT}, optional=["top1_dense"])
     if dense:
         measured.insert(0, Measured(DENSE, {"model": DENSE, "share": 1.0, "top-1": float(dense["top1_dense"])}))
-    steps = [_fields(step, _STEP) for step in _list("history", values["history"], MOST_STEPS)]
+    steps = [_fields(step, _STEP) for step in _list("history", values["history"], MAX_STEPS)]
     return Result(measured=measured, learning={name: steps})
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..about import About
+from ..checkpoint.contents import split_thresholds
+from ..checkpoint.metadata import Metadata
 from ..errors import LTMPError, UsageError, first_line
-from ..tensorfiles import read_state_dict, write_tensors
-from ..thresholdfile import split_thresholds
+from ..files.tensors import read_state_dict, write_tensors
 from .hugging_face import PREFIX, build_pretrained, is_of_transformers, save_classifier
 from .libraries import BUILDERS
 from .timm_names import no_weights, parse_name
@@ -94,7 +94,7 @@ def _build_timm(
     return model
 
 
-def name_in_file(about: About, source: str | os.PathLike[str]) -> str | None:
+def name_in_file(about: Metadata, source: str | os.PathLike[str]) -> str | None:
     """The name of the model that a file says it is for; None where it does not say.
 
     Raises:

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint.contents import SEED_KEY, split_seed_state
 from ..config import LEARNED, VARIANTS, LTMPConfig, Rate
 from ..errors import LTMPError, first_line
 from ..hosts.attach import attach, is_attached, recipes, thresholds_of
 from ..method.paper import set_paper_start
 from ..method.recipe import Recipe
-from ..thresholdfile import SEED_KEY, split_seed_state
 from .prefixes import INFERENCE, PREFIXES
 
 

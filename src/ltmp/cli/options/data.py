@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ...about import Preprocessing
+from ...checkpoint.metadata import Preprocessing
 from ...errors import LTMPError
 from ...ranges import BATCH, IMAGES, WORKERS
 from .groups import DATA, RUN, option

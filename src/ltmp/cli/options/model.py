@@ -58,10 +58,10 @@ class ModelOptions(BuildOptions):
 
     def opened(self, budget: float | None = None) -> Bundle:
         """The metadata of the thresholds file's model, and the weights beside it."""
-        from ...about import About
         from ...bundle import Bundle
+        from ...checkpoint.metadata import Metadata
 
-        return Bundle("", About()) if self.source is None else Bundle.open(self.source, budget=budget)
+        return Bundle("", Metadata()) if self.source is None else Bundle.open(self.source, budget=budget)
 
     def again(self, thresholds: Path | None, weights: Path | None = None) -> list[object]:
         """How the next verb gets this model: the thresholds' file says the rest.

@@ -100,7 +100,7 @@ class BenchOptions(AgainstOptions):
 
     batch_size: Annotated[list[int] | None, option("May be repeated; default: 1, 8 and 32.", RUN, within=BATCH)] = None
     dtype: Annotated[str, option("Type of weights and images: float32, bfloat16 or float16.", RUN)] = "float32"
-    seconds: Annotated[float, option("About how many seconds to time each way.", within=SECONDS)] = 2.0
+    seconds: Annotated[float, option("Metadata how many seconds to time each way.", within=SECONDS)] = 2.0
     compile: Annotated[bool, option("Time torch.compile of the dense model, too.")] = True
     baseline: Annotated[bool, option("Time fixed-rate merging at the same share, too.")] = True
     resize: Annotated[

@@ -10,7 +10,7 @@ import typer
 from ..options import OutputOptions, verb
 
 if TYPE_CHECKING:
-    from ...thresholdfile import ThresholdFile
+    from ...checkpoint.contents import ThresholdFile
 
 
 @verb

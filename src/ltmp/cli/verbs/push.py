@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import UsageError
+from ...files.text import read_json
 from ...ranges import BUDGET
-from ...textfiles import read_json
 from ..options import option, verb
 
 

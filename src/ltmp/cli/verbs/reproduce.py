@@ -258,7 +258,7 @@ def _parts(
 
 
 def _time(network: nn.Module, learning: Loader, reporting: Loader, options: ReproduceOptions, run: RunOptions) -> str:
-    """About how long one model takes."""
+    """Metadata how long one model takes."""
     from ...learning.dial import most_views
     from ...learning.options import DialOptions
     from ..runs import foretell_time

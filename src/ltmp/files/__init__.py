@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import LTMPError
+from ..errors import LTMPError
 
 _OURS = re.compile(r"\..*\.[0-9a-f]{8}\.ltmp-tmp", re.DOTALL)
 """Names of what a save has not finished yet."""

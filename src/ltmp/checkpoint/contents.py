@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .about import MOST_BLOCKS, About
-from .config import LTMPConfig
-from .errors import LTMPError, UsageError, first_line
-from .fingerprint import Seen
-from .method.certificate import Certificate, fingerprint_of
-from .method.dial import PREFIX as DIAL
-from .method.dial import Dial
+from ..config import LTMPConfig
+from ..errors import LTMPError, UsageError, first_line
+from ..fingerprint import Seen
+from ..method.certificate import Certificate, fingerprint_of
+from ..method.dial import PREFIX as DIAL
+from ..method.dial import Dial
+from ..ranges import MAX_BLOCKS
+from .metadata import Metadata
 from .schema import config_in
 
 SEED_KEY = re.compile(r"(?:module\.)?blocks\.([0-9]{1,3})\.(merge|prune)_masker\.threshold")
@@ -51,10 +52,10 @@ class ThresholdFile:
         """One place for all that must hold, of files and of state dicts alike."""
         for name in ("merge", "prune"):
             values = getattr(self, name)
-            if values.ndim != 1 or not 1 <= len(values) <= MOST_BLOCKS or not values.is_floating_point():
+            if values.ndim != 1 or not 1 <= len(values) <= MAX_BLOCKS or not values.is_floating_point():
                 raise ValueError(
                     f"{name} thresholds are {values.dtype} {list(values.shape)}, expected one number a block, of "
-                    f"{MOST_BLOCKS} blocks at most"
+                    f"{MAX_BLOCKS} blocks at most"
                 )
             if not values.float().isfinite().all():
                 raise ValueError(f"{name} thresholds hold NaN or infinity")
@@ -103,9 +104,9 @@ class ThresholdFile:
         return self.at(certificate.require(model, mine, amp, source), source)
 
     @cached_property
-    def about(self) -> About:
+    def about(self) -> Metadata:
         """The metadata, checked."""
-        return About.from_dict(self.metadata)
+        return Metadata.from_dict(self.metadata)
 
     def at(self, budget: float, source: str = "this file") -> ThresholdFile:
         """The same with the dial's thresholds at `budget`; a file without a dial has its own budget alone.
@@ -137,7 +138,7 @@ def from_parts(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFil
     """
     config = config_in(said.pop("config", None))
     if config.method.fixed:
-        depth = About.from_dict(said).depth
+        depth = Metadata.from_dict(said).depth
         if depth is None:
             raise ValueError("it does not say how many blocks its rates are for")
         return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, said)

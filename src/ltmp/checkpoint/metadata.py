@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import UsageError
+from ..errors import UsageError
+from ..ranges import MAX_BLOCKS, MAX_CLASSES, MAX_PIXELS
 
-MOST_BLOCKS = 1024
-MOST_CLASSES = 1 << 20
-MOST_LETTERS = 1000
-MOST_NESTED = 8
-MOST_PIXELS = 16_384
-"""A side of an image."""
+MAX_LETTERS = 1000
+MAX_NESTED = 8
 
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
@@ -69,7 +66,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class About:
+class Metadata:
     """The metadata that whoever opens a thresholds file needs; None, or empty, where unknown.
 
     Attributes:
@@ -104,20 +101,20 @@ class About:
 
     def to_dict(self) -> dict[str, Any]:
         """The known settings, as JSON types."""
-        known = {name: getattr(self, name) for name in _ABOUT}
+        known = {name: getattr(self, name) for name in _METADATA}
         return {**_plain({**known, "preprocessing": self.preprocessing.to_dict()}), **self.other}
 
     @classmethod
-    def from_dict(cls, values: Any) -> About:
+    def from_dict(cls, values: Any) -> Metadata:
         """Check the metadata read from a file.
 
         Raises:
             ValueError: no mapping, or a value that cannot be right; the message is one short line.
         """
         values = mapping("what it says of itself", values)
-        known = {name: value for name, value in values.items() if name in _ABOUT}
-        other = {name: value for name, value in values.items() if name not in _ABOUT}
-        return cls(**checked(known, _ABOUT), other=_json("what it says of itself", other))
+        known = {name: value for name, value in values.items() if name in _METADATA}
+        other = {name: value for name, value in values.items() if name not in _METADATA}
+        return cls(**checked(known, _METADATA), other=_json("what it says of itself", other))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +152,8 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
 
 def text(name: str, value: Any) -> str:
     """A name, as every terminal shows it."""
-    if not isinstance(value, str) or len(value) > MOST_LETTERS or _INVISIBLE.search(value):
-        raise _wrong(name, value, f"text of {MOST_LETTERS} letters at most, without control characters")
+    if not isinstance(value, str) or len(value) > MAX_LETTERS or _INVISIBLE.search(value):
+        raise _wrong(name, value, f"text of {MAX_LETTERS} letters at most, without control characters")
     return value
 
 
@@ -204,8 +201,8 @@ def several(of: Check, low: int, high: int) -> Check:
 
 def _json(name: str, value: Any, nested: int = 0) -> Any:
     """A JSON value whose texts can be shown and whose numbers are finite."""
-    if nested > MOST_NESTED:
-        raise ValueError(f"{name} is nested more than {MOST_NESTED} deep")
+    if nested > MAX_NESTED:
+        raise ValueError(f"{name} is nested more than {MAX_NESTED} deep")
     if isinstance(value, Mapping):
         return {text("a name", key): _json(key, each, nested + 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -222,8 +219,8 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
     found: dict[str, Any] = _json(name, mapping(name, value))
     for key, each in found.items():
         for number in each if isinstance(each, list) else [each]:
-            if isinstance(number, int | float) and abs(number) > MOST_PIXELS:
-                raise _wrong(key, number, f"a number of {MOST_PIXELS} at most")
+            if isinstance(number, int | float) and abs(number) > MAX_PIXELS:
+                raise _wrong(key, number, f"a number of {MAX_PIXELS} at most")
     return found
 
 
@@ -237,24 +234,24 @@ _PREPROCESSING: dict[str, Check] = {
     "crop_mode": _one_of(CROP_MODES),
 }
 
-_ABOUT: dict[str, Check] = {
+_METADATA: dict[str, Check] = {
     "model_name": text,
     "architecture": text,
     "library": _one_of(LIBRARIES),
     "base_model": text,
     "model_kwargs": _settings,
-    "depth": whole(1, MOST_BLOCKS),
+    "depth": whole(1, MAX_BLOCKS),
     "width": whole(1, 1 << 16),
-    "num_classes": whole(0, MOST_CLASSES),
-    "input_size": several(whole(1, MOST_PIXELS), 2, 2),
+    "num_classes": whole(0, MAX_CLASSES),
+    "input_size": several(whole(1, MAX_PIXELS), 2, 2),
     "preprocessing": lambda name, value: Preprocessing.from_dict(value),
-    "class_names": several(text, 0, MOST_CLASSES),
+    "class_names": several(text, 0, MAX_CLASSES),
     "target": _SHARE,
     "share": _SHARE,
     "budget": _SHARE,
     "dial": several(_SHARE, 2, 2),
     "certificate": lambda name, value: _json(name, mapping(name, value)),
 }
-"""How each field of `About` is checked."""
+"""How each field of `Metadata` is checked."""
 
-assert set(_ABOUT) == {each.name for each in fields(About)} - {"other"}
+assert set(_METADATA) == {each.name for each in fields(Metadata)} - {"other"}

@@ -8,7 +8,7 @@ import stat
 from io import BufferedReader
 from typing import Any
 
-MOST_JSON = 1 << 26
+MAX_JSON = 1 << 26
 """Bytes: a run that learns for 100,000 steps writes 10 million."""
 
 
@@ -44,7 +44,7 @@ def read_text(path: str | os.PathLike[str], most: int) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: str | os.PathLike[str], most: int = MOST_JSON) -> Any:
+def read_json(path: str | os.PathLike[str], most: int = MAX_JSON) -> Any:
     """The value in a JSON file of `most` bytes.
 
     Raises:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import LTMPError, UsageError
-from .files import atomic_path
-from .textfiles import strict_json
+from ..errors import LTMPError, UsageError
+from . import atomic_path
+from .text import strict_json
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 
@@ -48,12 +48,12 @@ def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], meta
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-MOST_HEADER = 1 << 24
+MAX_HEADER = 1 << 24
 """Bytes of a header: that of 10,000 tensors has one million."""
 
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 
-MOST_PICKLED = 1 << 26
+MAX_PICKLED = 1 << 26
 """Bytes at the beginning of a file of old torch versions that its tensors' descriptions are looked for in."""
 
 _REFUSED = (b"bytearray", b"_rebuild_sparse_tensor", b"_rebuild_nested_tensor", b"_rebuild_qtensor")
@@ -86,7 +86,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
         if len(start) < 8:
             raise ValueError("it is shorter than a header")
         (length,) = struct.unpack("<Q", start)
-        if length > min(MOST_HEADER, size - 8):
+        if length > min(MAX_HEADER, size - 8):
             raise ValueError(f"its header would have {length} bytes")
         header = strict_json(file.read(length))
     if not isinstance(header, dict):
@@ -105,7 +105,7 @@ def _entry(name: str, said: Any, room: int) -> TensorEntry:
     dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"tensor {name} is of an unknown type")
-    if not (_whole(shape) and len(shape) <= MOST_DIMENSIONS and _whole(offsets) and len(offsets) == 2):
+    if not (_whole(shape) and len(shape) <= MAX_DIMENSIONS and _whole(offsets) and len(offsets) == 2):
         raise ValueError(f"tensor {name} has no shape")
     if not (offsets[0] <= offsets[1] <= room and (offsets[1] - offsets[0]) * 8 == prod(shape) * _BITS[dtype]):
         raise ValueError(f"tensor {name} is not all in the file")
@@ -166,7 +166,7 @@ def _check_plain(path: str | os.PathLike[str]) -> bool:
                 pickled = b"".join(archive.read(part) for part in parts if part.filename.endswith("data.pkl"))
         else:
             file.seek(0)
-            pickled = file.read(MOST_PICKLED)
+            pickled = file.read(MAX_PICKLED)
     if any(b"\n%s\n" % name in pickled for name in _REFUSED):
         raise pickle.UnpicklingError("it asks for memory that it does not fill, or for tensors that are not plain")
     return zipped

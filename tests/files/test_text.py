@@ -10,8 +10,8 @@ import pytest
 from ltmp.cli.runs import Run
 from ltmp.cli.verbs.push import _read
 from ltmp.errors import LTMPError
+from ltmp.files.text import open_regular, read_json, read_text
 from ltmp.report import read_result
-from ltmp.textfiles import open_regular, read_json, read_text
 
 
 def odd(folder: Path, kind: str, name: str = "run.json") -> Path:

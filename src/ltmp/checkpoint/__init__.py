@@ -13,20 +13,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ._moved import names_moved_from
-from ._version import __version__
-from .about import About
-from .config import LTMPConfig
+from .._moved import names_moved_from
+from .._version import __version__
+from ..config import LTMPConfig
+from ..errors import LTMPError, UsageError, first_line
+from ..files.tensors import read_header, read_state_dict, read_tensors, write_tensors
+from ..files.text import read_json
+from ..hosts.attach import attach, attachment, detach, is_attached, thresholds_of
+from ..locate import BUNDLE, file_name, locate
+from ..method.thresholds import Thresholds
+from .contents import ThresholdFile, from_parts, is_threshold, split_thresholds
 from .describe import MODEL_FACTS, facts_of, note
-from .errors import LTMPError, UsageError, first_line
-from .hosts.attach import attach, attachment, detach, is_attached, thresholds_of
 from .interrupts import uninterrupted
-from .locate import BUNDLE, file_name, locate
-from .method.thresholds import Thresholds
-from .schema import MOST_SAID, check_entries, is_part, said_in
-from .tensorfiles import read_header, read_state_dict, read_tensors, write_tensors
-from .textfiles import read_json
-from .thresholdfile import ThresholdFile, from_parts, is_threshold, split_thresholds
+from .metadata import Metadata
+from .schema import MAX_METADATA_BYTES, check_entries, is_part, metadata_in
 
 FORMAT = "ltmp-thresholds"
 SUFFIX = ".safetensors"
@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
 
     Args:
         path: a `.safetensors` file; replaced whole or left alone.
-        metadata: more to keep, or other than was found: see `ltmp.about.About`; other names may have JSON values.
+        metadata: more to keep, or other than was found: see `ltmp.about.Metadata`; other names may have JSON values.
 
     Raises:
         UsageError: a path with another ending.
@@ -84,7 +84,7 @@ def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **met
     about = read_header(source)[1]
     if about.get("format") != FORMAT:
         raise LTMPError(f"{source} is a whole checkpoint: load it and write its thresholds with ltmp.save")
-    tensors, said = read_tensors(source, is_part), said_in(about)
+    tensors, said = read_tensors(source, is_part), metadata_in(about)
     if not found.config.method.fixed:
         tensors |= {"merge": found.merge, "prune": found.prune}
     _write(tensors, {**said, **metadata}, path)
@@ -120,7 +120,7 @@ def _with_bundle(file: ThresholdFile, beside: Path) -> ThresholdFile:
     if not beside.is_file():
         return file
     try:
-        said = About.from_dict(read_json(beside, 4 * MOST_SAID)).to_dict()
+        said = Metadata.from_dict(read_json(beside, 4 * MAX_METADATA_BYTES)).to_dict()
         return replace(file, metadata={**file.metadata, **{k: v for k, v in said.items() if k in MODEL_FACTS}})
     except (OSError, ValueError) as error:
         raise LTMPError(f"{beside} is no description of a model ({first_line(error)[:200]}): pack it again") from error
@@ -132,7 +132,7 @@ def _read(path: Path) -> ThresholdFile:
             entries, about = read_header(path)
             if about.get("format") == FORMAT:
                 check_entries(entries)
-                return from_parts(read_tensors(path, is_part), said_in(about))
+                return from_parts(read_tensors(path, is_part), metadata_in(about))
         except FileNotFoundError:
             raise UsageError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:

@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .about import LIBRARIES, About, Preprocessing
-from .hosts.attach import attachment, is_attached
-from .method.policy import Policy
+from ..hosts.attach import attachment, is_attached
+from ..method.policy import Policy
+from .metadata import LIBRARIES, Metadata, Preprocessing
 
-_BUILT = "ltmp_about"
+_BUILT = "ltmp_metadata"
 """The attribute of a model that was built as a file says, until thresholds are loaded."""
 
 MODEL_FACTS = (
@@ -34,44 +34,44 @@ class Noted:
         merge, prune: [L] on the CPU; None of fixed rates.
     """
 
-    about: About
+    about: Metadata
     merge: Tensor | None
     prune: Tensor | None
 
-    def held(self, policy: Policy) -> About:
+    def held(self, policy: Policy) -> Metadata:
         """The part of it that still holds."""
         same = all(map(_same, (self.merge, self.prune), _vectors(policy)))
-        return self.about if same else About(**{name: getattr(self.about, name) for name in MODEL_FACTS})
+        return self.about if same else Metadata(**{name: getattr(self.about, name) for name in MODEL_FACTS})
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """All that is known of an attached model and its thresholds, JSON types; what was noted goes first."""
-    return {**attachment(model).describe(), **_found(model).to_dict(), **about_of(model).to_dict()}
+    return {**attachment(model).describe(), **_found(model).to_dict(), **metadata_of(model).to_dict()}
 
 
 def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
     """Remember what `ltmp.save` should say of an attached model's thresholds as they are now.
 
     Args:
-        facts: as in `About`, and others; None and what `save` finds out itself are left out.
+        facts: as in `Metadata`, and others; None and what `save` finds out itself are left out.
     """
     policy = attachment(model).policy
     new = {name: value for name, value in facts.items() if value is not None and name not in _COMPUTED}
-    about = About.from_dict({**about_of(model).to_dict(), **new})
+    about = Metadata.from_dict({**metadata_of(model).to_dict(), **new})
     policy.noted = Noted(about, *_vectors(policy))
 
 
-def about_of(model: nn.Module) -> About:
+def metadata_of(model: nn.Module) -> Metadata:
     """Metadata noted for a model: by `note`, by loading thresholds, or when it was built from a file."""
     if isinstance(model, nn.Module) and is_attached(model):
         policy = attachment(model).policy
         if policy.noted is not None:
-            return cast("About", policy.noted.held(policy))
-    built: About | None = getattr(model, _BUILT, None)
-    return built or About()
+            return cast("Metadata", policy.noted.held(policy))
+    built: Metadata | None = getattr(model, _BUILT, None)
+    return built or Metadata()
 
 
-def built_as(model: nn.Module, about: About, model_kwargs: dict[str, Any]) -> None:
+def built_as(model: nn.Module, about: Metadata, model_kwargs: dict[str, Any]) -> None:
     """Note of a model that was just built what a file says of it, and its arguments, where a file can say them."""
     setattr(model, _BUILT, replace(about, model_kwargs=_said({"model_kwargs": model_kwargs}).model_kwargs))
 
@@ -90,7 +90,7 @@ def classes_of(model: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _found(model: Any) -> About:
+def _found(model: Any) -> Metadata:
     """Metadata that the model itself holds."""
     roots = {cls.__module__.partition(".")[0] for cls in type(attachment(model).host).__mro__}
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -106,12 +106,12 @@ def _found(model: Any) -> About:
     return replace(_said(known), preprocessing=_preprocessing(config))
 
 
-def _said(known: dict[str, Any]) -> About:
+def _said(known: dict[str, Any]) -> Metadata:
     """The class names, if a file can hold them: a model may use anything as a name."""
-    found = About()
+    found = Metadata()
     for name, value in known.items():
         try:
-            found = replace(found, **{name: getattr(About.from_dict({name: value}), name)})
+            found = replace(found, **{name: getattr(Metadata.from_dict({name: value}), name)})
         except ValueError:
             continue
     return found
