@@ -101,35 +101,30 @@ def accuracy() -> Table:
 
 def results() -> Table:
     """Accuracy and speed in one table, for the first screen."""
-    table = [["measured", "share of FLOPs", "dense", "ltmp", "fixed-rate merging"]]
+    table = [["", "FLOPs", "dense", "ltmp", "fixed-rate merging"]]
     for budget in BUDGETS:
         top1 = (dense(), dial(budget).shown("top1"), fixed(budget).shown("top1"))
-        table.append(["top-1, %", dial(budget).shown("share"), *top1])
+        table.append(["top-1 accuracy, %", percent(dial(budget).shown("share")), *top1])
     for case in ("deit_s", "deit_b", "deit_s_16"):
         best, _, graph = gpu_runs(case)
-        name = f"images/s, H100, {NAMES[case]}, batch {graph['batch']}"
-        table.append([name, share(graph), thousands(best), f"{thousands(graph)} ({ratio(graph, best)}x)", ""])
-    # the others are of earlier versions
-    newest = max(row["date"] for row in cpu_runs())
-    for processor, every in dict.fromkeys((row["processor"], row["every"]) for row in cpu_runs().where(date=newest)):
-        rows = cpu_runs().where(processor=processor, every=every, date=newest)
-        shares = sorted(rounded(Decimal(row["share"]), 2) for row in rows)
-        alone = [row["ratio_host_linear"] for row in rows if row["ratio_host_linear"]]
-        ratios = times(row["ratio"] for row in rows) + (f" (reduction alone: {times(alone)})" if alone else "")
-        spaced = "" if every == "1" else f", `--every {every}`"
-        name = f"speed, {processor}{spaced}, batch {' / '.join(row['batch'] for row in rows)}"
-        between = dict.fromkeys((f"{shares[0]}", f"{shares[-1]}"))
-        table.append([name, " to ".join(between), "1x", ratios, ""])
+        name = f"speed, H100, {NAMES[case]}, batch {graph['batch']}"
+        table.append([name, percent(share(graph)), "1x", f"{ratio(graph, best)}x", ""])
+    # rows of earlier dates are of earlier versions; the last setting of a date is the fastest
+    newest = cpu_runs().where(date=max(row["date"] for row in cpu_runs()))
+    for row in newest.where(processor=newest[-1]["processor"], every=newest[-1]["every"]):
+        option = "" if row["every"] == "1" else f", `--every {row['every']}`"
+        name = f"speed, {row['processor']}, DeiT-S{option}, batch {row['batch']}"
+        table.append([name, percent(share(row)), "1x", f"{row['ratio']}x", ""])
     return table
 
 
-def times(ratios: Iterable[str]) -> str:
-    return " / ".join(ratios) + "x"
+def percent(share: str) -> str:
+    return f"{round(100 * Decimal(share))} %"
 
 
 ABLATION = (
-    ("fixed-rate merging, same number a block", {"notes": SAME_NUMBER, "machine": "CPU"}),
-    ("fixed-rate merging, same part a block", {"notes": SAME_PART}),
+    ("fixed-rate merging, same number per block", {"notes": SAME_NUMBER, "machine": "CPU"}),
+    ("fixed-rate merging, same fraction per block", {"notes": SAME_PART}),
     ("`--scores paper`", {"method": "dial", "scores": "paper"}),
     ("`--similarity heads --matching mutual` *", {"method": "dial", "scores": "heads, mutual (1 round)"}),
     ("and `--size-power 0.3` *", {"method": "dial", "scores": "heads, mutual (1 round), size power 0.3"}),
