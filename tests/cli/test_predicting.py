@@ -53,8 +53,8 @@ def test_dense_then_continued_then_refused(predict, images, tmp_path, capsys):
 
     assert predict(images, *options) == 0
     said = capsys.readouterr()
-    assert "scores in" in said.out
-    assert "1 images could not be read" in said.err
+    assert "scores written to" in said.out
+    assert "unreadable images: 1" in said.err
     assert predict(images, *options, "--embeddings") == 2
     assert "embeddings: False then, True now; continue with" in error(capsys)
     assert predict(images, *options, "--embeddings", "--overwrite") == 0
