@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ...checkpoint.metadata import Preprocessing
 from ...errors import LTMPError
 from ...ranges import BATCH, IMAGES, WORKERS
 from .groups import DATA, RUN, option
@@ -67,6 +66,9 @@ class PreprocessingOptions:
     ] = None
 
     def __post_init__(self) -> None:
+        # imports torch, which --help must not wait for
+        from ...checkpoint.metadata import Preprocessing
+
         Preprocessing.check(self.transform)
 
     @property
