@@ -66,6 +66,14 @@ def test_thresholds_name_the_model(predict, images, thresholds, tmp_path):
     assert set(pq.read_table(tmp_path / "scores")["tokens"].to_pylist()) == {17}
 
 
+def test_thresholds_may_come_from_the_hub(predict, images, thresholds, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    thresholds.rename(tmp_path / "cache" / "thresholds.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path / "cache"))
+    assert predict(images, "--out", "scores", "--thresholds", "user/repo", model=False) == 0
+    assert set(pq.read_table(tmp_path / "scores")["tokens"].to_pylist()) == {17}
+
+
 def test_wrong_calls_are_one_sentence(predict, images, thresholds, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("a\nb\n")
     out = ("--out", "scores")

@@ -75,11 +75,11 @@ class PredictModel(SavedModel, CertifiedOption):
 
     def absolute(self) -> PredictModel:
         """These options with absolute paths, for processes with another working directory."""
-        return replace(
-            self,
-            weights=self.weights and self.weights.absolute(),
-            thresholds=self.thresholds and self.thresholds.absolute(),
-        )
+        thresholds = self.thresholds
+        # what does not exist here names a repository on the Hub
+        if thresholds is not None and thresholds.exists():
+            thresholds = thresholds.absolute()
+        return replace(self, weights=self.weights and self.weights.absolute(), thresholds=thresholds)
 
 
 @dataclass(frozen=True, kw_only=True)
