@@ -43,7 +43,7 @@ Budgets = Annotated[
 Every = Annotated[
     int,
     option(
-        "Remove tokens in one of this many blocks: 2 means every other block, which runs faster (see docs/dial.md).",
+        "Remove tokens only in every Nth block: 1 is all blocks; 2, every other block, runs faster (see docs/dial.md).",
         within=SPACING,
     ),
 ]

@@ -55,9 +55,9 @@ class CompareOptions(CertifiedOption, AgainstOptions):
     method: Annotated[
         list[str] | None,
         option(
-            "Method: ltmp, ltpm, ltm, ltp (learned), m, p, mp, pm, topk, evit or random; m:16 sets a fixed rate; "
-            "resize:168 is the dense model at that image size. May be repeated. Default: ltmp and m, or none with "
-            "--thresholds."
+            "Method: ltmp, ltpm, ltm or ltp (learned); m, p, mp, pm, topk, evit or random (at the fixed rate that "
+            "meets a budget, or at a given one: m:16); or resize:168 (the dense model at that image size). May be "
+            "repeated. Default: ltmp and m, or none with --thresholds."
         ),
     ] = None
     budget: Annotated[

@@ -111,7 +111,7 @@ class LearningOptions(TuningOptions, StageOptions):
         option(
             "Images to optimise on, counted each time an image is used; 0 only calibrates.",
             within=VIEWS,
-            show_default=f"{DEFAULT_VIEWS}; with --tune one epoch",
+            show_default=f"{DEFAULT_VIEWS}; one epoch with --tune or --recipe paper",
         ),
     ] = None
     calibration: Annotated[
@@ -124,8 +124,8 @@ class LearningOptions(TuningOptions, StageOptions):
     recipe: Annotated[
         str,
         option(
-            "ltmp, or paper for comparisons: the paper's own training (SGD, no calibration, batches of 128, augmented "
-            "images, tau 0.5, 2 % of the images set aside)."
+            "Training recipe: ltmp, or paper, which is the paper's own training for comparisons (SGD, no calibration, "
+            "batches of 128, augmented images, tau 0.5, 2 % of the images set aside)."
         ),
     ] = "ltmp"
     tau: Annotated[

@@ -52,7 +52,7 @@ class Pictures(OutputOptions):
     formats: Annotated[
         list[str] | None,
         option(
-            "Format: png (a strip of all blocks), gif, mp4, or blocks (one picture per block); may be repeated.",
+            "Format: png (one strip over the blocks), gif, mp4, or blocks (one picture per block); may be repeated.",
             OUTPUT,
             "--format",
             show_default="png",
