@@ -43,7 +43,7 @@ HEADINGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialOptions(StageOptions):
+class DialRunOptions(StageOptions):
     """The range of the dial, and how it is learned."""
 
     low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.", within=SHARE)] = (
@@ -93,7 +93,7 @@ def dial_verb(
     data: LearningData,
     model: NamedModel,
     scores: ScoreOptions,
-    options: DialOptions,
+    options: DialRunOptions,
     run: RunOptions,
     output: FolderOptions,
 ) -> None:
@@ -144,7 +144,7 @@ def dial_verb(
         suggest(*model.deploy_command(job.thresholds))
 
 
-def _learn(job: Run, network: nn.Module, loader: Loader, options: DialOptions, run: RunOptions) -> None:
+def _learn(job: Run, network: nn.Module, loader: Loader, options: DialRunOptions, run: RunOptions) -> None:
     """Learn a dial and save it, or load it if the resumed run has learned it already."""
     from ... import distributed, load, save
     from ...learning import learn_dial
@@ -213,11 +213,11 @@ def _report(
 
 
 def _print_dry_run(
-    network: nn.Module, loader: Loader, held_out: Loader | None, options: DialOptions, run: RunOptions, job: Run
+    network: nn.Module, loader: Loader, held_out: Loader | None, options: DialRunOptions, run: RunOptions, job: Run
 ) -> None:
     """Print what would be done, and an estimate of the time."""
-    from ...learning import options as learning
     from ...learning.dial import most_views
+    from ...learning.options import DialOptions
     from ..runs import estimate_time
     from ..screen import print_result
 
@@ -232,7 +232,7 @@ def _print_dry_run(
     else:
         print_result("would report no accuracy")
     print_result(f"would write {job.thresholds}")
-    settings = learning.DialOptions(views=options.views, knots=options.knots, calibration=options.calibration)
+    settings = DialOptions(views=options.views, knots=options.knots, calibration=options.calibration)
     passes = most_views(settings, loader.images) + held_out_images * (1 + budgets)
     reads = options.calibration + min(settings.checked, loader.images) + held_out_images
     print_result(estimate_time(network, loader, run, passes=passes, reads=reads))
