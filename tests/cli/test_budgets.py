@@ -188,7 +188,7 @@ def test_push_sets_the_default(run, dial, monkeypatch, capsys):
 def test_info_says_how_far_the_dial_goes(dial, capsys):
     assert main(["info", str(dial)]) == 0
     said = capsys.readouterr().out
-    assert "dial: 0.3 to 0.95, by 5 budgets" in said
+    assert "dial: 0.3 to 0.95, in 5 rows" in said
     assert "budget: 0.5" in said
     assert read(dial).dial is not None
 
@@ -203,7 +203,7 @@ def quickly(monkeypatch):
 def test_a_time_is_met_by_turning_the_dial(run, dial, tmp_path, capsys):
     assert run("eval", dial, "--speed", "--milliseconds", 1e6, "--batch-size", 3, "--json", tmp_path / "eval.json") == 0
     said = capsys.readouterr().out
-    assert "dense is fast enough, all off: " in said
+    assert "the dense model is fast enough, reduction is off: " in said
     assert "predicted for batches of 3" in said
     assert "measured: " in said
     assert json.loads((tmp_path / "eval.json").read_text())["budget"] == 1.0

@@ -100,7 +100,7 @@ def test_broken_image_is_counted_or_refused(ltmp, images, tmp_path, capsys):
     file = tmp_path / "off.safetensors"
     learn_nothing(file)
     assert ltmp("eval", "--data", images, "--thresholds", file, "--json", tmp_path / "r.json") == 0
-    assert "skipped 1 images" in capsys.readouterr().err.replace("\n", " ")
+    assert "unreadable images skipped: 1" in capsys.readouterr().err.replace("\n", " ")
     values = json.loads((tmp_path / "r.json").read_text())
     assert (values["images"], values["skipped"]) == (5, 1)
     assert ltmp("eval", "--data", images, "--thresholds", file, "--strict") == 1

@@ -25,7 +25,7 @@ def test_one_file_for_every_budget(ltmp, images, tmp_path, capsys) -> None:
     file = read(path)
     assert file.dial is not None
     assert len(file.dial.share) <= 3
-    assert "a dial from 0.7" in capsys.readouterr().out
+    assert "dial from 0.7" in capsys.readouterr().out
     told = json.loads((tmp_path / "d.json").read_text())
     assert [row["budget"] for row in told["budgets"]] == [0.72, 0.78]
     assert all(abs(row["share"] - row["budget"]) < 0.1 and "top1" in row for row in told["budgets"])

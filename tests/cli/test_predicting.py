@@ -53,8 +53,8 @@ def test_dense_then_continued_then_refused(predict, images, tmp_path, capsys):
 
     assert predict(images, *options) == 0
     said = capsys.readouterr()
-    assert "scores in" in said.out
-    assert "1 images could not be read" in said.err
+    assert "scores written to" in said.out
+    assert "unreadable images: 1" in said.err
     assert predict(images, *options, "--embeddings") == 2
     assert "embeddings: False then, True now; continue with" in error(capsys)
     assert predict(images, *options, "--embeddings", "--overwrite") == 0
@@ -63,6 +63,14 @@ def test_dense_then_continued_then_refused(predict, images, tmp_path, capsys):
 
 def test_thresholds_name_the_model(predict, images, thresholds, tmp_path):
     assert predict(images, "--out", "scores", "--thresholds", thresholds, "--engine", "packed", model=False) == 0
+    assert set(pq.read_table(tmp_path / "scores")["tokens"].to_pylist()) == {17}
+
+
+def test_thresholds_may_come_from_the_hub(predict, images, thresholds, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    thresholds.rename(tmp_path / "cache" / "thresholds.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path / "cache"))
+    assert predict(images, "--out", "scores", "--thresholds", "user/repo", model=False) == 0
     assert set(pq.read_table(tmp_path / "scores")["tokens"].to_pylist()) == {17}
 
 

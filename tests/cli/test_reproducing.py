@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ltmp.cli import main, reproduction
-from ltmp.cli.options import RunOptions, words
+from ltmp.cli.options import RunOptions, as_arguments
 from ltmp.cli.verbs import compare, reproduce
 from ltmp.evaluate.published import published
 
@@ -187,7 +187,7 @@ def test_images_without_labels_are_refused(call, images, flat, capsys):
 
 def test_learn_takes_them_from_the_dense_model_instead(ltmp, images, flat, capsys):
     assert ltmp("learn", "--data", flat, "--val", images / "val", "--dry-run") == 0
-    assert "from the dense model's answers" in capsys.readouterr().out
+    assert "from the predictions of the dense model" in capsys.readouterr().out
 
 
 def test_a_missing_extra_is_told_first(call, monkeypatch, capsys):
@@ -205,9 +205,9 @@ def test_published_figures_name_their_table():
 
 
 def test_options_as_words():
-    assert words(RunOptions(device="cpu", amp=True)) == ["--device", "cpu", "--amp"]
+    assert as_arguments(RunOptions(device="cpu", amp=True)) == ["--device", "cpu", "--amp"]
     asked = reproduce.ReproducedData(mean=(0.5, 0.4, 0.3), batch_size=2, limit=7)
-    assert words(asked) == ["--mean", "0.5", "0.4", "0.3", "--batch-size", "2", "--limit", "7"]
-    assert words(reproduce.ReproduceOptions(speed=False, budget=[0.5, 0.4])) == [
+    assert as_arguments(asked) == ["--mean", "0.5", "0.4", "0.3", "--batch-size", "2", "--limit", "7"]
+    assert as_arguments(reproduce.ReproduceOptions(speed=False, budget=[0.5, 0.4])) == [
         "--budget", "0.5", "--budget", "0.4", "--no-speed",
     ]  # fmt: skip

@@ -32,7 +32,7 @@ def test_nothing_is_drawn_before_there_is_something_to_show(seen):
 def test_text_of_others_is_shown_and_not_obeyed(seen):
     with progress_bar("reading o[/red]\x1b[31m", 10) as bar:
         bar(10)
-    screen.tell("o[/red]\x1b[31m")
+    screen.print_note("o[/red]\x1b[31m")
     assert seen.getvalue().count(r"o[/red]\x1b[31m") >= 2
 
 

@@ -1,4 +1,4 @@
-"""The command line: one verb a job. Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted."""
+"""The command line, one verb per job. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from typing import Any
 from ..errors import INTERRUPTED, LTMPError, MissingExtraError, UsageError
 from ..sanitize import printable
 
-ON_SEVERAL_RANKS = ("learn", "eval")
-"""The verbs that torchrun may start; others would all write the same files."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""There is no room. Of files `atomic_path` says it, with their names: what is left is what is printed to."""
+DISTRIBUTED_VERBS = ("learn", "eval")
+"""The verbs that torchrun may start; with any other, all ranks would write the same files."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""`atomic_path` reports these for files, with their name; without a name it is stdout that cannot be written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `ltmp`; what can go wrong is told in one sentence, with a traceback only under --debug."""
+    """Run `ltmp` and return its exit code; an error is printed as one sentence, with a traceback only under --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     before = sys.unraisablehook
-    sys.unraisablehook = ours = partial(_tell_or_interrupt, before)
+    sys.unraisablehook = hook = partial(_interrupt_or_report, before)
     try:
-        return _guarded(arguments)
+        return _run_reporting_errors(arguments)
     finally:
-        if sys.unraisablehook is ours:
+        if sys.unraisablehook is hook:
             sys.unraisablehook = before
 
 
-def _guarded(arguments: list[str]) -> int:
+def _run_reporting_errors(arguments: list[str]) -> int:
     try:
         code = _run(arguments)
-        # what cannot be written is told now, and not by the interpreter at its end
+        # a failing write must raise here, and not when the interpreter exits
         sys.stdout.flush()
         return code
     except LTMPError as error:
@@ -45,11 +45,11 @@ def _guarded(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, arguments)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
-            # whoever read our output has seen enough
+        if isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout):
+            # the reader of our output, such as `head`, has closed it
             _discard(sys.stdout)
             return 1
-        if isinstance(error, OSError) and not error.filename and error.errno in _FULL:
+        if isinstance(error, OSError) and not error.filename and error.errno in _DISK_FULL:
             _discard(sys.stdout)
             return _fail(f"cannot write the results: {error.strerror}; send them elsewhere", 1, arguments)
         if isinstance(error, OSError) and error.filename and error.strerror:
@@ -57,47 +57,11 @@ def _guarded(arguments: list[str]) -> int:
         return _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, arguments)
 
 
-def _is_read(stream: Any) -> bool:
-    """Whether somebody reads what is written there; other pipes may break, too."""
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), select.POLLOUT)
-        return not any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError):  # no such call on Windows, or no file
-        return True
-
-
-def _discard(stream: Any) -> None:
-    """What waits to be written there must not fail once more at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _tell_or_interrupt(tell: Callable[[Any], Any], told: Any) -> None:
-    """Python forgets a Ctrl-C that comes while something is thrown away: here it counts."""
-    if isinstance(told.exc_value, KeyboardInterrupt):
-        left = threading.Event()
-        threading.Thread(target=_interrupt_after, args=(left,), daemon=True).start()
-        left.set()
-    else:
-        tell(told)
-
-
-def _interrupt_after(left: threading.Event) -> None:
-    """Interrupt the main thread when it has left the hook, which nobody could interrupt either."""
-    left.wait()
-    time.sleep(0.01)
-    _thread.interrupt_main()
-
-
-def _tell_nothing(told: Any) -> None:
-    pass
-
-
 def _run(arguments: list[str]) -> int:
-    if _started() and arguments and arguments[0] not in ON_SEVERAL_RANKS:
+    if _under_torchrun() and arguments and arguments[0] not in DISTRIBUTED_VERBS:
         raise UsageError(f"`{arguments[0]}` runs in one process: start it without torchrun")
     try:
-        # all that follows needs it; what else fails to import there is no missing extra
+        # imported here only to check for it: an ImportError of anything else below is not a missing extra
         import typer  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("typer", "cli", "The command line") from error
@@ -106,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     try:
         return call(arguments)
     except Exception as error:
-        # Typer's own complaints about options; their class moved from click into typer
+        # Typer's own usage errors; their class moved from click into typer, so it is recognised by a method
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message() or "no verb given"
@@ -114,26 +78,63 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:
+    """Print an error and return its exit code."""
     if "--debug" in arguments:
         import traceback
 
         traceback.print_exc()
     elif code == INTERRUPTED:
-        # what Ctrl-C left half built complains by tracebacks when it is thrown away, up to the end of the process
-        sys.unraisablehook = _tell_nothing
-    print(f"error{_whose()}: {printable(message)}", file=sys.stderr)
+        # objects that Ctrl-C left half built print tracebacks when they are finalised, until the process ends
+        sys.unraisablehook = _ignore
+    print(f"error{_rank_label()}: {printable(message)}", file=sys.stderr)
     return code
 
 
-def _whose() -> str:
-    """Which of the processes that torchrun started this is: any of them may fail, and torchrun ends the others."""
-    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if _started() else ""
+def _rank_label() -> str:
+    """The rank of this process under torchrun: any of them may fail, and torchrun then ends the others."""
+    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if _under_torchrun() else ""
 
 
-def _started() -> bool:
-    """Whether torchrun started this process; asks torch only where that is possible, as importing it takes seconds."""
+def _under_torchrun() -> bool:
+    """Whether torchrun started this process. Imports torch, which takes seconds, only if RANK is set."""
     if "RANK" not in os.environ:
         return False
     from ..distributed import started
 
     return started()
+
+
+def _has_reader(stream: Any) -> bool:
+    """Whether the other end of `stream` is still open; if it is, the broken pipe is another one."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError):  # no `poll` on Windows, or no file descriptor
+        return True
+
+
+def _discard(stream: Any) -> None:
+    """Send what is still buffered to the null device, so that flushing it at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _interrupt_or_report(report: Callable[[Any], Any], unraisable: Any) -> None:
+    """A hook for exceptions in finalisers, where Python would drop a Ctrl-C: raise it in the main thread instead."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        leaving = threading.Event()
+        threading.Thread(target=_interrupt_after, args=(leaving,), daemon=True).start()
+        leaving.set()
+    else:
+        report(unraisable)
+
+
+def _interrupt_after(leaving: threading.Event) -> None:
+    """Interrupt the main thread once it has left the hook, in which the interrupt would be dropped again."""
+    leaving.wait()
+    time.sleep(0.01)
+    _thread.interrupt_main()
+
+
+def _ignore(unraisable: Any) -> None:
+    pass

@@ -1,4 +1,4 @@
-"""`python -m ltmp.cli` is `ltmp`."""
+"""`python -m ltmp.cli` runs `ltmp`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The verbs, each imported when it is asked for."""
+"""The Typer application; each verb's module is imported only when the verb is called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import INTERRUPTED
 PANELS = {
     "Learn": ("learn", "dial"),
     "Measure": ("eval", "certify", "bench", "compare", "reproduce", "report"),
-    "Look": ("demo", "show", "app", "info"),
+    "Explore": ("demo", "show", "app", "info"),
     "Deploy": ("pack", "export", "serve", "predict", "push"),
 }
 VERBS = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
@@ -23,27 +23,27 @@ _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": F
 _STYLE["context_settings"] = {"help_option_names": ["-h", "--help"]}
 
 
-class _Plain:
-    """Help that says of no switch that it is a <bool>."""
+class _PlainFlags:
+    """A command whose help does not show "<bool>" beside flags."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
-        for parameter in found:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
-        return found
+        return parameters
 
 
-class Verb(_Plain, TyperCommand):
+class VerbCommand(_PlainFlags, TyperCommand):
     """A verb."""
 
 
-class Verbs(_Plain, TyperGroup):
+class VerbGroup(_PlainFlags, TyperGroup):
     """Finds verbs by name in `ltmp.cli.verbs`, whose modules import torch only when they run."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # for suggestions; the commands themselves are made by `get_command`
+        # only the names matter, for "did you mean" suggestions; `get_command` makes the commands
         self.commands = dict.fromkeys(VERBS)  # type: ignore[assignment]
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -54,36 +54,37 @@ class Verbs(_Plain, TyperGroup):
             return None
         module = import_module(f".verbs.{cmd_name}", __package__)
         single = typer.Typer(**_STYLE)
-        single.command(cmd_name, cls=Verb, rich_help_panel=VERBS[cmd_name])(getattr(module, f"{cmd_name}_verb"))
+        function = getattr(module, f"{cmd_name}_verb")
+        single.command(cmd_name, cls=VerbCommand, rich_help_panel=VERBS[cmd_name])(function)
         return typer.main.get_command(single)
 
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=VerbGroup,
     help="Learned Thresholds token Merging and Pruning: make a vision transformer cheaper, image by image.",
-    epilog="Start with: ltmp demo",
+    epilog="Start with: ltmp demo. `ltmp COMMAND --help` explains the options of a command.",
     no_args_is_help=True,
     **_STYLE,
 )
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         typer.echo(f"ltmp {__version__}")
         raise typer.Exit
-    from .screen import tell_log
+    from .screen import show_warnings
 
-    tell_log()
+    show_warnings()
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Run a verb and return its exit code; errors are passed on, Typer's about options, too."""
+    """Run a verb and return its exit code. Errors propagate, including Typer's usage errors."""
     try:
         code = int(app(list(arguments), prog_name="ltmp", standalone_mode=False) or 0)
     except typer.Abort:
         code = INTERRUPTED
-    # Typer makes an exit code of Ctrl-C, too
+    # Typer turns Ctrl-C into `Abort` or into this exit code
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     return code

@@ -1,4 +1,4 @@
-"""Packages that a verb will need: asked for before its work begins, not when it comes to them."""
+"""Optional packages that verbs need, checked before the work begins."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ EXTRAS = {
     "openvino": ("export", "running models in OpenVINO"),
     "peft": ("tune", "tuning by LoRA"),
 }
-"""Package, the extra that brings it, and what needs it."""
+"""For each package, the extra that installs it and what it is needed for."""
 
 RUNTIMES = {"onnx": ("ONNX Runtime", "onnxruntime"), "openvino": ("OpenVINO", "openvino")}
-"""Of exports, by the name of the engine: what people call them, and the package that brings them."""
+"""For each value of --engine that runs exported files, the runtime's display name and its package."""
 
 
-def need(*packages: str) -> None:
-    """Refuse the work where a package is missing.
+def require(*packages: str) -> None:
+    """Check that packages are installed.
 
     Raises:
-        MissingExtraError: names the first of them, and its extra.
+        MissingExtraError: a package is missing; names the first one and its extra.
     """
     for package in packages:
-        there = sys.modules[package] is not None if package in sys.modules else find_spec(package) is not None
-        if not there:
+        installed = sys.modules[package] is not None if package in sys.modules else find_spec(package) is not None
+        if not installed:
             raise MissingExtraError(package, *EXTRAS[package])

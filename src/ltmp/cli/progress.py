@@ -8,16 +8,32 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..sanitize import printable
-from .screen import console, tell
+from .screen import console, print_note
 
-STEADY = 600.0
-"""Seconds that the speed is taken over: with less, steps of many seconds would show no remaining time."""
+SPEED_WINDOW = 600.0
+"""Seconds over which the speed is averaged. rich's default of 30 shows no remaining time if a step takes longer."""
+
+
+@contextmanager
+def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
+    """A bar with elapsed and remaining time; with several ranks, only the first one shows it.
+
+    >>> with progress_bar("training", 100) as advance:
+    ...     advance(1, "training, loss 0.3")
+    """
+    from ..distributed import rank
+
+    bar = _SilentBar(text, total) if rank() > 0 else Bar(text, total)
+    try:
+        yield bar
+    finally:
+        bar.stop()
 
 
 class Bar:
-    """One bar; call it with the steps done and, if wanted, a new text. It is drawn when there is something to show.
+    """A progress bar. Call it with the number of steps done since the last call and, optionally, a new text.
 
-    Where the screen is a file or a pipe, a bar cannot move: there it is a line for every tenth.
+    It is drawn at the first update. If stderr is not a terminal, it prints a line for every tenth instead.
     """
 
     def __init__(self, text: str, total: int | None) -> None:
@@ -29,8 +45,13 @@ class Bar:
         self._show(self.done + done, self.total, text or self.text)
 
     def reach(self, completed: float, total: float, text: str) -> None:
-        """Be at `completed` of `total`, for jobs that know themselves where they are, resumed ones too."""
+        """Move to `completed` of `total`, for jobs that track their own progress, resumed ones included."""
         self._show(completed, total, text)
+
+    def stop(self) -> None:
+        """Stop drawing, so that others can print."""
+        if self._drawn is not None:
+            self._drawn.stop()
 
     def _show(self, done: float, total: float, text: str) -> None:
         self.done, self.total, self.text = done, total, printable(text)
@@ -48,7 +69,7 @@ class Bar:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,
-                speed_estimate_period=STEADY,
+                speed_estimate_period=SPEED_WINDOW,
             )
             self._drawn.add_task(self.text, total=self.total or None)
             self._drawn.start()
@@ -61,30 +82,9 @@ class Bar:
             self._tenth = 0.0
         if tenth > self._tenth:
             self._tenth = tenth
-            tell(f"{self.text} ({self.done:g} of {self.total:g})")
-
-    def stop(self) -> None:
-        """Leave the screen to others."""
-        if self._drawn is not None:
-            self._drawn.stop()
+            print_note(f"{self.text} ({self.done:g} of {self.total:g})")
 
 
-class _Silent(Bar):
+class _SilentBar(Bar):
     def _show(self, done: float, total: float, text: str) -> None:
         pass
-
-
-@contextmanager
-def progress_bar(text: str, total: int | None) -> Iterator[Bar]:
-    """A bar with elapsed and remaining time; of several ranks, the first shows it.
-
-    >>> with progress_bar("training", 100) as advance:
-    ...     advance(1, "training, loss 0.3")
-    """
-    from ..distributed import rank
-
-    bar = _Silent(text, total) if rank() > 0 else Bar(text, total)
-    try:
-        yield bar
-    finally:
-        bar.stop()

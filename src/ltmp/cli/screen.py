@@ -1,4 +1,4 @@
-"""The screen: results on stdout, everything else on stderr; text of others is shown, never obeyed."""
+"""Terminal output: results on stdout, everything else on stderr, both without control characters from other sources."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from rich.text import Text
 from ..sanitize import printable
 
 console = Console(stderr=True)
-_PART = ContextVar("part", default=False)
+_NESTED = ContextVar("nested", default=False)
 
 
-def say(text: object) -> None:
-    """A line of results."""
+def print_result(text: object) -> None:
+    """Print a line of results to stdout."""
     typer.echo(printable(text))
 
 
-def tell(text: object) -> None:
-    """A line beside the results, which no narrow screen breaks."""
+def print_note(text: object) -> None:
+    """Print a line to stderr, unwrapped even on a narrow terminal."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 
 def suggest(*words: object) -> None:
-    """The last line of a verb: the command that comes next, as it can be pasted."""
-    if not _PART.get():
-        tell(f"next: {shlex.join(map(str, words))}")
+    """Print the command to run next, quoted for a shell; a verb calls this last."""
+    if not _NESTED.get():
+        print_note(f"next: {shlex.join(map(str, words))}")
 
 
 @contextmanager
-def part_of_another() -> Iterator[None]:
-    """Inside, a verb is a part of another one: what it finds is no result yet, and it does not say what comes next."""
-    token = _PART.set(True)
+def nested_verb() -> Iterator[None]:
+    """Run a verb as part of another one: its results go to stderr, and it suggests no next command."""
+    token = _NESTED.set(True)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        _PART.reset(token)
+        _NESTED.reset(token)
 
 
-class _Told(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        tell(self.format(record))
-
-
-def tell_log() -> None:
-    """Warnings of the package reach the screen, whatever level and handlers libraries give to the root's log."""
+def show_warnings() -> None:
+    """Print the package's log from WARNING on, whatever level and handlers other libraries set on the root logger."""
     logger = logging.getLogger("ltmp")
     if not logger.handlers:
-        logger.addHandler(_Told())
+        logger.addHandler(_NoteHandler())
         logger.setLevel(logging.WARNING)
+
+
+class _NoteHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print_note(self.format(record))

@@ -1,4 +1,4 @@
-"""From a time or a speed on the command line to a budget."""
+"""The budget that meets a time or a speed given on the command line."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from ..evaluate.latency import set_latency, speed
 from ..hosts.attach import thresholds_of
 from .options import SpeedOptions
 from .progress import progress_bar
-from .screen import say
+from .screen import print_result
 
 
 @dataclass(frozen=True)
 class Target:
-    """How fast a batch is to be, by --milliseconds or --images-per-second."""
+    """How fast a batch has to run: the value of --milliseconds or of --images-per-second."""
 
     milliseconds: float | None
     images_per_second: float | None
 
     @classmethod
-    def of(cls, asked: SpeedOptions) -> Target | None:
-        """The request, or None.
+    def from_options(cls, options: SpeedOptions) -> Target | None:
+        """Return the requested target, or None.
 
         Raises:
-            UsageError: two targets, or several processes, which would time each other.
+            UsageError: more than one option sets the dial, or several processes would disturb each other's timing.
         """
-        given = {
-            "--budget": asked.budget,
-            "--certified": 1.0 if asked.certified else None,
-            "--milliseconds": asked.milliseconds,
-            "--images-per-second": asked.images_per_second,
+        values = {
+            "--budget": options.budget,
+            "--certified": 1.0 if options.certified else None,
+            "--milliseconds": options.milliseconds,
+            "--images-per-second": options.images_per_second,
         }
-        names = [name for name, value in given.items() if value is not None]
+        names = [name for name, value in values.items() if value is not None]
         if len(names) > 1:
             raise UsageError(f"{' and '.join(names)} each set the dial: give one of them")
-        if asked.milliseconds is None and asked.images_per_second is None:
+        if options.milliseconds is None and options.images_per_second is None:
             return None
         if distributed.started():
             raise UsageError(f"{names[0]} times one process: run it without torchrun, then give --budget to all")
-        return cls(asked.milliseconds, asked.images_per_second)
+        return cls(options.milliseconds, options.images_per_second)
 
     def meet(self, network: nn.Module, images: Tensor, amp: torch.dtype | None = None, quiet: bool = False) -> float:
-        """Measure what blocks cost on batches like `images`, set the dial, and say to what; returns the share."""
+        """Measure the costs of blocks on batches like `images` and set the dial; print and return the FLOPs share."""
         with progress_bar("measuring costs", None) as bar:
             costs = measure_costs(
                 network, images, amp=amp, progress=lambda done, total: bar.reach(done, total, "measuring costs")
@@ -57,11 +57,11 @@ class Target:
         assert dial is not None
         seconds = costs.dense if share == 1 else float(costs.predict_seconds(dial.kept_at(share)))
         if not quiet:
-            said = "dense is fast enough, all off" if share == 1 else f"budget {share:g}"
-            say(f"{said}: {speed(seconds, len(images))} predicted for batches of {len(images)}")
+            choice = "the dense model is fast enough, reduction is off" if share == 1 else f"budget {share:g}"
+            print_result(f"{choice}: {speed(seconds, len(images))} predicted for batches of {len(images)}")
         return share
 
 
-def say_measured(images: int, images_per_second: float) -> None:
-    """The time that came of it."""
-    say(f"measured: {speed(images / images_per_second, images)}")
+def print_measured(images: int, images_per_second: float) -> None:
+    """Print the time and speed that a batch was measured at."""
+    print_result(f"measured: {speed(images / images_per_second, images)}")

@@ -1,21 +1,21 @@
-"""The options of verbs, in groups, and what they stand for. Nothing here imports torch before it is needed."""
+"""Options shared by verbs, as dataclasses; importing them does not import torch."""
 
 from .data import BatchOptions as BatchOptions
 from .data import BatchSize as BatchSize
 from .data import ClassMap as ClassMap
 from .data import DataOptions as DataOptions
-from .data import GivenData as GivenData
 from .data import LearningData as LearningData
 from .data import Limit as Limit
 from .data import PreprocessingOptions as PreprocessingOptions
+from .data import RequiredData as RequiredData
 from .data import Source as Source
 from .groups import DATA as DATA
 from .groups import MODEL as MODEL
 from .groups import OUTPUT as OUTPUT
 from .groups import RUN as RUN
+from .groups import as_arguments as as_arguments
 from .groups import option as option
 from .groups import verb as verb
-from .groups import words as words
 from .model import AgainstOptions as AgainstOptions
 from .model import BuildOptions as BuildOptions
 from .model import ModelOptions as ModelOptions

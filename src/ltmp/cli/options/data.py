@@ -1,4 +1,4 @@
-"""Which images, and how they are read."""
+"""Options for datasets and for how their images are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ...checkpoint.metadata import Preprocessing
 from ...errors import LTMPError
 from ...ranges import BATCH, IMAGES, WORKERS
 from .groups import DATA, RUN, option
@@ -18,56 +17,82 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     str,
-    option("Folder or .tar of class folders, flat folder of images, or a timm dataset (hfds/..., torch/...).", DATA),
+    option("Images: a folder or .tar of class folders, a flat folder, or a timm dataset (hfds/..., torch/...).", DATA),
 ]
-ClassMap = Annotated[Path | None, option("The model's class names, one a line (.txt), where folders differ.", DATA)]
-Limit = Annotated[int | None, option("Use at most this many images, of all classes alike.", DATA, within=IMAGES)]
+ClassMap = Annotated[
+    Path | None,
+    option(
+        "Class names (.txt), one per line in the order of the model's outputs; needed if class folders sort "
+        "differently.",
+        DATA,
+    ),
+]
+Limit = Annotated[
+    int | None, option("Use at most this many images, spread evenly over the classes.", DATA, within=IMAGES)
+]
 BatchSize = Annotated[int, option("Images per batch.", RUN, within=BATCH)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Which part of a dataset."""
+    """The split of a dataset, and where timm stores it."""
 
-    split: Annotated[str | None, option("Split of the data; a folder's train/ or val/ is found by itself.", DATA)] = (
-        None
-    )
-    data_root: Annotated[Path | None, option("Where a timm dataset lies on disk.", DATA)] = None
+    split: Annotated[
+        str | None, option("Split of the dataset; the train/ or val/ of a folder is found automatically.", DATA)
+    ] = None
+    data_root: Annotated[Path | None, option("Folder in which timm stores the dataset.", DATA)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingOptions:
-    """How an image becomes what the model takes; by default as its configuration says."""
+    """Preprocessing of images; the defaults come from the model's configuration."""
 
-    interpolation: Annotated[str | None, option("Resizing: bicubic, bilinear, ...; default: the model's.", DATA)] = None
-    mean: Annotated[tuple[float, float, float] | None, option("Mean of the channels.", DATA)] = None
-    std: Annotated[tuple[float, float, float] | None, option("Standard deviation of the channels.", DATA)] = None
-    crop_pct: Annotated[float | None, option("Share of the resized image kept; 1: all.", DATA)] = None
-    crop_mode: Annotated[str | None, option("center, squash (ignores the aspect ratio) or border.", DATA)] = None
+    interpolation: Annotated[
+        str | None, option("Interpolation for resizing: bicubic, bilinear, ...; default: the model's.", DATA)
+    ] = None
+    mean: Annotated[
+        tuple[float, float, float] | None, option("Channel means for normalisation; default: the model's.", DATA)
+    ] = None
+    std: Annotated[
+        tuple[float, float, float] | None,
+        option("Channel standard deviations for normalisation; default: the model's.", DATA),
+    ] = None
+    crop_pct: Annotated[
+        float | None, option("Share of the resized image that the crop keeps, 1 for all; default: the model's.", DATA)
+    ] = None
+    crop_mode: Annotated[
+        str | None,
+        option("Crop: center, squash (ignores the aspect ratio) or border; default: the model's.", DATA),
+    ] = None
 
     def __post_init__(self) -> None:
+        # imports torch, which --help must not wait for
+        from ...checkpoint.metadata import Preprocessing
+
         Preprocessing.check(self.transform)
 
     @property
     def transform(self) -> dict[str, Any]:
-        """The options of `eval_transform`."""
+        """The keyword arguments of `eval_transform`."""
         names = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(PreprocessingOptions):
-    """How images are read and come in batches."""
+    """How images are read, labelled and batched."""
 
     class_map: ClassMap = None
-    strict: Annotated[bool, option("Refuse an image that cannot be read instead of skipping it.", DATA)] = False
+    strict: Annotated[bool, option("Fail on an image that cannot be read instead of skipping it.", DATA)] = False
     batch_size: BatchSize = 64
-    workers: Annotated[int, option("Processes that read images.", RUN, within=WORKERS)] = 0
+    workers: Annotated[
+        int, option("Worker processes that read images; 0 reads in the main process.", RUN, within=WORKERS)
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(BatchOptions, Source):
-    """Which images, and how they come in batches."""
+    """Options from a dataset to batches."""
 
     def open(
         self,
@@ -82,10 +107,11 @@ class DataOptions(BatchOptions, Source):
         augment: bool = False,
         evenly: bool = True,
     ) -> Loader:
-        """Batches of `source` as `model` takes them, after checking that its classes fit the head.
+        """Open `source` as batches preprocessed for `model`, after checking that its classes fit the head.
 
-        With a `limit`, a sample of the images, of all classes alike if `evenly`. With `augment`, cropped, flipped and
-        coloured at random.
+        Args:
+            limit: sample at most this many images, spread over the classes if `evenly`.
+            augment: crop, flip and colour the images at random.
         """
         from ...data import check_classes, image_mode, make_loader, open_dataset, transforms
         from ...data.sample import sampled
@@ -109,29 +135,30 @@ class DataOptions(BatchOptions, Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenData(DataOptions):
-    """Images that must be named."""
+class RequiredData(DataOptions):
+    """A dataset that must be given."""
 
     data: Data
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningData(GivenData):
-    """Images to learn from, and others to report on."""
+class LearningData(RequiredData):
+    """Images to learn from, and held-out images to report on."""
 
-    val: Annotated[str | None, option("Data to report accuracy on; default: val/ of the data folder.", DATA)] = None
-
+    val: Annotated[
+        str | None, option("Held-out images to report accuracy on; default: val/ in the --data folder.", DATA)
+    ] = None
     limit: Limit = None
 
     def open_both(
         self, model: nn.Module, *, labelled: bool, seed: int, check: bool, augment: bool = False
     ) -> tuple[Loader, Loader | None]:
-        """Images to learn from, shuffled, and with `check` others to report on, where there are any.
+        """Open the images to learn from, shuffled, and if `check` the held-out images; None if there are none.
 
         Raises:
-            LTMPError: they are not of the same classes.
+            LTMPError: the two have different classes.
         """
-        learned = self.open(
+        training = self.open(
             self.data, model, split=self.split or "train", labelled=labelled, shuffle=True, seed=seed,
             limit=self.limit, augment=augment,
         )  # fmt: skip
@@ -139,17 +166,17 @@ class LearningData(GivenData):
         if source is None and any((Path(self.data) / name).is_dir() for name in ("val", "validation")):
             source = self.data
         if source is None or not check:
-            return learned, None
+            return training, None
         held_out = self.open(source, model, split="validation", limit=self.limit)
         if self.class_map is None and labelled:
-            _check_alike({self.data: learned, source if source != self.data else "its validation part": held_out})
-        return learned, held_out
+            _check_same_classes(training, held_out, self.data, source if source != self.data else "its validation part")
+        return training, held_out
 
 
-def _check_alike(loaders: dict[str, Loader]) -> None:
-    """Refuse parts of other classes: their folders would be numbered differently."""
-    (one, ours), (other, theirs) = ((name, _classes(loader)) for name, loader in loaders.items())
-    for name, missing in ((other, ours - theirs), (one, theirs - ours)):
+def _check_same_classes(training: Loader, held_out: Loader, training_name: str, held_out_name: str) -> None:
+    """Refuse splits with different class folders: the same class would get different indices."""
+    ours, theirs = _classes(training), _classes(held_out)
+    for name, missing in ((held_out_name, ours - theirs), (training_name, theirs - ours)):
         if ours and theirs and missing:
             few = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
             raise LTMPError(
@@ -158,6 +185,6 @@ def _check_alike(loaders: dict[str, Loader]) -> None:
 
 
 def _classes(loader: Loader) -> set[str]:
-    """Names of the class folders; none where there are no labels."""
+    """Names of the class folders; empty without labels."""
     labelled = getattr(loader.dataset, "labelled", True)
     return set(getattr(loader.dataset, "class_to_index", None) or ()) if labelled else set()

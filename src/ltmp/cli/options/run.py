@@ -1,4 +1,4 @@
-"""Where a model runs, how fast it is to be, and what is measured."""
+"""Options for device, precision, engine, budget and speed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Device = Annotated[str, option("cpu, cuda, cuda:1 or auto.", RUN)]
-Engine = Annotated[str | None, option("auto, packed, triton or graph; default: as learned.", RUN)]
+Device = Annotated[str, option("Device: cpu, cuda, cuda:1, ... or auto (CUDA if available, else the CPU).", RUN)]
+Engine = Annotated[
+    str | None,
+    option("Engine: auto, packed, triton or graph; default: the one recorded in the thresholds file.", RUN),
+]
 Budget = Annotated[
     float | None,
     option(
-        "FLOPs share to set the thresholds' dial to, e.g. 0.55; default: as the file was saved.",
+        "FLOPs share to set the dial of the thresholds to, e.g. 0.55; default: the one the file was saved at.",
         RUN,
         metavar="SHARE",
         within=BUDGET,
@@ -30,7 +33,7 @@ Budget = Annotated[
 Budgets = Annotated[
     list[float] | None,
     option(
-        "FLOPs share to set the thresholds' dial to; may be repeated. Default: as the file was saved.",
+        "FLOPs share to set the dial of the thresholds to; may be repeated. Default: the one the file was saved at.",
         RUN,
         "--budget",
         metavar="SHARE",
@@ -40,7 +43,7 @@ Budgets = Annotated[
 Every = Annotated[
     int,
     option(
-        "Of how many blocks one removes tokens: with 2 every other block does. That takes less time; see docs/dial.md.",
+        "Remove tokens only in every Nth block: 1 is all blocks; 2, every other block, runs faster (see docs/dial.md).",
         within=SPACING,
     ),
 ]
@@ -49,129 +52,139 @@ Seed = Annotated[int, option("Seed of the image order.", within=SEED)]
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where, and in which precision."""
+    """Device and precision."""
 
     device: Device = "auto"
-    amp: Annotated[bool, option("bfloat16 autocast.", RUN)] = False
+    amp: Annotated[bool, option("Run under bfloat16 autocast.", RUN)] = False
 
     @property
-    def place(self) -> torch.device:
-        """The device."""
+    def torch_device(self) -> torch.device:
+        """The device as torch takes it."""
         return pick_device(self.device)
 
     @property
-    def cast(self) -> torch.dtype | None:
-        """The type of --amp."""
+    def amp_dtype(self) -> torch.dtype | None:
+        """The autocast type, or None without --amp."""
         return autocast_type(self.amp)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """Where a learned model reduces, and which parts of a run happen."""
+    """Which blocks remove tokens, and which stages of a run are carried out."""
 
     every: Every = 1
-    resume: Annotated[bool, option("Go on with the interrupted run in the output folder.", None, "--resume")] = False
-    no_eval: Annotated[bool, option("Report no accuracy.", None, "--no-eval")] = False
+    resume: Annotated[bool, option("Continue the interrupted run in the output folder.", None, "--resume")] = False
+    no_eval: Annotated[bool, option("Do not evaluate accuracy on held-out images.", None, "--no-eval")] = False
     dry_run: Annotated[
-        bool, option("Check everything, say what would be done and how long it would take.", None, "--dry-run")
+        bool,
+        option("Check everything, then print what would be done and how long it would take.", None, "--dry-run"),
     ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedOption:
-    """The budget that a certificate guarantees."""
+    """Whether to run at the budget of a certificate."""
 
     certified: Annotated[
         bool,
         option(
-            "Set the dial to the budget that `ltmp certify` found, after checking that nothing voids it.",
+            "Set the dial to the budget that `ltmp certify` found, after checking that the certificate is still valid.",
             RUN,
             "--certified",
         ),
     ] = False
 
-    def share(
-        self, network: nn.Module, thresholds: Path | None, cast: torch.dtype | None, given: float | None
+    def resolve_budget(
+        self, network: nn.Module, thresholds: Path | None, autocast: torch.dtype | None, budget: float | None
     ) -> float | None:
-        """The budget to set: the certified one where it is asked for, or else the one given.
+        """Return the budget to set: the certified one with --certified, `budget` otherwise.
 
         Raises:
-            UsageError: both were asked for, or there are no thresholds or no certificate.
-            LTMPError: the certificate is void for this model, or this precision.
+            UsageError: --certified and a budget are both given, or there are no thresholds or no certificate.
+            LTMPError: the certificate is void for this model or this precision.
         """
         from ...checkpoint import read
 
         if not self.certified:
-            return given
-        if given is not None:
+            return budget
+        if budget is not None:
             raise UsageError("--certified and --budget each set the dial: give one of them")
         if thresholds is None:
             raise UsageError("--certified is for thresholds that were certified: give --thresholds FILE")
-        file = read(thresholds).certified(network, str(thresholds), cast)
+        file = read(thresholds).certified(network, str(thresholds), autocast)
         return float(file.metadata["budget"])
 
-    def shares(
+    def resolve_budgets(
         self,
         network: nn.Module,
         thresholds: Sequence[Path],
-        cast: torch.dtype | None,
-        given: Sequence[float] | None,
+        autocast: torch.dtype | None,
+        budgets: Sequence[float] | None,
     ) -> Sequence[float]:
-        """The budgets to set, of verbs that take several: the certified one of one file, or else those given.
+        """Like `resolve_budget`, for verbs that take several files and several budgets.
 
         Raises:
-            UsageError: also of several files, each of which would have its own.
+            UsageError: also if --certified is given with several files, as each has its own certificate.
         """
         if not self.certified:
-            return given or ()
+            return budgets or ()
         if len(thresholds) != 1:
             raise UsageError("--certified is for one file of thresholds, as each has its own: give one")
-        found = self.share(network, thresholds[0], cast, given[0] if given else None)
-        return () if found is None else (found,)
+        certified = self.resolve_budget(network, thresholds[0], autocast, budgets[0] if budgets else None)
+        return () if certified is None else (certified,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions(CertifiedOption):
-    """A budget, or the time or speed that one is to be found for."""
+    """A budget, or a time or speed for which to find one."""
 
     budget: Budget = None
     milliseconds: Annotated[
         float | None,
         option(
-            "Instead of --budget: the time that a batch may take here; the largest budget that meets it is found.",
+            "Instead of --budget: use the largest budget at which a batch takes at most this time on this machine.",
             RUN,
             within=Range(above=0),
         ),
     ] = None
     images_per_second: Annotated[
-        float | None, option("Instead of --budget: the speed wanted here.", RUN, within=Range(above=0))
+        float | None,
+        option(
+            "Instead of --budget: use the largest budget that reaches this speed on this machine.",
+            RUN,
+            within=Range(above=0),
+        ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormOptions:
-    """Which export."""
+    """The form and precision of an export."""
 
     form: Annotated[
         str,
         option(
-            "Form of an export: single (one image), batch (any number of images) or static (no data-dependent shapes).",
+            "Form of the export: single (one image), batch (any batch size) or static (no data-dependent shapes).",
             RUN,
         ),
     ] = "batch"
-    int8: Annotated[bool, option("Quantise the linear layers (ONNX only).", RUN, "--int8")] = False
+    int8: Annotated[bool, option("Quantise the linear layers to INT8 (ONNX only).", RUN, "--int8")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(RunOptions):
-    """How much is evaluated."""
+    """How many images are evaluated, and whether speed is measured."""
 
     limit: Limit = None
-    speed: Annotated[bool, option("Measure images per second, too.")] = True
+    speed: Annotated[bool, option("Also measure images per second.")] = True
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; auto is the first CUDA device, or else the CPU. Under torchrun each process has its own GPU."""
+    """Return the named device; `auto` is CUDA if available, else the CPU. Under torchrun each process gets its own GPU.
+
+    Raises:
+        UsageError: there is no such device on this machine.
+    """
     import torch
 
     from ... import distributed
@@ -192,7 +205,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast_type(amp: bool) -> torch.dtype | None:
-    """The type that --amp computes in."""
+    """The autocast type of --amp, or None without it."""
     import torch
 
     return torch.bfloat16 if amp else None

@@ -1,4 +1,4 @@
-"""Which method: the order of its steps, and what tokens are scored by."""
+"""Options for the method: the order of merging and pruning, and the scores of tokens."""
 
 from __future__ import annotations
 
@@ -12,75 +12,87 @@ from .groups import METHOD, option
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Options for the reduction that is learned."""
+    """Options for the reduction that thresholds are learned for."""
 
     variant: Annotated[
-        str, option("ltmp: merge, then prune; ltpm: the other way round; ltm: merge only; ltp: prune only.", METHOD)
+        str,
+        option(
+            "What each block does: ltmp (merge, then prune), ltpm (prune, then merge), ltm (merge only) or ltp "
+            "(prune only).",
+            METHOD,
+        ),
     ] = "ltmp"
     scores: Annotated[
         str,
         option(
-            "Scores to merge and prune by: paper; attention (all heads, mutual pairs; forward passes only); or "
-            "best (a probe learned from gradients, about half a megabyte in the file). The options below override it.",
+            "Preset of scores to merge and prune by: paper, attention (all heads, mutual pairs; needs forward passes "
+            "only) or best (a probe learned from gradients, which adds about half a megabyte to the file). The options "
+            "below override parts of it.",
             METHOD,
         ),
     ] = "paper"
     similarity: Annotated[
         str | None,
         option(
-            "Similarity of tokens: keys averaged over heads (mean, the paper's), all heads (heads), or a learned "
-            "probe (probe).",
+            "Similarity of tokens: mean (keys averaged over heads, as in the paper), heads (keys of all heads) or "
+            "probe (learned).",
             METHOD,
         ),
     ] = None
     matching: Annotated[
         str | None,
         option(
-            "Tokens that may merge: even ones into odd ones (bipartite, the paper's), or mutually nearest pairs "
-            "(mutual).",
+            "Which tokens may merge: bipartite (even ones into odd ones, as in the paper) or mutual (mutually nearest "
+            "pairs).",
             METHOD,
         ),
     ] = None
     importance: Annotated[
         str | None,
-        option(
-            "Importance for pruning: attention received (received, the paper's), or a learned probe (probe).", METHOD
-        ),
+        option("Importance for pruning: received (attention received, as in the paper) or probe (learned).", METHOD),
     ] = None
     size_power: Annotated[
         float | None,
         option(
-            "Exponent of a merged token's size in the first block's attention, rising linearly to 1 in the last. "
-            "The paper's is 1.",
+            "Exponent of a merged token's size in the attention of the first block; it rises linearly to 1 in the "
+            "last. The paper uses 1.",
             METHOD,
         ),
     ] = None
     class_power: Annotated[
         float | None,
         option(
-            "Weight of class-token attention, rising linearly to this value in the last block: tokens it attends "
-            "to are merged and pruned later. 0, the paper's, disables it.",
+            "Weight of the class token's attention, which delays merging and pruning of the tokens it attends to. It "
+            "rises linearly to this value in the last block; 0, as in the paper, disables it.",
             METHOD,
         ),
     ] = None
 
     def config(self) -> LTMPConfig:
-        """The settings that the options ask for."""
+        """The configuration that the options describe."""
         names = ("similarity", "matching", "importance", "size_power", "class_power")
         return config_of(self.scores, variant=self.variant, **{name: getattr(self, name) for name in names})
 
 
 def scores_of(name: str) -> Scores:
-    """The scores of a name; another is a usage error."""
+    """Return the preset of that name.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
     if name not in SCORES:
         raise UsageError(f"unknown scores {name!r}: expected one of {', '.join(SCORES)}")
     return SCORES[name]
 
 
 def config_of(scores: str = "paper", variant: str = "ltmp", **settings: Any) -> LTMPConfig:
-    """Named scores, changed by each setting that is not None; a wrong one is a usage error."""
-    given = {name: value for name, value in settings.items() if value is not None}
+    """Return a configuration with a preset of scores, overridden by each setting that is not None.
+
+    Raises:
+        UsageError: a name or a value is not valid.
+    """
+    overrides = {name: value for name, value in settings.items() if value is not None}
     try:
-        return LTMPConfig(variant, replace(scores_of(scores), **given))
+        return LTMPConfig(variant, replace(scores_of(scores), **overrides))
     except ValueError as error:
         raise UsageError(str(error)) from error

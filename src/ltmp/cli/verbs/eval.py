@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ...errors import UsageError
-from ..extras import RUNTIMES, need
+from ..extras import RUNTIMES, require
 from ..options import (
     RUN,
     EvaluationOptions,
     FormOptions,
-    GivenData,
     ReducedModel,
+    RequiredData,
     SpeedOptions,
     TableOptions,
     option,
@@ -24,38 +24,42 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ...evaluate import Evaluation
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(FormOptions):
-    """Options for the runtime of the reduced model."""
+    """The engine, or the runtime of an export."""
 
     engine: Annotated[
         str | None,
         option(
-            "auto, packed, triton or graph (default: as learned); onnx or openvino: exported, against a dense export.",
+            "Engine: auto, packed, triton or graph (default: the one in the thresholds file); or onnx or openvino, "
+            "which compare a reduced with a dense export.",
             RUN,
         ),
     ] = None
     exported: Annotated[
         Path | None,
         option(
-            "With --engine onnx or openvino: the file that `ltmp export` wrote; default: export now, as --form says.",
+            "With --engine onnx or openvino: a file written by `ltmp export`; default: export now in the form of "
+            "--form.",
             RUN,
         ),
     ] = None
 
     @property
     def runtime(self) -> str | None:
-        """The runtime of exported files, where one is asked for."""
+        """The runtime for exported files, if --engine names one."""
         return self.engine if self.engine in RUNTIMES else None
 
     def check_certified(self, budget: SpeedOptions) -> None:
-        """Refuse a certificate of other numbers than the runtime computes in."""
+        """Refuse --certified with an INT8 export: a certificate is for one precision."""
         if budget.certified and self.runtime and self.int8:
             raise UsageError("--certified is for the precision that was certified, which INT8 is not: leave out --int8")
 
     def check(self, run: EvaluationOptions, timed: bool) -> None:
-        """Refuse what a runtime cannot do."""
+        """Refuse what a runtime does not support; `timed` is whether the budget has to meet a time or a speed."""
         if self.exported and not self.runtime:
             raise UsageError("--exported is for --engine onnx or openvino, which run such files")
         if self.runtime and (run.amp or run.device not in ("auto", "cpu")):
@@ -63,7 +67,7 @@ class EngineOptions(FormOptions):
                 f"--engine {self.engine} runs float32 or INT8 on the CPU: leave out --amp and --device {run.device}"
             )
         if self.runtime:
-            need("onnxscript", RUNTIMES[self.runtime][1])
+            require("onnxscript", RUNTIMES[self.runtime][1])
         if self.runtime and timed:
             raise UsageError(
                 f"--engine {self.engine} is not timed block by block: give --budget instead of a time or a speed"
@@ -72,14 +76,16 @@ class EngineOptions(FormOptions):
 
 @verb
 def eval_verb(
-    data: GivenData,
+    data: RequiredData,
     model: ReducedModel,
-    budget: SpeedOptions,
+    speed: SpeedOptions,
     engine: EngineOptions,
     run: EvaluationOptions,
     output: TableOptions,
 ) -> None:
     """Compare the reduced model with the dense one: accuracy, agreement, FLOPs share, tokens and speed.
+
+    Agreement is the percentage of images for which both give the same answer; the FLOPs share is 1 for the dense model.
 
     Example: ltmp eval --data imagenet/ --thresholds runs/deit/thresholds.safetensors --pretrained
     """
@@ -88,50 +94,55 @@ def eval_verb(
     from ..screen import suggest
     from ..timing import Target
 
-    target = Target.of(budget)
+    target, budget = Target.from_options(speed), speed.budget
     engine.check(run, timed=target is not None)
-    name, share = model.name(budget.budget), budget.budget
-    network = model.build(name, budget=share)
-    engine.check_certified(budget)
-    share = budget.share(network, model.thresholds, run.cast, share)
-    load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=share)
+    name = model.name(budget)
+    network = model.build(name, budget=budget)
+    engine.check_certified(speed)
+    budget = speed.resolve_budget(network, model.thresholds, run.amp_dtype, budget)
+    load(network, model.thresholds, engine=None if engine.runtime else engine.engine, budget=budget)
     loader = data.open(data.data, network, split=data.split or "validation", limit=run.limit)
-    place = run.place
+    device = run.torch_device
     if target:
-        share = target.meet(network.to(place), next(iter(loader))[0].to(place), run.cast, quiet=output.quiet)
+        images = next(iter(loader))[0].to(device)
+        budget = target.meet(network.to(device), images, run.amp_dtype, quiet=output.quiet)
     if engine.runtime:
-        place, network = _in_runtime(network, engine)
-    with distributed.group(place):
-        result = evaluate_with_bar(network, loader, device=place, amp=run.cast, limit=run.limit, speed=run.speed)
+        device, network = _in_runtime(network, engine)
+    with distributed.group(device):
+        result = evaluate_with_bar(network, loader, device=device, amp=run.amp_dtype, limit=run.limit, speed=run.speed)
         if distributed.rank() > 0:
             return
     report_skipped(loader.skipped)
-    about: dict[str, Any] = {"model": name, "thresholds": str(model.thresholds), "device": str(place)}
-    _write(result, about | ({} if share is None else {"budget": share}), timed=target is not None, output=output)
+    metadata: dict[str, Any] = {"model": name, "thresholds": str(model.thresholds), "device": str(device)}
+    if budget is not None:
+        metadata["budget"] = budget
+    _report(result, metadata, timed=target is not None, output=output)
     if not output.quiet:
-        suggest(*model.deploy(model.thresholds, budget=share))
+        suggest(*model.deploy_command(model.thresholds, budget=budget))
 
 
-def _write(result: Any, about: dict[str, Any], *, timed: bool, output: TableOptions) -> None:
+def _report(result: Evaluation, metadata: dict[str, Any], *, timed: bool, output: TableOptions) -> None:
+    """Print the results, and write them as JSON and CSV."""
     from ...evaluate import tables
-    from ..screen import say
-    from ..timing import say_measured
+    from ..screen import print_result
+    from ..timing import print_measured
 
     rows = tables.comparison(result)
     if not output.quiet:
-        at = f" at {about['budget']:g}" if "budget" in about else ""
-        tables.show(rows, f"{about['model']}{at}, {result.images} images (top-1, top-5, agree in %)")
-        say(tables.tokens_line(result))
+        budget = f" at budget {metadata['budget']:g}" if "budget" in metadata else ""
+        title = f"{metadata['model']}{budget}, {result.images} images (top-1, top-5 and agreement in %)"
+        tables.show(rows, title)
+        print_result(tables.tokens_line(result))
         if timed and result.throughput is not None:
-            say_measured(result.throughput.batch_size, result.throughput.reduced)
+            print_measured(result.throughput.batch_size, result.throughput.reduced)
     if output.json:
-        tables.write_json(tables.as_json(result, **about), output.json)
+        tables.write_json(tables.as_json(result, **metadata), output.json)
     if output.csv:
         tables.write_csv(rows, output.csv)
 
 
 def _in_runtime(network: nn.Module, options: EngineOptions) -> tuple[torch.device, nn.Module]:
-    """Where exports run, and those of `network`, with a bar while what is missing is exported."""
+    """Return the device of the runtime, and `network` in that runtime; what no file holds is exported now."""
     import torch
 
     from ...export import Plan, in_runtime

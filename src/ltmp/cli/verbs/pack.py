@@ -14,23 +14,23 @@ from ..options import Budget, ClassMap, PreprocessingOptions, ReducedModel, verb
 
 @dataclass(frozen=True, kw_only=True)
 class PackedModel(ReducedModel):
-    """The model at a budget."""
+    """A model at a budget."""
 
     budget: Budget = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(PreprocessingOptions):
-    """How images and answers are read."""
+class PackedData(PreprocessingOptions):
+    """Preprocessing and class names."""
 
     class_map: ClassMap = None
 
 
 @verb
 def pack_verb(
-    out: Annotated[Path, typer.Argument(help="The folder to write.")], model: PackedModel, reading: Reading
+    out: Annotated[Path, typer.Argument(help="Folder to write.")], model: PackedModel, data: PackedData
 ) -> None:
-    """Write one folder with weights, thresholds, preprocessing and class names; every verb opens it with one argument.
+    """Write weights, thresholds, preprocessing and class names to one folder, which --thresholds takes everywhere.
 
     Example: ltmp pack deit-0.6 --thresholds runs/deit/thresholds.safetensors --pretrained
 
@@ -39,14 +39,14 @@ def pack_verb(
     from ... import load, pack
     from ...data import class_names
     from ...data.transforms import eval_settings
-    from ..screen import say, suggest
+    from ..screen import print_result, suggest
 
     check_writable(out)
     name = model.name(model.budget)
     network = model.build(name, budget=model.budget)
     load(network, model.thresholds, budget=model.budget)
-    names = class_names(network, file=reading.class_map, pretrained=model.pretrained)
-    settings = eval_settings(network, reading.transform)
+    names = class_names(network, file=data.class_map, pretrained=model.pretrained)
+    settings = eval_settings(network, data.transform)
     pack(network, out, model_name=name, class_names=names, preprocessing=settings)
-    say(f"{out} holds all that it takes")
+    print_result(f"{name} with its thresholds written to {out}")
     suggest("ltmp", "serve", "--thresholds", out)

@@ -42,15 +42,24 @@ _RAY = "Ray"
 
 @dataclass(frozen=True, kw_only=True)
 class PredictModel(SavedModel, CertifiedOption):
-    """A model, reduced where there are thresholds."""
+    """A model, reduced if thresholds are given and dense otherwise."""
 
     thresholds: Annotated[
-        Path | None, option("The file that `ltmp learn` wrote; without it the model runs dense.", MODEL)
+        Path | None,
+        option(
+            "Folder or file written by `ltmp dial`, `ltmp learn` or `ltmp pack`, or USER/REPO; without it the model "
+            "runs dense.",
+            MODEL,
+        ),
     ] = None
     budget: Budget = None
 
     def name(self, engine: str | None) -> str:
-        """The model's name; refuses options of reduced models for a dense one."""
+        """The model's name.
+
+        Raises:
+            UsageError: there is none, the engine is unknown, or an option of reduced models is given for a dense one.
+        """
         if engine is not None and engine not in ENGINES:
             raise UsageError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}, or ray")
         if self.thresholds is not None:
@@ -65,43 +74,56 @@ class PredictModel(SavedModel, CertifiedOption):
         return self.model
 
     def absolute(self) -> PredictModel:
-        """The same for a process in another folder."""
-        return replace(
-            self,
-            weights=self.weights and self.weights.absolute(),
-            thresholds=self.thresholds and self.thresholds.absolute(),
-        )
+        """These options with absolute paths, for processes with another working directory."""
+        thresholds = self.thresholds
+        # what does not exist here names a repository on the Hub
+        if thresholds is not None and thresholds.exists():
+            thresholds = thresholds.absolute()
+        return replace(self, weights=self.weights and self.weights.absolute(), thresholds=thresholds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictData(PreprocessingOptions):
-    """From a source to images."""
+    """How images are read, and class names."""
 
     class_map: ClassMap = None
-    column: Annotated[str | None, option("Parquet column of images or their paths.", DATA)] = None
-    key_column: Annotated[str | None, option("Parquet column that names the rows.", DATA)] = None
+    column: Annotated[str | None, option("Parquet column with images or their paths.", DATA)] = None
+    key_column: Annotated[str | None, option("Parquet column with a name for each row.", DATA)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictRun(RunOptions):
-    """Options for the engine and the device."""
+    """Where and how the model runs."""
 
     batch_size: BatchSize = 64
     workers: Annotated[
-        int | None, option("Processes that decode ahead; default: 1, with a GPU up to 8.", RUN, within=WORKERS)
+        int | None,
+        option("Worker processes that decode images ahead; default: 1, or up to 8 with a GPU.", RUN, within=WORKERS),
     ] = None
-    engine: Annotated[str | None, option("auto, packed, triton or graph; ray is short for --runner ray.", RUN)] = None
-    runner: Annotated[str, option("local: this process; ray: a Ray cluster.", _RAY)] = "local"
+    engine: Annotated[
+        str | None,
+        option(
+            "Engine: auto, packed, triton or graph; default: the one in the thresholds file. ray is short for --runner "
+            "ray.",
+            RUN,
+        ),
+    ] = None
+    runner: Annotated[str, option("Where to run: local (this process) or ray (a Ray cluster).", _RAY)] = "local"
     actors: Annotated[
         int | None,
-        option("Models at once; default: one per GPU, or else per CPU.", _RAY, within=Range(min=1, max=4096)),
+        option(
+            "Number of model replicas; default: one per GPU, or per CPU without GPUs.",
+            _RAY,
+            within=Range(min=1, max=4096),
+        ),
     ] = None
     ray_address: Annotated[
-        str | None, option("Address of a running Ray cluster; default: RAY_ADDRESS, or a local one for this run.", _RAY)
+        str | None,
+        option("Address of a running Ray cluster; default: RAY_ADDRESS, or a local cluster for this run.", _RAY),
     ] = None
 
     def ray(self) -> RayOptions | None:
-        """The cluster; None runs here."""
+        """The Ray cluster to run on; None to run in this process."""
         from ...predict import RayOptions
 
         if self.runner not in ("local", "ray"):
@@ -115,23 +137,25 @@ class PredictRun(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOutput(OutputOptions):
-    """Options for the output."""
+    """What is written, and where."""
 
-    out: Annotated[Path, option("Output folder; an interrupted run there goes on.", OUTPUT)]
+    out: Annotated[Path, option("Output folder; an interrupted run there is continued.", OUTPUT)]
     top: Annotated[
         int | None,
         option(
-            "Classes to keep for each image; default: 5, or all of fewer.", OUTPUT, within=Range(min=1, max=CLASSES.max)
+            "Classes to keep per image; default: 5, or all if the model has fewer.",
+            OUTPUT,
+            within=Range(min=1, max=CLASSES.max),
         ),
     ] = None
     embeddings: Annotated[
-        bool, option("Keep what enters the classifier instead of classes.", OUTPUT, "--embeddings")
+        bool, option("Write embeddings (the input of the classifier) instead of classes.", OUTPUT, "--embeddings")
     ] = False
     shard_size: Annotated[
         int,
-        option("Images per output file where SOURCE is a folder of images.", OUTPUT, within=Range(min=1, max=10**6)),
+        option("Images per output file if SOURCE is a folder of images.", OUTPUT, within=Range(min=1, max=10**6)),
     ] = 1024
-    overwrite: Annotated[bool, option("Remove the run in --out and start anew.", OUTPUT, "--overwrite")] = False
+    overwrite: Annotated[bool, option("Delete the run in --out and start over.", OUTPUT, "--overwrite")] = False
 
 
 @verb
@@ -140,8 +164,8 @@ def predict_verb(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="A folder of images at any depth, or tars (WebDataset shards) or Parquet files, by name, folder or "
-            "pattern, such as 'shards/{000..099}.tar'.",
+            help="Folder with images at any depth; or tar (WebDataset) or Parquet shards, as files, a folder or a "
+            "pattern such as 'shards/{000..099}.tar'.",
         ),
     ],
     model: PredictModel,
@@ -149,9 +173,9 @@ def predict_verb(
     run: PredictRun,
     output: PredictOutput,
 ) -> None:
-    """Score every image of a large collection: top classes or embeddings, to Parquet.
+    """Score every image of a large collection and write top classes or embeddings to Parquet.
 
-    One output file a shard. Stopped or killed, the same command goes on where it stopped.
+    Writes one file per shard. If the run is interrupted or killed, the same command continues it.
 
     Example: ltmp predict images/ --out scores --thresholds runs/deit/thresholds.safetensors --pretrained
     """
@@ -180,7 +204,7 @@ def predict_verb(
                 f"interrupted: the same command goes on with the shards left in {output.out}"
             ) from None
     if not output.quiet:
-        _show(summary)
+        _print_summary(summary)
         suggest("python", "-c", f"import pyarrow.parquet as pq; print(pq.read_table({json.dumps(str(output.out))}))")
     if output.json:
         tables.write_json(asdict(summary), output.json)
@@ -194,7 +218,7 @@ def _scoring(model: PredictModel, data: PredictData, run: PredictRun, output: Pr
     engine = None if run.engine == "ray" else run.engine
     name = model.name(engine)
     return Scoring(
-        partial(build_reduced, model.absolute(), name, engine, run.cast),
+        partial(build_reduced, model.absolute(), name, engine, run.amp_dtype),
         top=output.top,
         embeddings=output.embeddings,
         class_names=tuple(read_names(data.class_map)) if data.class_map else None,
@@ -202,38 +226,38 @@ def _scoring(model: PredictModel, data: PredictData, run: PredictRun, output: Pr
         transform=data.transform,
         batch_size=run.batch_size,
         workers=run.workers,
-        device=run.device if ray and run.device != "auto" else str(run.place),
+        device=run.device if ray and run.device != "auto" else str(run.torch_device),
         amp=run.amp,
         about={"name": name, "model_kwargs": model.model_kwargs, "img_size": model.img_size},
     )
 
 
-def build_reduced(model: PredictModel, name: str, engine: str | None, cast: torch.dtype | None = None) -> nn.Module:
-    """The model with its thresholds attached, or as it is without any; a function, so that it can be pickled."""
+def build_reduced(model: PredictModel, name: str, engine: str | None, amp: torch.dtype | None = None) -> nn.Module:
+    """Build the model, with thresholds if there are any. At module level, so that worker processes can unpickle it."""
     from ... import load
 
     network = model.build(name, budget=model.budget)
     if model.thresholds is not None:
-        budget = model.share(network, model.thresholds, cast, model.budget)
+        budget = model.resolve_budget(network, model.thresholds, amp, model.budget)
         load(network, model.thresholds, engine=engine, budget=budget)
     return network
 
 
-def _show(summary: Summary) -> None:
+def _print_summary(summary: Summary) -> None:
     from ...evaluate import tables
-    from ..screen import say, tell
+    from ..screen import print_note, print_result
 
     row: dict[str, Any] = {
         "images": summary.images,
         "broken": summary.broken,
         "shards": summary.shards,
-        "done before": summary.continued,
+        "done earlier": summary.continued,
         "share": summary.share,
         "img/s": summary.images_per_second,
     }
     tables.show([row])
-    say(f"scores in {summary.out}")
+    print_result(f"scores written to {summary.out}")
     if summary.errors:
-        tell(f"{summary.broken} images could not be read; {summary.errors} says why")
+        print_note(f"unreadable images: {summary.broken}, with the reasons in {summary.errors}")
     if summary.duplicates:
-        tell(f"{summary.duplicates} keys occur again in their shard; the column row tells them apart")
+        print_note(f"keys repeated within their shard: {summary.duplicates}; the column `row` distinguishes them")

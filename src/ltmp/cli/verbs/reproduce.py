@@ -1,17 +1,17 @@
-"""`ltmp reproduce`: a list of other verbs' calls on one data set, and what they found in one table."""
+"""`ltmp reproduce`: plans calls of other verbs on one dataset, whose results go into one table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import UsageError
 from ...files import check_writable
 from ...ranges import BUDGET, CALIBRATION, IMAGES, SHARE, VIEWS
-from ..extras import need
+from ..extras import require
 from ..options import (
     DATA,
     MODEL,
@@ -22,14 +22,14 @@ from ..options import (
     NamedModel,
     RunOptions,
     TableOptions,
+    as_arguments,
     option,
     short_name,
     verb,
-    words,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ...data import Loader
     from ..reproduction import ModelPlan, VerbCall
@@ -38,24 +38,29 @@ if TYPE_CHECKING:
 MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
 BUDGETS = (0.6, 0.5, 0.4)
 LOW, HIGH = 0.3, 0.95
-"""Ends of the dials."""
-LOOKED_AT, CALIBRATED = 9_000, 512
+"""The range of the dials."""
+DEFAULT_VIEWS, DEFAULT_CALIBRATION = 9_000, 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproducedModels(BuildOptions):
-    """The models, each with its weights."""
+    """The models with their weights."""
 
     model: Annotated[
         list[str] | None,
-        option(f"Name of a model, as in `ltmp learn`; may be repeated. Default: {' and '.join(MODELS)}.", MODEL),
+        option(f"Model name, as for `ltmp learn`; may be repeated. Default: {' and '.join(MODELS)}.", MODEL),
     ] = None
     weights: Annotated[
-        list[Path] | None, option("Checkpoint of each --model, in their order, instead of --pretrained.", MODEL)
+        list[Path] | None,
+        option("Checkpoint for each --model, in the same order, instead of --pretrained; may be repeated.", MODEL),
     ] = None
 
-    def named(self) -> list[NamedModel]:
-        """One by one."""
+    def models(self) -> list[NamedModel]:
+        """The options of each model.
+
+        Raises:
+            UsageError: not one checkpoint for each model, or two models would share a folder.
+        """
         names = self.model or MODELS
         files: list[Path | None] = [*self.weights] if self.weights else [None] * len(names)
         if len(files) != len(names):
@@ -68,112 +73,121 @@ class ReproducedModels(BuildOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReproducedData(BatchOptions):
-    """Images to learn from, and others to report on."""
+    """Images to learn from, and held-out images to report on."""
 
-    val: Annotated[str | None, option("Data to report on; default: val/ of the data folder.", DATA)] = None
+    val: Annotated[str | None, option("Held-out images to report on; default: val/ in the data folder.", DATA)] = None
     limit: Annotated[
-        int | None, option("Use at most this many images to learn from, and as many to report on.", DATA, within=IMAGES)
+        int | None,
+        option("Use at most this many images to learn from, and at most as many to report on.", DATA, within=IMAGES),
     ] = None
 
-    def of(self, path: str) -> LearningData:
-        """As `ltmp learn` takes them."""
+    def learning_data(self, path: str) -> LearningData:
+        """The data options of `ltmp learn` for the dataset at `path`."""
         return LearningData(data=path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceOptions:
-    """How much is done."""
+    """The budgets, and how much each part does."""
 
     budget: Annotated[
         list[float] | None,
         option(
-            f"FLOPs share; may be repeated. Default: {', '.join(map(str, BUDGETS))}.", metavar="SHARE", within=BUDGET
+            f"FLOPs share to compare at; may be repeated. Default: {', '.join(map(str, BUDGETS))}.",
+            metavar="SHARE",
+            within=BUDGET,
         ),
     ] = None
     views: Annotated[
-        int, option("Images that each dial looks at while searching; 0: calibrate only.", within=VIEWS)
-    ] = LOOKED_AT
-    calibration: Annotated[int, option("Images to calibrate each row of a dial.", within=CALIBRATION)] = CALIBRATED
+        int,
+        option("Images to search each dial on, counted each time an image is used; 0 only calibrates.", within=VIEWS),
+    ] = DEFAULT_VIEWS
+    calibration: Annotated[int, option("Images to calibrate each row of a dial on.", within=CALIBRATION)] = (
+        DEFAULT_CALIBRATION
+    )
     certify: Annotated[
         float,
         option(
-            "Level of the certificate: 0.01 is 1 % of other answers than the dense model's.",
+            "Level of the certificate: 0.01 means that at most 1 % of answers differ from the dense model's.",
             metavar="LEVEL",
             within=SHARE,
         ),
     ] = 0.01
-    speed: Annotated[bool, option("Measure images per second, too.")] = True
+    speed: Annotated[bool, option("Also measure images per second.")] = True
     dry_run: Annotated[
         bool,
-        option("Check everything, list the commands and say how long they would take.", None, "--dry-run"),
+        option("Check everything, then list the commands and how long they would take.", None, "--dry-run"),
     ] = False
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """The shares, largest first."""
-        found = tuple(sorted(set(self.budget or BUDGETS), reverse=True))
-        if not LOW <= found[-1] <= found[0] <= HIGH:
-            raise UsageError(f"--budget {', '.join(map(str, found))}: expected shares from {LOW} to {HIGH}")
-        return found
+        """The FLOPs shares, largest first."""
+        shares = tuple(sorted(set(self.budget or BUDGETS), reverse=True))
+        if not LOW <= shares[-1] <= shares[0] <= HIGH:
+            raise UsageError(f"--budget {', '.join(map(str, shares))}: expected shares from {LOW} to {HIGH}")
+        return shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceOutput(TableOptions):
-    """Where the runs and the table go."""
+    """The folder for the runs and the table."""
 
     out: Annotated[
-        Path, option("Folder of all runs, and of table.md, table.csv and table.json.", OUTPUT, writes=check_writable)
+        Path,
+        option("Folder for all runs, table.md, table.csv and table.json.", OUTPUT, check_path=check_writable),
     ] = Path("reproduce")
 
 
 @verb
 def reproduce_verb(
-    what: Annotated[str, typer.Argument(help="imagenet: classification at 0.6, 0.5 and 0.4 of the FLOPs.")],
-    path: Annotated[str, typer.Argument(help="The data set: a folder with train/ and val/, each of class folders.")],
+    what: Annotated[str, typer.Argument(help="imagenet: classification, by default at 0.6, 0.5 and 0.4 of the FLOPs.")],
+    path: Annotated[str, typer.Argument(help="Dataset folder, with class folders in train/ and val/.")],
     models: ReproducedModels,
     data: ReproducedData,
     options: ReproduceOptions,
     run: RunOptions,
     output: ReproduceOutput,
 ) -> None:
-    """Run the paper's comparison on your own ImageNet: its recipe, ours, fixed rates and lower resolution, one table.
+    """Rerun the paper's comparison on your ImageNet: its recipe, dials, fixed rates and lower resolution in one table.
 
-    For each model: thresholds by the paper's own training at each budget (learn --recipe paper); dials with the paper's
-    scores and with the best ones; Token Merging at the rates, and the dense model at the resolutions, that cost the
-    same; and the budget that provably keeps 99 % of answers. Published figures stand beside them. Data, weights and
-    extras are checked first. Stopped at any time, the same command goes on: what is done is not done again. Each part
-    is a command of its own, which --dry-run lists.
+    For each model, this measures thresholds from the paper's own training at each budget (learn --recipe paper); dials
+    with the paper's scores and with the best ones; Token Merging at the rates, and the dense model at the resolutions,
+    that cost the same; and the budget that provably keeps 99 % of answers. Published figures are listed beside them.
+
+    Data, weights and extras are checked first. Each part is a command of its own, which --dry-run lists. If the run is
+    interrupted, the same command continues it without repeating what is done.
 
     Example: ltmp reproduce imagenet /data/imagenet --pretrained --workers 8 --amp
     """
-    from ..reproduction import carry_out, report
-    from ..runs import Run, settings_of
-    from ..screen import suggest, tell
+    from ..reproduction import report, run_parts
+    from ..runs import Run, identifying_settings
+    from ..screen import print_note, suggest
 
     if what != "imagenet":
         raise UsageError(f"nothing named {what!r} to reproduce: expected imagenet")
-    need("matplotlib")
-    there = (output.out / "run.json").exists()
-    settings = {"path": path, **settings_of(models, data, run), **settings_of(options)}
-    job = Run(output.out, settings, resume=there)
-    plans = [_planned(model, path, data, options, run, output.out) for model in models.named()]
-    for note in (note for plan in plans for note in plan.notes):
-        tell(note)
+    require("matplotlib")
+    started = (output.out / "run.json").exists()
+    settings = {"path": path, **identifying_settings(models, data, run, options)}
+    job = Run(output.out, settings, resume=started)
+    plans = [_plan(model, path, data, options, run, output.out) for model in models.models()]
+    for plan in plans:
+        for note in plan.notes:
+            print_note(note)
     if options.dry_run:
-        _foretell(plans, job)
+        _print_dry_run(plans, job)
         return
-    with job.alone():
-        carry_out(plans, job)
+    with job.exclusive():
+        run_parts(plans, job)
         report(plans, options.budgets, output.out, output)
     if not output.quiet:
         best = plans[0].folder / "dial-best"
-        suggest(*plans[0].model.deploy(best / "thresholds.safetensors", budget=options.budgets[0]))
+        suggest(*plans[0].model.deploy_command(best / "thresholds.safetensors", budget=options.budgets[0]))
 
 
-def _planned(
+def _plan(
     model: NamedModel, path: str, data: ReproducedData, options: ReproduceOptions, run: RunOptions, out: Path
 ) -> ModelPlan:
-    """Check that every part can run, and list them."""
+    """List the parts for a model, after checking that each of them can run."""
     from ... import attach
     from ...certification.statistics import binomial_p_value, least_images
     from ...evaluate.compare import rates_for
@@ -182,36 +196,39 @@ def _planned(
     from ...learning.calibrate import geometry_of
     from ..reproduction import ModelPlan
 
-    network = attach(model.build(model.model)).to(run.place).eval()
-    learning, reporting = data.of(path).open_both(network, labelled=True, seed=0, check=True)
-    if reporting is None:
+    network = attach(model.build(model.model)).to(run.torch_device).eval()
+    training, held_out = data.learning_data(path).open_both(network, labelled=True, seed=0, check=True)
+    if held_out is None:
         raise UsageError(f"{path} has no val/ folder to report on: give --val")
-    if not all(getattr(loader.dataset, "labelled", True) for loader in (learning, reporting)):
+    if not all(getattr(loader.dataset, "labelled", True) for loader in (training, held_out)):
         raise UsageError(f"{path} has no labels, which the paper's recipe learns from: expected class folders")
-    few = next(iter(reporting))[0][:1].to(run.place)
-    geometry, protected = geometry_of(network, few), attachment(network).body.protected
+    image = next(iter(held_out))[0][:1].to(run.torch_device)
+    geometry, protected = geometry_of(network, image), attachment(network).body.protected
     check_target(min(LOW, *options.budgets), geometry, protected)
     for budget in options.budgets:
-        rates_for(network, few, "m", budget)
-    sizes, notes = _sizes(network, few, options.budgets), []
+        # refuses a budget that no fixed rate meets
+        rates_for(network, image, "m", budget)
+    sizes, notes = _sizes(network, image, options.budgets), []
     if not sizes:
-        notes.append(f"{model.model} runs at its own size only: nothing at lower resolution")
+        notes.append(f"{model.model} takes one image size only: nothing at lower resolution")
     least = least_images(binomial_p_value, options.certify, 0.95)
-    certified = reporting.images >= least
-    if not certified:
-        notes.append(f"no certificate: {options.certify:g} takes at least {least:,} images, not {reporting.images:,}")
+    certifiable = held_out.images >= least
+    if not certifiable:
+        notes.append(f"no certificate: {options.certify:g} takes at least {least:,} images, not {held_out.images:,}")
     folder = out / short_name(model.model)
-    made = _parts(model, path, data, options, run, folder, sizes)
-    time = _time(network, learning, reporting, options, run) if options.dry_run else ""
-    return ModelPlan(model, folder, sizes, made if certified else made[:-1], notes, time)
+    parts = _parts(model, path, data, options, run, folder, sizes, certify=certifiable)
+    time = _estimate_time(network, training, held_out, options, run) if options.dry_run else ""
+    return ModelPlan(model, folder, sizes, parts, notes, time)
 
 
-def _sizes(network: nn.Module, few: Any, budgets: tuple[float, ...]) -> dict[float, int]:
-    """For each budget the resolution whose cost is closest to it."""
+def _sizes(network: nn.Module, image: Tensor, budgets: tuple[float, ...]) -> dict[float, int]:
+    """For each budget the image size whose cost is closest to it; empty if the model takes one size only."""
     from ...certification.resolution import lower_resolutions
 
-    found = {share: smaller.size for share, smaller in lower_resolutions(network, few)}
-    return {budget: found[min(found, key=lambda share: abs(share - budget))] for budget in budgets} if found else {}
+    sizes = {share: smaller.size for share, smaller in lower_resolutions(network, image)}
+    if not sizes:
+        return {}
+    return {budget: sizes[min(sizes, key=lambda share: abs(share - budget))] for budget in budgets}
 
 
 def _parts(
@@ -222,62 +239,70 @@ def _parts(
     run: RunOptions,
     folder: Path,
     sizes: dict[float, int],
+    *,
+    certify: bool,
 ) -> list[VerbCall]:
-    """The commands, the certificate's last."""
+    """The commands, in the order in which they run."""
     from ..reproduction import VerbCall
 
-    shared = [*words(model), *words(replace(data, val=None)), *words(run)]
+    shared = [*as_arguments(model), *as_arguments(replace(data, val=None)), *as_arguments(run)]
     learn = ["--data", path, *shared, "--no-eval", "--out"]
     report = ["--data", data.val or path, *shared]
 
     def thresholds(part: str) -> str:
         return str(folder / part / "thresholds.safetensors")
 
-    found = [
+    parts = [
         VerbCall(f"paper-{budget:g}", ["learn", *learn, str(folder / f"paper-{budget:g}"), "--recipe", "paper",
                                    "--target", f"{budget:g}"])
         for budget in options.budgets
     ]  # fmt: skip
     dials = ["--low", str(LOW), "--high", str(HIGH), "--target", f"{options.budgets[0]:g}"]
     dials += ["--views", str(options.views), "--calibration", str(options.calibration)]
-    found += [
+    parts += [
         VerbCall(f"dial-{scores}", ["dial", *learn, str(folder / f"dial-{scores}"), "--scores", scores, *dials])
         for scores in ("paper", "best")
     ]
     for budget in options.budgets:
         files = [thresholds(part) for part in (f"paper-{budget:g}", "dial-paper", "dial-best")]
-        methods = ["m", *([f"resize:{sizes[budget]}"] if sizes else [])]
-        how = [word for method in methods for word in ("--method", method)]
-        how += [word for file in files for word in ("--thresholds", file)]
-        how += ["--budget", f"{budget:g}", *([] if options.speed else ["--no-speed"])]
-        found.append(
-            VerbCall(f"compare-{budget:g}", ["compare", *report, *how, "--out", str(folder / f"compare-{budget:g}")])
-        )
-    level = ["--at-most", f"{options.certify:g}", "--no-speed", "--json", str(folder / "certificate.json")]
-    return [*found, VerbCall("certify", ["certify", *report, "--thresholds", thresholds("dial-best"), *level])]
+        entries = ["--method", "m"]
+        if sizes:
+            entries += ["--method", f"resize:{sizes[budget]}"]
+        for file in files:
+            entries += ["--thresholds", file]
+        entries += ["--budget", f"{budget:g}", *([] if options.speed else ["--no-speed"])]
+        name = f"compare-{budget:g}"
+        parts.append(VerbCall(name, ["compare", *report, *entries, "--out", str(folder / name)]))
+    if certify:
+        level = ["--at-most", f"{options.certify:g}", "--no-speed", "--json", str(folder / "certificate.json")]
+        parts.append(VerbCall("certify", ["certify", *report, "--thresholds", thresholds("dial-best"), *level]))
+    return parts
 
 
-def _time(network: nn.Module, learning: Loader, reporting: Loader, options: ReproduceOptions, run: RunOptions) -> str:
-    """Metadata how long one model takes."""
+def _estimate_time(
+    network: nn.Module, training: Loader, held_out: Loader, options: ReproduceOptions, run: RunOptions
+) -> str:
+    """About how long the parts of one model take."""
     from ...learning.dial import most_views
     from ...learning.options import DialOptions
-    from ..runs import foretell_time
+    from ..runs import estimate_time
 
     budgets = len(options.budgets)
     settings = DialOptions(views=options.views, calibration=options.calibration)
-    dial = most_views(settings, learning.images)
-    # a step of the paper's recipe costs a pass forwards and about two backwards
-    passes = 3 * budgets * learning.images + 2 * dial + reporting.images * (6 * budgets + 6)
-    reads = budgets * learning.images + 2 * settings.checked + reporting.images * (budgets + 1)
-    return foretell_time(network, learning, run, passes=passes, reads=reads)
+    dial = most_views(settings, training.images)
+    # a step of the paper's recipe costs a forward pass, and a backward pass of about two
+    passes = 3 * budgets * training.images + 2 * dial + held_out.images * (6 * budgets + 6)
+    reads = budgets * training.images + 2 * settings.checked + held_out.images * (budgets + 1)
+    return estimate_time(network, training, run, passes=passes, reads=reads)
 
 
-def _foretell(plans: list[ModelPlan], job: Run) -> None:
-    from ..screen import say
+def _print_dry_run(plans: list[ModelPlan], job: Run) -> None:
+    """Print the commands, and an estimate of the time for each model."""
+    from ..screen import print_result
 
     for plan in plans:
         for part in plan.parts:
-            done = job.done(f"{plan.folder.name}/{part.name}") is not None
-            say(f"{'done already' if done else 'would run'}: {part}")
-        say(f"{plan.model.model}, all parts: {plan.time}")
-    say(f"would write {job.folder}/table.md, table.csv and table.json")
+            done = job.result(f"{plan.folder.name}/{part.name}") is not None
+            print_result(f"{'done already' if done else 'would run'}: {part}")
+        print_result(f"{plan.model.model}, all parts: {plan.time}")
+    print_result(f"would write {job.folder}/table.md, table.csv and table.json")

@@ -35,7 +35,8 @@ class ShowModel(SavedModel, CertifiedOption):
     """A model at several budgets."""
 
     thresholds: Annotated[
-        list[Path], option("A file that `ltmp learn` wrote; may be repeated, one row of pictures each.")
+        list[Path],
+        option("Folder or file written by `ltmp dial` or `ltmp learn`; may be repeated, one row of pictures each."),
     ]
     budget: Budgets = None
     device: Device = "auto"
@@ -43,13 +44,15 @@ class ShowModel(SavedModel, CertifiedOption):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(OutputOptions):
-    """Options for the drawing."""
+    """The pictures to draw."""
 
-    out: Annotated[Path, option("Folder, or for one image a .png, .gif or .mp4.", OUTPUT)] = Path("ltmp-show")
+    out: Annotated[Path, option("Output folder, or for a single image a .png, .gif or .mp4 file.", OUTPUT)] = Path(
+        "ltmp-show"
+    )
     formats: Annotated[
         list[str] | None,
         option(
-            "png (a strip over blocks), gif, mp4, or blocks (a picture each); may be repeated.",
+            "Format: png (one strip over the blocks), gif, mp4, or blocks (one picture per block); may be repeated.",
             OUTPUT,
             "--format",
             show_default="png",
@@ -57,19 +60,19 @@ class Pictures(OutputOptions):
         ),
     ] = None
     blocks: Annotated[
-        str | None, option("Which blocks, counted from 1: 4,8,11 or 1-6, or all.", OUTPUT, metavar="LIST")
+        str | None, option("Blocks to draw, counted from 1: 4,8,11 or 1-6, or all.", OUTPUT, metavar="LIST")
     ] = None
     width: Annotated[int, option("Width of one picture in pixels.", OUTPUT, within=Range(min=32, max=4096))] = 224
 
 
 @verb
 def show_verb(
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="IMAGE")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
     model: ShowModel,
-    reading: PreprocessingOptions,
+    preprocessing: PreprocessingOptions,
     pictures: Pictures,
 ) -> None:
-    """Draw which patches of photographs survive, block by block: merged ones in one colour, pruned ones hatched.
+    """Draw which patches of an image survive, block by block: merged ones share a colour, pruned ones are hatched.
 
     Example: ltmp show cat.jpg --thresholds runs/deit/thresholds.safetensors --pretrained --format png --format gif
     """
@@ -78,9 +81,9 @@ def show_verb(
     from ...evaluate import tables
     from ...visualize.showing import show_images
     from ..progress import progress_bar
-    from ..screen import say, suggest
+    from ..screen import print_result, suggest
 
-    images = [file for path in images for file in _files(path)]
+    images = [file for path in images for file in _image_files(path)]
     name = model.model or name_in(model.thresholds[0])
     network = model.build(name, classifier=False)
     blocks = pictures.blocks
@@ -90,26 +93,27 @@ def show_verb(
             images,
             model.thresholds,
             pictures.out,
-            budgets=model.shares(network, model.thresholds, None, model.budget),
+            budgets=model.resolve_budgets(network, model.thresholds, None, model.budget),
             formats=pictures.formats or ["png"],
             blocks=None if blocks is None else parse_blocks(blocks, read(model.thresholds[0]).merge.numel()),
             width=pictures.width,
             device=pick_device(model.device),
             names=class_names(network, pretrained=model.weights is None),
             progress=advance,
-            **reading.transform,
+            **preprocessing.transform,
         )
     if pictures.json:
-        tables.write_json([_as_json(one) for one in shown], pictures.json)
+        tables.write_json([_as_json(image) for image in shown], pictures.json)
     if not pictures.quiet:
-        tables.show(_rows(shown), f"{name}: tokens that enter and those that are left")
-        for file in (file for one in shown for file in one.files):
-            say(file)
+        tables.show(_rows(shown), f"{name}: tokens before the first and after the last block")
+        for image in shown:
+            for file in image.files:
+                print_result(file)
         folder = images[0].parent
-        suggest("ltmp", "app", *model.again(model.thresholds[0]), "--images", folder)
+        suggest("ltmp", "app", *model.arguments_for(model.thresholds[0]), "--images", folder)
 
 
-def _files(path: Path) -> list[Path]:
+def _image_files(path: Path) -> list[Path]:
     """The path itself, or the images in a folder."""
     from ...data.images import is_image_name
 
@@ -124,37 +128,38 @@ def _files(path: Path) -> list[Path]:
 
 
 def parse_blocks(text: str, depth: int) -> list[int]:
-    """ "4,8-10" as [3, 7, 8, 9]; "all" is every block."""
+    """Parse "4,8-10" into the indices [3, 7, 8, 9]; "all" is every block."""
     if text == "all":
         return list(range(depth))
-    chosen: list[int] = []
+    blocks: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last <= depth:
             raise UsageError(f"--blocks {text!r}: expected numbers from 1 to {depth}, such as 4,8,11 or 1-6, or all")
-        chosen += range(first - 1, last)
-    return chosen
+        blocks += range(first - 1, last)
+    return blocks
 
 
 def _rows(shown: list[Shown]) -> list[Row]:
+    """A row for each image at each budget."""
     return [
         {
-            "image": one.image.name,
+            "image": image.image.name,
             "budget": name,
-            "tokens": seen.tokens,
-            "left": seen.left,
-            "share": seen.share,
-            **({"answers": seen.answers} if seen.answers else {}),
+            "tokens": result.tokens,
+            "left": result.left,
+            "share": result.share,
+            **({"answers": result.answers} if result.answers else {}),
         }
-        for one in shown
-        for name, seen in one.budgets.items()
+        for image in shown
+        for name, result in image.budgets.items()
     ]
 
 
-def _as_json(one: Shown) -> dict[str, Any]:
+def _as_json(image: Shown) -> dict[str, Any]:
     budgets = {
-        name: {"tokens": seen.tokens, "kept": seen.kept, "share": seen.share, "answers": seen.answers}
-        for name, seen in one.budgets.items()
+        name: {"tokens": result.tokens, "kept": result.kept, "share": result.share, "answers": result.answers}
+        for name, result in image.budgets.items()
     }
-    return {"image": str(one.image), "budgets": budgets, "files": [str(file) for file in one.files]}
+    return {"image": str(image.image), "budgets": budgets, "files": [str(file) for file in image.files]}
