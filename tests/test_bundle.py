@@ -112,10 +112,10 @@ def test_what_people_change_in_the_json_counts(folder: Path) -> None:
     path.write_text(json.dumps({**said, "class_names": ["Ameise", "Biene", "Kuh"]}))
     assert class_names(ltmp.from_pretrained(folder)) == ["Ameise", "Biene", "Kuh"]
     path.write_text(json.dumps({**said, "num_classes": -1}))
-    with pytest.raises(LTMPError, match=r"bundle.json is no description of a model \(num_classes is -1"):
+    with pytest.raises(LTMPError, match=r"bundle.json does not describe a model \(num_classes is -1"):
         ltmp.from_pretrained(folder)
     path.write_text("[" * 100_000)
-    with pytest.raises(LTMPError, match=r"bundle.json is no description of a model"):
+    with pytest.raises(LTMPError, match=r"bundle.json does not describe a model"):
         read(folder)
 
 

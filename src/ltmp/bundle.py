@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import read, save
-from .checkpoint.describe import MODEL_FACTS, built_as, classes_of, facts_of
+from .checkpoint.describe import MODEL_FACTS, record_build, classes_of, facts_of
 from .checkpoint.metadata import Metadata
 from .data.dataset import check_names
 from .errors import UsageError
@@ -102,7 +102,7 @@ class Bundle:
             model_kwargs=kwargs,
             classifier=classifier,
         )
-        built_as(model, self.about, kwargs)
+        record_build(model, self.about, kwargs)
         return model
 
     def _is_mine(self, name: str) -> bool:

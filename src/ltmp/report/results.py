@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.metadata import Check, checked, mapping, number, several, shown, text, whole
+from ..checkpoint.metadata import Check, checked, integer, list_of, mapping, number, short_repr, text
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, Throughput
 from ..files.text import read_json
@@ -29,13 +29,13 @@ COLUMNS = {
 MAX_ROWS, MAX_STEPS = 200, 1_000_000
 """Of one file: more than anybody compares, or learns for."""
 
-_PERCENT, _SHARE, _SPEED, _COUNT = number(0, 100), number(0, 2), number(1e-9, 1e12), whole(1, 1 << 40)
+_PERCENT, _SHARE, _SPEED, _COUNT = number(0, 100), number(0, 2), number(1e-9, 1e12), integer(1, 1 << 40)
 _CHECKS = {
     **dict.fromkeys(("top-1", "top-5", "agree"), _PERCENT),
     **dict.fromkeys(("share", "std"), _SHARE),
     **dict.fromkeys(("img/s", "speed-up"), _SPEED),
 }
-_STEP = {"step": whole(0, 1 << 40), "loss": number(-1e30, 1e30), "share": _SHARE}
+_STEP = {"step": integer(0, 1 << 40), "loss": number(-1e30, 1e30), "share": _SHARE}
 _THROUGHPUT = {
     **dict.fromkeys(("batch_size", "rounds"), _COUNT),
     **dict.fromkeys(("dense", "reduced", "speedup"), _SPEED),
@@ -44,8 +44,8 @@ _EVALUATION: dict[str, Check] = {
     **dict.fromkeys(("images", "tokens"), _COUNT),
     **dict.fromkeys(("top1", "top5", "dense_top1", "dense_top5", "agreement"), _PERCENT),
     **dict.fromkeys(("share", "share_std", "share_min", "share_max"), _SHARE),
-    "kept": several(number(0, 1 << 40), 1, MAX_BLOCKS),
-    "skipped": whole(0, 1 << 40),
+    "kept": list_of(number(0, 1 << 40), 1, MAX_BLOCKS),
+    "skipped": integer(0, 1 << 40),
     "throughput": lambda name, value: _throughput(name, value),
 }
 """How each field of other verbs' results is checked."""
@@ -125,7 +125,7 @@ def _learned(values: Mapping[str, Any], name: str) -> Result:
 
 def _list(name: str, value: Any, most: int) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {shown(value)}, expected a list")
+        raise ValueError(f"{name} is {short_repr(value)}, expected a list")
     if not 0 < len(value) <= most:
         raise ValueError(f"{len(value):,} {name}, expected 1 to {most:,}")
     return value
