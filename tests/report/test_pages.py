@@ -185,7 +185,7 @@ def test_other_json_is_refused(text, tmp_path):
         ({"top1": "x"}, "top1 is 'x', expected a number from 0 to 100"),
         ({"share": None}, "it has no share"),
         ({"share": -5}, "share is -5, expected a number"),
-        ({"share_std": float("nan")}, "NaN is no number"),
+        ({"share_std": float("nan")}, "NaN is not a number"),
         ({"kept": None}, "kept"),
         ({"kept": ["x"]}, "kept is 'x'"),
         ({"throughput": {}}, "it has no batch_size"),

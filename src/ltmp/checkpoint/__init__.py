@@ -45,7 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
 
     Args:
         path: a `.safetensors` file, written atomically.
-        metadata: entries to add or override: the fields of `ltmp.checkpoint.metadata.Metadata`, or other names with JSON values.
+        metadata: entries to add or override: fields of `ltmp.checkpoint.metadata.Metadata`, or other names with JSON
+            values.
 
     Raises:
         UsageError: the path does not end in `.safetensors`.
@@ -241,8 +242,8 @@ def _read_file(path: Path) -> ThresholdFile:
     contents = split_thresholds(read_state_dict(path, keep=is_threshold), os.fspath(path))[0]
     if contents is None:
         raise LTMPError(
-            f"{path} holds no thresholds: expected a file that `ltmp learn` or the paper's code wrote, or the state dict "
-            "of an attached model"
+            f"{path} holds no thresholds: expected a file that `ltmp learn` or the paper's code wrote, or the state "
+            "dict of an attached model"
         )
     return contents
 

@@ -62,6 +62,7 @@ def config_in(settings: Any) -> LTMPConfig:
     """
     if not isinstance(settings, dict):
         raise ValueError("its settings are not a mapping")
+    # the general rules for metadata: printable texts, finite numbers, not nested too deep
     Metadata.from_dict({"config": settings})
     check = integer(0, (1 << 31) - 1)
     for name in ("floor", "ceiling", "seed"):
