@@ -35,7 +35,7 @@ TopClasses = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
-class Predictions:
+class ModelPredictions:
     """The predictions of one model for an image.
 
     Attributes:
@@ -59,7 +59,7 @@ class OpenedImage:
 
     view: Tensor
     pixels: Tensor
-    dense: Predictions
+    dense: ModelPredictions
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Comparison:
 
     opened: OpenedImage
     reduction: ReducedView
-    reduced: Predictions
+    reduced: ModelPredictions
     timed: bool = True
 
     @property
@@ -139,7 +139,7 @@ class Explorer:
             return Comparison(opened, reduction, reduced, self.timed)
 
     @torch.inference_mode()
-    def _predictions(self, pixels: Tensor, *, run_dense: bool) -> Predictions:
+    def _predictions(self, pixels: Tensor, *, run_dense: bool) -> ModelPredictions:
         attached, times = attachment(self.model), []
         # recorded calls always run reduced; otherwise the engine `auto` may try both ways first and choose dense
         with dense() if run_dense else record():
@@ -151,7 +151,7 @@ class Explorer:
             for count in range(1, attached.body.depth + 1):
                 with first_blocks(attached.body, attached.thresholds, count):
                     blocks.append(self._top_classes(logits_of(self.model(pixels))[0]))
-        return Predictions(blocks, median(times))
+        return ModelPredictions(blocks, median(times))
 
     def _top_classes(self, logits: Tensor) -> TopClasses:
         values, indices = logits.float().softmax(-1).topk(min(5, len(logits)))

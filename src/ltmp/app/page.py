@@ -204,9 +204,8 @@ def _figures(comparison: Comparison) -> str:
         f"{reduction.left} of {reduction.tokens} tokens are left.  \n"
     )
     if not comparison.timed:
-        return (
-            f"{cost}This model is too small to gain time; a ViT-S or larger does: `ltmp app --model ... --images ...`."
-        )
+        hint = "`ltmp app --model ... --images ...`"
+        return f"{cost}This model is too small to gain time. A ViT-S or a larger model does: {hint}."
     dense_ms, reduced_ms = (1000 * result.seconds for result in (comparison.opened.dense, comparison.reduced))
     slower = " Reduction pays off with larger models and batches: `ltmp bench`." if reduced_ms > dense_ms else ""
     times = f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine."

@@ -211,7 +211,7 @@ def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], **met
         raise LTMPError(f"{source} is not safetensors: load it and write it with ltmp.save(model, PATH.safetensors)")
     header = read_header(source)[1]
     if header.get("format") != FORMAT:
-        raise LTMPError(f"{source} is a whole checkpoint: load it and write its thresholds with ltmp.save")
+        raise LTMPError(f"{source} is a full checkpoint: load it and write its thresholds with ltmp.save")
     tensors = read_tensors(source, is_part)
     if not contents.config.method.fixed:
         tensors |= {"merge": contents.merge, "prune": contents.prune}
@@ -237,7 +237,7 @@ def _read_file(path: Path) -> ThresholdFile:
             raise UsageError(f"no thresholds file {path}: give the file that `ltmp learn` wrote") from None
         except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
             raise LTMPError(
-                f"{path} is not a whole thresholds file ({first_line(error)[:200]}): copy or learn it again"
+                f"{path} is damaged, or not a thresholds file ({first_line(error)[:200]}): copy or learn it again"
             ) from error
     contents = split_thresholds(read_state_dict(path, keep=is_threshold), os.fspath(path))[0]
     if contents is None:
@@ -272,23 +272,23 @@ def _check_model(model: nn.Module, file: ThresholdFile, source: str) -> None:
             )
 
 
-def _merged_limits(theirs: LTMPConfig, ours: LTMPConfig, source: str) -> LTMPConfig:
-    """The model's config `ours`, with floor and ceiling from the file's where it has none of its own.
+def _merged_limits(file: LTMPConfig, attached: LTMPConfig, source: str) -> LTMPConfig:
+    """The config that the model was attached with, plus the file's floor and ceiling if the model has none.
 
     Raises:
         LTMPError: both have one, and they differ.
     """
     limits = {}
     for name, unset in (("floor", LTMPConfig.floor), ("ceiling", LTMPConfig.ceiling)):
-        wanted, current = getattr(theirs, name), getattr(ours, name)
-        if wanted not in (unset, current) and current != unset:
+        theirs, ours = getattr(file, name), getattr(attached, name)
+        if theirs not in (unset, ours) and ours != unset:
             raise LTMPError(
-                f"{source} has {name} {wanted}, but the model was attached with {name} {current}: attach with "
-                f"LTMPConfig({name}={wanted}), or without one, which takes the file's"
+                f"{source} has {name} {theirs}, but the model was attached with {name} {ours}: attach with "
+                f"LTMPConfig({name}={theirs}), or without a {name} to use the file's"
             )
-        limits[name] = wanted if current == unset else current
+        limits[name] = theirs if ours == unset else ours
     try:
-        return replace(ours, **limits)
+        return replace(attached, **limits)
     except ValueError as error:
         raise LTMPError(
             f"{source} does not go with how the model was attached ({error}): call ltmp.detach(model) and attach again"

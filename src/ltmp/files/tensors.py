@@ -172,7 +172,9 @@ def _check_plain(path: str | os.PathLike[str]) -> bool:
             file.seek(0)
             pickled = file.read(MAX_PICKLED)
     if any(b"\n%s\n" % name in pickled for name in _REFUSED):
-        raise pickle.UnpicklingError("it asks for memory that it does not fill, or for tensors that are not plain")
+        raise pickle.UnpicklingError(
+            "it allocates memory that it does not fill, or contains tensors that are not dense"
+        )
     return zipped
 
 

@@ -52,9 +52,9 @@ def strip(image: Tensor, budgets: Budgets, blocks: Sequence[int] | None = None, 
     """
     chosen = choose_blocks(budgets, blocks)
     rows = []
-    for name, seen in budgets.items():
-        row = _joined([panel(image, seen, block, width) for block in (None, *chosen)], across=True)
-        rows.append(_titled(row, _summary(name, seen), _text_size(width)))
+    for name, view in budgets.items():
+        row = _joined([panel(image, view, block, width) for block in (None, *chosen)], across=True)
+        rows.append(_titled(row, _summary(name, view), _text_size(width)))
     return _framed(_joined(rows, across=False))
 
 
@@ -71,8 +71,8 @@ def frames(image: Tensor, budgets: Budgets, blocks: Sequence[int] | None = None,
     film = []
     for block in (None, *choose_blocks(budgets, blocks, limit=None)):
         panels = [
-            _titled(panel(image, seen, block, width), _summary(name, seen), _text_size(width))
-            for name, seen in budgets.items()
+            _titled(panel(image, view, block, width), _summary(name, view), _text_size(width))
+            for name, view in budgets.items()
         ]
         film.append(_framed(_joined(panels, across=True)))
     return film
@@ -89,11 +89,11 @@ def figure(image: Tensor, budgets: Budgets, blocks: Sequence[int] | None = None,
     # in inches, with room for the titles
     row_height = 1.8 * _height(image, width) / width + 0.35
     drawn, axes = new_figure(len(budgets), len(chosen), (1.8 * len(chosen), row_height * len(budgets)))
-    for row, (name, seen) in zip(axes, budgets.items(), strict=True):
+    for row, (name, view) in zip(axes, budgets.items(), strict=True):
         for axis, block in zip(row, chosen, strict=True):
-            axis.imshow(_painted(image, seen, block, width).permute(1, 2, 0).numpy())
+            axis.imshow(_painted(image, view, block, width).permute(1, 2, 0).numpy())
             axis.set_axis_off()
-            axis.set_title(_summary(name, seen) if block is None else _label(seen, block), fontsize=7)
+            axis.set_title(_summary(name, view) if block is None else _label(view, block), fontsize=7)
     return drawn
 
 
@@ -107,24 +107,24 @@ def choose_blocks(budgets: Budgets, requested: Sequence[int] | None, limit: int 
     """
     if not budgets:
         raise UsageError("nothing to draw: give at least one budget")
-    depth = min(len(seen.kept) for seen in budgets.values())
+    depth = min(len(view.kept) for view in budgets.values())
     if requested is not None:
         for block in requested:
             if not 0 <= block < depth:
                 raise UsageError(f"no block {block + 1} to show: the model has blocks 1 to {depth}")
         return list(requested)
-    shown = sorted({block for seen in budgets.values() for block in seen.shown_blocks()})
+    shown = sorted({block for view in budgets.values() for block in view.shown_blocks()})
     if limit is None or len(shown) <= limit:
         return shown
     # counted back from the last block: the first ones change little
     return shown[:: -(len(shown) // limit)][:limit][::-1]
 
 
-def _painted(image: Tensor, seen: ReducedView, block: int | None, width: int) -> Tensor:
+def _painted(image: Tensor, view: ReducedView, block: int | None, width: int) -> Tensor:
     """[3, height, width], the image after a block; None is the image itself."""
-    rows, columns = seen.groups.shape[1:]
+    rows, columns = view.groups.shape[1:]
     unmerged = torch.arange(rows * columns).view(rows, columns)
-    return paint_groups(image, unmerged if block is None else seen.groups[block], (_height(image, width), width))
+    return paint_groups(image, unmerged if block is None else view.groups[block], (_height(image, width), width))
 
 
 def _height(image: Tensor, width: int) -> int:
@@ -135,12 +135,12 @@ def _to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _label(seen: ReducedView, block: int | None) -> str:
-    return f"{seen.tokens} tokens" if block is None else f"block {block + 1}: {seen.kept[block]} tokens"
+def _label(view: ReducedView, block: int | None) -> str:
+    return f"{view.tokens} tokens" if block is None else f"block {block + 1}: {view.kept[block]} tokens"
 
 
-def _summary(name: str, seen: ReducedView) -> str:
-    return f"{name}: {seen.share:.2f} of the FLOPs" + (f", {seen.answers}" if seen.answers else "")
+def _summary(name: str, view: ReducedView) -> str:
+    return f"{name}: {view.share:.2f} of the FLOPs" + (f", {view.answers}" if view.answers else "")
 
 
 def _text_size(width: int) -> float:
