@@ -210,8 +210,8 @@ two numbers per block, with which a frozen vision transformer merges similar tok
 by image. The model's own weights are not included and do not change.
 
 {tables.markdown([{name: row[name] for name in columns} for row in rows])}
-Budget and share are fractions of the dense model's FLOPs: the target, and the measured mean over images. Accuracies are
-in percent. An empty field was not measured.
+Budget (the target, or the range of a dial) and share (measured, mean over images) are fractions of the dense model's
+FLOPs. Accuracies are in percent; "-" means not measured.
 
 {_certified(files)}{_usage(repo_id, files)}
 """
