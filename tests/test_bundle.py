@@ -112,10 +112,10 @@ def test_what_people_change_in_the_json_counts(folder: Path) -> None:
     path.write_text(json.dumps({**said, "class_names": ["Ameise", "Biene", "Kuh"]}))
     assert class_names(ltmp.from_pretrained(folder)) == ["Ameise", "Biene", "Kuh"]
     path.write_text(json.dumps({**said, "num_classes": -1}))
-    with pytest.raises(LTMPError, match=r"bundle.json is no description of a model \(num_classes is -1"):
+    with pytest.raises(LTMPError, match=r"bundle.json does not describe a model \(num_classes is -1"):
         ltmp.from_pretrained(folder)
     path.write_text("[" * 100_000)
-    with pytest.raises(LTMPError, match=r"bundle.json is no description of a model"):
+    with pytest.raises(LTMPError, match=r"bundle.json does not describe a model"):
         read(folder)
 
 
@@ -236,7 +236,7 @@ def test_what_is_given_goes_before_what_the_folder_says(folder: Path, caplog: py
         eval_transform(model, crop_pct=0.95)
         eval_transform(model, crop_mode="squash", mean=(0.1, 0.2, 0.3))
     assert [record.getMessage() for record in caplog.records] == [
-        f"image_size 48 goes before 32, which {folder} says",
+        f"image_size 48 overrides 32 from {folder}",
         "crop_pct 0.95 goes before 0.8, with which the thresholds were made",
     ]
 
@@ -298,7 +298,7 @@ def test_options_go_before_the_folder_and_say_so(packed: Path, images: Path, cap
     assert run(*evaluate, "--crop-pct", 0.9, "--weights", "own.safetensors") == 0
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "crop_pct 0.9 goes before 0.8" in said
-    assert "the weights in own.safetensors go before those in" in said
+    assert "the weights in own.safetensors override those in" in said
 
 
 def test_a_service_answers_with_names(packed: Path) -> None:

@@ -243,7 +243,9 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     write_tensors(path, merge=torch.tensor([0.5, float("nan"), 0.5]), prune=torch.zeros(3))
     model = tiny_vit()
-    with pytest.raises(LTMPError, match=r"t\.safetensors is not a whole .* \(merge thresholds hold NaN or infinity\)"):
+    with pytest.raises(
+        LTMPError, match=r"t\.safetensors is damaged, or not a .* \(merge thresholds hold NaN or infinity\)"
+    ):
         ltmp.load(model, path)
     assert not is_attached(model)
 
@@ -257,11 +259,19 @@ class Code:
 
 BROKEN: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "missing": ("t.safetensors", lambda path, good: None, "no thresholds file"),
-    "truncated": ("t.safetensors", lambda path, good: path.write_bytes(good.read_bytes()[:-7]) and None, "not a whole"),
-    "empty": ("t.safetensors", lambda path, good: path.touch(), "not a whole"),
-    "text": ("t.safetensors", lambda path, good: path.write_text("hello") and None, "not a whole"),
+    "truncated": (
+        "t.safetensors",
+        lambda path, good: path.write_bytes(good.read_bytes()[:-7]) and None,
+        "not a thresholds file",
+    ),
+    "empty": ("t.safetensors", lambda path, good: path.touch(), "not a thresholds file"),
+    "text": ("t.safetensors", lambda path, good: path.write_text("hello") and None, "not a thresholds file"),
     "other-tensors": ("t.safetensors", lambda path, good: save_file({"a": torch.ones(1)}, path), "holds no thresholds"),
-    "one-vector": ("t.safetensors", lambda path, good: write_tensors(path, merge=torch.ones(3)), "not a whole"),
+    "one-vector": (
+        "t.safetensors",
+        lambda path, good: write_tensors(path, merge=torch.ones(3)),
+        "not a thresholds file",
+    ),
     "missing-pth": ("t.pth", lambda path, good: None, "no checkpoint"),
     "folder": ("t.pth", lambda path, good: path.mkdir(), "holds no thresholds"),
     "text-pth": ("t.pth", lambda path, good: path.write_text("hello") and None, "not a checkpoint"),
@@ -531,7 +541,7 @@ def test_broken_dials_are_refused_in_a_sentence(dialled: Path, tmp_path: Path, n
     else:
         save_file({f"ltmp.{key}": value for key, value in tensors.items()}, path)
     model = tiny_vit()
-    with pytest.raises(LTMPError, match=r"not a whole thresholds file|are broken") as refusal:
+    with pytest.raises(LTMPError, match=r"not a thresholds file|are broken") as refusal:
         ltmp.load(model, path)
     assert "\n" not in str(refusal.value)
     assert not is_attached(model)
@@ -548,7 +558,7 @@ def test_a_file_whose_budget_is_off_its_dial_is_refused(dialled: Path, tmp_path:
             tensors = {key: raw.get_tensor(key) for key in raw.keys()}  # noqa: SIM118 (not a dict)
             about = {**json.loads(raw.metadata()["ltmp"]), "budget": wrong}
         save_file(tensors, tmp_path / "off.safetensors", metadata={"format": FORMAT, "ltmp": json.dumps(about)})
-        with pytest.raises(LTMPError, match=rf"is not a whole thresholds file \({why}"):
+        with pytest.raises(LTMPError, match=rf"is damaged, or not a thresholds file \({why}"):
             read(tmp_path / "off.safetensors")
 
 

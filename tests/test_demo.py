@@ -126,4 +126,4 @@ def test_it_leaves_a_bundle_that_needs_no_more_words(finished):
 
 def test_its_report_shows_what_is_left(finished):
     page = (finished[0] / "report.html").read_text()
-    assert page.count('title="what is left"') == 2 * 12 * len(TARGETS)
+    assert page.count('title="tokens left"') == 2 * 12 * len(TARGETS)

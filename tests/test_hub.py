@@ -197,7 +197,9 @@ def test_offline_the_cache_is_enough(hub, reduced, monkeypatch):
 
 
 def test_offline_and_not_in_the_cache(hub, offline):
-    with pytest.raises(LTMPError, match=r"me/none is neither here nor in the cache.*connect, or copy") as refusal:
+    with pytest.raises(
+        LTMPError, match=r"me/none is neither a local path nor in the cache.*connect, or copy"
+    ) as refusal:
         ltmp.load(tiny_vit(), "me/none")
     assert "\n" not in str(refusal.value)
 
@@ -213,7 +215,7 @@ def test_no_network(hub, monkeypatch, reduced):
 
 
 def test_what_is_not_there_is_said(hub, reduced):
-    with pytest.raises(LTMPError, match="me/none is neither here nor a Hugging Face repository"):
+    with pytest.raises(LTMPError, match="me/none is neither a local path nor a Hugging Face repository"):
         ltmp.load(tiny_vit(), "me/none")
     ltmp.push_to_hub(reduced, REPO)
     with pytest.raises(LTMPError, match="has no such revision"):
@@ -297,7 +299,7 @@ def test_evaluations_are_recognised(reduced):
     evaluation = evaluate(reduced, [(random_images(2), torch.tensor([0, 1]))], speed=False)
     assert measured(evaluation) == measured(json.loads(json.dumps(asdict(evaluation))))
     assert "speed" not in measured(evaluation)
-    with pytest.raises(LTMPError, match="this is no evaluation"):
+    with pytest.raises(LTMPError, match="this is not an evaluation"):
         measured({"hello": 1})
 
 

@@ -60,11 +60,11 @@ _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for only now (PEP 562): torch takes seconds, and `ltmp --help` needs none of it."""
+    """Import public names on first use (PEP 562): importing torch takes seconds, and `ltmp --help` does not need it."""
     if name in _HOMES:
-        found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-        globals()[name] = found
-        return found
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
     if not name.startswith("_") and importlib.util.find_spec(f".{name}", __name__):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Modules under the names that they had before: they import as ever, with a DeprecationWarning, for one release."""
+"""Old names of modules, which still import for one release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_ONE: dict[str, str] = {
+_RENAMED: dict[str, str] = {
     "context": "calls",
     "probe": "method.thresholds",
     **{name: f"method.{name}" for name in ("flops", "policy", "rates", "reduction", "scores", "thresholds", "tokens")},
@@ -37,12 +37,12 @@ _ONE: dict[str, str] = {
 }  # fmt: skip
 
 MOVED: dict[str, tuple[str, ...]] = {
-    **{old: (new,) for old, new in _ONE.items()},
+    **{old: (new,) for old, new in _RENAMED.items()},
     "dial": ("method.dial", "method.thresholds"),
     "sources": ("calls", "method.tokens"),
     "stack": ("hosts.sizes",),
 }
-"""Old module to the new ones that its names are in, below `ltmp`."""
+"""Old module names, and the modules in which their contents are now, relative to `ltmp`."""
 
 MOVED_NAMES: dict[str, dict[str, str]] = {
     "checkpoint": {
@@ -51,29 +51,28 @@ MOVED_NAMES: dict[str, dict[str, str]] = {
         "split_seed_state": "checkpoint.contents",
     },
 }
-"""Of modules that are still there: names that left them, each with the module that it is in now."""
+"""For modules that still exist: names that moved out of them, and the modules in which they are now."""
 
 
 def names_moved_from(module: str) -> Callable[[str], Any]:
-    """A `__getattr__` for `ltmp.MODULE`, which finds the names that left it.
+    """Return a `__getattr__` for `ltmp.MODULE` that finds the names that moved out of it.
 
-    Like the finder below it imports the new module when it is asked for a name, and never before: the new one may lie
-    in a higher layer.
+    Like `MovedModules`, it imports the new module only when a name is looked up: it may be in a higher layer.
     """
 
     def get(name: str) -> Any:
         new = MOVED_NAMES[module].get(name)
         if new is None:
             raise AttributeError(f"module '{__package__}.{module}' has no attribute {name!r}")
-        old, now = f"{__package__}.{module}.{name}", f"{__package__}.{new}"
-        warnings.warn(f"{old} has moved: import it from {now}", DeprecationWarning, stacklevel=2)
-        return getattr(importlib.import_module(now), name)
+        old_name, new_module = f"{__package__}.{module}.{name}", f"{__package__}.{new}"
+        warnings.warn(f"{old_name} has moved: import it from {new_module}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(new_module), name)
 
     return get
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds a module under its old name, with all that the modules of the new names have."""
+    """Imports a module by its old name, with the contents of all modules that it became."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -86,18 +85,18 @@ class MovedModules(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = [f"{__package__}.{name}" for name in MOVED[spec.name.partition(".")[2]]]
         warnings.warn(f"{spec.name} has moved: import {' or '.join(new)} instead", DeprecationWarning, stacklevel=2)
-        found = [importlib.import_module(name) for name in new]
-        # a module of its own: the import system writes to it, and the real one must keep its name
-        alias = ModuleType(spec.name, found[0].__doc__)
-        for module in reversed(found):
+        modules = [importlib.import_module(name) for name in new]
+        # a separate module object: the import system sets its attributes, and the real module must keep its name
+        alias = ModuleType(spec.name, modules[0].__doc__)
+        for module in reversed(modules):
             alias.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         return alias
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to run."""
+        """Do nothing: `create_module` has filled the module."""
 
 
 def install() -> None:
-    """Ask for old names last, after everybody else."""
+    """Register the finder after all others, so that existing modules take precedence."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())

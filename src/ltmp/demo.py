@@ -1,4 +1,4 @@
-"""The whole method in a few minutes on a laptop: train a small ViT on digits, learn three budgets, draw the result."""
+"""The method in a few minutes on a laptop: train a small ViT on digits, learn three budgets, draw the results."""
 
 from __future__ import annotations
 
@@ -34,27 +34,29 @@ from .zoo.build import load_weights
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 
 TARGETS = (0.75, 0.6, 0.5)
-# 196 patches and a class token, as many tokens as DeiT has at 224 pixels.
+# 196 patches and a class token: as many tokens as DeiT has at 224 pixels
 SIZE, PATCH = 28, 2
 BLANK = -MEAN / STD
+"""A black pixel, normalised."""
+
 TRAINED = "vit.safetensors"
 """File of the trained model."""
 
 NAME = "vit_tiny_patch16_224"
-"""What timm calls a ViT that its arguments make into the demo's."""
+"""The timm model that becomes the demo's with the arguments of `Setup.shape`."""
 
-READ: dict[str, Any] = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic"}
-"""How its images are read."""
+DATA_OPTIONS: dict[str, Any] = {"mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic"}
+"""Preprocessing of the digits."""
 
 BUNDLE, DIGITS = "bundle", "digits"
-"""Folders that are written beside the results: see `ltmp.pack`, and pictures to try it on."""
+"""Folders in the output: what `ltmp.pack` writes, and pictures to try it on."""
 
 
 @dataclass(frozen=True)
 class Setup:
     """How the demo's ViT is trained and its thresholds are learned; the defaults take minutes on two cores.
 
-    Most of the training runs at half the resolution, where there are four times fewer tokens.
+    Most of the training runs at half the resolution, with a quarter of the tokens.
     """
 
     width: int = 128
@@ -71,7 +73,7 @@ class Setup:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Arguments that make timm's ViT of this name into the demo's."""
+        """Arguments that turn timm's `NAME` into the demo's model."""
         return {
             "patch_size": PATCH, "in_chans": 1, "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads,
         }  # fmt: skip
@@ -88,7 +90,7 @@ def run_demo(
     """Run the demo and write a table, a plot, pictures, the model and its thresholds to `out`.
 
     Args:
-        out: folder; a model trained there before is used again.
+        out: folder; a model that was trained there before is reused.
         seed: of the training and the order of the images.
         progress: makes a progress bar from a text and a total; see `ltmp.cli.progress`.
         setup: what to train, and for how long.
@@ -102,18 +104,18 @@ def run_demo(
         LTMPError: the folder cannot be written.
     """
     setup = setup or Setup()
-    new_figure(1, 1)  # before the minutes of training: is matplotlib there?
+    new_figure(1, 1)  # fails now, and not after minutes of training, if matplotlib is missing
     model = trained_model(out / TRAINED, setup, seed, progress)
     val = torch.utils.data.Subset(load_digits("val"), range(setup.val_images))
-    budgets, pictures = {}, [_colours(val)]
+    budgets, pictures = {}, [_sample_pictures(val)]
     for target in targets:
         attach(model)
         learn_target(model, target, setup, seed, progress)
         with progress(f"evaluating at {target:g}", len(val)) as advance:
             budgets[target] = evaluate_budget(model, make_loader(val, 100), f"target {target:g}", progress=advance)
-        budgets[target] = with_left(Deployment(model, options=READ), budgets[target], partial(_digit, val))
-        done = budgets[target].evaluation
-        about = {"target": target, "share": done.share, "top1": done.top1}
+        budgets[target] = with_left(Deployment(model, options=DATA_OPTIONS), budgets[target], partial(_picture, val))
+        evaluation = budgets[target].evaluation
+        about = {"target": target, "share": evaluation.share, "top1": evaluation.top1}
         save(model, out / f"thresholds-{target:g}.safetensors", **about)
         if target == sorted(targets)[len(targets) // 2]:
             _write_bundle(model, out, setup, val, about)
@@ -126,12 +128,12 @@ def run_demo(
 
 
 def trained_model(path: Path, setup: Setup, seed: int, progress: Progress) -> VisionTransformer:
-    """The demo's ViT in evaluation mode: read from `path`, or trained and saved there."""
+    """Return the demo's ViT in evaluation mode: loaded from `path`, or trained and saved there."""
     torch.manual_seed(seed)
     model = VisionTransformer(
         img_size=SIZE,
         num_classes=10,
-        # timm's default suits widths of hundreds; at this width it would hardly train
+        # timm's default suits widths of hundreds; a model this narrow would hardly train with it
         weight_init="jax",
         **setup.shape,
     )
@@ -157,11 +159,12 @@ def train(
     progress: Progress,
     augment: Callable[[Tensor], Tensor],
 ) -> None:
-    """Train a small ViT from images that are augmented and then shrunk to `size` pixels a side, its input from now on.
+    """Train a small ViT on images that are augmented and then shrunk to `size` x `size` pixels, its new input size.
 
     Args:
-        loader: shuffled labelled images, as many epochs as asked for.
-        lr: highest rate of Muon, reached after a fifth of the steps.
+        loader: shuffled images with labels.
+        epochs: may be fractional.
+        lr: peak learning rate of Muon, reached after a fifth of the steps.
     """
     model.set_input_size((size, size))
     steps = max(2, round(epochs * loader.images / loader.batch_size))
@@ -183,7 +186,7 @@ def train(
 
 
 def distort(images: Tensor) -> Tensor:
-    """Digits [B, 1, H, W], each slightly turned, scaled, slanted and moved."""
+    """Rotate, scale, shear and shift each digit of [B, 1, H, W] slightly, at random."""
     count = len(images)
     turn, scale, slant, across, down = (torch.rand(5, count) - 0.5) * torch.tensor([0.35, 0.2, 0.28, 0.18, 0.18])[
         :, None
@@ -195,7 +198,7 @@ def distort(images: Tensor) -> Tensor:
 
 
 def learn_target(model: VisionTransformer, target: float, setup: Setup, seed: int, progress: Progress) -> None:
-    """Learn thresholds of the attached model on the digits that it was not trained on, and not evaluated on."""
+    """Learn thresholds of the attached model on digits that it is neither trained nor evaluated on."""
     loader = make_loader(load_digits("learn"), 50, shuffle=True, seed=seed)
     steps = max(1, round(setup.views / loader.batch_size))
     with progress(f"learning share {target:g}", steps) as advance:
@@ -212,66 +215,64 @@ def learn_target(model: VisionTransformer, target: float, setup: Setup, seed: in
 
 
 def survivors(model: VisionTransformer, digits: Any) -> list[Tensor]:
-    """One digit of each class, painted by what the last block's attention still sees of it.
+    """Return one digit of each class, painted by the tokens that enter the last block.
 
-    After that attention only the class token is read, so what is left there says nothing.
+    After the last block's attention only the class token is used, so the tokens left there mean nothing.
     """
-    images, _ = _samples(digits)
     return [
-        paint_groups(image, seen.groups[-2], (8 * SIZE, 8 * SIZE))
-        for image, seen in zip(_colours(digits), see(model, images), strict=True)
+        paint_groups(image, view.groups[-2], (8 * SIZE, 8 * SIZE))
+        for image, view in zip(_sample_pictures(digits), see(model, _sample_images(digits)), strict=True)
     ]
 
 
 def _write_bundle(
     model: VisionTransformer, out: Path, setup: Setup, digits: Any, about: dict[str, float | None]
 ) -> None:
-    """The model with its thresholds in one folder, and a digit of each class to try it on."""
-    known = {"model_name": NAME, "model_kwargs": setup.shape, "class_names": CLASSES, "preprocessing": READ}
-    pack(model, out / BUNDLE, **known, **about)
-    for name, image in zip(CLASSES, _colours(digits), strict=True):
+    """Write the model with its thresholds in one folder, and a digit of each class to try it on."""
+    metadata = {"model_name": NAME, "model_kwargs": setup.shape, "class_names": CLASSES, "preprocessing": DATA_OPTIONS}
+    pack(model, out / BUNDLE, **metadata, **about)
+    for name, image in zip(CLASSES, _sample_pictures(digits), strict=True):
         with atomic_path(out / DIGITS / f"{name}.png") as temporary:
             to_pil_image(image).save(temporary, "PNG")
 
 
 def draw_survivors(columns: list[list[Tensor]], titles: list[str], path: Path) -> None:
-    """A picture with a row for each digit and a column for each budget."""
+    """Draw a picture with a row for each digit and a column for each budget."""
     figure, axes = new_figure(len(columns[0]), len(columns))
     for j, (column, title) in enumerate(zip(columns, titles, strict=True)):
         axes[0, j].set_title(title, fontsize=9)
         for i, image in enumerate(column):
             axes[i, j].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             axes[i, j].axis("off")
-    figure.suptitle("one colour: merged, hatched: pruned", fontsize=9)
+    figure.suptitle("one flat colour: merged; hatched: pruned", fontsize=9)
     save_figure(figure, path)
 
 
-def _samples(digits: Any) -> tuple[Tensor, Tensor]:
-    """The first image of each class: [10, 1, H, W] and [10]."""
-    found: dict[int, Tensor] = {}
+def _sample_images(digits: Any) -> Tensor:
+    """The first image of each class, [10, 1, H, W]."""
+    first: dict[int, Tensor] = {}
     for image, label in digits:
-        found.setdefault(int(label), image)
-    return torch.stack([found[label] for label in sorted(found)]), torch.tensor(sorted(found))
+        first.setdefault(int(label), image)
+    return torch.stack([first[label] for label in sorted(first)])
 
 
-def _colours(digits: Any) -> list[Tensor]:
-    """The same samples as pictures, [3, H, W] in [0, 1]."""
-    images, _ = _samples(digits)
-    return list((images * STD + MEAN).clamp(0, 1).expand(-1, 3, -1, -1))
+def _sample_pictures(digits: Any) -> list[Tensor]:
+    """The first image of each class for display, [3, H, W] in [0, 1] each."""
+    return list((_sample_images(digits) * STD + MEAN).clamp(0, 1).expand(-1, 3, -1, -1))
 
 
-def _digit(digits: Any, index: int) -> Image.Image:
-    """A digit as a picture."""
+def _picture(digits: Any, index: int) -> Image.Image:
+    """A digit as a PIL image."""
     return to_pil_image((digits[index][0] * STD + MEAN).clamp(0, 1))
 
 
 def _write_page(path: Path, budgets: list[Budget], digits: Any) -> None:
-    data = f"{len(digits)} MNIST digits that were neither trained nor learned on"
+    data = f"{len(digits)} MNIST digits that were used neither for training nor for learning the thresholds"
     page = Report(
         "The demo: a small ViT on digits",
         budgets,
         classes=CLASSES,
-        picture=partial(_digit, digits),
+        picture=partial(_picture, digits),
         image_name="digit {}".format,
         settings={"data": data, **describe_machine()},
     )
@@ -285,27 +286,32 @@ def _write_results(out: Path, evaluations: dict[float, Evaluation]) -> None:
         rows += [reduced] if rows else [dense, reduced]
     with atomic_path(out / "table.md") as temporary:
         temporary.write_text(tables.markdown(rows), encoding="utf-8")
-    tables.write_json({f"{target:g}": tables.as_json(done) for target, done in evaluations.items()}, out / "table.json")
+    results = {f"{target:g}": tables.as_json(evaluation) for target, evaluation in evaluations.items()}
+    tables.write_json(results, out / "table.json")
     dense_top1 = next(iter(evaluations.values())).dense_top1 or 0.0
     plot_tradeoff(
-        [1.0, *(done.share for done in evaluations.values())],
-        [dense_top1, *(done.top1 or 0.0 for done in evaluations.values())],
+        [1.0, *(evaluation.share for evaluation in evaluations.values())],
+        [dense_top1, *(evaluation.top1 or 0.0 for evaluation in evaluations.values())],
         out / "accuracy.png",
         title="Digits: accuracy against compute",
     )
     tables.show(rows, "dense against reduced (top-1, top-5, agree in %)")
-    slower = [f"{t:g}" for t, done in evaluations.items() if done.throughput and done.throughput.speedup < 1]
+    slower = [
+        f"{target:g}"
+        for target, evaluation in evaluations.items()
+        if evaluation.throughput and evaluation.throughput.speedup < 1
+    ]
     if slower:
         print(
-            f"Slower than dense at {', '.join(slower)}: in so small a ViT deciding costs much of what is saved. "
-            "Larger ones gain more: `ltmp bench`."
+            f"Slower than dense at {', '.join(slower)}: in a ViT this small, selecting tokens costs much of what it "
+            "saves. Larger models gain more: `ltmp bench`."
         )
-    for name, what in {
-        "report.html": "all of it on one page",
+    for name, description in {
+        "report.html": "all results on one page",
         "table.md": "this table (and table.json)",
         "accuracy.png": "accuracy against compute",
         "patches.png": "which patches survived",
-        TRAINED: "the trained model, used again next time",
-        BUNDLE: f"model and thresholds for every verb, {DIGITS}: pictures for them",
+        TRAINED: "the trained model, reused next time",
+        BUNDLE: f"model and thresholds for all commands; {DIGITS}: pictures to try them on",
     }.items():
-        print(printable(f"{out / name}: {what}"))
+        print(printable(f"{out / name}: {description}"))

@@ -1,7 +1,7 @@
-"""Errors meant for the user: one sentence that says what is wrong, what was expected and what to do."""
+"""Errors for the user: one sentence with what is wrong, what was expected and what to do."""
 
 INTERRUPTED = 130
-"""The exit code of Ctrl-C."""
+"""Exit code after Ctrl-C."""
 
 
 class LTMPError(Exception):
@@ -20,12 +20,12 @@ class MissingExtraError(LTMPError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        """Say that `purpose` needs `package`, and which extra of ltmp brings it."""
+        """State that `purpose` needs `package`, and which extra of ltmp installs it."""
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed: pip install 'ltmp[{extra}]'"
         )
 
 
 def first_line(error: Exception) -> str:
-    """The message of another library's error, in one line."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Fingerprints: whether tensors are the same, and whether an image has been seen before."""
+"""Fingerprints of tensors, and a compact record of the images that were seen."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_KEYS = 4096
-"""Images that are remembered one by one: 32 KB."""
+"""Number of images remembered individually: 32 KB."""
 
 _BINS, _STEPS = 64, 32
 _SPAN = float(2**63)
 
 
 def of_tensors(named: Mapping[str, Tensor]) -> str:
-    """32 hexadecimal digits that say names, types, shapes and every bit of some tensors, in whatever order."""
+    """Return a hash, 32 hexadecimal digits, of the names, dtypes, shapes and bits of tensors, whatever their order."""
     digest = blake2b(digest_size=16)
     for name in sorted(named):
         value = named[name].detach().cpu().contiguous()
@@ -27,10 +27,10 @@ def of_tensors(named: Mapping[str, Tensor]) -> str:
 
 
 def image_keys(images: Tensor) -> Tensor:
-    """int64 [B] in [0, 2^63), a key for each image [B, ...] as the model takes it.
+    """Return a key for each image: int64 [B] in [0, 2^63), from images [B, ...] as the model takes them.
 
-    Made of 64 means over the image in steps of 1/32, so that the last bits, which differ between machines and types, do
-    not matter. Two photographs have the same key only where they are the same.
+    A key hashes 64 means over the image, rounded to steps of 1/32, so that differences in the last bits between
+    machines and dtypes rarely matter. Two photographs have the same key only if they are the same photograph.
     """
     means = F.adaptive_avg_pool1d(images.detach().cpu().float().flatten(1)[:, None], _BINS)[:, 0]
     rows = (means * _STEPS).round().clamp(-32768, 32767).to(torch.int16).numpy()
@@ -39,10 +39,10 @@ def image_keys(images: Tensor) -> Tensor:
 
 
 class Seen:
-    """Which images were looked at, in 32 KB at most: all keys of up to 4,096 images, of more the smallest.
+    """Remembers which images were seen, in at most 32 KB: the keys of up to 4,096 images, or the smallest of more.
 
-    The smallest keys are a sample of all images that is the same wherever it is drawn: to look up others among them
-    needs only those others whose keys are small, too (bottom-k sketch: Cohen & Kaplan, PODC 2007).
+    The smallest keys are a random sample of the images that is consistent between sets, so the overlap of two sets can
+    be estimated from them (bottom-k sketch: Cohen & Kaplan, PODC 2007).
 
     Args:
         keys: int64 [K], distinct; see `image_keys`.
@@ -56,15 +56,16 @@ class Seen:
         self.add_keys(image_keys(images))
 
     def add_keys(self, keys: Tensor) -> None:
+        """Remember images by their keys, int64 [B]; see `image_keys`."""
         self.keys = torch.cat([self.keys, keys]).unique()[:MAX_KEYS]
 
     @property
     def images(self) -> int:
-        """How many different images there were; beyond 4,096 an estimate, to within 5 % mostly."""
+        """Number of different images; beyond 4,096 an estimate, mostly within 5 %."""
         full = len(self.keys) == MAX_KEYS
         return round((MAX_KEYS - 1) * _SPAN / float(self.keys[-1])) if full else len(self.keys)
 
     def count(self, keys: Tensor) -> int:
-        """How many of these images were among them; beyond 4,096 an estimate, but 0 only where none is known."""
-        found = int(torch.isin(keys, self.keys).sum())
-        return round(found * max(1.0, self.images / max(1, len(self.keys))))
+        """Count how many images of these keys were seen; beyond 4,096 an estimate, but 0 only if no key is known."""
+        matches = int(torch.isin(keys, self.keys).sum())
+        return round(matches * max(1.0, self.images / max(1, len(self.keys))))

@@ -1,4 +1,4 @@
-"""Ranges of numbers, declared once for options of the command line and for keywords of functions."""
+"""Valid ranges of numbers, defined once for command-line options and for keyword arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_PIXELS = 16_384
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from `min` to `max`, more than `above` and less than `below`; None is no limit."""
+    """Finite numbers from `min` to `max`, greater than `above` and less than `below`; None means no limit."""
 
     min: float | None = None
     max: float | None = None
@@ -35,14 +35,14 @@ class Range:
 
     def __str__(self) -> str:
         limits = {"at least": self.min, "above": self.above, "at most": self.max, "below": self.below}
-        told = " and ".join(f"{word} {_short(limit)}" for word, limit in limits.items() if limit is not None)
-        return f"a number {told}" if told else "a finite number"
+        text = " and ".join(f"{word} {_short(limit)}" for word, limit in limits.items() if limit is not None)
+        return f"a number {text}" if text else "a finite number"
 
     def check(self, name: str, value: float) -> None:
-        """Refuse another number.
+        """Refuse a number outside the range.
 
         Raises:
-            UsageError: names what has it, and the range.
+            UsageError: gives the name, the value and the range.
         """
         if value not in self:
             raise UsageError(f"{name} is {_short(value)}: expected {self}")
@@ -54,19 +54,19 @@ def _short(value: object) -> str:
 
 ANY = Range()
 SHARE = Range(above=0, below=1)
-"""Of the dense model's FLOPs; see `BUDGET`."""
+"""Fraction of the dense model's FLOPs; see `BUDGET`."""
 BUDGET = Range(above=0, max=1)
-"""What a dial is set to: 1 turns reduction off."""
+"""FLOPs share that a dial is set to: 1 turns reduction off."""
 PART = Range(min=0, max=1)
 RATE = Range(above=0, max=1)
 """Learning rate of weights."""
 FACTOR = Range(above=0, max=1000)
-"""Of learning rates."""
+"""Factor of a learning rate."""
 TEMPERATURE = Range(above=0, max=100)
 SECONDS = Range(min=0.01, max=86_400)
 
 SEED = Range(min=0, max=2**32 - 1)
-"""As NumPy's; generators of torch take multiples of it."""
+"""What NumPy accepts; torch generators, which accept more, are seeded with multiples of it."""
 IMAGES = Range(min=1, max=10**9)
 VIEWS = Range(min=0, max=10**9)
 CALIBRATION = Range(min=2, max=10**6)

@@ -1,21 +1,21 @@
-"""Text of others: names, metadata and messages from files, which a terminal or a spreadsheet could take for orders."""
+"""Make text from files (names, metadata, messages) safe to show in a terminal or a spreadsheet."""
 
 from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    r"""`text` on one line, with characters that a terminal obeys or cannot show spelt out: escapes, text direction.
+    r"""Return `text` on one line, with control and other unprintable characters escaped.
 
     >>> printable("\x1b[31mred\x1b[0m")
     '\\x1b[31mred\\x1b[0m'
     """
-    return "".join(c if c.isprintable() else " " if c.isspace() else _spelt(c) for c in str(text))
+    return "".join(c if c.isprintable() else " " if c.isspace() else _escape(c) for c in str(text))
 
 
-def _spelt(character: str) -> str:
+def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
 def spreadsheet_cell(value: object) -> object:
-    """A CSV cell that no spreadsheet takes for a formula: text that begins like one gets a quote in front."""
+    """Return a CSV cell that no spreadsheet evaluates: text that begins like a formula is prefixed with a quote."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

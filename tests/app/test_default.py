@@ -45,9 +45,9 @@ def test_photographs_where_weights_are_here(fetched, options, monkeypatch, capsy
     (explorer,) = opened
     assert explorer.timed
     assert explorer.deployment.name(281).startswith("tabby")
-    look = explorer.look(explorer.open(explorer.samples[1]), explorer.budgets.start)
-    assert look.seen.share < 1
-    assert look.reduced.seconds > 0
+    comparison = explorer.compare(explorer.open(explorer.samples[1]), explorer.budgets.start)
+    assert comparison.reduction.share < 1
+    assert comparison.reduced.seconds > 0
 
 
 def test_else_the_digits(fetched, tmp_path):

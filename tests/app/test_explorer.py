@@ -15,14 +15,14 @@ from ltmp.hosts.attach import attachment
 
 def test_after_the_last_block_the_model_itself_answers(explorer, pictures):
     opened = explorer.open(pictures[0])
-    look = explorer.look(opened, 0.6)
+    comparison = explorer.compare(opened, 0.6)
     with torch.inference_mode():
         reduced = explorer.model(opened.pixels)[0].softmax(-1)
         with ltmp.dense():
             plain = explorer.model(opened.pixels)[0].softmax(-1)
     names = ["ant", "bee", "<b>cow</b>", "class 3", "class 4"]
-    for answers, wanted in ((opened.dense, plain), (look.reduced, reduced)):
-        assert len(answers.blocks) == look.depth == 3
+    for answers, wanted in ((opened.dense, plain), (comparison.reduced, reduced)):
+        assert len(answers.blocks) == comparison.depth == 3
         best = int(wanted.argmax())
         assert answers.blocks[-1][0] == (names[best], pytest.approx(wanted[best].item()))
         assert answers.seconds > 0
@@ -30,12 +30,12 @@ def test_after_the_last_block_the_model_itself_answers(explorer, pictures):
 
 def test_smaller_budgets_leave_less(explorer, pictures):
     opened = explorer.open(pictures[0])
-    looks = [explorer.look(opened, share) for share in (1.0, 0.8, 0.6)]
-    shares = [look.seen.share for look in looks]
+    comparisons = [explorer.compare(opened, share) for share in (1.0, 0.8, 0.6)]
+    shares = [comparison.reduction.share for comparison in comparisons]
     assert shares[0] == 1 > shares[1] > shares[2]
-    assert looks[0].reduced.blocks[-1][0][0] == opened.dense.blocks[-1][0][0]
-    assert looks[2].picture(2).tobytes() != looks[0].picture(2).tobytes()
-    assert looks[2].strip().width > looks[2].picture(0).width
+    assert comparisons[0].reduced.blocks[-1][0][0] == opened.dense.blocks[-1][0][0]
+    assert comparisons[2].picture(2).tobytes() != comparisons[0].picture(2).tobytes()
+    assert comparisons[2].strip().width > comparisons[2].picture(0).width
 
 
 def test_times_are_of_reduced_calls_alone(explorer, pictures, monkeypatch):
@@ -44,7 +44,7 @@ def test_times_are_of_reduced_calls_alone(explorer, pictures, monkeypatch):
     monkeypatch.setattr("ltmp.engines.trial.run", lambda *_: pytest.fail("both ways were run"))
     opened = explorer.open(pictures[0])
     for share in (0.6, 0.8):
-        assert explorer.look(opened, share).reduced.seconds > 0
+        assert explorer.compare(opened, share).reduced.seconds > 0
 
 
 def test_left_out_blocks_come_back(explorer, pictures):

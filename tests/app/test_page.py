@@ -13,17 +13,17 @@ import pytest
 
 pytest.importorskip("gradio")
 from ltmp.app import build_page, serving_options
-from ltmp.app.page import _figures, _show, _table
+from ltmp.app.page import _figures, _panels, _table
 
 CHROMIUM = shutil.which("chromium")
 
 
 def test_class_names_are_escaped(explorer, pictures):
-    look = explorer.look(explorer.open(pictures[0]), 0.6)
+    comparison = explorer.compare(explorer.open(pictures[0]), 0.6)
     explorer.deployment.names = ("<b>",) * 5
-    look = explorer.look(explorer.open(pictures[0]), 0.6)
-    assert "<b>" not in _table(look, 1)
-    assert "&lt;b&gt;" in _table(look, 1)
+    comparison = explorer.compare(explorer.open(pictures[0]), 0.6)
+    assert "<b>" not in _table(comparison, 1)
+    assert "&lt;b&gt;" in _table(comparison, 1)
 
 
 def test_nothing_is_shared_and_uploads_have_a_limit():
@@ -34,18 +34,18 @@ def test_nothing_is_shared_and_uploads_have_a_limit():
 
 def test_the_panels_hold_the_models_own_answers(explorer, pictures):
     opened = explorer.open(pictures[0])
-    look = explorer.look(opened, 0.6)
+    comparison = explorer.compare(opened, 0.6)
     for block in (0, 1, 3):
-        _, _, dense, reduced, _ = _show(look, block)
+        _, _, dense, reduced, _ = _panels(comparison, block)
         assert dense == dict(opened.dense.blocks[-1])
-        assert reduced == dict(look.reduced.blocks[-1])
+        assert reduced == dict(comparison.reduced.blocks[-1])
 
 
-def test_times_that_mean_nothing_are_not_shown(explorer, pictures):
+def test_times_that_mean_nothing_are_not_panelsn(explorer, pictures):
     opened = explorer.open(pictures[0])
-    assert " ms, reduced **" in _figures(explorer.look(opened, 0.6))
+    assert " ms, reduced **" in _figures(explorer.compare(opened, 0.6))
     explorer.timed = False
-    assert " ms" not in _figures(explorer.look(opened, 0.6))
+    assert " ms" not in _figures(explorer.compare(opened, 0.6))
 
 
 @pytest.mark.parametrize("lowest", [0.6, 0.349755])
@@ -134,7 +134,7 @@ def test_upload_slide_and_a_bad_file(served, explorer, pictures, tmp_path):
             number = tab.locator("#budget input[type=number]")
             number.fill(str(share))
             number.press("Enter")
-            cost = _figures(explorer.look(opened, share)).splitlines()[0].replace("**", "").strip()
+            cost = _figures(explorer.compare(opened, share)).splitlines()[0].replace("**", "").strip()
             tab.wait_for_function("cost => document.querySelector('#figures')?.innerText.includes(cost)", arg=cost)
             costs.add(cost)
             if share == 0.65:

@@ -39,7 +39,7 @@ def test_page_of_two_budgets_and_a_result(ltmp, weights, images, thresholds, tmp
     # thumbnails go by the images that could be read: cheapest, dearest and changed answers
     assert "ant/1.png" in page
     assert "ant/0.png" not in page
-    assert all(name in page for name in ("0.9", "0.5", "is ant", "eval.json"))
+    assert all(name in page for name in ("0.9", "0.5", "label: ant", "eval.json"))
     # others read it: it names no folder of this machine
     assert str(tmp_path) not in page
     assert str(weights.parent.parent) not in page

@@ -37,7 +37,7 @@ def odd(folder: Path, kind: str, name: str = "run.json") -> Path:
         ("sparse", "over 67 MB"),
         ("deep", "nested too deep"),
         ("twice", "there twice"),
-        ("nan", "NaN is no number"),
+        ("nan", "NaN is not a number"),
     ],
 )
 def test_odd_files_are_refused_in_a_sentence(tmp_path: Path, kind: str, why: str) -> None:

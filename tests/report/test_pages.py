@@ -80,7 +80,7 @@ def test_everything_is_on_the_page(page):
     text = Reader(render(page)).text
     sections = (
         "Accuracy against compute", "Accuracy against speed", "Tokens kept", "How compute spreads over images",
-        "Thresholds", "Learning", "Cheapest", "Dearest", "answers that changed", "Settings and versions",
+        "Thresholds", "Learning", "Cheapest", "Most expensive", "predictions that changed", "Settings and versions",
     )  # fmt: skip
     for wanted in (*sections, "topk 0.5", "second"):
         assert wanted in text
@@ -185,18 +185,18 @@ def test_other_json_is_refused(text, tmp_path):
         ({"top1": "x"}, "top1 is 'x', expected a number from 0 to 100"),
         ({"share": None}, "it has no share"),
         ({"share": -5}, "share is -5, expected a number"),
-        ({"share_std": float("nan")}, "NaN is no number"),
+        ({"share_std": float("nan")}, "NaN is not a number"),
         ({"kept": None}, "kept"),
         ({"kept": ["x"]}, "kept is 'x'"),
         ({"throughput": {}}, "it has no batch_size"),
         ({"throughput": [1]}, "a result is a list, expected a mapping"),
         ({"images": 10**400}, "images is 1000"),
-        ({"history": []}, "0 history, expected 1 to"),
+        ({"history": []}, "0 entries in history, expected 1 to"),
         ({"history": [{"step": 1, "loss": "x", "share": 1}]}, "loss is 'x'"),
         ({"rows": [{"name": "m", "model": "m", "share": 0.5, "top1": 101}]}, "top1 is 101"),
         ({"rows": [{"model": "\ud800", "share": 0.5}]}, "model is .*without control characters"),
         ({"rows": [{"model": ["m"], "share": 0.5}]}, "model is a list"),
-        ({"rows": [{"model": "m", "share": 0.5}] * 20_000}, "20,000 rows, expected 1 to 200"),
+        ({"rows": [{"model": "m", "share": 0.5}] * 20_000}, "20,000 entries in rows, expected 1 to 200"),
     ],
 )
 def test_damaged_results_are_refused_by_their_field(changes, why, budget, tmp_path):
@@ -250,4 +250,4 @@ def test_thresholds_that_are_off_are_no_error(tmp_path):
     model = ltmp.attach(tiny_vit())
     loader = make_loader(torch.utils.data.TensorDataset(random_images(4), torch.arange(4)), 4)
     write_report(Report("off", [evaluate_budget(model, loader, "off", speed=False)]), tmp_path / "page.html")
-    assert "0 of 4 answers" in (tmp_path / "page.html").read_text()
+    assert "0 of 4 predictions" in (tmp_path / "page.html").read_text()

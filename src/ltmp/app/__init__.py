@@ -1,4 +1,4 @@
-"""A page where anyone tries it: a picture, a budget, and what is left of both.
+"""An interactive page: choose a picture and a budget, and see which tokens are left.
 
 >>> from ltmp.app import Budgets, Explorer, build_page
 >>> page = build_page(Explorer(model, Budgets.from_files(model, ["thresholds.safetensors"])))

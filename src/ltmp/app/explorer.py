@@ -1,4 +1,4 @@
-"""One image through both models: what is left of it after each block, and what each would answer there."""
+"""Compare the dense and the reduced model on one image: tokens and predictions after each block."""
 
 from __future__ import annotations
 
@@ -25,71 +25,82 @@ from ..visualize import ReducedView, panel, see, strip
 from .budgets import Budgets
 
 WIDTH = 448
-ROUNDS = 5
+"""Width of the picture in pixels."""
 
-Top = list[tuple[str, float]]
-"""Class names with their probability, the likeliest first."""
+ROUNDS = 5
+"""Number of timed calls."""
+
+TopClasses = list[tuple[str, float]]
+"""Class names with their probabilities, the most likely first."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The answer of one model.
+class ModelPredictions:
+    """The predictions of one model for an image.
 
     Attributes:
-        blocks: after each block the five likeliest classes, as the model's own norm and head read them there.
+        blocks: the five most likely classes after each block, as read by the model's own norm and head.
         seconds: of one call with this image alone, median of a few.
     """
 
-    blocks: list[Top]
+    blocks: list[TopClasses]
     seconds: float
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An image, ready to be looked at at any budget.
+class OpenedImage:
+    """An image, ready to be compared at any budget.
 
     Attributes:
-        view: [3, H, W] in [0, 1], what the model sees, for people.
+        view: [3, H, W] in [0, 1], what the model sees, at a resolution for display.
         pixels: [1, C, h, w], what the model sees.
+        dense: the predictions of the dense model.
     """
 
     view: Tensor
     pixels: Tensor
-    dense: Answers
+    dense: ModelPredictions
 
 
 @dataclass(frozen=True)
-class Look:
-    """An image at one budget; `timed` says whether its seconds mean anything."""
+class Comparison:
+    """The dense and the reduced model on an image, at one budget.
 
-    opened: Opened
-    seen: ReducedView
-    reduced: Answers
+    Attributes:
+        opened: the image, with the predictions of the dense model.
+        reduction: the tokens of the reduced model after each block.
+        reduced: the predictions of the reduced model.
+        timed: whether the times are meaningful.
+    """
+
+    opened: OpenedImage
+    reduction: ReducedView
+    reduced: ModelPredictions
     timed: bool = True
 
     @property
     def depth(self) -> int:
-        return len(self.seen.kept)
+        return len(self.reduction.kept)
 
     def picture(self, block: int, width: int = WIDTH) -> Image.Image:
-        """The tokens left after `block`, counted from 1; 0 is the image."""
-        return panel(self.opened.view, self.seen, block - 1 if block else None, width)
+        """Draw the tokens left after `block`, counted from 1; 0 is the image itself."""
+        return panel(self.opened.view, self.reduction, block - 1 if block else None, width)
 
     def strip(self) -> Image.Image:
-        """A few blocks side by side."""
-        return strip(self.opened.view, {"this budget": self.seen}, width=WIDTH // 2)
+        """Draw the tokens left after a few blocks, side by side."""
+        return strip(self.opened.view, {"this budget": self.reduction}, width=WIDTH // 2)
 
 
 class Explorer:
-    """Looks at images with one model; calls from several threads wait for each other.
+    """Compares a model with its reduced self, image by image; calls from several threads wait for each other.
 
     Args:
         model: attached.
-        budgets: how thresholds are set.
+        budgets: sets the model's thresholds.
         classes: names in the order of the model's outputs.
         samples: images to choose from.
         data_options: how images are resized, cropped and normalised, as in `ltmp.data.eval_transform`.
-        timed: whether to show times; False for a model too small to gain any.
+        timed: whether to show times; False for a model that is too small to become faster.
     """
 
     def __init__(
@@ -107,54 +118,54 @@ class Explorer:
         self.deployment = Deployment(model, options=data_options, names=classes)
         self._lock = Lock()
 
-    def open(self, image: str | Path | Image.Image) -> Opened:
-        """Read an image and ask the dense model.
+    def open(self, image: str | Path | Image.Image) -> OpenedImage:
+        """Read an image and run the dense model on it.
 
         Raises:
-            LTMPError: it cannot be read as an image; the message says why.
+            LTMPError: it cannot be read as an image; the message gives the reason.
         """
         deployment = self.deployment
         image = image if isinstance(image, Image.Image) else deployment.read(image)
         view, pixels = deployment.view(image, WIDTH), deployment.prepare(image)[None].to(deployment.device)
         with self._lock:
-            return Opened(view, pixels, self._answers(pixels, plain=True))
+            return OpenedImage(view, pixels, self._predictions(pixels, run_dense=True))
 
-    def look(self, opened: Opened, share: float) -> Look:
-        """Look at an image with thresholds for `share`; what it costs itself may be more or less."""
+    def compare(self, opened: OpenedImage, share: float) -> Comparison:
+        """Run the reduced model on an image with thresholds for `share`; this image may cost more or less than that."""
         with self._lock:
             self.budgets.set(share)
-            seen, reduced = see(self.model, opened.pixels)[0], self._answers(opened.pixels, plain=False)
-            return Look(opened, seen, reduced, self.timed)
+            reduction = see(self.model, opened.pixels)[0]
+            reduced = self._predictions(opened.pixels, run_dense=False)
+            return Comparison(opened, reduction, reduced, self.timed)
 
     @torch.inference_mode()
-    def _answers(self, pixels: Tensor, *, plain: bool) -> Answers:
-        made, times = attachment(self.model), []
-        # recorded calls are reduced: others may first find out whether that pays, by running both ways
-        with dense() if plain else record():
+    def _predictions(self, pixels: Tensor, *, run_dense: bool) -> ModelPredictions:
+        attached, times = attachment(self.model), []
+        # recorded calls always run reduced; otherwise the engine `auto` may try both ways first and choose dense
+        with dense() if run_dense else record():
             for _ in range(ROUNDS if self.timed else 1):
                 start = perf_counter()
                 logits_of(self.model(pixels)).cpu()
                 times.append(perf_counter() - start)
             blocks = []
-            for count in range(1, made.body.depth + 1):
-                with first_blocks(made.body, made.thresholds, count):
-                    blocks.append(self._top(logits_of(self.model(pixels))[0]))
-        return Answers(blocks, median(times))
+            for count in range(1, attached.body.depth + 1):
+                with first_blocks(attached.body, attached.thresholds, count):
+                    blocks.append(self._top_classes(logits_of(self.model(pixels))[0]))
+        return ModelPredictions(blocks, median(times))
 
-    def _top(self, logits: Tensor) -> Top:
-        chances = logits.float().softmax(-1)
-        values, indices = chances.topk(min(5, len(chances)))
+    def _top_classes(self, logits: Tensor) -> TopClasses:
+        values, indices = logits.float().softmax(-1).topk(min(5, len(logits)))
         return [(self.deployment.name(i), p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
 
 
 @contextmanager
-def first_blocks(body: Body, own: Thresholds, count: int) -> Iterator[None]:
-    """Leave out all but the first `count` blocks inside: the host's own norm and head then read what is there by then.
+def first_blocks(body: Body, thresholds: Thresholds, count: int) -> Iterator[None]:
+    """Run only the first `count` blocks inside the `with`, so that the host's own norm and head read their output.
 
-    Works with any host, for one call of the model a block, and in this thread only.
+    Works with any host, at the price of one call of the model per block, and in this thread only.
     """
-    fewer = Thresholds(count, own.config).to(own.merge.device).eval()
-    fewer.set(own.merge[:count], own.prune[:count])
-    fewer.probe = None if own.probe is None else own.probe[:count]
+    fewer = Thresholds(count, thresholds.config).to(thresholds.merge.device).eval()
+    fewer.set(thresholds.merge[:count], thresholds.prune[:count])
+    fewer.probe = None if thresholds.probe is None else thresholds.probe[:count]
     with running(body=replace(body, blocks=body.blocks[:count], policy=fewer)):
         yield

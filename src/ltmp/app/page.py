@@ -1,4 +1,4 @@
-"""The page, in Gradio."""
+"""The page of the app, in Gradio."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 from ..errors import LTMPError, MissingExtraError, first_line
 from ..hosts.attach import thresholds_of
 from ..sanitize import printable
-from .explorer import WIDTH, Explorer, Look
+from .explorer import WIDTH, Comparison, Explorer
 
 log = logging.getLogger(__name__)
 
-LARGEST = "20mb"
-"""Larger uploads are refused."""
+MAX_UPLOAD = "20mb"
 
 STYLE = """
 .ltmp-blocks table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 .ltmp-blocks th, .ltmp-blocks td { padding: .15rem .6rem; text-align: left; }
-.ltmp-blocks tr.here { background: var(--background-fill-secondary); font-weight: 600; }
+.ltmp-blocks tr.selected { background: var(--background-fill-secondary); font-weight: 600; }
 .ltmp-blocks { overflow-x: auto; }
 #samples .grid-wrap { min-height: 0; height: auto; max-height: 16rem; }
 #samples .grid-container { grid-template-columns: repeat(5, 1fr); height: auto; }
@@ -42,7 +41,7 @@ footer { display: none !important; }
 
 
 def build_page(explorer: Explorer) -> Any:
-    """A `gradio.Blocks`; start it with `launch(**serving_options())`.
+    """Return the page as a `gradio.Blocks`; start it with `launch(**serving_options())`.
 
     Raises:
         MissingExtraError: Gradio is not installed.
@@ -57,59 +56,60 @@ def build_page(explorer: Explorer) -> Any:
 
     def open_image(path: str | None, share: float, block: int) -> list[Any]:
         if path is None:
-            return [None, None, *nothing]
+            return [None, None, *empty]
         try:
             opened = explorer.open(path)
         except LTMPError as error:
-            # its last words: the path is the server's
-            message = f"This is not a picture that can be read: {str(error).rpartition(': ')[2]}."
+            # only the reason, at the end of the message: the path is the server's own
+            message = f"This file is not a picture that can be read: {str(error).rpartition(': ')[2]}."
             gr.Warning(message)
-            return [None, None, None, message, *nothing[2:]]
+            return [None, None, None, message, *empty[2:]]
         return [opened, *set_budget(opened, share, block)]
 
     def set_budget(opened: Any, share: float, block: int) -> Any:
         if opened is None:
-            # why there is nothing may be on the page
+            # leave the page as it is: it may show why the picture could not be read
             return gr.skip()
-        look = explorer.look(opened, share)
-        return [look, *_show(look, block), look.strip()]
+        comparison = explorer.compare(opened, share)
+        return [comparison, *_panels(comparison, block), comparison.strip()]
 
-    def set_block(look: Look | None, block: int) -> Any:
-        return gr.skip() if look is None else _show(look, block)
+    def set_block(comparison: Comparison | None, block: int) -> Any:
+        return gr.skip() if comparison is None else _panels(comparison, block)
 
     def choose(event: Any) -> str:
         return str(event.value["image"]["path"])
 
-    # Gradio finds the event by its type, which is known here alone
+    # Gradio passes the event by its annotated type, which is only available after the import
     choose.__annotations__["event"] = gr.SelectData
 
     depth = thresholds_of(explorer.model).depth
-    drawn: Any = {"show_label": False, "interactive": False, "buttons": [], "format": "png"}
-    nothing = [None, "", None, None, "", None]
+    output: Any = {"show_label": False, "interactive": False, "buttons": [], "format": "png"}
+    empty = [None, "", None, None, "", None]
     with gr.Blocks(title="ltmp", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             "# Which patches survive\n"
-            "Similar patches merge into one token, unimportant ones are dropped, block by block and image by image. "
-            f"Choose a picture and slide the budget. {budgets.explain()} What this picture really costs is said below."
+            "Block by block, similar patches are merged into one token and unimportant ones are pruned: more of them "
+            f"in easy images, fewer in hard ones. Choose a picture and move the budget slider. {budgets.explain()} The "
+            "cost of the chosen picture is shown below."
         )
-        opened, look = gr.State(), gr.State()
+        opened, comparison = gr.State(), gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(
                     explorer.samples[0] if explorer.samples else None, label="Picture", height=260, image_mode=None,
                     sources=["upload", "clipboard"], elem_id="picture",
                 )  # fmt: skip
-                # reading the file, and saying why that fails, is ours
+                # pass the path on: the explorer reads the file, and reports why that fails
                 image.preprocess = _path_of  # type: ignore[method-assign]
                 samples = gr.Gallery(
                     list(explorer.samples), label="Pictures to choose from", show_label=False, columns=5, height="auto",
                     allow_preview=False, interactive=False, buttons=[], visible=bool(explorer.samples),
                     elem_id="samples",
                 )  # fmt: skip
-                # whole hundredths, so that its steps end at 1
+                # rounded down to hundredths, so that the steps end at 1
                 share = gr.Slider(
                     math.floor(100 * budgets.lowest) / 100, 1.0, round(budgets.start, 2), step=0.01, elem_id="budget",
-                    label="Budget", info="Share of the dense model's multiply-adds, on average over pictures.",
+                    label="Budget", info="Share of the dense model's multiply-adds, averaged over pictures.",
                     buttons=[],
                 )  # fmt: skip
                 block = gr.Slider(
@@ -118,34 +118,35 @@ def build_page(explorer: Explorer) -> Any:
                 )  # fmt: skip
             with gr.Column(scale=3, min_width=300):
                 figures = gr.Markdown(elem_classes="ltmp-figures", elem_id="figures")
-                picture = gr.Image(label="What is left", height=WIDTH, elem_id="left", **drawn)
+                picture = gr.Image(label="Tokens left", height=WIDTH, elem_id="left", **output)
         with gr.Row():
-            dense_top = gr.Label(label="Dense answers", num_top_classes=5, elem_id="dense", min_width=280)
-            reduced_top = gr.Label(label="Reduced answers", num_top_classes=5, elem_id="reduced", min_width=280)
-        across = gr.Image(label="Block by block", elem_id="strip", **drawn)
+            dense_top = gr.Label(label="Dense model", num_top_classes=5, elem_id="dense", min_width=280)
+            reduced_top = gr.Label(label="Reduced model", num_top_classes=5, elem_id="reduced", min_width=280)
+        across = gr.Image(label="Block by block", elem_id="strip", **output)
         table = gr.HTML(elem_classes="ltmp-blocks", elem_id="blocks")
-        shown = [picture, figures, dense_top, reduced_top, table]
-        one: Any = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
-        one["show_progress"] = "hidden"
-        opening: Any = {"inputs": [image, share, block], "outputs": [opened, look, *shown, across], **one}
-        # the first picture is there before anybody chose one
+        panels = [picture, figures, dense_top, reduced_top, table]
+        quiet: Any = {"show_progress": "hidden", "trigger_mode": "always_last"}
+        one_at_a_time: Any = {"concurrency_limit": 1, "concurrency_id": "model", **quiet}
+        opening: Any = {"inputs": [image, share, block], "outputs": [opened, comparison, *panels, across]}
+        opening |= one_at_a_time
+        # the first sample is opened when the page loads
         gr.on([page.load, image.upload, image.clear], open_image, **opening)
         samples.select(choose, None, image).then(open_image, **opening)
-        share.change(set_budget, [opened, share, block], [look, *shown, across], **one)
-        block.change(set_block, [look, block], shown, show_progress="hidden", trigger_mode="always_last")
-    _refuse_in_words(page)
+        share.change(set_budget, [opened, share, block], [comparison, *panels, across], **one_at_a_time)
+        block.change(set_block, [comparison, block], panels, **quiet)
+    _log_bad_requests(page)
     return page
 
 
-def _refuse_in_words(page: Any) -> None:
-    """Requests that the page itself never makes, and uploads that are none, get a line in the log, no traceback."""
+def _log_bad_requests(page: Any) -> None:
+    """Log malformed requests and uploads, which the page itself never sends, in one line without a traceback."""
     import gradio as gr
 
-    understand = page.preprocess_data
+    original = page.preprocess_data
 
-    async def preprocess_data(*arguments: Any, **named: Any) -> Any:
+    async def preprocess_data(*args: Any, **kwargs: Any) -> Any:
         try:
-            return await understand(*arguments, **named)
+            return await original(*args, **kwargs)
         except gr.Error:
             raise
         except Exception as error:
@@ -157,7 +158,7 @@ def _refuse_in_words(page: Any) -> None:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """The server's answer to a request that failed: its reason in place of a traceback."""
+    """A logging filter that replaces the traceback of a failed request by its reason."""
     if record.exc_info and isinstance(record.exc_info[1], Exception):
         reason = printable(first_line(record.exc_info[1]))
         record.msg, record.args, record.exc_info = f"{record.getMessage().strip()}: {reason}", (), None
@@ -165,17 +166,17 @@ def _in_one_line(record: logging.LogRecord) -> bool:
 
 
 def serving_options() -> dict[str, Any]:
-    """How the page is served: with a limit on uploads, nothing shared, nothing fetched from elsewhere."""
+    """Return options for `launch`: limited uploads, no sharing, and nothing fetched from other hosts."""
     import gradio as gr
 
-    # Gradio asks itself whether it is there, which must not go through a proxy
+    # Gradio checks that it is up by a request to itself, which must not go through a proxy
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     return {
-        "share": False, "max_file_size": LARGEST, "theme": theme, "css": STYLE, "ssr_mode": False, "footer_links": [],
-        "show_error": True, "enable_monitoring": False, "strict_cors": True, "_frontend": False,
+        "share": False, "max_file_size": MAX_UPLOAD, "theme": theme, "css": STYLE, "ssr_mode": False,
+        "footer_links": [], "show_error": True, "enable_monitoring": False, "strict_cors": True, "_frontend": False,
     }  # fmt: skip
 
 
@@ -183,39 +184,43 @@ def _path_of(payload: Any) -> str | None:
     return None if payload is None else str(payload.path)
 
 
-def _show(look: Look, block: int) -> list[Any]:
-    """Picture and table after `block`; figures, and the models' own answers."""
-    block = min(int(block), look.depth)
+def _panels(comparison: Comparison, block: int) -> list[Any]:
+    """The values of the panels: picture after `block`, figures, both models' predictions, and the table of blocks."""
+    block = min(int(block), comparison.depth)
     return [
-        look.picture(block),
-        _figures(look),
-        dict(look.opened.dense.blocks[-1]),
-        dict(look.reduced.blocks[-1]),
-        _table(look, block),
+        comparison.picture(block),
+        _figures(comparison),
+        dict(comparison.opened.dense.blocks[-1]),
+        dict(comparison.reduced.blocks[-1]),
+        _table(comparison, block),
     ]
 
 
-def _figures(look: Look) -> str:
+def _figures(comparison: Comparison) -> str:
+    """Cost, tokens and times, in Markdown."""
+    reduction = comparison.reduction
     cost = (
-        f"This picture costs **{look.seen.share:.2f}** of the dense model's multiply-adds; "
-        f"{look.seen.left} of {look.seen.tokens} tokens are left.  \n"
+        f"This picture costs **{reduction.share:.2f}** of the dense model's multiply-adds; "
+        f"{reduction.left} of {reduction.tokens} tokens are left.  \n"
     )
-    if not look.timed:
-        return f"{cost}This small model gains no time; from a ViT-S on it does: `ltmp app --model ... --images ...`."
-    dense_ms, reduced_ms = (1000 * answers.seconds for answers in (look.opened.dense, look.reduced))
-    slower = " Reduction pays with larger models and batches: `ltmp bench`." if reduced_ms > dense_ms else ""
+    if not comparison.timed:
+        hint = "`ltmp app --model ... --images ...`"
+        return f"{cost}This model is too small to gain time. A ViT-S or a larger model does: {hint}."
+    dense_ms, reduced_ms = (1000 * result.seconds for result in (comparison.opened.dense, comparison.reduced))
+    slower = " Reduction pays off with larger models and batches: `ltmp bench`." if reduced_ms > dense_ms else ""
     times = f"Dense {dense_ms:.1f} ms, reduced **{reduced_ms:.1f} ms**: one picture at a time, on this machine."
     return f"{cost}{times}{slower}"
 
 
-def _table(look: Look, block: int) -> str:
-    """Tokens and first answers after each block."""
+def _table(comparison: Comparison, block: int) -> str:
+    """An HTML table of tokens and top predictions after each block."""
+    reduction = comparison.reduction
     rows = []
-    for number, kept in enumerate(look.seen.kept, 1):
-        answers = (look.opened.dense.blocks[number - 1][0], look.reduced.blocks[number - 1][0])
-        cells = "".join(f"<td>{escape(name)} ({chance:.0%})</td>" for name, chance in answers)
-        here = ' class="here"' if number == block else ""
-        rows.append(f"<tr{here}><td>{number}</td><td>{kept} of {look.seen.tokens}</td>{cells}</tr>")
-    head = "<tr><th>after block</th><th>tokens</th><th>dense would say</th><th>reduced would say</th></tr>"
-    note = "What the model's own last norm and head read from the tokens at that point."
+    for number, kept in enumerate(reduction.kept, 1):
+        top = (comparison.opened.dense.blocks[number - 1][0], comparison.reduced.blocks[number - 1][0])
+        cells = "".join(f"<td>{escape(name)} ({probability:.0%})</td>" for name, probability in top)
+        selected = ' class="selected"' if number == block else ""
+        rows.append(f"<tr{selected}><td>{number}</td><td>{kept} of {reduction.tokens}</td>{cells}</tr>")
+    head = "<tr><th>after block</th><th>tokens</th><th>dense model</th><th>reduced model</th></tr>"
+    note = "Predictions of the model's own final norm and head, with the later blocks left out."
     return f"<table>{head}{''.join(rows)}</table><p>{note}</p>"

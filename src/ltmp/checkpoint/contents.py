@@ -1,4 +1,4 @@
-"""The contents of a thresholds file as one checked value, from the tensors of a file or of a whole checkpoint."""
+"""The contents of a thresholds file as one validated value, built from its tensors or from a full checkpoint."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .metadata import Metadata
 from .schema import config_in
 
 SEED_KEY = re.compile(r"(?:module\.)?blocks\.([0-9]{1,3})\.(merge|prune)_masker\.threshold")
+"""State-dict keys of thresholds in checkpoints of the paper's code, the "seed" of this package."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,17 @@ class ThresholdFile:
     """The contents of a thresholds file.
 
     Attributes:
-        merge, prune: float32 [L]; of fixed rates, which the config holds, thresholds that select nothing.
-        config: how they were learned.
-        metadata: architecture, input size, target, measured share, accuracies, package version; as far as known.
-        dial: thresholds for a range of budgets, of which `merge` and `prune` are those at `metadata["budget"]`; None
-            where there are these alone.
-        probe: what tokens are read through where the config's scores ask for it, or None; see `ops.probe.reference`.
-        seen: the images that they were learned on, or None where that is not known.
+        merge, prune: float32 [L]. For fixed rates, which are in the config, these are thresholds that select nothing.
+        config: the settings that the thresholds were learned with.
+        metadata: architecture, input size, target, measured share, accuracies, package version, as far as known.
+        dial: thresholds for a range of budgets; `merge` and `prune` are its values at `metadata["budget"]`. None if
+            the file is for one budget only.
+        probe: float [L, C + 1, WIDTH + 2], which tokens are scored with if the config's scores need it, or None; see
+            `ops.probe.reference`.
+        seen: the images that the thresholds were learned on, or None if unknown.
 
     Raises:
-        ValueError: parts that are broken or do not belong together; the message is one line.
+        ValueError: parts are broken or do not belong together; the message is one line.
     """
 
     merge: Tensor
@@ -49,13 +51,13 @@ class ThresholdFile:
     seen: Seen | None = None
 
     def __post_init__(self) -> None:
-        """One place for all that must hold, of files and of state dicts alike."""
+        """Validate everything here, so that files and state dicts are held to the same rules."""
         for name in ("merge", "prune"):
             values = getattr(self, name)
             if values.ndim != 1 or not 1 <= len(values) <= MAX_BLOCKS or not values.is_floating_point():
                 raise ValueError(
-                    f"{name} thresholds are {values.dtype} {list(values.shape)}, expected one number a block, of "
-                    f"{MAX_BLOCKS} blocks at most"
+                    f"{name} thresholds are {values.dtype} {list(values.shape)}, expected one number per block, for "
+                    f"at most {MAX_BLOCKS} blocks"
                 )
             if not values.float().isfinite().all():
                 raise ValueError(f"{name} thresholds hold NaN or infinity")
@@ -82,37 +84,37 @@ class ThresholdFile:
 
     @property
     def certificate(self) -> Certificate | None:
-        """The certificate that `ltmp.certify` made for its dial, valid or void; None where there is none.
+        """The certificate that `ltmp.certify` made for the dial, valid or void; None if there is none.
 
         Raises:
-            LTMPError: it is broken, or of a newer version.
+            LTMPError: it is broken, or from a newer version.
         """
         values = self.about.certificate
         return None if values is None else Certificate.from_dict(values)
 
     def certified(self, model: nn.Module, source: str = "this file", amp: torch.dtype | None = None) -> ThresholdFile:
-        """The same at its certified budget, for a model that runs under this autocast type.
+        """Return a copy at the certified budget, for `model` running under the autocast dtype `amp`.
 
         Raises:
             UsageError: there is no certificate, or it certifies nothing.
-            LTMPError: it is void: see `Certificate.require`.
+            LTMPError: the certificate is void: see `Certificate.require`.
         """
         certificate = self.certificate
         if certificate is None or self.dial is None:
             raise UsageError(f"{source} has no certificate: make one with `ltmp certify` (docs/certify.md)")
-        mine = fingerprint_of(self.dial, self.probe, self.config)
-        return self.at(certificate.require(model, mine, amp, source), source)
+        fingerprint = fingerprint_of(self.dial, self.probe, self.config)
+        return self.at(certificate.require(model, fingerprint, amp, source), source)
 
     @cached_property
     def about(self) -> Metadata:
-        """The metadata, checked."""
+        """`metadata`, validated."""
         return Metadata.from_dict(self.metadata)
 
     def at(self, budget: float, source: str = "this file") -> ThresholdFile:
-        """The same with the dial's thresholds at `budget`; a file without a dial has its own budget alone.
+        """Return a copy with the dial's thresholds at `budget`; without a dial, only the file's own budget is accepted.
 
         Raises:
-            UsageError: there is no dial, or it does not go so far.
+            UsageError: there is no dial, or the budget is outside its range.
         """
         if self.dial is not None:
             try:
@@ -130,18 +132,18 @@ class ThresholdFile:
         )
 
 
-def from_parts(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFile:
-    """The contents of a thresholds file, from its tensors and metadata; removes the config from the latter.
+def from_parts(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> ThresholdFile:
+    """Build the contents of a thresholds file from its tensors and metadata; removes the config from `metadata`.
 
     Raises:
         ValueError: something is missing or broken.
     """
-    config = config_in(said.pop("config", None))
+    config = config_in(metadata.pop("config", None))
     if config.method.fixed:
-        depth = Metadata.from_dict(said).depth
+        depth = Metadata.from_dict(metadata).depth
         if depth is None:
             raise ValueError("it does not say how many blocks its rates are for")
-        return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, said)
+        return ThresholdFile(torch.ones(depth), torch.zeros(depth), config, metadata)
     missing = [name for name in ("merge", "prune") if name not in tensors]
     if missing:
         raise ValueError(f"its {missing[0]} thresholds are missing")
@@ -149,71 +151,71 @@ def from_parts(tensors: dict[str, Tensor], said: dict[str, Any]) -> ThresholdFil
         raise ValueError("its probe is missing")
     seen = Seen(tensors["seen"]) if "seen" in tensors else None
     return ThresholdFile(
-        tensors["merge"], tensors["prune"], config, said, Dial.find(tensors), tensors.get("probe"), seen
+        tensors["merge"], tensors["prune"], config, metadata, Dial.find(tensors), tensors.get("probe"), seen
     )
 
 
 def is_threshold(name: str) -> bool:
-    """Whether a tensor of a whole checkpoint is one of thresholds, and not one of the model's own weights."""
+    """Whether a tensor of a full checkpoint holds thresholds rather than the model's own weights."""
     return name.startswith("ltmp.") or SEED_KEY.fullmatch(name) is not None
-
-
-def split_seed_state(
-    state: dict[str, Tensor], source: str = "this checkpoint"
-) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
-    """Part a seed checkpoint (`blocks.N.merge_masker.threshold`) into thresholds and the host's own weights.
-
-    Returns:
-        The thresholds, or None where there are none, and everything else.
-
-    Raises:
-        LTMPError: a threshold is no number.
-    """
-    found: dict[str, dict[int, float]] = {"merge": {}, "prune": {}}
-    weights = {}
-    for key, value in state.items():
-        match = SEED_KEY.fullmatch(key)
-        if match and (value.numel() != 1 or not value.is_floating_point() or not value.isfinite()):
-            raise LTMPError(f"{source}: {key} is no finite number, as a block's threshold is: copy or learn it again")
-        if match:
-            found[match[2]][int(match[1])] = float(value)
-        else:
-            weights[key] = value
-    depth = 1 + max((block for values in found.values() for block in values), default=-1)
-    if depth == 0:
-        return None, weights
-    merge = torch.tensor([found["merge"].get(i, 1.0) for i in range(depth)])
-    prune = torch.tensor([found["prune"].get(i, 0.0) for i in range(depth)])
-    variant = "ltmp" if found["merge"] and found["prune"] else "ltm" if found["merge"] else "ltp"
-    return ThresholdFile(merge, prune, LTMPConfig(variant=variant)), weights
 
 
 def split_thresholds(
     state: dict[str, Tensor], source: str = "this checkpoint"
 ) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
-    """Part a whole checkpoint into thresholds, `ltmp.merge` and `ltmp.prune` or the seed's, and the host's own weights.
+    """Split a full checkpoint into thresholds (`ltmp.merge` and `ltmp.prune`, or the seed's keys) and host weights.
 
-    A state dict does not say its variant: it is taken to have the steps that its thresholds select something for.
+    A state dict does not record its variant: the steps are those for which its thresholds select something.
 
     Returns:
-        The thresholds, or None where there are none, and everything else.
+        The thresholds, or None if there are none, and everything else.
 
     Raises:
-        LTMPError: its dial is broken.
+        LTMPError: the thresholds or their dial are broken.
     """
-    found, weights = split_seed_state(state, source)
+    seed_thresholds, weights = split_seed_state(state, source)
     merge, prune, probe = (weights.pop(f"ltmp.{name}", None) for name in ("merge", "prune", "probe"))
-    parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"ltmp.{DIAL}")}
+    dial_parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"ltmp.{DIAL}")}
     if merge is None or prune is None:
-        return found, weights
+        return seed_thresholds, weights
     try:
-        if not all(value.is_floating_point() for value in (merge, prune, *parts.values())):
-            raise ValueError("thresholds are no fractions")
+        if not all(value.is_floating_point() for value in (merge, prune, *dial_parts.values())):
+            raise ValueError("thresholds are not floating-point numbers")
         merges, prunes = bool((merge < 1).any()), bool((prune > 0).any())
         variant = "ltmp" if merges == prunes else "ltm" if merges else "ltp"
-        dial = Dial.find(parts, "ltmp.")
+        dial = Dial.find(dial_parts, "ltmp.")
         return ThresholdFile(merge, prune, LTMPConfig(variant=variant), {}, dial, probe), weights
     except ValueError as error:
         raise LTMPError(
             f"the thresholds in {source} are broken ({first_line(error)}): copy or learn them again"
         ) from error
+
+
+def split_seed_state(
+    state: dict[str, Tensor], source: str = "this checkpoint"
+) -> tuple[ThresholdFile | None, dict[str, Tensor]]:
+    """Split a checkpoint of the paper's code (`blocks.N.merge_masker.threshold`) into thresholds and host weights.
+
+    Returns:
+        The thresholds, or None if there are none, and everything else.
+
+    Raises:
+        LTMPError: a threshold is not a finite number.
+    """
+    values: dict[str, dict[int, float]] = {"merge": {}, "prune": {}}
+    weights = {}
+    for key, value in state.items():
+        match = SEED_KEY.fullmatch(key)
+        if match and (value.numel() != 1 or not value.is_floating_point() or not value.isfinite()):
+            raise LTMPError(f"{source}: {key} must be one finite number: copy or learn it again")
+        if match:
+            values[match[2]][int(match[1])] = float(value)
+        else:
+            weights[key] = value
+    depth = 1 + max([*values["merge"], *values["prune"]], default=-1)
+    if depth == 0:
+        return None, weights
+    merge = torch.tensor([values["merge"].get(i, 1.0) for i in range(depth)])
+    prune = torch.tensor([values["prune"].get(i, 0.0) for i in range(depth)])
+    variant = "ltmp" if values["merge"] and values["prune"] else "ltm" if values["merge"] else "ltp"
+    return ThresholdFile(merge, prune, LTMPConfig(variant=variant)), weights

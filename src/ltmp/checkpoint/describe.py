@@ -1,4 +1,4 @@
-"""Metadata of a model, for the thresholds files that are saved from it."""
+"""Collect the metadata of a model, for the thresholds files that are saved from it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from ..hosts.attach import attachment, is_attached
 from ..method.policy import Policy
 from .metadata import LIBRARIES, Metadata, Preprocessing
 
-_BUILT = "ltmp_metadata"
-"""The attribute of a model that was built as a file says, until thresholds are loaded."""
+_BUILD_METADATA = "ltmp_metadata"
+"""Attribute of a model built from a file that holds the file's metadata; used until thresholds are loaded."""
 
 MODEL_FACTS = (
     "model_name", "architecture", "library", "base_model", "model_kwargs", "num_classes", "input_size", "preprocessing",
     "class_names",
 )  # fmt: skip
-"""What is said of the model, and holds whatever its thresholds are."""
+"""Fields of `Metadata` that describe the model and hold for any thresholds."""
 
 _COMPUTED = ("architecture", "depth", "width", "input_size", "budget", "dial", "certificate")
+"""Fields that `save` reads from the attached model itself, and which are therefore not recorded."""
 
 
 @dataclass(frozen=True)
-class Noted:
-    """Metadata of thresholds, with their fingerprint: for other thresholds only the model's part of it holds.
+class RecordedMetadata:
+    """Metadata recorded for a model, with a copy of the thresholds that it describes.
 
     Attributes:
-        merge, prune: [L] on the CPU; None of fixed rates.
+        merge, prune: [L] on the CPU; None for fixed rates.
     """
 
     about: Metadata
@@ -39,45 +40,50 @@ class Noted:
     prune: Tensor | None
 
     def held(self, policy: Policy) -> Metadata:
-        """The part of it that still holds."""
-        same = all(map(_same, (self.merge, self.prune), _vectors(policy)))
-        return self.about if same else Metadata(**{name: getattr(self.about, name) for name in MODEL_FACTS})
+        """Return the metadata, or only the facts about the model if the thresholds have changed since."""
+        unchanged = all(map(_equal, (self.merge, self.prune), _threshold_vectors(policy)))
+        return self.about if unchanged else Metadata(**{name: getattr(self.about, name) for name in MODEL_FACTS})
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    """All that is known of an attached model and its thresholds, JSON types; what was noted goes first."""
-    return {**attachment(model).describe(), **_found(model).to_dict(), **metadata_of(model).to_dict()}
+    """Return all metadata of an attached model and its thresholds as JSON types; recorded metadata takes precedence."""
+    return {**attachment(model).describe(), **_own_metadata(model).to_dict(), **metadata_of(model).to_dict()}
 
 
 def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Remember what `ltmp.save` should say of an attached model's thresholds as they are now.
+    """Record metadata of an attached model's current thresholds, for `ltmp.save`.
 
     Args:
-        facts: as in `Metadata`, and others; None and what `save` finds out itself are left out.
+        facts: fields of `Metadata`, or other names with JSON values. None, and whatever `save` computes itself, is
+            ignored.
     """
     policy = attachment(model).policy
     new = {name: value for name, value in facts.items() if value is not None and name not in _COMPUTED}
     about = Metadata.from_dict({**metadata_of(model).to_dict(), **new})
-    policy.noted = Noted(about, *_vectors(policy))
+    policy.noted = RecordedMetadata(about, *_threshold_vectors(policy))
 
 
 def metadata_of(model: nn.Module) -> Metadata:
-    """Metadata noted for a model: by `note`, by loading thresholds, or when it was built from a file."""
+    """Return the metadata recorded for a model: by `note`, by loading thresholds, or when it was built from a file."""
     if isinstance(model, nn.Module) and is_attached(model):
         policy = attachment(model).policy
         if policy.noted is not None:
             return cast("Metadata", policy.noted.held(policy))
-    built: Metadata | None = getattr(model, _BUILT, None)
+    built: Metadata | None = getattr(model, _BUILD_METADATA, None)
     return built or Metadata()
 
 
-def built_as(model: nn.Module, about: Metadata, model_kwargs: dict[str, Any]) -> None:
-    """Note of a model that was just built what a file says of it, and its arguments, where a file can say them."""
-    setattr(model, _BUILT, replace(about, model_kwargs=_said({"model_kwargs": model_kwargs}).model_kwargs))
+def record_build(model: nn.Module, about: Metadata, model_kwargs: dict[str, Any]) -> None:
+    """Record, on a model that was just built from a file, the file's metadata and the arguments it was built with.
+
+    Arguments that a file cannot hold are left out, all of them.
+    """
+    storable = _storable({"model_kwargs": model_kwargs}).model_kwargs
+    setattr(model, _BUILD_METADATA, replace(about, model_kwargs=storable))
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:
-    """Names in the config of a model of transformers; those that the library makes up do not count."""
+    """Return the class names in a transformers config, or () if they are the library's placeholders (LABEL_0, ...)."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(labels, dict) or all(str(name).startswith("LABEL_") for name in labels.values()):
         return ()
@@ -85,36 +91,36 @@ def labels_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def classes_of(model: Any) -> int | None:
-    """Outputs of the head, as far as the model says."""
+    """Return the number of outputs of the model's head, or None if the model does not state it."""
     count = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
     return count if isinstance(count, int) else None
 
 
-def _found(model: Any) -> Metadata:
-    """Metadata that the model itself holds."""
-    roots = {cls.__module__.partition(".")[0] for cls in type(attachment(model).host).__mro__}
+def _own_metadata(model: Any) -> Metadata:
+    """Metadata from the model's class and its timm or transformers config."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(attachment(model).host).__mro__}
     config = getattr(model, "pretrained_cfg", None) or {}
     names = labels_of(model) or tuple(map(str, config.get("label_names") or ()))
-    place = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")
-    known = {
-        # a folder of this machine is nobody else's business
-        "model_name": f"hf:{place}" if place and not os.path.exists(place) else None,
-        "library": next((name for name in LIBRARIES if name in roots), None),
+    source = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")
+    facts = {
+        # a local folder is of no use on another machine, and private
+        "model_name": f"hf:{source}" if source and not os.path.exists(source) else None,
+        "library": next((name for name in LIBRARIES if name in packages), None),
         "num_classes": classes_of(model),
         "class_names": names if len(names) == classes_of(model) else None,
     }
-    return replace(_said(known), preprocessing=_preprocessing(config))
+    return replace(_storable(facts), preprocessing=_preprocessing(config))
 
 
-def _said(known: dict[str, Any]) -> Metadata:
-    """The class names, if a file can hold them: a model may use anything as a name."""
-    found = Metadata()
-    for name, value in known.items():
+def _storable(facts: dict[str, Any]) -> Metadata:
+    """The facts that a file can hold: a model may use anything as a name."""
+    about = Metadata()
+    for name, value in facts.items():
         try:
-            found = replace(found, **{name: getattr(Metadata.from_dict({name: value}), name)})
+            about = replace(about, **{name: getattr(Metadata.from_dict({name: value}), name)})
         except ValueError:
             continue
-    return found
+    return about
 
 
 def _preprocessing(config: Any) -> Preprocessing:
@@ -124,11 +130,11 @@ def _preprocessing(config: Any) -> Preprocessing:
         return Preprocessing()
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _vectors(policy: Policy) -> list[Tensor | None]:
-    """Thresholds [L] on the CPU, where there are any."""
+def _threshold_vectors(policy: Policy) -> list[Tensor | None]:
+    """Copies of the merge and prune thresholds, [L] on the CPU; None for fixed rates."""
     values = [getattr(policy, name, None) for name in ("merge", "prune")]
     return [None if value is None else value.detach().cpu().clone() for value in values]

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, and not in the middle of one."""
+"""Defer Ctrl-C while a short critical section runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put a Ctrl-C off to the end of the block; for blocks of milliseconds that would leave something half done.
+    """Defer Ctrl-C to the end of the block, for blocks of milliseconds that must not stop halfway.
 
-    Python interrupts the main thread alone, and so nothing is put off in others.
+    Python raises KeyboardInterrupt in the main thread only, so nothing is deferred in other threads.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
         return
-    waiting: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    pending: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if waiting:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
             signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The metadata of a thresholds file and its model: one checked value, to and from JSON."""
+"""Metadata of a thresholds file and its model: a validated value that converts to and from JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UsageError
 from ..ranges import MAX_BLOCKS, MAX_CLASSES, MAX_PIXELS
 
-MAX_LETTERS = 1000
+MAX_CHARACTERS = 1000
 MAX_NESTED = 8
 
 CROP_MODES = ("center", "squash", "border")
@@ -19,16 +19,16 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos",
 LIBRARIES = ("timm", "torchvision", "open_clip", "transformers")
 
 _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls of terminals, line ends, controls of the writing direction, halves of letters."""
+"""Control characters, line breaks, bidirectional-text controls and lone surrogates."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are prepared for a model, in the words of timm's data configs; None is as the model's own config says.
+    """How images are prepared for a model, named as in timm's data configs; None means as in the model's own config.
 
     Attributes:
-        mean, std: one number a channel, of pixels in [0, 1].
-        crop_pct: part of the resized image's side that is kept, in (0, 1].
+        mean, std: one number per channel, for pixels in [0, 1].
+        crop_pct: fraction of the resized image's side that is kept, in (0, 1].
     """
 
     mean: tuple[float, ...] | None = None
@@ -38,25 +38,25 @@ class Preprocessing:
     crop_mode: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The known settings, as JSON types."""
-        return _plain({name: getattr(self, name) for name in _PREPROCESSING})
+        """Return the settings that are set, as JSON types."""
+        return _without_empty({name: getattr(self, name) for name in _PREPROCESSING})
 
     @classmethod
     def from_dict(cls, values: Any) -> Preprocessing:
-        """Those in `values`; other names in it are left out.
+        """Read the known settings from `values` and ignore the rest.
 
         Raises:
-            ValueError: no mapping, or a value that makes no sense.
+            ValueError: `values` is not a mapping, or a setting is invalid.
         """
-        known = mapping("preprocessing", values)
-        return cls(**checked({name: known[name] for name in _PREPROCESSING if name in known}, _PREPROCESSING))
+        values = mapping("preprocessing", values)
+        return cls(**checked({name: values[name] for name in _PREPROCESSING if name in values}, _PREPROCESSING))
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        """Refuse options of an image transform that make no sense; None is not asked for.
+        """Validate options of an image transform; None means not set.
 
         Raises:
-            UsageError: names the option, and what was expected.
+            UsageError: an option is invalid; names the option, and what was expected.
         """
         try:
             cls.from_dict({name: list(map(float, value)) if name in ("mean", "std") else value
@@ -67,18 +67,25 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The metadata that whoever opens a thresholds file needs; None, or empty, where unknown.
+    """Metadata of a thresholds file and its model; None, or empty, if unknown.
 
     Attributes:
-        model_name: what `--model` takes; architecture: what timm calls it; library: one of `LIBRARIES`.
+        model_name: the name that `--model` takes.
+        architecture: the model's name in timm.
+        library: one of `LIBRARIES`.
         base_model: the Hugging Face repository of the model's own weights.
-        model_kwargs: more arguments that the model is built with.
-        depth, width: of the transformer; num_classes: outputs of the head; input_size: height and width in pixels.
+        model_kwargs: further arguments that the model is built with.
+        depth, width: of the transformer.
+        num_classes: number of outputs of the head.
+        input_size: height and width in pixels.
+        preprocessing: how images are prepared.
         class_names: in the order of the outputs.
-        target, share, budget: FLOPs shares: asked for, measured, and what the dial is set to.
-        dial: the smallest and the largest share that it can be set to.
-        certificate: what `ltmp certify` found, see `ltmp.method.certificate`.
-        other: whatever else is there, JSON types.
+        target: FLOPs share that the thresholds were learned for.
+        share: measured FLOPs share.
+        budget: FLOPs share that the dial is set to.
+        dial: the smallest and the largest FLOPs share that the dial can be set to.
+        certificate: the result of `ltmp certify`, see `ltmp.method.certificate`.
+        other: all other entries, JSON types.
     """
 
     model_name: str | None = None
@@ -100,135 +107,135 @@ class Metadata:
     other: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The known settings, as JSON types."""
-        known = {name: getattr(self, name) for name in _METADATA}
-        return {**_plain({**known, "preprocessing": self.preprocessing.to_dict()}), **self.other}
+        """Return the entries that are known, as JSON types."""
+        values = {name: getattr(self, name) for name in _METADATA}
+        return {**_without_empty({**values, "preprocessing": self.preprocessing.to_dict()}), **self.other}
 
     @classmethod
     def from_dict(cls, values: Any) -> Metadata:
-        """Check the metadata read from a file.
+        """Validate metadata read from a file.
 
         Raises:
-            ValueError: no mapping, or a value that cannot be right; the message is one short line.
+            ValueError: `values` is not a mapping, or a value is invalid; the message is one short line.
         """
-        values = mapping("what it says of itself", values)
+        values = mapping("the metadata", values)
         known = {name: value for name, value in values.items() if name in _METADATA}
         other = {name: value for name, value in values.items() if name not in _METADATA}
-        return cls(**checked(known, _METADATA), other=_json("what it says of itself", other))
+        return cls(**checked(known, _METADATA), other=_json("the metadata", other))
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what nobody knows, and lists for tuples."""
+def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop empty values and turn tuples into lists."""
     known = {name: value for name, value in values.items() if value not in (None, (), {})}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 
 
 Check = Callable[[str, Any], Any]
-"""From a name and a value to the value as it is kept; raises ValueError."""
+"""Takes a name and a value, and returns the value as it is stored or raises ValueError."""
 
 
 def checked(values: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
-    """Those that are known, each by its check."""
+    """Return the values that are not None, each validated by the check of its name."""
     return {name: checks[name](name, value) for name, value in values.items() if value is not None}
 
 
-def shown(value: Any) -> str:
-    """A value in a message: short, and in letters that every terminal shows."""
-    # the text of a deeply nested value would itself be nested too deep
-    found = f"a {type(value).__name__}" if isinstance(value, dict | list | tuple) else ascii(value)
-    return found if len(found) <= 60 else f"{found[:57]}..."
+def short_repr(value: Any) -> str:
+    """Format a value for an error message: at most 60 ASCII characters."""
+    # containers are not printed: repr of a deeply nested one could exceed the recursion limit
+    text = f"a {type(value).__name__}" if isinstance(value, dict | list | tuple) else ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _wrong(name: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{shown(name)[1:-1]} is {shown(value)}, expected {expected}")
+def _invalid(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{short_repr(name)[1:-1]} is {short_repr(value)}, expected {expected}")
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping."""
+    """Check for a mapping."""
     if not isinstance(value, Mapping):
-        raise _wrong(name, value, "a mapping")
+        raise _invalid(name, value, "a mapping")
     return dict(value)
 
 
 def text(name: str, value: Any) -> str:
-    """A name, as every terminal shows it."""
-    if not isinstance(value, str) or len(value) > MAX_LETTERS or _INVISIBLE.search(value):
-        raise _wrong(name, value, f"text of {MAX_LETTERS} letters at most, without control characters")
+    """Check for a short text that every terminal can show."""
+    if not isinstance(value, str) or len(value) > MAX_CHARACTERS or _INVISIBLE.search(value):
+        raise _invalid(name, value, f"text of at most {MAX_CHARACTERS} characters, without control characters")
     return value
 
 
 def _one_of(known: tuple[str, ...]) -> Check:
     def check(name: str, value: Any) -> str:
         if value not in known:
-            raise _wrong(name, value, f"one of {', '.join(known)}")
+            raise _invalid(name, value, f"one of {', '.join(known)}")
         return str(value)
 
     return check
 
 
-def whole(low: int, high: int) -> Check:
-    """A whole number in these bounds."""
+def integer(low: int, high: int) -> Check:
+    """Make a check for an integer from `low` to `high`."""
 
     def check(name: str, value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise _wrong(name, value, f"a whole number from {low} to {high}")
+            raise _invalid(name, value, f"an integer from {low} to {high}")
         return value
 
     return check
 
 
 def number(low: float, high: float) -> Check:
-    """A finite number in these bounds."""
+    """Make a check for a finite number from `low` to `high`."""
 
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise _wrong(name, value, f"a number from {low:g} to {high:g}")
+            raise _invalid(name, value, f"a number from {low:g} to {high:g}")
         return value
 
     return check
 
 
-def several(of: Check, low: int, high: int) -> Check:
-    """A list of so many."""
+def list_of(item: Check, low: int, high: int) -> Check:
+    """Make a check for a list of `low` to `high` items, each checked by `item`."""
 
     def check(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or not low <= len(value) <= high:
-            raise _wrong(name, value, f"a list of {low} to {high}" if low < high else f"a list of {low}")
-        return tuple(of(name, each) for each in value)
+            raise _invalid(name, value, f"a list of {low} to {high} items" if low < high else f"a list of {low} items")
+        return tuple(item(name, element) for element in value)
 
     return check
 
 
 def _json(name: str, value: Any, nested: int = 0) -> Any:
-    """A JSON value whose texts can be shown and whose numbers are finite."""
+    """Check for a JSON value whose strings every terminal can show and whose numbers are finite."""
     if nested > MAX_NESTED:
-        raise ValueError(f"{name} is nested more than {MAX_NESTED} deep")
+        raise ValueError(f"{name} is nested more than {MAX_NESTED} levels deep")
     if isinstance(value, Mapping):
-        return {text("a name", key): _json(key, each, nested + 1) for key, each in value.items()}
+        return {text("a name", key): _json(key, element, nested + 1) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(name, each, nested + 1) for each in value]
+        return [_json(name, element, nested + 1) for element in value]
     if isinstance(value, str):
         return text(name, value)
     if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise _wrong(name, value, "a JSON value")
+    raise _invalid(name, value, "a JSON value")
 
 
-def _settings(name: str, value: Any) -> dict[str, Any]:
-    """Arguments of a model: none of them so large that it alone takes much memory."""
-    found: dict[str, Any] = _json(name, mapping(name, value))
-    for key, each in found.items():
-        for number in each if isinstance(each, list) else [each]:
-            if isinstance(number, int | float) and abs(number) > MAX_PIXELS:
-                raise _wrong(key, number, f"a number of {MAX_PIXELS} at most")
-    return found
+def _model_kwargs(name: str, value: Any) -> dict[str, Any]:
+    """Check for arguments of a model, none so large that the model would take much memory because of it alone."""
+    kwargs: dict[str, Any] = _json(name, mapping(name, value))
+    for key, argument in kwargs.items():
+        for element in argument if isinstance(argument, list) else [argument]:
+            if isinstance(element, int | float) and abs(element) > MAX_PIXELS:
+                raise _invalid(key, element, f"a number of at most {MAX_PIXELS}")
+    return kwargs
 
 
 _SHARE = number(1e-6, 1 + 1e-6)
 
 _PREPROCESSING: dict[str, Check] = {
-    "mean": several(number(-1e3, 1e3), 1, 16),
-    "std": several(number(1e-6, 1e3), 1, 16),
+    "mean": list_of(number(-1e3, 1e3), 1, 16),
+    "std": list_of(number(1e-6, 1e3), 1, 16),
     "interpolation": _one_of(INTERPOLATIONS),
     "crop_pct": number(1e-3, 1),
     "crop_mode": _one_of(CROP_MODES),
@@ -239,19 +246,19 @@ _METADATA: dict[str, Check] = {
     "architecture": text,
     "library": _one_of(LIBRARIES),
     "base_model": text,
-    "model_kwargs": _settings,
-    "depth": whole(1, MAX_BLOCKS),
-    "width": whole(1, 1 << 16),
-    "num_classes": whole(0, MAX_CLASSES),
-    "input_size": several(whole(1, MAX_PIXELS), 2, 2),
+    "model_kwargs": _model_kwargs,
+    "depth": integer(1, MAX_BLOCKS),
+    "width": integer(1, 1 << 16),
+    "num_classes": integer(0, MAX_CLASSES),
+    "input_size": list_of(integer(1, MAX_PIXELS), 2, 2),
     "preprocessing": lambda name, value: Preprocessing.from_dict(value),
-    "class_names": several(text, 0, MAX_CLASSES),
+    "class_names": list_of(text, 0, MAX_CLASSES),
     "target": _SHARE,
     "share": _SHARE,
     "budget": _SHARE,
-    "dial": several(_SHARE, 2, 2),
+    "dial": list_of(_SHARE, 2, 2),
     "certificate": lambda name, value: _json(name, mapping(name, value)),
 }
 """How each field of `Metadata` is checked."""
 
-assert set(_METADATA) == {each.name for each in fields(Metadata)} - {"other"}
+assert set(_METADATA) == {entry.name for entry in fields(Metadata)} - {"other"}

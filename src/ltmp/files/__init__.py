@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Write files atomically: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from pathlib import Path
 
 from ..errors import LTMPError
 
-_OURS = re.compile(r"\..*\.[0-9a-f]{8}\.ltmp-tmp", re.DOTALL)
-"""Names of what a save has not finished yet."""
-
-
 LOCK = ".lock"
-"""Name of the file that a run holds in its folder."""
+"""Name of the lock file in a run's folder."""
+
+_TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{8}\.ltmp-tmp", re.DOTALL)
+"""Names of temporary files and folders, see `_temporary_beside`."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends without an error.
+    """Yield a temporary path beside `path` that replaces it when the block ends without an error.
 
-    A link is followed. What is no regular file (a device, a pipe) is never replaced: it is written into when the block
-    ends. What saves in this folder left behind when they were killed is removed.
+    Links are followed. A special file (a device, a pipe) is never replaced: the content is copied into it when the
+    block ends. Temporary files that killed processes left in the folder are removed.
 
     >>> with atomic_path("table.json") as temporary:
     ...     temporary.write_text(text)
 
     Raises:
-        LTMPError: the folder cannot be written or the disk is full; `path` is as it was, and no folder was left behind.
+        LTMPError: the folder cannot be written or the disk is full; `path` is unchanged, and no new folder remains.
     """
     path = Path(path)
     try:
@@ -47,38 +46,38 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with temporary.open("rb") as content, path.open("wb") as special:
                     shutil.copyfileobj(content, special)
             return
-        # a link to a folder is left to the system: that of a stream may lead to a name that is no folder
+        # links among the parents are left to the system: /proc/self/fd/N may resolve to a name that does not exist
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
-        with _parents(target), _beside(target, _touch) as temporary:
+        with _parents(target), _temporary_beside(target, _create_file) as temporary:
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            # safetensors puts a file of its own in its place, for this user only
+            # safetensors replaces the file by its own, readable by this user only
             temporary.chmod(mode)
             temporary.replace(target)
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
 
 
-class _TriedError(Exception):
-    """Nothing is wrong: ends a save that was only tried."""
+class _DryRunError(Exception):
+    """Ends a trial save before it writes anything."""
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Fail before the work where nothing can be written; no file and no folder is left behind.
+    """Check, before any work is done, that files can be written to a folder; nothing is left behind.
 
     Raises:
         LTMPError: as `atomic_path`.
     """
     path = Path(folder) / "file"
     try:
-        with suppress(_TriedError), _parents(path), _beside(path, _touch):
-            raise _TriedError
+        with suppress(_DryRunError), _parents(path), _temporary_beside(path, _create_file):
+            raise _DryRunError
     except OSError as error:
         raise LTMPError(_explain(path.parent, error)) from error
 
 
 def check_file_writable(path: str | os.PathLike[str]) -> None:
-    """Fail before the work where `atomic_path(path)` would; nothing is written.
+    """Check, before any work is done, that `atomic_path(path)` would succeed; nothing is written.
 
     Raises:
         LTMPError: as `atomic_path`.
@@ -91,38 +90,40 @@ def check_file_writable(path: str | os.PathLike[str]) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise LTMPError(_explain(path, error)) from error
-    with suppress(_TriedError), atomic_path(path):
-        raise _TriedError
+    with suppress(_DryRunError), atomic_path(path):
+        raise _DryRunError
 
 
 def is_stdout(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is "-", or a name of the file or stream that is printed to."""
+    """Whether `path` is "-" or names the file or stream that stdout is connected to."""
     try:
         return os.fspath(path) == "-" or os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
-    except (OSError, ValueError, AttributeError):  # nothing there, or nothing that has a number
+    except (OSError, ValueError, AttributeError):  # no such file, or a stdout without a file descriptor
         return False
 
 
 def short_stem(path: Path) -> str:
-    """The name without its ending, cut so that a longer ending fits: file systems take 255 bytes."""
+    """The stem of a file name, cut so that a longer suffix fits: file systems allow 255 bytes."""
     return os.fsdecode(os.fsencode(path.stem)[:200])
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder inside: a second run there would undo the first. The lock goes with the process, killed or not.
+    """Lock a run's folder for the duration of the block: two runs in one folder would overwrite each other's files.
+
+    The lock ends with the process, even if it is killed. Does nothing on Windows.
 
     Raises:
-        LTMPError: another process holds it.
+        LTMPError: another process holds the lock, or the lock file cannot be opened.
     """
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         yield
         return
     try:
-        # neither emptied nor followed: a link there may lead to anything
-        file = open(  # noqa: SIM115 - closed below, where it is no longer opening it that can fail
+        # neither truncated nor followed: a link could lead anywhere
+        file = open(  # noqa: SIM115 - closed below; this block is for errors of opening only
             os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0
         )
     except OSError as error:
@@ -132,7 +133,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            # unlike flock, not inherited by the processes that decode, which outlive a killed run by seconds
+            # unlike flock, not inherited by the decoding processes, which outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise LTMPError(f"another run is writing to {folder}: wait for it, or choose another --out") from error
@@ -141,13 +142,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`path` in a temporary folder beside it, for formats of more than one file: all move over when the block ends.
+    """Like `atomic_path` for formats of several files: yield a path of the same name in a temporary folder beside it.
 
-    The files beside `path` go first, so that it never names one that is not there. Raises like `atomic_path`.
+    When the block ends, all files in that folder are moved beside `path`; `path` itself comes last, so that it never
+    refers to a file that is not there yet.
+
+    Raises:
+        LTMPError: as `atomic_path`.
     """
     path = Path(path)
     try:
-        with _parents(path), _beside(path, Path.mkdir) as folder:
+        with _parents(path), _temporary_beside(path, Path.mkdir) as folder:
             yield folder / path.name
             for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
                 file.replace(path.with_name(file.name))
@@ -157,43 +162,43 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _parents(path: Path) -> Iterator[None]:
-    """Make the folders that `path` lies in; those that were made go again where the block fails."""
-    made = [folder for folder in path.parents if not folder.exists()]
+    """Create the parent folders of `path`, and remove the new ones again if the block fails."""
+    created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for folder in made:
-            # others may have written there meanwhile
+        for folder in created:
+            # another process may have written there in the meantime
             with suppress(OSError):
                 folder.rmdir()
         raise
 
 
 def _is_special(path: Path) -> bool:
-    """Whether there is something that is neither a regular file nor a folder, or that has no name any more."""
+    """Whether `path` exists and is neither a regular file nor a folder, or is an open file that was unlinked."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return False
-    named = os.path.exists(os.path.realpath(path))
-    return not (named and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)))
+    linked = os.path.exists(os.path.realpath(path))
+    return not (linked and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)))
 
 
 @contextmanager
-def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, removed at the end.
+def _temporary_beside(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a temporary file or folder beside `path`, removed at the end.
 
-    It is made like any other file, so that the umask has its say, and locked for as long as this process lives: one
-    that nobody has locked is left over.
+    It is created like any other file, so the umask applies, and stays locked as long as this process lives: `sweep`
+    removes unlocked ones as leftovers.
     """
     sweep(path.parent)
     while True:
-        # names may have 255 bytes
+        # cut, since file names are limited to 255 bytes
         temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.ltmp-tmp")
-        make(temporary)
+        create(temporary)
         lock = _lock(temporary, wait=True)
-        # another process may have swept it before it was locked
+        # another process may have swept it before it was locked: then create a new one
         if temporary.exists():
             break
     try:
@@ -204,15 +209,15 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             os.close(lock)
 
 
-def _touch(path: Path) -> None:
-    """Make a file that is not there; a link is not followed."""
+def _create_file(path: Path) -> None:
+    """Create a file that must not exist; links are not followed."""
     path.touch(exist_ok=False)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what saves that were killed left in a folder; where files cannot be locked, nothing."""
+    """Remove temporary files that killed processes left in a folder; does nothing on systems without file locks."""
     for entry in os.scandir(folder):
-        if _OURS.fullmatch(entry.name) and not entry.is_symlink():
+        if _TEMPORARY_NAME.fullmatch(entry.name) and not entry.is_symlink():
             lock = _lock(Path(entry.path), wait=False)
             if lock is not None:
                 _remove(Path(entry.path))
@@ -220,19 +225,19 @@ def sweep(folder: Path) -> None:
 
 
 def _lock(path: Path, wait: bool) -> int | None:
-    """The handle that holds the lock of a file or folder; None where somebody else does or the system has no locks."""
-    handle = None
+    """Lock a file or folder and return its descriptor; None if another process holds it or there are no file locks."""
+    descriptor = None
     try:
         import fcntl
 
-        # a pipe of such a name is not waited for
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # opening a pipe of such a name must not block
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
-        if handle is not None:
-            os.close(handle)
+        if descriptor is not None:
+            os.close(descriptor)
         return None
-    return handle
+    return descriptor
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about what a reduced model gives up and what it gains."""
+"""A self-contained HTML report of what a reduced model loses in accuracy and gains in speed."""
 
 from .collect import Budget as Budget
 from .collect import Measured as Measured

@@ -1,4 +1,4 @@
-"""Which answers changed between the dense and the reduced model, and for which classes."""
+"""Predictions that differ between the dense and the reduced model, by image and by class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..evaluate import ImageRows
 
 @dataclass(frozen=True)
 class ClassChange:
-    """A class, its images, and how many of them each model names rightly."""
+    """A class, the number of its images, and how many of them each model classifies correctly."""
 
     label: int
     images: int
@@ -27,13 +27,15 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Changes:
-    """The changes that a budget makes.
+    """How predictions change at a budget.
 
     Attributes:
-        flipped: image indices whose answer is another one, those that were right before first.
-        repaired, broken, other: how many of them went from wrong to right, from right to wrong, or stayed wrong.
+        flipped: indices of the images whose prediction changed: first from right to wrong, then from wrong to right,
+            then the others.
+        repaired, broken, other: number of predictions that went from wrong to right, from right to wrong, or from wrong
+            to wrong.
         lost, gained: classes with the largest losses and gains, largest first.
-        moves: (label, dense answer, reduced answer) and how often, most often first.
+        moves: (label, dense prediction, reduced prediction) and their counts, most frequent first.
     """
 
     flipped: list[int]
@@ -45,13 +47,18 @@ class Changes:
     moves: list[tuple[tuple[int, int, int], int]]
 
 
-def find_changes(rows: ImageRows, most: int = 8) -> Changes:
-    """Compare the two models' answers; lists hold at most `most` classes or moves. Without labels nothing is right."""
+def find_changes(rows: ImageRows, limit: int = 8) -> Changes:
+    """Compare the predictions of the two models. Without labels, no prediction counts as right.
+
+    Args:
+        rows: one row per image.
+        limit: maximum number of classes and of moves in each list.
+    """
     dense_right, reduced_right = rows.dense == rows.label, rows.reduced == rows.label
     flipped = rows.dense != rows.reduced
     repaired, broken = flipped & reduced_right, flipped & dense_right
     order = torch.cat([part.nonzero()[:, 0] for part in (broken, repaired, flipped & ~broken & ~repaired)])
-    classes = sorted(_class_changes(rows.label, dense_right, reduced_right), key=lambda one: one.gain)
+    classes = sorted(_class_changes(rows.label, dense_right, reduced_right), key=lambda change: change.gain)
     triples = torch.stack([rows.label, rows.dense, rows.reduced], 1)[flipped].tolist()
     moves = Counter((label, before, after) for label, before, after in triples)
     return Changes(
@@ -59,18 +66,19 @@ def find_changes(rows: ImageRows, most: int = 8) -> Changes:
         repaired=int(repaired.sum()),
         broken=int(broken.sum()),
         other=int(flipped.sum() - repaired.sum() - broken.sum()),
-        lost=[one for one in classes if one.gain < 0][:most],
-        gained=[one for one in reversed(classes) if one.gain > 0][:most],
-        moves=moves.most_common(most),
+        lost=[change for change in classes if change.gain < 0][:limit],
+        gained=[change for change in reversed(classes) if change.gain > 0][:limit],
+        moves=moves.most_common(limit),
     )
 
 
 def _class_changes(label: Tensor, dense_right: Tensor, reduced_right: Tensor) -> list[ClassChange]:
-    there = label >= 0
-    label = label[there]
+    """The changes of all classes that have images."""
+    labelled = label >= 0
+    label = label[labelled]
     images, dense, reduced = (
-        torch.bincount(label, weights=right[there].double()).long().tolist()
-        for right in (torch.ones_like(there), dense_right, reduced_right)
+        torch.bincount(label, weights=right[labelled].double()).long().tolist()
+        for right in (torch.ones_like(labelled), dense_right, reduced_right)
     )
     counts = zip(images, dense, reduced, strict=True)
     return [ClassChange(number, *values) for number, values in enumerate(counts) if values[0]]

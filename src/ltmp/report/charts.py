@@ -1,4 +1,4 @@
-"""The report's charts: SVG to stand inside a page, whose text has the page's font and colour."""
+"""Charts of the report: inline SVG that uses the font and the text colour of its page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..visualize.curves import new_figure
 from .collect import DENSE, Budget, Measured
 
 INK = "#010203"
-"""Stands for the page's own text colour until the SVG is written."""
+"""Placeholder for the page's text colour, replaced by `currentColor` in the SVG."""
 
 COLOURS = ("#2f7fd6", "#d9662a", "#2c9464", "#b9509f", "#8069d8", "#9a7b00", "#cf4a4a", "#4b8a94")
-"""Each with a contrast of 3 or more to a white page and to a dark one."""
+"""All have a contrast of at least 3 to a white page and to a dark one."""
 
 MARKERS = "osD^vPX*"
 
@@ -47,16 +47,18 @@ Draw = Callable[[Any], None]
 
 
 def draw_svg(draw: Draw, label: str, *, rows: int = 1, height: float = 2.7) -> str:
-    """A chart as wide as a phone, as an SVG element.
+    """Draw a chart as wide as a phone, and return it as an SVG element.
 
     Args:
-        draw: gets the axes.
-        label: what the chart shows, for those who do not see it.
+        draw: called with the axes.
+        label: what the chart shows, for screen readers.
+        rows: number of axes, one above another.
+        height: in inches.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    new_figure(1, 1)  # says what is missing, before rc_context does
+    new_figure(1, 1)  # if matplotlib is missing, this error names the extra to install
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -69,7 +71,7 @@ def draw_svg(draw: Draw, label: str, *, rows: int = 1, height: float = 2.7) -> s
 
 
 def _inline(svg: str, label: str) -> str:
-    """The bare element: sized and coloured by its page, with no ids but those that it refers to itself."""
+    """Reduce an SVG file to its element: sized and coloured by the page, without metadata and unused ids."""
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r"#([\w-]+)[\")]", body))
     body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", body)
@@ -78,12 +80,12 @@ def _inline(svg: str, label: str) -> str:
 
 
 def tradeoff(rows: Sequence[Measured], key: str, label: str) -> Draw:
-    """Top-1 against one column of the table, a line a series; dense as a dashed level."""
+    """Top-1 accuracy against one column of the table, with one line per series; the dense model is a single point."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for one in rows:
-        x, y = one.row.get(key), one.row.get("top-1")
+    for result in rows:
+        x, y = result.row.get(key), result.row.get("top-1")
         if isinstance(x, (int, float)) and isinstance(y, (int, float)):
-            points.setdefault(one.series, []).append((x, y))
+            points.setdefault(result.series, []).append((x, y))
 
     def draw(axes: Any) -> None:
         (axis,) = axes
@@ -95,7 +97,7 @@ def tradeoff(rows: Sequence[Measured], key: str, label: str) -> Draw:
                 axis.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
         accuracies = [y for dots in points.values() for _, y in dots]
         axis.set(xlabel=label, ylabel="top-1 accuracy (%)")
-        # at least a point of air: a tenth of a point must not look like a cliff
+        # at least a point of margin: a drop of a tenth of a point must not look like a cliff
         axis.set_ylim(min(accuracies) - 1, max(accuracies) + 1.5)
         axis.margins(x=0.08)
         axis.legend(loc="lower right", fontsize=8)
@@ -104,7 +106,7 @@ def tradeoff(rows: Sequence[Measured], key: str, label: str) -> Draw:
 
 
 def tokens(budgets: Sequence[Budget]) -> Draw:
-    """Tokens after each block: the mean, and the band that holds 10 to 90 % of the images."""
+    """Tokens after each block: the mean over images, and the band from the 10th to the 90th percentile."""
 
     def draw(axes: Any) -> None:
         (axis,) = axes
@@ -115,7 +117,7 @@ def tokens(budgets: Sequence[Budget]) -> Draw:
             if budget.images is not None:
                 low, high = (budget.images.kept.float().quantile(q, 0).tolist() for q in (0.1, 0.9))
                 axis.fill_between(blocks, [start, *low], [start, *high], color=_colour(number), alpha=0.2, linewidth=0)
-        axis.set(xlabel="after block (0: what enters)", ylabel="tokens")
+        axis.set(xlabel="after block (0: input)", ylabel="tokens")
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
@@ -124,7 +126,7 @@ def tokens(budgets: Sequence[Budget]) -> Draw:
 
 
 def spread(budgets: Sequence[Budget]) -> Draw:
-    """How many images cost how much."""
+    """Histogram of the images by FLOPs share."""
     shares = {budget.name: budget.images.share.tolist() for budget in budgets if budget.images is not None}
     low = min(min(values) for values in shares.values())
     high = max(max(values) for values in shares.values())
@@ -146,12 +148,12 @@ STEPS = {"merge": "merge above\n(cosine)", "prune": "prune below\n(importance)"}
 
 
 def steps_on(budgets: Sequence[Budget]) -> list[str]:
-    """Which of "merge" and "prune" select something in some block."""
+    """Return those of "merge" and "prune" that can select tokens in at least one block."""
     return [step for step in STEPS if any(math.isfinite(v) for budget in budgets for v in _values(budget, step))]
 
 
 def thresholds(budgets: Sequence[Budget]) -> Draw:
-    """The thresholds of each block, an axis for each of `steps_on`; one that selects nothing leaves a gap."""
+    """Thresholds of each block, on one axis per step of `steps_on`; a threshold that selects nothing leaves a gap."""
 
     def draw(axes: Any) -> None:
         for axis, step in zip(axes, steps_on(budgets), strict=True):
@@ -171,33 +173,33 @@ def thresholds(budgets: Sequence[Budget]) -> Draw:
 
 
 def _values(budget: Budget, step: str) -> list[float]:
-    """A step's threshold in each block, NaN where it is off."""
+    """A step's threshold in each block, NaN if it selects nothing."""
     if step == "merge":
         return [value if value < 1 else math.nan for value in budget.merge or ()]
     return [value if value > 0 else math.nan for value in budget.prune or ()]
 
 
 def learning(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Draw:
-    """Loss and share of each step."""
+    """Loss and FLOPs share at each step of learning."""
 
     def draw(axes: Any) -> None:
-        for axis, what in zip(axes, ("loss", "share"), strict=True):
+        for axis, quantity in zip(axes, ("loss", "share"), strict=True):
             for number, (name, steps) in enumerate(runs.items()):
-                values = [step[what] for step in steps]
+                values = [step[quantity] for step in steps]
                 axis.plot(
                     [step["step"] for step in steps], values, color=_colour(number), label=_short(name), linewidth=1
                 )
-            axis.set_ylabel(what)
+            axis.set_ylabel(quantity)
         axes[1].set_xlabel("step")
         axes[0].legend(fontsize=8)
 
     return draw
 
 
-def _short(name: str, most: int = 28) -> str:
-    """A name that fits into a legend: the end says more than the beginning."""
+def _short(name: str, limit: int = 28) -> str:
+    """Cut a name to fit into a legend, at the beginning: names of runs differ at the end."""
     name = printable(name)
-    return name if len(name) <= most else "…" + name[1 - most :]
+    return name if len(name) <= limit else "…" + name[1 - limit :]
 
 
 def _colour(number: int) -> str:

@@ -1,4 +1,4 @@
-"""The data of a report, and the evaluation that fills it."""
+"""The data of a report, and the evaluation of a budget for it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Measured:
-    """A line of the table and a dot in the charts.
+    """A row of the table and a point in the charts.
 
     Attributes:
-        series: the dots of a series are joined by a line.
-        row: as `evaluate.tables.comparison` makes them; what was not measured is None or missing.
+        series: points of the same series are joined by a line.
+        row: as from `evaluate.tables.comparison`; values that were not measured are None or missing.
     """
 
     series: str
@@ -34,13 +34,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """One set of thresholds, evaluated.
+    """The evaluation of one set of thresholds.
 
     Attributes:
-        images: what became of each image, None where only the figures are known.
-        merge, prune: thresholds a block, None where there are none, or they are not known.
-        about: what the thresholds file says of itself.
-        left: index of an evaluated image to a picture of what the last blocks see of it; see `gallery.with_left`.
+        name: of the budget on the page.
+        evaluation: the overall results.
+        images: the results of each image; None if only the overall results are known.
+        merge, prune: thresholds per block; None if there are none, or they are unknown.
+        about: metadata of the thresholds file.
+        left: pictures of the tokens left of some images, by index of the image; see `gallery.with_left`.
     """
 
     name: str
@@ -52,24 +54,24 @@ class Budget:
     left: Mapping[int, Image.Image] = field(default_factory=dict)
 
     def measured(self) -> list[Measured]:
-        """The dense model and this budget."""
+        """Return the rows of the dense model and of this budget."""
         dense, reduced = tables.comparison(self.evaluation, self.name)
         return [Measured(DENSE, dense), Measured(LEARNED, reduced)]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page; whatever is empty leaves its section out.
+    """Everything on the page; sections without data are left out.
 
     Attributes:
         title: of the page.
         budgets: thresholds that were evaluated.
-        measured: more lines of the table, from other runs.
-        learning: run name to its steps, mappings with step, loss and share.
+        measured: further rows of the table, from other runs.
+        learning: for each run, by name, its steps: mappings with `step`, `loss` and `share`.
         classes: class names in the order of the model's outputs.
-        picture: index of an evaluated image to the image, for thumbnails.
-        image_name: index of an evaluated image to its file.
-        settings: what was run, on what.
+        picture: returns an evaluated image by its index, for thumbnails.
+        image_name: returns the file name of an evaluated image by its index.
+        settings: settings, versions and machine.
     """
 
     title: str
@@ -82,29 +84,30 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def rows(self) -> list[Measured]:
-        """Everything that was measured: dense once, then the rest."""
-        found = [one for budget in self.budgets for one in budget.measured()] + list(self.measured)
-        dense = [one for one in found if one.series == DENSE]
-        return dense[:1] + [one for one in found if one.series != DENSE]
+        """Return all rows of the table: the dense model once, then the rest."""
+        results = [row for budget in self.budgets for row in budget.measured()] + list(self.measured)
+        dense = [row for row in results if row.series == DENSE]
+        return dense[:1] + [row for row in results if row.series != DENSE]
 
 
 def shown_path(path: str | Path) -> str:
-    """A path as a report may name it, which others will read: from the working folder, or else its last two parts."""
-    whole = Path(path).absolute()
-    if whole.is_relative_to(Path.cwd()):
-        return str(whole.relative_to(Path.cwd()))
-    return str(Path(*whole.parts[-2:])) if whole.parent != Path(whole.anchor) else whole.name
+    """Shorten a path for a report that others will read: relative to the working folder, or its last two parts."""
+    absolute = Path(path).absolute()
+    if absolute.is_relative_to(Path.cwd()):
+        return str(absolute.relative_to(Path.cwd()))
+    return str(Path(*absolute.parts[-2:])) if absolute.parent != Path(absolute.anchor) else absolute.name
 
 
 def evaluate_budget(
     model: nn.Module, loader: Any, name: str, *, about: Mapping[str, Any] | None = None, **how: Any
 ) -> Budget:
-    """Evaluate an attached model and keep what became of each image.
+    """Evaluate an attached model and keep the results of each image.
 
     Args:
-        model, loader: as `evaluate` takes them; the loader must not shuffle, so that images are found again.
+        model, loader: as for `evaluate`; the loader must not shuffle, so that indices identify images.
         name: of the budget on the page.
-        how: more arguments of `evaluate`.
+        about: metadata of the thresholds file.
+        how: further arguments of `evaluate`.
 
     Raises:
         LTMPError: as `evaluate`.
@@ -112,9 +115,9 @@ def evaluate_budget(
     parts: list[ImageRows] = []
     evaluation = evaluate(model, loader, on_images=parts.append, **how)
     rows = ImageRows(
-        *(torch.cat([getattr(part, what) for part in parts]) for what in ("label", "dense", "reduced", "share", "kept"))
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("label", "dense", "reduced", "share", "kept"))
     )
     policy = attachment(model).policy
-    # fixed rates have none to draw
+    # fixed rates have no thresholds to draw
     merge, prune = (policy.merge.tolist(), policy.prune.tolist()) if isinstance(policy, Thresholds) else (None, None)
     return Budget(name, evaluation, rows, merge, prune, about or {})

@@ -1,4 +1,4 @@
-"""Results that other verbs wrote as JSON: `ltmp eval`, `ltmp learn` and `ltmp compare`."""
+"""Read the JSON results of `ltmp eval`, `ltmp learn` and `ltmp compare`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.metadata import Check, checked, mapping, number, several, shown, text, whole
+from ..checkpoint.metadata import Check, checked, integer, list_of, mapping, number, short_repr, text
 from ..errors import LTMPError, UsageError
 from ..evaluate import Evaluation, Throughput
 from ..files.text import read_json
@@ -24,18 +24,18 @@ COLUMNS = {
     "img/s": ("images_per_second", "images/s", "img/s"),
     "speed-up": ("speedup", "speed-up"),
 }
-"""The table's columns, and what other verbs call them."""
+"""The columns of the table, and their names in the results of other commands."""
 
 MAX_ROWS, MAX_STEPS = 200, 1_000_000
-"""Of one file: more than anybody compares, or learns for."""
+"""Limits per file, beyond any real comparison or run."""
 
-_PERCENT, _SHARE, _SPEED, _COUNT = number(0, 100), number(0, 2), number(1e-9, 1e12), whole(1, 1 << 40)
+_PERCENT, _SHARE, _SPEED, _COUNT = number(0, 100), number(0, 2), number(1e-9, 1e12), integer(1, 1 << 40)
 _CHECKS = {
     **dict.fromkeys(("top-1", "top-5", "agree"), _PERCENT),
     **dict.fromkeys(("share", "std"), _SHARE),
     **dict.fromkeys(("img/s", "speed-up"), _SPEED),
 }
-_STEP = {"step": whole(0, 1 << 40), "loss": number(-1e30, 1e30), "share": _SHARE}
+_STEP = {"step": integer(0, 1 << 40), "loss": number(-1e30, 1e30), "share": _SHARE}
 _THROUGHPUT = {
     **dict.fromkeys(("batch_size", "rounds"), _COUNT),
     **dict.fromkeys(("dense", "reduced", "speedup"), _SPEED),
@@ -44,11 +44,11 @@ _EVALUATION: dict[str, Check] = {
     **dict.fromkeys(("images", "tokens"), _COUNT),
     **dict.fromkeys(("top1", "top5", "dense_top1", "dense_top5", "agreement"), _PERCENT),
     **dict.fromkeys(("share", "share_std", "share_min", "share_max"), _SHARE),
-    "kept": several(number(0, 1 << 40), 1, MAX_BLOCKS),
-    "skipped": whole(0, 1 << 40),
+    "kept": list_of(number(0, 1 << 40), 1, MAX_BLOCKS),
+    "skipped": integer(0, 1 << 40),
     "throughput": lambda name, value: _throughput(name, value),
 }
-"""How each field of other verbs' results is checked."""
+"""The check of each field of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """Read what `ltmp eval --json`, `ltmp learn --json` or `ltmp compare --json` wrote.
+    """Read the output of `ltmp eval --json`, `ltmp learn --json` or `ltmp compare --json`.
 
     Raises:
         UsageError: no such file.
-        LTMPError: not JSON, nothing in it that a report shows, a value that makes no sense, or thousands of rows.
+        LTMPError: it is not JSON, is not such a result, contains an invalid value, or has thousands of rows.
     """
     try:
         values = read_json(path)
@@ -89,15 +89,16 @@ def read_result(path: Path) -> Result:
 
 
 def _name(values: Any, path: Path) -> str:
+    """The name of a run: the folder of its thresholds, or else the name of the JSON file."""
     thresholds = values.get("thresholds") if isinstance(values, dict) else None
     file = Path(thresholds) if isinstance(thresholds, str) else Path(path.stem)
     return printable(file.parent.name or file.stem)
 
 
 def _evaluation(values: Mapping[str, Any]) -> Evaluation:
-    found = _fields(values, _EVALUATION, optional=("top1", "top5", "dense_top1", "dense_top5", "skipped", "throughput"))
-    unknown = dict.fromkeys(("top1", "top5", "dense_top1", "dense_top5"))
-    return Evaluation(**{**unknown, **found, "kept": list(found["kept"])})
+    accuracies = ("top1", "top5", "dense_top1", "dense_top5")
+    fields = _fields(values, _EVALUATION, optional=(*accuracies, "skipped", "throughput"))
+    return Evaluation(**{**dict.fromkeys(accuracies), **fields, "kept": list(fields["kept"])})
 
 
 def _throughput(name: str, value: Any) -> Throughput:
@@ -105,13 +106,17 @@ def _throughput(name: str, value: Any) -> Throughput:
 
 
 def _fields(values: Any, checks: Mapping[str, Check], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """The values that `checks` names, checked; the others are left out."""
-    known = mapping("a result", values)
-    found = checked({name: known[name] for name in checks if name in known}, checks)
-    missing = next((name for name in checks if name not in found and name not in optional), None)
+    """Validate the fields of `values` that `checks` names, and ignore the rest.
+
+    Raises:
+        ValueError: a field is invalid, or missing and not optional.
+    """
+    values = mapping("a result", values)
+    fields = checked({name: values[name] for name in checks if name in values}, checks)
+    missing = next((name for name in checks if name not in fields and name not in optional), None)
     if missing is not None:
         raise ValueError(f"it has no {missing}")
-    return found
+    return fields
 
 
 def _learned(values: Mapping[str, Any], name: str) -> Result:
@@ -123,11 +128,11 @@ def _learned(values: Mapping[str, Any], name: str) -> Result:
     return Result(measured=measured, learning={name: steps})
 
 
-def _list(name: str, value: Any, most: int) -> list[Any]:
+def _list(name: str, value: Any, limit: int) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {shown(value)}, expected a list")
-    if not 0 < len(value) <= most:
-        raise ValueError(f"{len(value):,} {name}, expected 1 to {most:,}")
+        raise ValueError(f"{name} is {short_repr(value)}, expected a list")
+    if not 0 < len(value) <= limit:
+        raise ValueError(f"{len(value):,} entries in {name}, expected 1 to {limit:,}")
     return value
 
 
@@ -140,11 +145,11 @@ def _measured(row: Any) -> Measured:
 
 
 def _columns(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """The table's columns from whatever they are called in `values`; a share there must be."""
-    found: dict[str, float | None] = {}
+    """Read the columns of the table, by any of their names; only the share is required."""
+    row: dict[str, float | None] = {}
     for column, names in COLUMNS.items():
         name = next((name for name in names if values.get(name) is not None), None)
-        found[column] = None if name is None else float(_CHECKS[column](name, values[name]))
-    if found["share"] is None:
+        row[column] = None if name is None else float(_CHECKS[column](name, values[name]))
+    if row["share"] is None:
         raise ValueError("it has no share")
-    return found
+    return row

@@ -1,4 +1,4 @@
-"""Films of a reduction."""
+"""Animations of a reduction, as GIF or MP4."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..files import atomic_path
 
 
 def save_film(frames: Sequence[Image.Image], path: str | os.PathLike[str], seconds: float = 0.7) -> None:
-    """Write pictures of one size as a .gif, which runs for ever, or an .mp4.
+    """Write frames of one size as a .gif, which loops forever, or an .mp4.
 
     Args:
-        seconds: of each picture; the last one stays three times as long.
+        seconds: duration of each frame; the last one stays three times as long.
 
     Raises:
-        UsageError: another ending.
+        UsageError: the path does not end in .gif or .mp4.
         MissingExtraError: an .mp4 needs imageio-ffmpeg.
         LTMPError: the file cannot be written.
     """
     writers = {".gif": _write_gif, ".mp4": _write_mp4}
-    ending = Path(path).suffix.lower()
-    if ending not in writers:
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
         raise UsageError(f"cannot write a film to {path}: expected a name that ends in .gif or .mp4")
     with atomic_path(path) as temporary:
-        writers[ending](frames, temporary, seconds)
+        writers[suffix](frames, temporary, seconds)
 
 
 def _write_gif(frames: Sequence[Image.Image], path: Path, seconds: float) -> None:
     durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(3000 * seconds)]
-    # few pixels may have a colour of their own, an eye, say; and undithered, flat colours stay flat
+    # coverage keeps the colours of small details, such as an eye; without dithering, flat colours stay flat
     first, *others = (
         frame.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for frame in frames
     )
@@ -46,7 +46,7 @@ def _write_mp4(frames: Sequence[Image.Image], path: Path, seconds: float) -> Non
         import imageio_ffmpeg
     except ImportError as error:
         raise MissingExtraError("imageio-ffmpeg", "video", "Writing an MP4") from error
-    # the codec halves the resolution of colours: sizes must be even
+    # the codec stores colours at half the resolution, so width and height must be even
     width, height = (side + side % 2 for side in frames[0].size)
     writer = imageio_ffmpeg.write_frames(
         str(path), (width, height), fps=10, codec="libx264", macro_block_size=2, quality=8,

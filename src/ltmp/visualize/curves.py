@@ -1,4 +1,4 @@
-"""Accuracy against FLOPs share."""
+"""Plots of accuracy against FLOPs share, and matplotlib figures without global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..files import atomic_path
 def plot_tradeoff(
     shares: Sequence[float], accuracies: Sequence[float], path: str | os.PathLike[str], *, title: str = ""
 ) -> None:
-    """Write a picture (.png, .svg or .pdf) of accuracy in percent against FLOPs share; the point at 1 is dense.
+    """Plot accuracy in percent against FLOPs share to a .png, .svg or .pdf; the point at 1 is the dense model.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -25,17 +25,18 @@ def plot_tradeoff(
     for share, accuracy in points:
         axes.annotate(f"{accuracy:.1f}", (share, accuracy), textcoords="offset points", xytext=(0, 7), ha="center")
     axes.set(xlabel="share of the dense model's multiply-adds", ylabel="top-1 accuracy (%)", title=title)
-    # at least a point of air: a tenth of a point must not look like a cliff
+    # at least a point of margin: a drop of a tenth of a point must not look like a cliff
     axes.set_ylim(min(accuracies) - 1, max(accuracies) + 1)
     axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 
 def plot_methods(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> None:
-    """Write a picture of what a comparison found: accuracy against FLOPs share and against measured speed.
+    """Plot the results of a comparison: accuracy against FLOPs share and against measured speed.
 
     Args:
-        rows: from `ltmp.evaluate.compare.rows`, the dense model's first; without labels, agreement stands for accuracy.
+        rows: from `ltmp.evaluate.compare.rows`, with the dense model first. Without labels, agreement with the dense
+            model replaces accuracy.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -51,7 +52,7 @@ def plot_methods(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         for method in dict.fromkeys(row["method"] for row in rows[1:]):
             points = sorted((row[key], row[value]) for row in rows[1:] if row["method"] == method)
             if key == "share":
-                # with nothing to remove each method is the dense model
+                # with nothing removed, each method is the dense model
                 points.append((dense[key], dense[value]))
             panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
         panel.set(xlabel=label, ylabel="top-1 accuracy (%)" if value == "top1" else "agreement with dense (%)")
@@ -62,7 +63,7 @@ def plot_methods(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:
-    """A matplotlib figure and its array of axes [rows, columns], without pyplot: no window system, no global state."""
+    """Return a matplotlib figure and its axes [rows, columns], without pyplot: no window system, no global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -72,6 +73,6 @@ def new_figure(rows: int, columns: int, size: tuple[float, float] | None = None)
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a matplotlib figure; the name's ending is the format."""
+    """Write a matplotlib figure in the format of the path's suffix."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=os.fspath(path).rpartition(".")[2], dpi=150)

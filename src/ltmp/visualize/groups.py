@@ -1,4 +1,4 @@
-"""Which patch became which token."""
+"""Follow patches through a reduced model: which token each one is part of after each block."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ReducedView:
     """The reduction of one image.
 
     Attributes:
-        groups: int32 [L, rows, columns]: after each block, the number of the token that each patch is part of, which
-            names that token in its block alone, or -1 - l where block l pruned the patch.
-        kept: tokens after each block, prefix tokens included.
-        tokens: how many there were.
-        share: of the dense model's FLOPs.
-        answers: what the dense and the reduced model say, in words; empty where nobody asked.
+        groups: int32 [L, rows, columns]: the token that each patch is part of after each block, or -1 - l if block l
+            pruned the patch. A token's number identifies it only within its block.
+        kept: number of tokens after each block, prefix tokens included.
+        tokens: number of tokens before the first block.
+        share: fraction of the dense model's FLOPs.
+        answers: the predictions of the dense and the reduced model, as text; may be empty.
     """
 
     groups: Tensor
@@ -35,12 +35,15 @@ class ReducedView:
 
     @property
     def left(self) -> int:
-        """Tokens after the last block that leaves patches."""
+        """Number of tokens after the last block that leaves patches."""
         shown = self.shown_blocks()
         return self.kept[shown[-1] if shown else -1]
 
     def shown_blocks(self) -> list[int]:
-        """Numbers of the blocks after which patches are left: a class-token head lets the last block drop them all."""
+        """Indices of the blocks after which patches are left.
+
+        The last block can drop all of them if the head reads only the class token.
+        """
         return [i for i, groups in enumerate(self.groups) if (groups >= 0).any()]
 
 
@@ -53,7 +56,7 @@ def see(model: nn.Module, images: Tensor) -> list[ReducedView]:
         images: [B, C, H, W], as the model takes them.
 
     Returns:
-        One for each image.
+        The reduction of each image.
 
     Raises:
         LTMPError: nothing is attached, or the patches do not form a grid.
@@ -70,30 +73,30 @@ def see(model: nn.Module, images: Tensor) -> list[ReducedView]:
 
 @torch.inference_mode()
 def patch_groups(model: nn.Module, images: Tensor) -> Tensor:
-    """int32 [B, L, N], the groups of `ReducedView` for every token of `images` [B, C, H, W], prefix tokens first.
+    """Return `ReducedView.groups` for all tokens of `images` [B, C, H, W]: int32 [B, L, N], prefix tokens first.
 
     Raises:
         LTMPError: nothing is attached.
     """
-    attachment(model)
+    attachment(model)  # raises if nothing is attached
     with trace(every_block=True) as calls:
         _encode(model, images)
     return torch.cat(calls.blocks)
 
 
 def _encode(model: nn.Module, images: Tensor) -> None:
-    """Run what reads images: a model of images and text, by transformers or open_clip, is not asked about a text."""
+    """Run the image tower of a model of images and text (transformers or open_clip), which needs no text then."""
     towers = (getattr(model, name, None) for name in ("get_image_features", "encode_image"))
     next((tower for tower in towers if tower is not None), model)(images)
 
 
 def patch_grid(model: nn.Module, size: tuple[int, int], patches: int) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of `size` (height, width) in pixels.
+    """Return the rows and columns of the patch grid of an image of `size` (height, width) in pixels.
 
-    By the patch size that a part of the model states, or else by square patches.
+    Tries the patch sizes that modules of the model state, then square patches.
 
     Raises:
-        LTMPError: neither gives as many as there are.
+        LTMPError: no patch size gives `patches` patches.
     """
     height, width = size
     square = (height * width / patches) ** 0.5
@@ -109,7 +112,7 @@ def patch_grid(model: nn.Module, size: tuple[int, int], patches: int) -> tuple[i
 
 def _patch_sizes(model: nn.Module) -> Iterator[tuple[float, float]]:
     for module in model.modules():
-        stated: Any = getattr(module, "patch_size", None)
-        pair = stated if isinstance(stated, tuple | list) else (stated, stated)
+        size: Any = getattr(module, "patch_size", None)
+        pair = size if isinstance(size, tuple | list) else (size, size)
         if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair):
             yield pair[0], pair[1]

@@ -1,4 +1,4 @@
-"""Paint an image by what became of its patches."""
+"""Paint an image by how its patches were merged and pruned."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 def paint_groups(image: Tensor, groups: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """The image as a block leaves it.
+    """Paint the tokens after a block onto the image.
 
-    A patch that stands alone stays as it is; patches merged into one token take their mean colour, with a thin border
-    around them; pruned patches are grey, dark and hatched. Everything is drawn at the size that is asked for: borders
-    are as thin on a small image.
+    A patch that is a token of its own stays as it is; patches merged into one token get their mean colour, with a thin
+    border around them; pruned patches become dark grey and hatched. Borders are drawn at the size of the result, so
+    they are equally thin on images of any size.
 
     Args:
         image: [3, H, W] in [0, 1], of any size and shape.
-        groups: [rows, columns], the token that each patch is part of; negative is pruned.
+        groups: [rows, columns], the token that each patch is part of; negative means pruned.
         size: height and width of the result; the image's own by default.
 
     Returns:
@@ -26,44 +26,48 @@ def paint_groups(image: Tensor, groups: Tensor, size: tuple[int, int] | None = N
     if (height, width) != tuple(image.shape[1:]):
         image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
     rows, columns = groups.shape
-    down, right = torch.arange(height), torch.arange(width)
-    cell = torch.arange(rows * columns).view(rows, columns)[down * rows // height][:, right * columns // width]
-    # tokens numbered without gaps, the pruned patches together last
-    names, group = groups.masked_fill(groups < 0, torch.iinfo(groups.dtype).max).flatten().unique(return_inverse=True)
-    members = group.bincount(minlength=len(names))
+    y, x = torch.arange(height), torch.arange(width)
+    patch = torch.arange(rows * columns).view(rows, columns)[y * rows // height][:, x * columns // width]
+    # number the tokens without gaps; all pruned patches form the last group
+    tokens, group = groups.masked_fill(groups < 0, torch.iinfo(groups.dtype).max).flatten().unique(return_inverse=True)
+    patches = group.bincount(minlength=len(tokens))
     pruned = (groups < 0).flatten()
-    merged = (members[group] > 1) & ~pruned
-    painted = torch.where(merged[cell], _means(image, group[cell], len(names)), image)
+    merged = (patches[group] > 1) & ~pruned
+    painted = torch.where(merged[patch], _group_means(image, group[patch], len(tokens)), image)
     stroke = max(1, round(min(height, width, 32 * height / rows, 32 * width / columns) / 250))
-    painted = torch.where(_borders(group[cell], merged[cell], stroke), _contrast(painted), painted)
-    return torch.where(pruned[cell], _hatched(image, stroke), painted)
+    painted = torch.where(_borders(group[patch], merged[patch], stroke), _contrast(painted), painted)
+    return torch.where(pruned[patch], _hatched(image, stroke), painted)
 
 
-def _means(image: Tensor, group: Tensor, groups: int) -> Tensor:
-    """[3, H, W], every pixel with the mean colour of its group [H, W]."""
-    at = group.flatten()
-    total = image.new_zeros(3, groups).index_add(1, at, image.flatten(1))
-    return (total / at.bincount(minlength=groups).clamp_min(1))[:, group]
+def _group_means(image: Tensor, group: Tensor, groups: int) -> Tensor:
+    """[3, H, W], each pixel replaced by the mean colour of its group [H, W]."""
+    index = group.flatten()
+    total = image.new_zeros(3, groups).index_add(1, index, image.flatten(1))
+    return (total / index.bincount(minlength=groups).clamp_min(1))[:, group]
 
 
 def _borders(group: Tensor, merged: Tensor, stroke: int) -> Tensor:
-    """bool [H, W], the pixels of merged groups within a stroke of another group; between two of them on one side."""
-    near = torch.zeros_like(merged)
-    for g, m, n in ((group, merged, near), (group.T, merged.T, near.T)):
+    """bool [H, W], the pixels of merged groups within a stroke of another group.
+
+    Between two merged groups only one side is drawn, so the border has the same width everywhere.
+    """
+    border = torch.zeros_like(merged)
+    # rows, then columns, through transposed views
+    for g, m, b in ((group, merged, border), (group.T, merged.T, border.T)):
         differ = g[stroke:] != g[:-stroke]
-        n[stroke:] |= differ & m[stroke:]
-        n[:-stroke] |= differ & m[:-stroke] & ~m[stroke:]
-    return near
+        b[stroke:] |= differ & m[stroke:]
+        b[:-stroke] |= differ & m[:-stroke] & ~m[stroke:]
+    return border
 
 
 def _contrast(image: Tensor) -> Tensor:
-    """Every pixel a good deal darker where it is light, and lighter where it is dark."""
+    """Darken light pixels and lighten dark ones, clearly."""
     light = image.mean(0, keepdim=True) > 0.4
     return torch.where(light, 0.55 * image, 0.55 * image + 0.45)
 
 
 def _hatched(image: Tensor, stroke: int) -> Tensor:
-    """A pruned patch as it is drawn: a dark grey shadow under thin diagonal lines."""
-    down, right = torch.arange(image.shape[1])[:, None], torch.arange(image.shape[2])
-    line = (down + right) % (7 * stroke) < stroke
+    """The image in dark grey under thin diagonal lines, for pruned patches."""
+    y, x = torch.arange(image.shape[1])[:, None], torch.arange(image.shape[2])
+    line = (y + x) % (7 * stroke) < stroke
     return (0.06 + 0.3 * image.mean(0, keepdim=True) + 0.2 * line).expand(3, -1, -1)
