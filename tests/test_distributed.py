@@ -138,7 +138,7 @@ def test_too_few_images_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(batches, "world", lambda: 4)
     with pytest.raises(LTMPError, match="3 images are too few to share among 4 ranks"):
-        batches.first([(torch.zeros(3, 3, 16, 16), torch.zeros(3))], 8)
+        batches.first_images([(torch.zeros(3, 3, 16, 16), torch.zeros(3))], 8)
 
 
 def test_a_loader_for_one_pass_is_refused_instead_of_waited_for() -> None:

@@ -1,9 +1,9 @@
-"""Calibrated schedules judged by the dense model's answers; and what a model's own images settle before any search.
+"""Choose where a run starts: what merged tokens count as, and whether to prune, on the model's own images.
 
-Two things that were found on one model differ between models (docs/dial.md). Where patches repeat one another, as plain
-backgrounds do, a merged token must count as all its patches (the paper's proportional attention), or merging equal
-patches would change answers; elsewhere answers stay closer where large tokens count for less. And where merging alone
-meets a budget, pruning may only harm. Both show on a hundred images without labels.
+Models differ in both (docs/dial.md). If patches repeat one another, as plain backgrounds do, a merged token must count
+as all its patches (the paper's proportional attention), or merging equal patches would change answers; elsewhere
+answers stay closer if large tokens count for less. And if merging alone meets a budget, pruning may only harm. A
+hundred unlabelled images show both: calibrated schedules are compared by how far answers are from the dense model's.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from ..config import Scores
 from ..distributed import exchange
 from ..hosts.attach import thresholds_of
 from ..method.thresholds import Thresholds
-from .answers import Judge, teacher
+from .answers import Judge, dense_answers
 from .calibrate import follow, geometry_of
 from .inputs import Images
-from .schedule import Shape, usual
+from .schedule import Shape, default_shape
 
-JUDGED = 128
-"""Images that a schedule is judged on."""
+SCORED = 128
+"""Images that a schedule is scored on."""
 
-PASSES = 4
-"""How often `fit` looks at each of them at most, for one share."""
+MAX_PASSES = 4
+"""Most passes over these images that `Calibrator.choose_starts` takes per share."""
 
-CLOSE = 7.0
-"""How much the logarithm of the divergence's root falls when the share grows by 1, about: corrects what schedules that
-cost a little more or less than asked are judged by."""
+DIVERGENCE_SLOPE = 7.0
+"""Roughly how much the log of the root divergence falls as the share grows by 1; corrects the scores of schedules that
+cost a little more or less than requested."""
 
-CLEARLY = 0.1
-"""By how much a score has to be lower to be no accident: a tenth less divergence."""
+MARGIN = 0.1
+"""How much lower a score must be to replace the default: about a tenth less root divergence."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Calibrated thresholds [L] and what they did to the images that they were calibrated on.
+    """Calibrated thresholds and what they do to the images that they were calibrated on.
 
     Attributes:
-        share: mean; kept: mean tokens after each block [L].
-        divergence: its root on average, which single images sway less than the divergence itself.
+        share: mean FLOPs share.
+        divergence: mean of the images' root divergence, which outliers affect less than the mean divergence.
+        merge, prune: thresholds [L].
+        kept: mean tokens after each block [L].
     """
 
     share: float
@@ -57,75 +59,103 @@ class Calibrated:
 
 
 class Calibrator:
-    """Calibrates an attached model on images, and says how far its answers to them are from the dense model's.
+    """Calibrates an attached model on images and measures how far its answers are from the dense model's.
 
     Args:
-        images: [N, 3, H, W] on the model's device, or keywords.
+        images: [N, 3, H, W] on the model's device, or keyword inputs.
         judge: how answers are read.
-        every: of how many blocks one removes tokens.
+        every: remove tokens in one of this many blocks.
+
+    Attributes:
+        views: images processed so far.
     """
 
     def __init__(self, model: nn.Module, images: Images, judge: Judge, every: int = 1) -> None:
         self.model, self.images, self.judge, self.every, self.views = model, images, judge, every, 0
         self.geometry = geometry_of(model, images)
-        self.usual = partial(usual, matching=thresholds_of(model).config.scores.matching)
-        self.answers = torch.cat([teacher(model, part, judge) for part in images.split(JUDGED)])
-        self.looked(len(images), "reading the dense model's answers")
+        self.default_shape = partial(default_shape, matching=thresholds_of(model).config.scores.matching)
+        self.answers = torch.cat([dense_answers(model, part, judge) for part in images.split(SCORED)])
+        self.count_views(len(images), "reading the dense model's answers")
 
-    def looked(self, images: int, text: str) -> None:
-        """Count images that were looked at; `text` says why."""
+    def count_views(self, images: int, text: str) -> None:
+        """Count processed images; `text` describes the work, for progress."""
         self.views += images
 
     @torch.inference_mode()
     def run(self, shape: Shape, share: float, part: slice, text: str) -> Calibrated:
-        """Calibrate on some of the images."""
-        own = thresholds_of(self.model)
+        """Calibrate on a slice of the images."""
+        thresholds = thresholds_of(self.model)
         with record() as calls:
             answers = follow(self.model, self.images[part], shape, share, self.geometry, self.judge, self.every)
-        self.looked(len(answers), text)
+        self.count_views(len(answers), text)
         divergence = self.judge.divergence(answers, self.answers[part]).clamp_min(0).sqrt().mean()
-        values = (own.merge.detach().clone(), own.prune.detach().clone())
-        return Calibrated(float(calls.share().mean()), float(divergence), *values, calls.kept[0].mean(0))
+        merge, prune = thresholds.merge.detach().clone(), thresholds.prune.detach().clone()
+        return Calibrated(float(calls.share().mean()), float(divergence), merge, prune, calls.kept[0].mean(0))
 
     def score(self, shape: Shape, share: float, part: slice) -> float:
-        """The lower the better: the divergence, corrected for what the shape cost more or less than asked."""
+        """Log root divergence, corrected for a cost other than requested; lower is better."""
         row = self.run(shape, share, part, f"searching at {share:.2f}")
-        return math.log(max(row.divergence, 1e-9)) + CLOSE * (row.share - share)
+        return math.log(max(row.divergence, 1e-9)) + DIVERGENCE_SLOPE * (row.share - share)
 
-    def starts(self, share: float) -> tuple[Shape, ...]:
-        """Shapes to begin with: the usual one, and the same without pruning."""
+    def candidates(self, share: float) -> tuple[Shape, ...]:
+        """Shapes to start from: the default, and the same without pruning."""
         merges_and_prunes = {"merge", "prune"} <= {*thresholds_of(self.model).config.steps}
-        found = self.usual(share)
-        return (found, found.without_pruning()) if merges_and_prunes else (found,)
+        default = self.default_shape(share)
+        return (default, default.without_pruning()) if merges_and_prunes else (default,)
 
     def passes(self, shares: int) -> int:
-        """How often `fit` looks at an image."""
-        return shares * len(thresholds_of(self.model).config.scores.choices) * len(self.starts(0.5))
+        """Passes over the scored images that `choose_starts` takes for this many shares."""
+        return shares * len(thresholds_of(self.model).config.scores.choices) * len(self.candidates(0.5))
 
-    def fit(self, shares: list[float]) -> dict[float, Shape]:
-        """Set what merged tokens count as, and return the start at each share; the usual ones need no proof."""
+    def choose_starts(self, shares: list[float]) -> dict[float, Shape]:
+        """Choose what merged tokens count as, set it, and return the shape to start from at each share.
+
+        Anything but the default must score better by `MARGIN`.
+        """
         thresholds = thresholds_of(self.model)
-        given, *others = (self._judged(scores, shares) for scores in thresholds.config.scores.choices)
-        better = next((other for other in others if other.beats(given)), given)
-        # ranks on unlike hardware may round unlike
-        scores, starts = exchange((better.scores, better.starts()))[0]
+        default, *alternatives = (self._comparison(scores, shares) for scores in thresholds.config.scores.choices)
+        chosen = next((other for other in alternatives if other.beats(default)), default)
+        # rank 0's, because different hardware may round differently
+        scores, starts = exchange((chosen.scores, chosen.starts()))[0]
         thresholds.config = replace(thresholds.config, scores=scores)
-        return {share: self.starts(share)[start] for share, start in zip(shares, starts, strict=True)}
+        return {share: self.candidates(share)[start] for share, start in zip(shares, starts, strict=True)}
 
-    def _judged(self, scores: Scores, shares: list[float]) -> _Judged:
-        thresholds, few = thresholds_of(self.model), slice(0, JUDGED)
+    def _comparison(self, scores: Scores, shares: list[float]) -> _Comparison:
+        thresholds, part = thresholds_of(self.model), slice(0, SCORED)
         thresholds.config = replace(thresholds.config, scores=scores)
-        found = [[self.score(shape, share, few) for shape in self.starts(share)] for share in shares]
-        return _Judged(scores, found)
+        return _Comparison(
+            scores, [[self.score(shape, share, part) for shape in self.candidates(share)] for share in shares]
+        )
 
 
-def settled(thresholds: Thresholds, views: int) -> dict[str, Any]:
-    """What a run's images settled before anything was learned, for its checkpoint; `views` images were looked at."""
+@dataclass(frozen=True)
+class _Comparison:
+    """The candidates at each share, compared with one setting of what merged tokens count as.
+
+    Attributes:
+        scores: the setting.
+        values: for each share the score of each candidate, the default first.
+    """
+
+    scores: Scores
+    values: list[list[float]]
+
+    def starts(self) -> list[int]:
+        """Index of the candidate to take at each share."""
+        return [int(min(others, default=default) < default - MARGIN) for default, *others in self.values]
+
+    def beats(self, other: _Comparison) -> bool:
+        """Whether this setting is clearly better at every share."""
+        return all(min(ours) < min(theirs) - MARGIN for ours, theirs in zip(self.values, other.values, strict=True))
+
+
+def start_state(thresholds: Thresholds, views: int) -> dict[str, Any]:
+    """What the images settled before learning began, for the run's checkpoint; it took `views` images."""
     return {"size_power": thresholds.config.scores.size_power, "probe": thresholds.probe, "views": views}
 
 
-def settle_as(thresholds: Thresholds, saved: dict[str, Any]) -> int:
-    """Set what `settled` saved, and return how many images that took.
+def restore_start(thresholds: Thresholds, saved: dict[str, Any]) -> int:
+    """Set what `start_state` saved, and return the number of images it took.
 
     Raises:
         KeyError, TypeError, ValueError: it is damaged.
@@ -136,19 +166,3 @@ def settle_as(thresholds: Thresholds, saved: dict[str, Any]) -> int:
     thresholds.config = replace(thresholds.config, scores=choices[saved["size_power"]])
     thresholds.set_probe(saved["probe"])
     return int(saved["views"])
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """The score of each start at each share, the usual start first."""
-
-    scores: Scores
-    found: list[list[float]]
-
-    def starts(self) -> list[int]:
-        """Which start to take at each share."""
-        return [int(min(others, default=first) < first - CLEARLY) for first, *others in self.found]
-
-    def beats(self, other: _Judged) -> bool:
-        """Whether it is clearly better at every share."""
-        return all(min(mine) < min(theirs) - CLEARLY for mine, theirs in zip(self.found, other.found, strict=True))
