@@ -91,6 +91,7 @@ class Reduction:
         if outer is not None:
             for kept, geometry in zip(calls.kept, calls.geometry, strict=True):
                 outer.add(kept, geometry)
+            outer.texts.extend(calls.texts)
         if calls.kept:
             share = calls.share().detach()
             training = torch.is_grad_enabled()
