@@ -1,4 +1,4 @@
-"""Trainers of others report what a reduced model costs, and leave its thresholds alone."""
+"""Other frameworks' trainers log what a reduced model costs, and leave its thresholds alone."""
 
 from __future__ import annotations
 

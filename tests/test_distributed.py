@@ -1,4 +1,4 @@
-"""Several ranks are one run: the same thresholds and figures as one process, and a lost rank is said and survived."""
+"""Several ranks are one run with the thresholds and figures of one process; losing a rank is reported and survived."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
+    """The results of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     code, _, err = finish(start(HERE / "distributed_worker.py", folder))
     assert code == 0, err
@@ -120,7 +120,7 @@ def test_a_rank_that_does_not_come_is_missed(ranks: list[dict[str, Any]]) -> Non
     assert "did not answer in time" in ranks[0]["deserted"]
 
 
-# -- in a process of its own
+# -- in a single process
 
 
 def test_one_process_is_a_group_of_its_own() -> None:

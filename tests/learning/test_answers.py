@@ -1,4 +1,4 @@
-"""Thresholds are learned from whatever a host answers: features, maps, depth, boxes, or the next token of a text."""
+"""Thresholds are learned from any kind of answers: features, maps, depth, boxes, or the next token of a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loaders give: pairs, images alone, dictionaries, and what is refused in a sentence."""
+"""Batches of loaders: pairs, images alone, dictionaries, and what is refused with one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning: only thresholds move, the budget is met, and a killed run ends where an unbroken one does."""
+"""Learning: only thresholds change, the budget is met, and a killed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 

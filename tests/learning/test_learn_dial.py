@@ -1,4 +1,4 @@
-"""One run gives thresholds for every budget: each costs what it says, and a killed run ends where a whole one does."""
+"""One run gives thresholds for every budget, each at its recorded cost, and a killed run ends like a complete one."""
 
 from __future__ import annotations
 

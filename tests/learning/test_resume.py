@@ -1,4 +1,4 @@
-"""A run goes on only as itself, and what was saved of it is its last completed step, whenever it was stopped."""
+"""A run resumes only with its own settings, weights and data, from its last completed step, whenever it was stopped."""
 
 from __future__ import annotations
 

@@ -99,22 +99,22 @@ def learn_dial(
         UsageError: a range that cannot be reached, or settings that make no sense.
         LTMPError: NaN in images, no images, or a checkpoint of another run.
     """
-    start = time.perf_counter()
     options, thresholds = DialOptions(**settings), thresholds_of(model)
     options.check(low, high)
     check_every(options.every, thresholds.depth)
     with reporting(options.progress if rank() == 0 else False) as progress:
-        dial, divergence, maker, shapes = _learn(model, loader, (low, high), options, progress)
+        dial, result = _learn(model, loader, (low, high), options, progress)
     thresholds.set_dial(dial)
     thresholds.set_budget((dial.lowest + dial.highest) / 2)
-    note(model, {**loader_metadata(model, loader), "views": maker.views})
-    return DialResult(divergence, shapes, maker.views, time.perf_counter() - start, maker.judge.distribution)
+    note(model, {**loader_metadata(model, loader), "views": result.views})
+    return result
 
 
 def _learn(
     model: nn.Module, loader: Any, ends: tuple[float, float], options: DialOptions, progress: Progress | None
-) -> tuple[Dial, list[float], _Maker, dict[float, Shape]]:
-    """The dial, the divergence of each row, what made them, and the shapes."""
+) -> tuple[Dial, DialResult]:
+    """Make a dial; the model's thresholds are left at some row of it."""
+    started = time.perf_counter()
     (low, high), thresholds = ends, thresholds_of(model)
     device = options.device_for(thresholds)
     model.to(device).eval()
@@ -136,7 +136,8 @@ def _learn(
     if checked:
         dial = maker.corrected(dial, anchors_of(low, high), watched(seen, map(unpack, loader)), checked)
     maker.done()
-    return dial, divergence, maker, shapes
+    seconds = time.perf_counter() - started
+    return dial, DialResult(divergence, shapes, maker.views, seconds, maker.judge.distribution)
 
 
 def _settings(
