@@ -1,4 +1,4 @@
-"""Trainers of others report what a reduced model costs, and leave its thresholds alone."""
+"""Other frameworks' trainers log what a reduced model costs, and leave its thresholds alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ltmp
 from helpers import attach_reducing, make_dial, random_images, tiny_vit
 from ltmp.callbacks.reduction import Reduction
+from ltmp.calls import recording
 from ltmp.hosts.attach import thresholds_of
 
 
@@ -43,6 +44,17 @@ def test_the_mean_share_is_that_of_all_images_apart_in_training() -> None:
     assert model.ltmp.masks
     model(images)
     assert meter.means(training=True) == {}
+
+
+def test_a_record_of_ones_own_gets_everything() -> None:
+    model = reduced()
+    # as hosts do whose language model receives fewer tokens
+    model.patch_embed.register_forward_hook(lambda *_: recording().texts.append(torch.ones(2)))
+    meter = Reduction(model)
+    with ltmp.record() as calls:
+        model(random_images(2))
+    assert (len(calls.kept), len(calls.geometry), len(calls.texts)) == (1, 1, 1)
+    meter.close()
 
 
 def test_a_failed_call_leaves_no_record_behind() -> None:

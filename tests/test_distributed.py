@@ -1,4 +1,4 @@
-"""Several ranks are one run: the same thresholds and figures as one process, and a lost rank is said and survived."""
+"""Several ranks are one run with the thresholds and figures of one process; losing a rank is reported and survived."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
+    """The results of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     code, _, err = finish(start(HERE / "distributed_worker.py", folder))
     assert code == 0, err
@@ -120,7 +120,7 @@ def test_a_rank_that_does_not_come_is_missed(ranks: list[dict[str, Any]]) -> Non
     assert "did not answer in time" in ranks[0]["deserted"]
 
 
-# -- in a process of its own
+# -- in a single process
 
 
 def test_one_process_is_a_group_of_its_own() -> None:
@@ -138,7 +138,7 @@ def test_too_few_images_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(batches, "world", lambda: 4)
     with pytest.raises(LTMPError, match="3 images are too few to share among 4 ranks"):
-        batches.first([(torch.zeros(3, 3, 16, 16), torch.zeros(3))], 8)
+        batches.first_images([(torch.zeros(3, 3, 16, 16), torch.zeros(3))], 8)
 
 
 def test_a_loader_for_one_pass_is_refused_instead_of_waited_for() -> None:

@@ -1,7 +1,7 @@
 """One job on several processes ("ranks"), as `torchrun --nproc-per-node N -m ltmp ...` starts them.
 
-Every rank holds the same model and the same loader; they take turns at the batches, and what they find is added up.
-In a process of its own everything here is the identity. A Python program may also set up the process group itself.
+Every rank has the same model and the same loader. Batches are dealt out to the ranks in turn, and their results are
+combined. In a single process everything here is the identity. A Python program may set up the process group itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Batch = tuple[Tensor, Tensor]
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives them up."""
+"""How long a rank waits for the others before it counts them as lost."""
 
 
 class LostRankError(LTMPError):
-    """Another rank is gone. What this one has is whole: it may still save it, but not wait for anybody."""
+    """Another rank is gone. The state of this rank is intact and may be saved, but no rank can be waited for."""
 
 
 def started() -> bool:
@@ -37,27 +37,27 @@ def started() -> bool:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is that of its GPU."""
+    """This process's index on its machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes; known before the group is there, too."""
+    """Whether this process is the one that prints and writes; also valid before the group is set up."""
     return int(os.environ["RANK"]) == 0 if started() else rank() == 0
 
 
 def restarted() -> bool:
-    """Whether torchrun (`--max-restarts`) started the job anew after it had lost a rank."""
+    """Whether torchrun (`--max-restarts`) restarted the job after losing a rank."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def rank() -> int:
-    """This process's number in the group."""
+    """This process's index in the group, 0 without one."""
     return distributed.get_rank() if _grouped() else 0
 
 
 def world() -> int:
-    """Processes in the group."""
+    """Number of processes in the group, 1 without one."""
     return distributed.get_world_size() if _grouped() else 1
 
 
@@ -67,21 +67,21 @@ def _grouped() -> bool:
 
 @contextmanager
 def group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
-    """Work with the other ranks inside: by NCCL on GPUs, by Gloo on CPUs.
+    """Set up a process group inside: NCCL for GPUs, Gloo for CPUs.
 
-    Does nothing unless torchrun started this process, or where a group is there already. torchrun ends what is left of
-    a job with SIGTERM; inside, that is a `LostRankError`, so that the run can be saved.
+    Does nothing if torchrun did not start this process, or if there is a group already. When a rank is lost, torchrun
+    ends the others with SIGTERM; inside, this raises a `LostRankError`, so that the run can be saved.
     """
     if not started() or _grouped():
         yield
         return
     if device.type == "cuda":
-        # a lost rank is then an error in this thread, not the end of this process
+        # makes a lost rank an error in this thread instead of ending the process
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         torch.cuda.set_device(device)
-    with _watched():
+    with _lost_rank_errors():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    before = signal.signal(signal.SIGTERM, _ended)
+    before = signal.signal(signal.SIGTERM, _raise_lost_rank)
     try:
         yield
     except BaseException:
@@ -92,20 +92,20 @@ def group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def _ended(*_: Any) -> None:
+def _raise_lost_rank(*_: Any) -> None:
     _ignore_sigterm()
     raise LostRankError("the run was ended from outside (SIGTERM), as torchrun does when a rank is lost")
 
 
 def _ignore_sigterm() -> None:
-    """On the way out, torchrun's SIGTERM must not cut short what is still saved and said; SIGKILL follows, anyway."""
-    if signal.getsignal(signal.SIGTERM) is _ended:
+    """On the way out, keep torchrun's SIGTERM from interrupting saving and printing; SIGKILL follows in any case."""
+    if signal.getsignal(signal.SIGTERM) is _raise_lost_rank:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
-    """Say in a sentence what the backends say in their own ways."""
+def _lost_rank_errors() -> Iterator[None]:
+    """Turn the backends' various errors into a `LostRankError`."""
     try:
         yield
     except RuntimeError as error:
@@ -116,63 +116,63 @@ def _watched() -> Iterator[None]:
 
 
 def gather(values: Tensor) -> Tensor:
-    """[ranks, ...], everybody's `values`, of one shape and type on all ranks; the same bits on every rank."""
+    """The `values` of all ranks, [ranks, ...], identical to the bit on every rank; shape and dtype must agree."""
     if world() == 1:
         return values[None]
     parts = [torch.empty_like(values) for _ in range(world())]
-    with _watched():
+    with _lost_rank_errors():
         distributed.all_gather(parts, values.contiguous())
     return torch.stack(parts)
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over ranks, added up in one order, so that it is the same bits on every rank."""
+    """Sum over ranks in a fixed order, so that it is identical to the bit on every rank."""
     return gather(values).sum(0)
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean over all ranks' values, [n] with an n of each rank's own; its gradient is that of this rank's part.
+    """Mean over the values [n] of all ranks, whose n may differ; its gradient is that of this rank's part.
 
-    Gradients of a loss made of such means add up, over ranks, to those of the same loss in one process.
+    Summed over ranks, the gradients of a loss made of such means are those of the same loss in one process.
     """
     if world() == 1:
         return values.mean()
     own = values.sum()
-    everybodys, count = total(torch.stack([own.detach(), own.new_tensor(len(values))]))
-    return (own + (everybodys - own.detach())) / count
+    everyones, count = total(torch.stack([own.detach(), own.new_tensor(len(values))]))
+    return (own + (everyones - own.detach())) / count
 
 
 def exchange(value: Value) -> list[Value]:
-    """Everybody's `value`, whatever it is, in the order of ranks."""
+    """The `value` of each rank, any picklable object, in the order of ranks."""
     if world() == 1:
         return [value]
-    found: list[Any] = [None] * world()
-    with _watched():
-        distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world()
+    with _lost_rank_errors():
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def merge(own: dict[str, str]) -> None:
-    """Add to `own` what the other ranks have in theirs."""
+    """Update `own` with the entries of the other ranks."""
     for others in exchange(own):
         own.update(others)
 
 
 def my_batches(loader: Iterable[Batch], limit: int | None = None) -> Iterator[Batch]:
-    """This rank's batches of one pass over a loader that all ranks have alike: every world-th one.
+    """This rank's batches in one pass over a loader that is the same on all ranks: every `world()`th batch.
 
-    Each image is in exactly one rank's batches; a rank may have fewer of them, or none.
+    Each image is in exactly one rank's batches; some ranks may get fewer batches, or none.
 
     Args:
-        limit: stop after this many images, of all ranks together.
+        limit: stop after this many images, counted over all ranks.
     """
     if isinstance(loader, Loader) and not isinstance(loader.dataset, IterableDataset):
-        # what the other ranks take is not even read
+        # batches of other ranks are not even read
         return loader.stream(0, min(limit or loader.images, loader.images), rank(), world())
-    return _turns(loader, limit)
+    return _dealt(loader, limit)
 
 
-def _turns(loader: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+def _dealt(loader: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
     left = limit
     for number, (images, labels) in enumerate(loader):
         if number % world() == rank():

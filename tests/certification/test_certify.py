@@ -11,7 +11,7 @@ from torch import nn
 
 import ltmp
 from helpers import make_dial, random_images, tiny_vit
-from ltmp.certification.run import _shares
+from ltmp.certification.run import _default_budgets
 from ltmp.fingerprint import Seen
 from ltmp.hosts.attach import thresholds_of
 from ltmp.method.certificate import Certificate
@@ -81,7 +81,7 @@ def test_measures_each_budget_as_it_is_run(model, images):
     [(0.3, 0.95, [0.95, 0.9]), (0.41, 0.89, [0.85, 0.8]), (0.61, 0.64, [0.64, 0.61])],
 )
 def test_every_twentieth_of_a_dial_is_tested(lowest, highest, shares):
-    assert _shares(make_dial(3, lowest=lowest, highest=highest))[:2] == pytest.approx(shares)
+    assert _default_budgets(make_dial(3, lowest=lowest, highest=highest))[:2] == pytest.approx(shares)
 
 
 def test_leaves_the_model_as_it_was_and_runs_dense_once(model, images):

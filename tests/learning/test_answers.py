@@ -1,4 +1,4 @@
-"""Thresholds are learned from whatever a host answers: features, maps, depth, boxes, or the next token of a text."""
+"""Thresholds are learned from any kind of answers: features, maps, depth, boxes, or the next token of a text."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.hosts.outputs import answers_in
 from ltmp.learning import learn_probe
-from ltmp.learning.answers import Judge, teacher
-from ltmp.learning.batches import first, pair
+from ltmp.learning.answers import Judge, dense_answers
+from ltmp.learning.batches import first_images, unpack
 
 BEST = ltmp.LTMPConfig(scores="best")
 
@@ -103,7 +103,7 @@ def host(request: pytest.FixtureRequest) -> tuple[nn.Module, list[Any], str]:
 
 def deployed_share(model: nn.Module, batches: list[Any]) -> float:
     with torch.inference_mode(), ltmp.record() as calls:
-        for inputs, _ in map(pair, batches):
+        for inputs, _ in map(unpack, batches):
             model(inputs) if isinstance(inputs, Tensor) else model(**inputs.tensors)
     return float(calls.share().mean())
 
@@ -113,7 +113,7 @@ def test_the_budget_is_met_without_labels(host: tuple[nn.Module, list[Any], str]
     ltmp.attach(model, BEST)
     result = ltmp.learn(model, batches, 0.75, views=16, calibration=16, seed=0)
     assert result.distribution == kind
-    assert len(result.history) == 16 // len(pair(batches[0])[0])
+    assert len(result.history) == 16 // len(unpack(batches[0])[0])
     assert all(step.loss > 0 for step in result.history)
     assert result.share == pytest.approx(0.75, abs=0.04)
     assert deployed_share(model, batches) == pytest.approx(0.75, abs=0.08)
@@ -135,8 +135,8 @@ def test_fewer_tokens_and_a_grid_learn_from_the_same_answers() -> None:
     for model, form in zip(models, ("grid", "fewer"), strict=True):
         ltmp.attach(model, ltmp.LTMPConfig(tokens=form))
         assert ltmp.learn(model, asking(16), 0.75, views=0, calibration=16).share == pytest.approx(0.75, abs=0.04)
-    inputs, _ = first(asking(16), 8)
-    answers = [teacher(model, inputs, Judge.of(model, inputs)) for model in models]
+    inputs, _ = first_images(asking(16), 8)
+    answers = [dense_answers(model, inputs, Judge.of(model, inputs)) for model in models]
     assert answers[0].shape == (8, 60)
     assert torch.allclose(*answers, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""What loaders give: pairs, images alone, dictionaries, and what is refused in a sentence."""
+"""Batches of loaders: pairs, images alone, dictionaries, and what is refused with one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import calibrate, learn_probe
-from ltmp.learning.batches import batch_size, count, first, pair
+from ltmp.learning.batches import batch_size, first_images, image_count, unpack
 
 IMAGES, LABELS = random_images(8), torch.arange(8) % 5
 FORMS: dict[str, tuple[Any, bool]] = {
@@ -37,11 +37,11 @@ FORMS: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_images_and_labels_are_found(form: str) -> None:
     batch, labelled = FORMS[form]
-    images, labels = pair(batch)
+    images, labels = unpack(batch)
     assert images is IMAGES
     assert labels is (LABELS if labelled else None)
-    assert batch_size([batch]) == count([batch]) == 8
-    found, known = first([batch, batch], 12)
+    assert batch_size([batch]) == image_count([batch]) == 8
+    found, known = first_images([batch, batch], 12)
     assert torch.equal(found, torch.cat([IMAGES, IMAGES])[:12])
     assert known is None if not labelled else torch.equal(known, torch.cat([LABELS, LABELS])[:12])
 
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("form", REFUSED)
 def test_anything_else_is_refused_in_a_sentence(form: str) -> None:
     batch, sentence = REFUSED[form]
-    for use in (lambda: first([batch], 8), lambda: ltmp.learn_dial(ltmp.attach(tiny_vit()), [batch])):
+    for use in (lambda: first_images([batch], 8), lambda: ltmp.learn_dial(ltmp.attach(tiny_vit()), [batch])):
         with pytest.raises(LTMPError, match=sentence) as refusal:
             use()
         assert "\n" not in str(refusal.value)

@@ -16,7 +16,7 @@ import ltmp
 from helpers import random_images, tiny_vit
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import calibrate
-from ltmp.learning.schedule import gathered, idle
+from ltmp.learning.schedule import concentrated, idle_blocks
 
 DEPTH, TARGET = 6, 0.7
 FEW = {"views": 96, "calibration": 48}
@@ -59,7 +59,7 @@ def test_blocks_between_remove_nothing(way: Callable[..., None], every: int, var
     kept = torch.cat(calls.kept)
     before = torch.cat([torch.full_like(kept[:, :1], 65), kept[:, :-1]], 1)
     loses = (kept < before).any(0)
-    between = idle(DEPTH, every)
+    between = idle_blocks(DEPTH, every)
     # a head that reads the class token alone lets the last block drop all others
     between[-1] &= pool == "avg"
     assert not loses[between].any()
@@ -70,8 +70,8 @@ def test_blocks_between_remove_nothing(way: Callable[..., None], every: int, var
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=24), st.integers(1, 6))
 def test_rates_of_idle_blocks_are_those_of_the_next(rates: list[float], every: int) -> None:
     given = torch.tensor(rates, dtype=torch.float64)
-    found = gathered(given, every)
-    assert (found[idle(len(rates), every)] == 0).all()
+    found = concentrated(given, every)
+    assert (found[idle_blocks(len(rates), every)] == 0).all()
     last = (len(rates) - 1) // every * every
     torch.testing.assert_close(found.cumsum(0)[::every], given.cumsum(0)[::every])
     assert float(found.sum()) == pytest.approx(float(given[: last + 1].sum()))

@@ -1,4 +1,4 @@
-"""Learning: only thresholds move, the budget is met, and a killed run ends where an unbroken one does."""
+"""Learning: only thresholds change, the budget is met, and a killed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ltmp.config import MATCHINGS, Scores
 from ltmp.errors import LTMPError, UsageError
 from ltmp.hosts.attach import thresholds_of
 from ltmp.learning import calibrate, heldout
-from ltmp.learning.answers import teacher
+from ltmp.learning.answers import dense_answers
 from ltmp.learning.budget import lowest_share
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.options import DialOptions, DialSettings, LearnOptions, LearnSettings
-from ltmp.learning.schedule import usual
+from ltmp.learning.schedule import default_shape
 from ltmp.method.flops import Geometry, flops_share
 
 TARGET = 0.65
@@ -112,7 +112,7 @@ def test_a_bar_is_drawn_where_somebody_looks(
 
 def test_the_dense_model_looks_at_the_images_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
     taught = []
-    monkeypatch.setattr(heldout, "teacher", lambda by, part, judge: taught.append(part) or teacher(by, part, judge))
+    monkeypatch.setattr(heldout, "dense_answers", lambda by, x, judge: taught.append(x) or dense_answers(by, x, judge))
     model, batches = model_and_batches()
     ltmp.learn(model, batches, TARGET, **SETTINGS)
     assert torch.equal(torch.cat(taught), torch.cat([images for images, _ in batches])[:48])
@@ -226,8 +226,8 @@ def test_the_schedule_costs_the_target() -> None:
     geometry = Geometry(tokens=197, width=384, mlp_ratio=(4.0,) * 12)
     for target, matching in product((0.9, 0.6, 0.4, 0.3), MATCHINGS):
         for last_free in (False, True):
-            schedule = usual(target, matching).schedule(12, ("merge", "prune"), last_free)
-            kept = schedule.to_cost(target, geometry, 1).kept(geometry, 1)
+            schedule = default_shape(target, matching).schedule(12, ("merge", "prune"), last_free)
+            kept = schedule.scaled_to(target, geometry, 1).kept(geometry, 1)
             assert float(flops_share(kept, geometry)) == pytest.approx(target, abs=1e-3)
             assert all(b <= a for a, b in pairwise(kept.tolist()))
     # the first block's attention, and from there on the class token alone

@@ -1,4 +1,4 @@
-"""One run gives thresholds for every budget: each costs what it says, and a killed run ends where a whole one does."""
+"""One run gives thresholds for every budget, each at its recorded cost, and a killed run ends like a complete one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ltmp.data import make_loader
 from ltmp.errors import LTMPError, UsageError
 from ltmp.learning import calibrate
 from ltmp.learning import dial as module
-from ltmp.learning.fit import JUDGED
 from ltmp.learning.options import DialOptions
-from ltmp.learning.schedule import USUAL, Shape, between, searched, usual
+from ltmp.learning.schedule import DEFAULT_SHAPES, Shape, adapted_shape, default_shape, interpolated
 from ltmp.learning.search import evolve
+from ltmp.learning.start import SCORED
 
 SETTINGS = {"knots": 5, "views": 0, "calibration": 48, "checked": 0}
 
@@ -93,7 +93,7 @@ def test_a_dial_needs_no_gradients_and_leaves_the_weights_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_searching_never_ends_behind_the_usual_shape() -> None:
+def test_searching_never_ends_behind_the_default_shape() -> None:
     model, batches = model_and_images()
     views = 3 * 8 * 48 * 2
     result = ltmp.learn_dial(model, batches, 0.55, 0.9, **{**SETTINGS, "views": views})
@@ -101,8 +101,8 @@ def test_searching_never_ends_behind_the_usual_shape() -> None:
     images = torch.cat([images for images, _ in batches])
     maker = module._Maker(model, images, DialOptions(), None)
     for share, shape in result.shapes.items():
-        assert maker.score(shape, share, slice(0, 48)) <= maker.score(usual(share), share, slice(0, 48)) + 1e-6
-    assert any(shape != usual(share) for share, shape in result.shapes.items())
+        assert maker.score(shape, share, slice(0, 48)) <= maker.score(default_shape(share), share, slice(0, 48)) + 1e-6
+    assert any(shape != default_shape(share) for share, shape in result.shapes.items())
     assert result.views <= views + (6 + 5 + 2 * 3 + 1) * 48
 
 
@@ -136,7 +136,7 @@ def test_seeds_reproduce_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: p
 
 def test_a_dial_takes_thirty_thousand_views_at_most() -> None:
     default = DialOptions()
-    generation = module.ANCHORS * module.POPULATION * JUDGED
+    generation = module.ANCHORS * module.POPULATION * SCORED
     # views are rounded to whole generations
     assert generation * round(default.views / generation) - default.views + module.most_views(default, 10**6) <= 30_000
 
@@ -147,17 +147,17 @@ def test_evolution_finds_a_shape() -> None:
     def judge(shape: Shape) -> float:
         return float((torch.tensor([*vars(shape).values()]) - wanted).square().sum())
 
-    start = usual(0.5)
+    start = default_shape(0.5)
     found = evolve(judge, start, 25, torch.Generator().manual_seed(0))
     assert judge(found) < 0.02 < judge(start)
 
 
 def test_shapes_between_and_beyond_budgets() -> None:
-    shapes = USUAL["bipartite"]
+    shapes = DEFAULT_SHAPES["bipartite"]
     (first, low), (second, high) = list(shapes.items())[:2]
-    assert between(shapes, 0.1) == low
-    assert between(shapes, 0.99) == shapes[max(shapes)]
-    middle = between(shapes, (first + second) / 2)
+    assert interpolated(shapes, 0.1) == low
+    assert interpolated(shapes, 0.99) == shapes[max(shapes)]
+    middle = interpolated(shapes, (first + second) / 2)
     assert middle.prune_slope == pytest.approx((low.prune_slope + high.prune_slope) / 2)
     schedule = low.schedule(12, ("merge", "prune"), last_free=True)
     assert math.isinf(schedule.prune[-1])
@@ -172,25 +172,25 @@ def test_shapes_are_searched_closer_together_at_small_budgets() -> None:
 
 
 @pytest.mark.parametrize("matching", MATCHINGS)
-def test_usual_shapes_depend_on_the_matching(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_shapes_depend_on_the_matching(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ltmp.attach(tiny_vit(depth=4, img_size=32), ltmp.LTMPConfig(scores=Scores(matching=matching)))
     images, followed = random_images(4, size=32), []
     calibrating = import_module("ltmp.learning.calibrate")
     monkeypatch.setattr(calibrating, "follow", lambda model, images, shape, *_, **__: followed.append(shape))
-    share = min(USUAL[matching])
+    share = min(DEFAULT_SHAPES[matching])
     calibrate(model, images, share)
-    assert followed == [USUAL[matching][share]]
-    assert module._Maker(model, images, DialOptions(), None).usual(share) == USUAL[matching][share]
-    assert usual(share, "mutual") != usual(share, "bipartite")
+    assert followed == [DEFAULT_SHAPES[matching][share]]
+    assert module._Maker(model, images, DialOptions(), None).default_shape(share) == DEFAULT_SHAPES[matching][share]
+    assert default_shape(share, "mutual") != default_shape(share, "bipartite")
 
 
-def test_beyond_what_was_searched_the_usual_shape_moves_as_it_did_there() -> None:
+def test_beyond_what_was_searched_the_default_shape_moves_as_it_did_there() -> None:
     move = Shape(0.1, -0.2, 0.3, -0.4, 0.5)
-    found = {0.45: usual(0.45).plus(move), 0.6: usual(0.6)}
+    found = {0.45: default_shape(0.45).plus(move), 0.6: default_shape(0.6)}
     for share, part in {0.3: 1.0, 0.45: 1.0, 0.525: 0.5, 0.6: 0.0, 0.9: 0.0}.items():
-        expected = usual(share).plus(move, part)
-        assert astuple(searched(usual, found, share)) == pytest.approx(astuple(expected)), share
-    assert searched(usual, {}, 0.4) == usual(0.4)
+        expected = default_shape(share).plus(move, part)
+        assert astuple(adapted_shape(default_shape, found, share)) == pytest.approx(astuple(expected)), share
+    assert adapted_shape(default_shape, {}, 0.4) == default_shape(0.4)
 
 
 @pytest.mark.parametrize(

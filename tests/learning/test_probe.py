@@ -22,7 +22,7 @@ from ltmp.engines.body import running
 from ltmp.errors import LTMPError
 from ltmp.hosts.attach import attachment
 from ltmp.learning import calibrate, learn_probe
-from ltmp.learning.probe import _gradients, _Moments, _sureness, _Watching
+from ltmp.learning.probe import _confidence, _gradients, _Moments, _Recorder
 from ltmp.ops.probe.reference import LIFT, WIDTH, probe
 
 BEST = ltmp.LTMPConfig(scores="best")
@@ -32,21 +32,21 @@ def attached(**kwargs: Any) -> Any:
     return ltmp.attach(tiny_vit(**kwargs), BEST)
 
 
-def test_sureness_is_the_log_odds_of_the_answer() -> None:
+def test_confidence_is_the_log_odds_of_the_answer() -> None:
     p = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
-    assert_close(_sureness(p.log()), torch.tensor([7 / 3, 1.0]).log(), 1e-6)
-    assert _sureness(torch.tensor([[3.0], [-1.0]]), "bernoulli").tolist() == [3.0, 1.0]
-    assert _sureness(torch.tensor([[3.0, -1.0]]), "bernoulli").tolist() == [4.0]
+    assert_close(_confidence(p.log()), torch.tensor([7 / 3, 1.0]).log(), 1e-6)
+    assert _confidence(torch.tensor([[3.0], [-1.0]]), "bernoulli").tolist() == [3.0, 1.0]
+    assert _confidence(torch.tensor([[3.0, -1.0]]), "bernoulli").tolist() == [4.0]
 
 
 def test_gradients_are_those_of_the_dense_model() -> None:
     """Against finite differences: features are moved, and patches are taken from what later blocks attend to."""
     model, images = attached().double(), random_images(1).double()
     body = attachment(model).body
-    watching = _Watching(3)
-    with running(body=replace(body, policy=watching)):
-        answer = _sureness(model(images.requires_grad_())).sum()
-    looks = _gradients(answer, watching)
+    recorder = _Recorder(3)
+    with running(body=replace(body, policy=recorder)):
+        answer = _confidence(model(images.requires_grad_())).sum()
+    looks = _gradients(answer, recorder)
 
     def moved(block: int, by: torch.Tensor) -> float:
         """The answer with something added to what a block's attention left."""
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_dense_model() -> None:
         handles = [body.blocks[block].norm2.register_forward_pre_hook(hook)]
         handles.append(body.blocks[block].register_forward_hook(back))
         with torch.no_grad(), ltmp.dense():
-            found = float(_sureness(model(images)).sum())
+            found = float(_confidence(model(images)).sum())
         for handle in handles:
             handle.remove()
         return found

@@ -1,4 +1,4 @@
-"""A run goes on only as itself, and what was saved of it is its last completed step, whenever it was stopped."""
+"""A run resumes only with its own settings, weights and data, from its last completed step, whenever it was stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers import random_images, tiny_vit
 from ltmp.data import eval_transform, make_loader, open_dataset
 from ltmp.errors import LTMPError
 from ltmp.learning import dial as dialling
-from ltmp.learning import fit, loop, optimiser, weights
+from ltmp.learning import loop, optimiser, start, weights
 from ltmp.learning.resume import frozen, load_run, save_run
 
 TARGET = 0.65
@@ -329,7 +329,7 @@ def test_what_images_settled_is_not_settled_again(verb: str, tmp_path: Path, mon
         run(stop=3, checkpoint=tmp_path / "run.pt")
     for module in (dialling, loop):
         monkeypatch.setattr(module, "learn_probe", lambda *_, **__: pytest.fail("a probe is learned again"))
-    monkeypatch.setattr(fit.Calibrator, "fit", lambda *_: pytest.fail("images settle again"))
+    monkeypatch.setattr(start.Calibrator, "choose_starts", lambda *_: pytest.fail("images settle again"))
     again = run(checkpoint=tmp_path / "run.pt")
     assert again.ltmp.config == whole.ltmp.config
     found = again.ltmp.state_dict()

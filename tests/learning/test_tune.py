@@ -16,7 +16,7 @@ from helpers import assert_close, random_images, run_recorded, tiny_vit
 from ltmp.errors import LTMPError, MissingExtraError, UsageError
 from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.learning import Tuning, loop, tune, weights
-from ltmp.learning.answers import teacher
+from ltmp.learning.answers import Judge, dense_answers
 from ltmp.learning.heldout import HeldOut
 from ltmp.learning.objective import Objective
 
@@ -41,7 +41,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def test_tuned_weights_come_closer_to_the_dense_model_at_the_same_share(parts: str) -> None:
     model, batches = model_and_batches(384, seed=1)
     settings = {"calibration": 96, "distill": True}
-    others = HeldOut(model, random_images(256, seed=1), 64, taught_by=copy.deepcopy(model))
+    others = HeldOut(model, random_images(256, seed=1), 64, teacher=copy.deepcopy(model))
     ltmp.learn(model, batches, 0.45, views=288, **settings)
     frozen = others.loss()
     result = tune(model, batches, 0.45, Tuning(parts, lr=3e-3), epochs=3, **settings)
@@ -141,10 +141,12 @@ def test_the_teacher_has_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatc
     model, batches = model_and_batches()
     original = ltmp.detach(copy.deepcopy(model))
     answers = []
-    monkeypatch.setattr(
-        "ltmp.learning.objective.teacher", lambda by, images, judge: answers.append((images, teacher(by, images)))
-        or answers[-1][1]
-    )  # fmt: skip
+
+    def recorded(model: nn.Module, images: Tensor, judge: Judge) -> Tensor:
+        answers.append((images, dense_answers(model, images)))
+        return answers[-1][1]
+
+    monkeypatch.setattr("ltmp.learning.objective.dense_answers", recorded)
     tune(model, batches, TARGET, Tuning("norms", lr=0.05), epochs=2, **SETTINGS)
     assert len(answers) > 15
     with torch.no_grad():
@@ -173,7 +175,7 @@ def test_cut_and_masked_steps_have_the_same_gradients() -> None:
     model, batches = model_and_batches()
     ltmp.learn(model, batches, TARGET, views=0, **SETTINGS)
     found = []
-    for form in (weights.cut, loop._learning):
+    for form in (weights.weights_only, loop._learning):
         model.zero_grad()
         with form(model.ltmp):
             loss = nn.functional.cross_entropy(model(batches[0][0]), batches[0][1])
@@ -229,8 +231,12 @@ def test_a_run_with_other_tuning_is_refused(tmp_path: Path) -> None:
 def test_images_that_are_judged_on_are_not_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = model_and_batches()
     learned, kept = [], []
-    monkeypatch.setattr("ltmp.learning.objective.teacher", lambda by, x, judge: learned.append(x) or teacher(by, x))
-    monkeypatch.setattr("ltmp.learning.heldout.teacher", lambda by, x, judge: kept.append(x) or teacher(by, x))
+    monkeypatch.setattr(
+        "ltmp.learning.objective.dense_answers", lambda by, x, judge: learned.append(x) or dense_answers(by, x)
+    )
+    monkeypatch.setattr(
+        "ltmp.learning.heldout.dense_answers", lambda by, x, judge: kept.append(x) or dense_answers(by, x)
+    )
     tune(model, batches, TARGET, **SETTINGS)
     assert torch.equal(torch.cat(kept), torch.cat([images for images, _ in batches[:2]]))
     assert torch.equal(torch.cat(learned), torch.cat([images for images, _ in batches[2:]]))
@@ -264,7 +270,7 @@ def test_labels_are_a_part_of_the_loss() -> None:
 def test_what_was_learned_from_labels_is_judged_by_labels() -> None:
     model, batches = model_and_batches()
     away = [(images, (labels + 1) % 5) for images, labels in batches]
-    judged = HeldOut(model, batches[0][0], 16, labels=away[0][1], part=1.0)
+    judged = HeldOut(model, batches[0][0], 16, labels=away[0][1], label_weight=1.0)
     before = judged.loss()
     # far from the dense model, on purpose
     assert tune(model, away, TARGET, Tuning(lr=3e-3, labels=1.0), epochs=4, **SETTINGS).tuned

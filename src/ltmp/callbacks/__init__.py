@@ -1,5 +1,5 @@
-"""Callbacks for the trainers of others: a reduced model is trained like any other, and its cost is reported.
+"""Callbacks for training a reduced model in other frameworks: thresholds stay fixed, and the cost is logged.
 
-`ltmp.callbacks.transformers.TrainerReduction` is for the Trainer of Hugging Face, and
+`ltmp.callbacks.transformers.TrainerReduction` is for the Hugging Face Trainer and
 `ltmp.callbacks.lightning.LightningReduction` for Lightning; both need the extra `callbacks`.
 """

@@ -14,25 +14,25 @@ except ImportError as error:
 
 
 class LightningReduction(Callback):
-    """Keeps the thresholds of an attached model as they are while Lightning trains it, and logs what it costs.
+    """Keep the thresholds of an attached model fixed while Lightning trains it, and log what the model costs.
 
-    `share` and `budget` are logged every `every` training steps, `val_share` at the end of each validation.
+    `share` and `budget` are logged every `every` training steps, `val_share` and `val_budget` after each validation.
 
     >>> ltmp.load(module.model, "thresholds.safetensors")
     >>> Trainer(max_epochs=3, callbacks=[LightningReduction()]).fit(module, loader)
 
     Args:
         budget: a FLOPs share to set the dial to; None leaves the thresholds as they are.
-        every: steps between two lines of the log, as reading a GPU waits for it; None is the Trainer's own.
+        every: steps between log entries, since reading values from a GPU synchronises; None is the Trainer's setting.
     """
 
     def __init__(self, budget: float | None = None, every: int | None = None) -> None:
-        self.asked, self.every = budget, every
+        self.requested_budget, self.every = budget, every
         self.reduction: Reduction | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.reduction is None:
-            self.reduction = Reduction(pl_module, self.asked)
+            self.reduction = Reduction(pl_module, self.requested_budget)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         every = self.every or trainer.log_every_n_steps
@@ -41,10 +41,10 @@ class LightningReduction(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.reduction is not None:
-            found = self.reduction.means(training=False)
-            pl_module.log_dict({f"val_{name}": value for name, value in found.items()})
+            means = self.reduction.means(training=False)
+            pl_module.log_dict({f"val_{name}": value for name, value in means.items()})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.reduction is not None:
-            done, self.reduction = self.reduction, None
-            done.close()
+            reduction, self.reduction = self.reduction, None
+            reduction.close()

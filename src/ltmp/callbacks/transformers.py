@@ -1,4 +1,4 @@
-"""A callback for the Trainer of Hugging Face."""
+"""A callback for the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ except ImportError as error:
 
 
 class TrainerReduction(TrainerCallback):
-    """Keeps the thresholds of an attached model as they are while a Trainer trains it, and logs what it costs.
+    """Keep the thresholds of an attached model fixed while a Trainer trains it, and log what the model costs.
 
-    `share` and `budget` join what the Trainer logs, `eval_share` what it evaluates.
+    `share` and `budget` are added to the training logs, `eval_share` and `eval_budget` to those of evaluations.
 
     >>> ltmp.load(model, "thresholds.safetensors")
     >>> Trainer(model, arguments, train_dataset=images, callbacks=[TrainerReduction()]).train()
 
-    Reporters that the Trainer calls first, such as TensorBoard, do not see them; `state.log_history` does.
+    Reporters that the Trainer calls before this callback, such as TensorBoard, do not get them; `state.log_history`
+    has them.
 
     Args:
         budget: a FLOPs share to set the dial to; None leaves the thresholds as they are.
     """
 
     def __init__(self, budget: float | None = None) -> None:
-        self.asked = budget
+        self.requested_budget = budget
         self.reduction: Reduction | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.reduction = Reduction(model, self.asked)
+        self.reduction = Reduction(model, self.requested_budget)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.reduction is None or not logs:
             return
         evaluated = any(name.startswith("eval_") for name in logs)
         if not (evaluated or "loss" in logs):
-            # the summary at the end
+            # the summary after training
             return
-        found = self.reduction.means(training=not evaluated)
+        means = self.reduction.means(training=not evaluated)
         if evaluated:
-            found = {f"eval_{name}": value for name, value in found.items()}
-        logs.update(found)
+            means = {f"eval_{name}": value for name, value in means.items()}
+        logs.update(means)
         if state.log_history:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(means)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.reduction is not None:
-            done, self.reduction = self.reduction, None
-            done.close()
+            reduction, self.reduction = self.reduction, None
+            reduction.close()

@@ -1,4 +1,4 @@
-"""A guarantee instead of a promise: the smallest budget that provably answers like the dense model."""
+"""Certify the smallest budget whose answers provably stay close to the dense model's."""
 
 from ..method.certificate import Certificate as Certificate
 from .run import certify as certify

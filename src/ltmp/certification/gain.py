@@ -1,10 +1,11 @@
-"""The gain of a certified budget on this machine, in a paragraph: speed against dense and against lower resolution."""
+"""The speed of a certified budget on this machine, against the dense model and against lower resolution."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,14 @@ from .run import Progress, certify
 
 @dataclass(frozen=True)
 class Gain:
-    """Interleaved measurements on one batch.
+    """Interleaved speed measurements on one batch.
 
     Attributes:
-        batch_size: images of it.
+        batch_size: images in the batch.
         dense, reduced: images per second.
-        resolution: pixels a side of the lowest resolution that the same test certifies, None where there is none.
-        smaller: images per second at that resolution.
-        tried: whether the host can run at lower resolution at all.
+        resolution: image side in pixels of the lowest resolution that the same test certifies, or None.
+        smaller: images per second at that resolution, or None.
+        tried: whether lower resolutions could be tested, which not all hosts support.
     """
 
     batch_size: int
@@ -40,14 +41,14 @@ class Gain:
 
     def sentence(self) -> str:
         """The speeds in words."""
-        told = (
+        speed = (
             f"Here it runs {self.reduced / self.dense:.2f} times as fast as the dense model "
             f"({self.reduced:.3g} against {self.dense:.3g} images/s, batch {self.batch_size})"
         )
         if self.smaller is not None:
             times = self.smaller / self.dense
-            return f"{told}; lower resolution ({self.resolution} pixels), certified alike, {times:.2f} times."
-        return f"{told}; no lower resolution is certified on these images." if self.tried else f"{told}."
+            return f"{speed}; lower resolution ({self.resolution} pixels), certified alike, {times:.2f} times."
+        return f"{speed}; no lower resolution is certified on these images." if self.tried else f"{speed}."
 
 
 def measure_gain(
@@ -61,47 +62,50 @@ def measure_gain(
     progress: Progress | None = None,
     **how: Any,
 ) -> Gain | None:
-    """Time the certified budget, the dense model and the lowest resolution that is certified on the same images.
+    """Time the certified budget, the dense model and the lowest resolution that the same test certifies.
 
     Args:
         model: attached, on its device; left at the budget it had.
-        loader: as it was certified on.
-        certificate: None comes back where it certifies no budget.
-        risk: its function, where it is one.
-        seconds: of timing for each.
-        how: more arguments of `certify`.
+        loader: the images that the certificate is for.
+        certificate: of a budget of `model`.
+        risk: the function, if the certified risk is one.
+        seconds: time to measure each.
+        how: more keyword arguments of `certify`.
+
+    Returns:
+        The speeds, or None if the certificate certifies no budget.
     """
     if certificate.budget is None:
         return None
-    own = thresholds_of(model)
-    device = own.merge.device
+    thresholds = thresholds_of(model)
+    device = thresholds.merge.device
     images = next(iter(loader))[0].to(device)
     smaller = lower_resolutions(model, images)
-    found = None
+    lowest = None
     if smaller:
         dense_model = detach(copy.deepcopy(model))
-        alike = certify(
+        certified = certify(
             [(1, dense_model), *smaller], loader, risk or certificate.risk, certificate.at_most,
             certificate.confidence, device=device, amp=amp, progress=progress, **how,
         )  # fmt: skip
-        found = None if alike.budget is None else dict(smaller)[alike.budget]
-    before = own.asked
-    own.set_budget(certificate.budget)
-    ways: dict[str, Callable[[], Any]] = {"dense": _densely(model, images), "reduced": lambda: model(images)}
-    if found is not None:
-        ways["smaller"] = lambda: found(images)
-    # recorded calls are reduced, even where `auto` would find dense ones faster
+        lowest = None if certified.budget is None else dict(smaller)[certified.budget]
+    before = thresholds.asked
+    thresholds.set_budget(certificate.budget)
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": partial(_run_dense, model, images),
+        "reduced": partial(model, images),
+    }
+    if lowest is not None:
+        calls["smaller"] = partial(lowest, images)
+    # recorded calls are reduced, even if engine="auto" would find dense ones faster
     with deployed(model, device, amp=amp), record():
-        speeds = timed(ways, len(images), seconds)
+        speeds = timed(calls, len(images), seconds)
     if before is not None:
-        own.set_budget(before)
-    size = None if found is None else found.size
+        thresholds.set_budget(before)
+    size = None if lowest is None else lowest.size
     return Gain(len(images), speeds["dense"], speeds["reduced"], size, speeds.get("smaller"), bool(smaller))
 
 
-def _densely(model: nn.Module, images: Tensor) -> Callable[[], Any]:
-    def call() -> Any:
-        with dense():
-            return model(images)
-
-    return call
+def _run_dense(model: nn.Module, images: Tensor) -> Any:
+    with dense():
+        return model(images)

@@ -1,4 +1,4 @@
-"""Lower resolution as a dial: the same model at smaller images, to certify and to time beside a budget."""
+"""Lower resolution as a dial: the same model on smaller images, to certify and to time beside a budget."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from ..errors import UsageError
 from ..evaluate.baselines import AtResolution, at_resolution, patch_size
 
 MAX_SIZES = 6
-"""Resolutions to try."""
+"""Most resolutions to try."""
 
 
 @torch.no_grad()
 def lower_resolutions(model: nn.Module, images: Tensor) -> list[tuple[float, AtResolution]]:
-    """(FLOPs share, model) for sizes below the model's own, a patch a step, largest first; none where it is fixed.
+    """(FLOPs share, model) pairs for image sizes below the model's own, in steps of one patch, largest first.
+
+    Empty if the model's image size is fixed, or its images are not square.
 
     Args:
-        model: attached; it is copied, and stays as it is.
-        images: [B, C, H, W] on its device, one is enough.
+        model: attached; it is copied, and does not change.
+        images: [B, C, H, W] on its device; one is enough.
     """
     patch = patch_size(model)
     side = images.shape[-1]
@@ -26,7 +28,7 @@ def lower_resolutions(model: nn.Module, images: Tensor) -> list[tuple[float, AtR
         return []
     try:
         sizes = range(side - patch, side // 2, -patch)[:MAX_SIZES]
-        found = [at_resolution(model, size, images) for size in sizes]
+        runs = [at_resolution(model, size, images) for size in sizes]
     except UsageError:
         return []
-    return [(smaller.share, smaller.model) for smaller in found if isinstance(smaller.model, AtResolution)]
+    return [(run.share, run.model) for run in runs if isinstance(run.model, AtResolution)]

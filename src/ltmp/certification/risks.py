@@ -1,4 +1,4 @@
-"""Risks: what of an image's answer is lost, as a number that a test can bound the mean of."""
+"""Risks: how much of an image's answer is lost, as a number whose mean can be bounded by a test."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..errors import LTMPError, UsageError
 from ..hosts.outputs import embeddings_of, logits_of
 
 Call = Callable[[Tensor], Any]
-"""From images [B, C, H, W] to what a model returns."""
+"""From images [B, C, H, W] to a model's output."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From the reduced and the dense model's outputs [B, K] and labels [B] (-1: none) to losses [B]: bool, or numbers."""
+"""From the reduced and the dense model's outputs [B, K] and labels [B] (-1 for none) to losses [B], bool or numbers."""
 
 RISKS = ("disagree", "error", "embedding")
 
@@ -28,10 +28,10 @@ class Risk:
     """A named loss.
 
     Attributes:
-        lowest: the smallest value that it may have; the largest is 1.
-        limit: of `embedding`.
-        labelled: whether it needs labels.
-        embeds: whether it looks at embeddings instead of logits.
+        lowest: the smallest value that the loss may have; the largest is 1.
+        limit: distance for `embedding`, or None.
+        labelled: whether the loss needs labels.
+        embeds: whether the loss compares embeddings instead of logits.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Risk:
 
     @classmethod
     def of(cls, risk: str | Loss, limit: float) -> Risk:
-        """A risk by its name or by its function.
+        """The risk with a name, or of a function.
 
         Raises:
-            UsageError: no such risk, or a limit that no distance has.
+            UsageError: an unknown name, or a limit out of range.
         """
         if callable(risk):
             return cls(getattr(risk, "__name__", type(risk).__name__), risk)
@@ -61,21 +61,21 @@ class Risk:
         raise UsageError(f"unknown risk {risk!r}: expected one of {', '.join(RISKS)}, or a function")
 
     def output(self, call: Call, images: Tensor) -> Tensor:
-        """[B, K], what the loss looks at, in float32.
+        """What the loss compares: logits or embeddings, float32 [B, K].
 
         Raises:
-            LTMPError: it holds NaN or infinity.
+            LTMPError: the output holds NaN or infinity.
         """
-        found = embeddings_of(call, images) if self.embeds else logits_of(call(images))
-        if not found.isfinite().all():
+        output = embeddings_of(call, images) if self.embeds else logits_of(call(images))
+        if not output.isfinite().all():
             raise LTMPError("the model's output is NaN or infinite: repair its weights or the images first")
-        return found.float()
+        return output.float()
 
     def losses(self, reduced: Tensor, dense: Tensor, labels: Tensor) -> Tensor:
-        """[B] on the CPU, bool or float64.
+        """Loss of each image, [B] on the CPU, bool or float64.
 
         Raises:
-            UsageError: labels are missing, or a function gave something else than one number in [0, 1] an image.
+            UsageError: labels are missing, or a function did not return one number in [0, 1] per image.
         """
         if self.labelled and (labels < 0).any():
             raise UsageError("risk 'error' needs labels, which these images lack: use 'disagree', which needs none")
@@ -97,9 +97,9 @@ def _disagree(reduced: Tensor, dense: Tensor, labels: Tensor) -> Tensor:
 
 
 def _error(reduced: Tensor, dense: Tensor, labels: Tensor) -> Tensor:
-    """1 where only the dense model is right, -1 where only the reduced one is: their mean is the drop in accuracy."""
-    right, before = reduced.argmax(-1) == labels, dense.argmax(-1) == labels
-    return before.double() - right.double()
+    """1 if only the dense model is right, -1 if only the reduced one is: the mean is the drop in accuracy."""
+    reduced_right, dense_right = reduced.argmax(-1) == labels, dense.argmax(-1) == labels
+    return dense_right.double() - reduced_right.double()
 
 
 def _far(reduced: Tensor, dense: Tensor, labels: Tensor, limit: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Finite-sample tests of a mean loss: p-values, upper bounds, fixed-sequence testing, and how many images they need.
 
-A test is of the null hypothesis that the mean loss of all images is at least `level`; a small p-value rejects it, so
-that the level is certified. Nothing is asymptotic: the error rate holds at every number of images.
+The null hypothesis is that the mean loss over all images is at least `level`; a small p-value rejects it and so
+certifies the level. Nothing is asymptotic: the error rate holds for any number of images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PValue = Callable[[Floats, float, float], float]
 """From losses [n], a level and a confidence to a p-value; the confidence may tune the test, but not its error rate."""
 
 MAX_IMAGES = 1 << 21
-"""Images beyond which `images_needed` gives up."""
+"""Number of images beyond which `images_needed` gives up."""
 
 
 def binomial_p_value(losses: Floats, level: float, confidence: float = 0.95) -> float:
@@ -30,7 +30,7 @@ def binomial_p_value(losses: Floats, level: float, confidence: float = 0.95) -> 
 
 
 def binomial_tail(count: int, n: int, level: float) -> float:
-    """P(X <= count) of a binomial X of n draws, by a sum of logarithms."""
+    """P(X <= count) for X ~ Binomial(n, level), summed in log space."""
     if count >= n or level <= 0:
         return 1.0
     if level >= 1:
@@ -45,22 +45,23 @@ def binomial_tail(count: int, n: int, level: float) -> float:
 def betting_p_value(losses: Floats, level: float, confidence: float = 0.95) -> float:
     """p-value for losses of at most 1, by betting (Waudby-Smith & Ramdas, JRSS B 2024, theorem 3 and section 4.2).
 
-    A gambler stakes `b_t (level - loss_t)` of the capital on each image. Where the mean is at least `level` the capital
-    is a nonnegative supermartingale, so that it reaches 1 / p with probability p at most (Ville). Stakes follow the
-    variance of the losses before, which makes this far more powerful than Hoeffding's and Bentkus' bounds where losses
-    vary little; a loss in [-1, 1] needs no other treatment, as mapping it to (1 + loss) / 2 only scales the stakes.
+    On each image a gambler wins `b_t (level - loss_t)` of the capital. If the mean is at least `level`, the capital is
+    a nonnegative supermartingale, so it reaches 1 / p with probability at most p (Ville). Stakes follow the variance of
+    the earlier losses, which makes the test far more powerful than Hoeffding's and Bentkus' bounds if losses vary
+    little. A loss in [-1, 1] needs no special treatment: mapping it to (1 + loss) / 2 only scales the stakes.
 
     Args:
         losses: [n], each at most 1, of images drawn independently. The order must not depend on the losses:
             images sorted by class have to be shuffled first.
-        confidence: stakes are the best for about this confidence; any is valid.
+        confidence: stakes are optimal for roughly this confidence, but valid for any.
     """
     n = len(losses)
     if losses.mean() >= level:
         return 1.0
-    seen = np.arange(2, n + 2)
-    mean = np.cumsum(losses) / seen
-    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / seen
+    # a prior observation: mean 0, variance 1/4
+    counts = np.arange(2, n + 2)
+    mean = np.cumsum(losses) / counts
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / counts
     before = np.concatenate([[0.25], variance[:-1]])
     # below 1 / (1 - level), so that no loss can ruin the gambler
     stake = np.minimum(np.sqrt(2 * np.log(1 / (1 - confidence)) / (n * before)), 0.99 / (1 - level))
@@ -68,9 +69,9 @@ def betting_p_value(losses: Floats, level: float, confidence: float = 0.95) -> f
 
 
 def upper_bound(p_value: PValue, losses: Floats, confidence: float) -> float:
-    """The smallest mean loss that the test rejects, to 1e-6, or 1: with `confidence` the mean is below.
+    """Upper confidence bound of the mean loss: the smallest level that the test rejects, to 1e-6, or 1.
 
-    With `binomial_p_value` this is the bound of Clopper & Pearson.
+    With `binomial_p_value` this is the Clopper-Pearson bound.
     """
     low, high = max(0.0, float(losses.mean())), 1.0
     while high - low > 1e-6:
@@ -80,9 +81,9 @@ def upper_bound(p_value: PValue, losses: Floats, confidence: float) -> float:
 
 
 def fixed_sequence(p_values: Sequence[float], confidence: float) -> int:
-    """How many hypotheses are rejected, in their order up to the first that is not.
+    """Number of hypotheses rejected in order, up to the first that is not.
 
-    Each is tested at the full level, and still no true one is rejected with more than probability 1 - confidence
+    Each is tested at the full level, and yet a true one is rejected with probability at most 1 - confidence
     (fixed-sequence testing; Angelopoulos et al., Learn then Test, 2021, section 3.2).
     """
     passed = [p <= 1 - confidence for p in p_values]
@@ -90,10 +91,10 @@ def fixed_sequence(p_values: Sequence[float], confidence: float) -> int:
 
 
 def images_needed(p_value: PValue, losses: Floats, level: float, confidence: float) -> int | None:
-    """How many images like these would be enough; None where their mean is too close to the level, or above it."""
+    """Number of images like these that would be enough; None if their mean is above the level or too close to it."""
 
     def enough(n: int) -> bool:
-        # repeated, they have the mean and the variance that they have
+        # repeating the losses keeps their mean and variance
         return p_value(np.resize(losses, n), level, confidence) <= 1 - confidence
 
     if losses.mean() >= level:
@@ -111,5 +112,5 @@ def images_needed(p_value: PValue, losses: Floats, level: float, confidence: flo
 
 
 def least_images(p_value: PValue, level: float, confidence: float) -> int:
-    """Images without which not even losses of nothing but 0 certify `level`."""
+    """Fewest images that can certify `level`: those needed if all losses are 0."""
     return images_needed(p_value, np.zeros(1), level, confidence) or MAX_IMAGES

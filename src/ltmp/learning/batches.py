@@ -1,4 +1,4 @@
-"""Batches to learn from: the first images, which are kept apart, then endless ones."""
+"""Batches to learn from: the first images, which are held out, then an endless stream."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .inputs import Images, joined, pixels_of, processed
 from .progress import Progress
 
 Batch = Sequence[Any] | Mapping[str, Any] | Tensor
-"""A batch of a loader: (images, labels, ...), a mapping with images and labels, or images alone; see `pair`."""
+"""A loader's batch: (images, labels, ...), a mapping with images and labels, or images alone; see `unpack`."""
 
 _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
 
 
-def pair(batch: Batch) -> tuple[Images, Tensor | None]:
-    """Images [B, 3, H, W] and labels of a batch, None where it has no tensor of labels.
+def unpack(batch: Batch) -> tuple[Images, Tensor | None]:
+    """Images [B, 3, H, W] and labels of a batch; labels are None if the batch has no tensor of them.
 
     Args:
-        batch: (images, labels), of which more is ignored; images alone; or a mapping, as transformers and datasets have
-            them, with images under `pixel_values`, `images` or `image` and labels under `labels` or `label`; or what a
-            processor returned, whose tensors go to the model under their names.
+        batch: (images, labels, ...), of which the rest is ignored; images alone; a mapping, as in transformers and
+            datasets, with images under `pixel_values`, `images` or `image` and labels under `labels` or `label`; or the
+            output of a processor, whose tensors become keyword inputs of the model.
 
     Raises:
         LTMPError: there are no images in it, or not as floating-point numbers.
@@ -61,80 +61,80 @@ def pair(batch: Batch) -> tuple[Images, Tensor | None]:
 
 def batch_size(loader: Iterable[Batch]) -> int:
     """Images in a batch of the loader."""
-    return getattr(loader, "batch_size", None) or len(pair(next(iter(loader)))[0])
+    return getattr(loader, "batch_size", None) or len(unpack(next(iter(loader)))[0])
 
 
-def first(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Images, Tensor | None]:
-    """The first `count` images of the loader and their labels, or all where there are fewer.
+def first_images(loader: Iterable[Batch], count: int, progress: Progress | None = None) -> tuple[Images, Tensor | None]:
+    """The first `count` images of the loader, or all if there are fewer, and their labels.
 
     Returns:
-        [N, 3, H, W], and [N, ...], or None where the loader has no labels.
+        Images [N, 3, H, W], and labels [N, ...], or None if the loader has none.
 
     Raises:
-        LTMPError: there are none, or fewer than ranks, or one holds NaN or infinity.
+        LTMPError: there are no images, fewer than ranks, or one that holds NaN or infinity.
     """
-    found: list[Images] = []
-    known: list[Tensor] = []
-    have = 0
+    parts: list[Images] = []
+    label_parts: list[Tensor] = []
+    read = 0
     expected = min(count, getattr(loader, "images", 0) or count)
-    for images, labels in map(pair, loader):
+    for images, labels in map(unpack, loader):
         if not pixels_of(images).isfinite().all():
             raise LTMPError("an image holds NaN or infinity: check the data and its normalisation")
-        found.append(images)
+        parts.append(images)
         if labels is not None:
-            known.append(labels)
-        have += len(images)
+            label_parts.append(labels)
+        read += len(images)
         if progress is not None:
-            progress(min(have, expected), expected, "reading images to calibrate on")
-        if have >= count:
+            progress(min(read, expected), expected, "reading images to calibrate on")
+        if read >= count:
             break
-    if not found:
+    if not parts:
         raise LTMPError("there are no images to learn from: the loader is empty")
-    if have < world():
-        raise LTMPError(f"{have} images are too few to share among {world()} ranks: start fewer")
-    return joined(found)[:count], torch.cat(known)[:count] if len(known) == len(found) else None
+    if read < world():
+        raise LTMPError(f"{read} images are too few to share among {world()} ranks: start fewer")
+    return joined(parts)[:count], torch.cat(label_parts)[:count] if len(label_parts) == len(parts) else None
 
 
-def described(model: nn.Module, loader: Any) -> dict[str, Any]:
-    """A loader's class names and preprocessing, as `ltmp.save` keeps them."""
+def loader_metadata(model: nn.Module, loader: Any) -> dict[str, Any]:
+    """A loader's class names and preprocessing, as `ltmp.save` stores them."""
     dataset = getattr(loader, "dataset", None)
-    # also where their labels are not looked at
+    # even if the run ignores labels
     names = folder_names(dataset)
     settings = getattr(getattr(dataset, "transform", None), "settings", None)
     return {"class_names": names if len(names) == classes_of(model) else None, "preprocessing": settings}
 
 
-def count(loader: Iterable[Batch]) -> int:
+def image_count(loader: Iterable[Batch]) -> int:
     """Images in one pass; 0 for a streaming source of unknown length."""
     if isinstance(loader, Loader):
         return loader.images
     dataset = getattr(loader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else sum(len(images) for images, _ in map(pair, loader))
+    return len(dataset) if isinstance(dataset, Sized) else sum(len(images) for images, _ in map(unpack, loader))
 
 
-def apart(loader: Iterable[Batch], kept: int) -> int:
-    """Images at the beginning that are only judged on: `kept`, or 0 if less than half of all would be left."""
-    return kept if count(loader) >= 2 * kept else 0
+def held_out_count(loader: Iterable[Batch], count: int) -> int:
+    """How many images at the beginning are not learned from: `count`, or 0 if that would leave less than half."""
+    return count if image_count(loader) >= 2 * count else 0
 
 
 def stream(loader: Iterable[Batch], done: int, batch: int) -> Iterator[tuple[Images, Tensor | None]]:
-    """This rank's endless batches, from those after the first `done` of all ranks."""
+    """This rank's endless batches of `batch` images, after the first `done` batches of all ranks."""
     if isinstance(loader, Loader):
-        return map(pair, loader.stream(done * batch, 1 << 62, rank(), world()))
-    return map(pair, islice(_again(loader), done + rank(), None, world()))
+        return map(unpack, loader.stream(done * batch, 1 << 62, rank(), world()))
+    return map(unpack, islice(_repeated(loader), done + rank(), None, world()))
 
 
-def watched(seen: Seen, batches: Iterable[tuple[Images, Tensor | None]]) -> Iterator[tuple[Images, Tensor | None]]:
-    """The batches (images, labels), remembered when they are handed on."""
-    for images, labels in batches:
-        seen.add(pixels_of(images))
-        yield images, labels
-
-
-def _again(loader: Iterable[Batch]) -> Iterator[Batch]:
+def _repeated(loader: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         batch = None
         for batch in loader:
             yield batch
         if batch is None:
             raise LTMPError("the loader is used up after one pass: give one that can be iterated again and again")
+
+
+def watched(seen: Seen, batches: Iterable[tuple[Images, Tensor | None]]) -> Iterator[tuple[Images, Tensor | None]]:
+    """The batches (images, labels); the images of each are added to `seen` as it is handed on."""
+    for images, labels in batches:
+        seen.add(pixels_of(images))
+        yield images, labels

@@ -1,4 +1,4 @@
-"""Budgets: what an architecture can reach, how a schedule meets a target, how far a model is from it."""
+"""Budgets: what an architecture can reach, and the loss of missing a target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..method.flops import Geometry, flops_share
 
 
 def lowest_share(geometry: Geometry, protected: int) -> float:
-    """The share of an image that loses every token it can in the first block: no thresholds go below."""
+    """The share of an image that loses every token it can in the first block; no thresholds reach a lower one."""
     return float(flops_share(torch.full((geometry.depth,), float(max(1, protected))), geometry))
 
 
 def check_share(target: float) -> None:
-    """Refuse what is no share, whatever the architecture.
+    """Refuse a target that no architecture can have.
 
     Raises:
         UsageError: not a number in (0, 1).

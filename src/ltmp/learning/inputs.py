@@ -1,4 +1,4 @@
-"""What a model is called with while it learns: images, or all that a processor of transformers made of them."""
+"""Inputs of a model: a tensor of images, or the keyword inputs that a transformers processor made of them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from ..errors import LTMPError
 
 PROCESSED = ("input_ids", "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_sizes")
-"""Names by which a batch shows that a processor made it. The first that is there has one row an image, or a text."""
+"""Keys that mark a batch as the output of a processor. The first one present has one row per image, or per text."""
 
 
 class Inputs:
-    """Keywords of a call, which can be cut and moved like a tensor of images.
+    """Keyword inputs of a model, which can be sliced and moved like a tensor of images.
 
     Args:
-        tensors: each with the same number of rows for every image: `pixel_values` of Qwen-VL has one a patch.
-        images: how many images, or texts with images, they belong to.
+        tensors: each with the same number of rows for every image: `pixel_values` of Qwen-VL has one row per patch.
+        images: number of images, or of texts with images.
 
     Raises:
-        LTMPError: images differ in their numbers of rows, or texts are padded on the right.
+        LTMPError: images differ in size or in their number of rows, or texts are padded on the right.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], images: int) -> None:
@@ -54,74 +54,74 @@ class Inputs:
 
     @property
     def pixels(self) -> Tensor:
-        """[images, ...], what is seen of each image."""
+        """Pixels of each image, [images, ...]."""
         return self._by_image(self.tensors["pixel_values"])
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of the tensors."""
         return self.tensors["pixel_values"].device
 
     def split(self, size: int) -> list[Inputs]:
-        """Parts of `size` images, the last may be smaller."""
+        """Slices of `size` images; the last may be smaller."""
         return [self[start : start + size] for start in range(0, self.images, size)]
 
-    def to(self, place: torch.device | str, non_blocking: bool = False) -> Inputs:
-        """The same on another device."""
-        moved = {name: tensor.to(place, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Inputs:
+        """A copy on another device."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         return Inputs(moved, self.images)
 
     def contiguous(self) -> Inputs:
-        """Itself: cutting copies."""
+        """Return itself: slicing copies."""
         return self
 
     def with_gradients(self) -> Inputs:
-        """A copy whose pixels take gradients."""
+        """A copy whose pixels require gradients."""
         pixels = self.tensors["pixel_values"].clone().requires_grad_()
         return Inputs({**self.tensors, "pixel_values": pixels}, self.images)
 
 
 Images = Tensor | Inputs
-"""What a model is called with: images [B, C, H, W], or keywords."""
+"""Inputs of a model: images [B, C, H, W], or keyword inputs."""
 
 
 def processed(batch: Mapping[str, Any]) -> Inputs | None:
-    """What a processor of transformers returned, without labels; None where the batch is of another kind."""
-    told = next((name for name in PROCESSED if isinstance(batch.get(name), Tensor)), None)
-    if told is None or not isinstance(batch.get("pixel_values"), Tensor):
+    """The tensors that a transformers processor returned, without labels; None if the batch is of another kind."""
+    counted = next((name for name in PROCESSED if isinstance(batch.get(name), Tensor)), None)
+    if counted is None or not isinstance(batch.get("pixel_values"), Tensor):
         return None
-    given = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
-    return Inputs(given, len(given[told]))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+    return Inputs(tensors, len(tensors[counted]))
 
 
 def joined(parts: Sequence[Images]) -> Images:
-    """Batches as one.
+    """Concatenate batches of one kind.
 
     Raises:
         LTMPError: they differ in shape.
     """
     if isinstance(parts[0], Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    each = [part for part in parts if isinstance(part, Inputs)]
+    batches = [part for part in parts if isinstance(part, Inputs)]
     try:
-        tensors = {name: torch.cat([part.tensors[name] for part in each]) for name in each[0].tensors}
+        tensors = {name: torch.cat([part.tensors[name] for part in batches]) for name in batches[0].tensors}
     except RuntimeError as error:
         raise LTMPError(
             "batches differ in shape: pad texts to one length (padding='max_length') and resize images to one size"
         ) from error
-    return Inputs(tensors, sum(map(len, each)))
+    return Inputs(tensors, sum(map(len, batches)))
 
 
 def pixels_of(images: Images) -> Tensor:
-    """[B, ...], the pixels of each image."""
+    """Pixels of each image, [B, ...]."""
     return images if isinstance(images, Tensor) else images.pixels
 
 
 def with_gradients(images: Images) -> Images:
-    """A copy whose pixels take gradients, so that these reach the first block of a frozen model."""
+    """A copy whose pixels require gradients, so that gradients reach the first block of a frozen model."""
     return images.clone().requires_grad_() if isinstance(images, Tensor) else images.with_gradients()
 
 
 def call(model: nn.Module, images: Images) -> Any:
-    """What the model returns for them."""
+    """The model's output."""
     return model(images) if isinstance(images, Tensor) else model(**images.tensors)

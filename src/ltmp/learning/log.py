@@ -1,4 +1,4 @@
-"""Logs of a learning run: to TensorBoard, Weights & Biases, or a logger of your own."""
+"""Logging of a learning run to TensorBoard, Weights & Biases, or a logger of your own."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .optimiser import Step
 
 EXAMPLES = 3
 PICTURES_EVERY = 50
-"""Steps from one drawing of the example images to the next."""
+"""Steps between pictures of the example images."""
 
 
 class Logger(Protocol):
     """The interface that `ltmp.learn(log=...)` writes to; any object with these two methods will do."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Take numbers by name; names have their group before a slash, as in `merge/00`."""
+        """Log numbers by name; names start with a group and a slash, as in `merge/00`."""
 
     def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        """Take pictures by name."""
+        """Log pictures by name."""
 
 
 class TensorBoard:
     """Writes event files for `tensorboard --logdir FOLDER`.
 
-    A run that goes on in the same folder replaces what was logged after the step that it goes on from.
+    A run that is resumed with the same folder replaces what was logged after the step at which it resumes.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -46,24 +46,25 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("tensorboard", "tensorboard", "Logging") from error
-        self._make, self._folder = SummaryWriter, folder
+        self._writer_class, self._folder = SummaryWriter, folder
         self._writer: Any = None
 
-    def _at(self, step: int) -> Any:
+    def _writer_at(self, step: int) -> Any:
+        """The writer, opened at the first step."""
         if self._writer is None:
-            self._writer = self._make(os.fspath(self._folder), purge_step=step)
+            self._writer = self._writer_class(os.fspath(self._folder), purge_step=step)
         return self._writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._at(step).add_scalar(name, value, step)
+            self._writer_at(step).add_scalar(name, value, step)
 
     def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         for name, picture in pictures.items():
-            self._at(step).add_image(name, np.asarray(picture), step, dataformats="HWC")
+            self._writer_at(step).add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -91,27 +92,30 @@ class WandB:
         self._run.log({name: self._image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self) -> None:
-        """Say that the run is over."""
+        """Finish the run."""
         self._run.finish()
 
 
 def open_log(target: str) -> TensorBoard | WandB:
-    """`wandb` or `wandb:PROJECT`, or else a folder for TensorBoard."""
+    """Open a log: `wandb` or `wandb:PROJECT` for Weights & Biases, any other target is a folder for TensorBoard."""
     name, _, project = target.partition(":")
     return WandB(project or "ltmp") if name == "wandb" else TensorBoard(target)
 
 
 class Journal:
-    """Tells a logger of one run of `model`; `images` [B, C, H, W] are some that it draws. Without a logger, nothing."""
+    """Writes a run's steps to a logger, or nowhere without one.
+
+    Args:
+        images: [B, C, H, W], of which the first are drawn; keyword inputs are not drawn.
+    """
 
     def __init__(self, log: Logger | None, model: nn.Module, images: Images) -> None:
         self.log = log
         self.model = model
-        # of a processor's batches it draws none
         self.images = images[:EXAMPLES] if isinstance(images, Tensor) else None
 
     def step(self, step: Step) -> None:
-        """After an optimisation step."""
+        """Log an optimisation step."""
         if self.log is None:
             return
         values = {"loss": step.loss, "share": step.share, **_by_block("tokens", step.kept)}
@@ -120,7 +124,7 @@ class Journal:
             self._draw(step.step)
 
     def deployed(self, step: int, candidate: Candidate) -> None:
-        """Before the first step and after the last: thresholds that meet the budget."""
+        """Log thresholds that meet the budget, before the first step and after the last."""
         if self.log is None:
             return
         values = {"deployed/share": candidate.share, "deployed/divergence": candidate.loss}
@@ -128,8 +132,8 @@ class Journal:
         self._draw(step)
 
     def _thresholds(self) -> dict[str, float]:
-        values = dict(thresholds_of(self.model).named_parameters())
-        return {name: at for step, by in values.items() for name, at in _by_block(step, by.tolist()).items()}
+        thresholds = thresholds_of(self.model)
+        return {**_by_block("merge", thresholds.merge.tolist()), **_by_block("prune", thresholds.prune.tolist())}
 
     def _draw(self, step: int) -> None:
         assert self.log is not None
@@ -139,13 +143,13 @@ class Journal:
         training = thresholds.training
         thresholds.eval()
         try:
-            found = see(self.model, self.images)
+            seen = see(self.model, self.images)
         except LTMPError:
-            # these patches form no grid
+            # the patches form no grid
             return
         finally:
             thresholds.train(training)
-        rows = [strip(_visible(image), {f"step {step}": seen}) for image, seen in zip(self.images, found, strict=True)]
+        rows = [strip(_visible(image), {f"step {step}": one}) for image, one in zip(self.images, seen, strict=True)]
         self.log.pictures(step, {f"images/{number}": row for number, row in enumerate(rows)})
 
 
@@ -154,7 +158,7 @@ def _by_block(name: str, values: list[float]) -> dict[str, float]:
 
 
 def _visible(image: Tensor) -> Tensor:
-    """[3, H, W] in [0, 1]: a normalised image [C, H, W] from its darkest to its lightest value."""
+    """Scale a normalised image [C, H, W] to [3, H, W] in [0, 1], from its darkest to its lightest value."""
     image = image.float().cpu()
     low, high = image.amin(), image.amax()
     return ((image - low) / (high - low).clamp_min(1e-6)).expand(3, -1, -1)

@@ -1,4 +1,4 @@
-"""The objective of learning: the loss of the task, by labels or by the dense model's answers, and of the budget."""
+"""The learning objective: a task loss, from labels or from the dense model's answers, plus a budget loss."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..calls import record
 from ..distributed import gather, mean, total
 from ..errors import LTMPError
 from ..hosts.attach import thresholds_of
-from .answers import CLASSES, NO_GRADIENTS, Distribution, Judge, teacher
+from .answers import CLASSES, NO_GRADIENTS, Distribution, Judge, dense_answers
 from .budget import budget_loss
 from .inputs import Images
 
 
 def task_loss(
-    logits: Tensor, labels: Tensor | None, taught: Tensor | None, part: float = 0.0,
+    answers: Tensor, labels: Tensor | None, dense: Tensor | None, label_weight: float = 0.0,
     judge: Judge = CLASSES, smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Loss of each image: divergence from the dense model's answer, cross-entropy with its label, or a mixture.
 
     Args:
-        logits: [B, K]; with part 0, answers of any kind [B, ...].
-        labels: [B], numbers of classes, or for a single logit 0 or 1; [B, K], probabilities; or None.
-        taught: the dense model's, or None.
-        part: weight of the cross-entropy, in [0, 1].
+        answers: logits [B, K]; with label weight 0, answers of any kind [B, ...].
+        labels: class indices [B], or for a single logit 0 or 1; probabilities [B, K]; or None.
+        dense: the dense model's answers, or None.
+        label_weight: weight of the cross-entropy, in [0, 1]; the divergence has the rest.
         judge: how answers are read; losses of independent outputs are summed.
         smoothing: share of a label that is spread over all classes.
 
@@ -40,38 +40,38 @@ def task_loss(
     Raises:
         LTMPError: the labels or the dense model's answers are missing, or the labels do not fit the outputs.
     """
-    logits, loss = logits.float(), torch.zeros(len(logits), device=logits.device)
-    if part < 1:
-        if taught is None:
+    answers, loss = answers.float(), torch.zeros(len(answers), device=answers.device)
+    if label_weight < 1:
+        if dense is None:
             raise LTMPError("the dense model's answers are part of the loss, and there are none")
-        loss = loss + (1 - part) * judge.divergence(logits, taught)
-    if part > 0:
+        loss = loss + (1 - label_weight) * judge.divergence(answers, dense)
+    if label_weight > 0:
         if labels is None:
             raise LTMPError(
                 "the batches have no labels to learn from: give (images, labels), or a dict with labels, or learn from "
                 "the dense model's answers (distill=True, --distill)"
             )
-        loss = loss + part * _cross_entropy(logits, labels, judge.distribution, smoothing)
+        loss = loss + label_weight * _cross_entropy(answers, labels, judge.distribution, smoothing)
     return loss
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, distribution: Distribution, smoothing: float) -> Tensor:
-    """[B], cross-entropy of the answers `logits` with the labels."""
+    """[B], cross-entropy of logits [B, K] with the labels."""
     if distribution == "bernoulli":
-        wanted = labels[:, None] if labels.ndim == 1 and logits.shape[1] == 1 else labels
-        if wanted.shape != logits.shape or not ((wanted >= 0) & (wanted <= 1)).all():
+        targets = labels[:, None] if labels.ndim == 1 and logits.shape[1] == 1 else labels
+        if targets.shape != logits.shape or not ((targets >= 0) & (targets <= 1)).all():
             raise LTMPError(
                 f"labels {list(labels.shape)} for {logits.shape[1]} independent outputs: expected a number from 0 to 1 "
                 "for each output of each image"
             )
-        return F.binary_cross_entropy_with_logits(logits, wanted.float(), reduction="none").sum(-1)
+        return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").sum(-1)
     if labels.shape not in ((len(logits),), logits.shape):
         raise LTMPError(
             f"labels {list(labels.shape)} for {logits.shape[1]} classes: expected the number of a class for each "
             "image, or a probability for each class"
         )
-    wanted = labels.long() if labels.ndim == 1 else labels.float()
-    return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
+    targets = labels.long() if labels.ndim == 1 else labels.float()
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)
@@ -79,45 +79,48 @@ class Objective:
     """Task loss and budget loss of an attached model, and their gradients.
 
     Attributes:
-        labels: part of the task loss that comes from labels; the rest comes from the dense model's answers.
-        taught_by: the model that gives those, with nothing removed.
-        cast: autocast of the forward passes.
+        label_weight: weight of the cross-entropy with labels in the task loss; the divergence from the teacher's
+            answers has the rest.
+        teacher: model whose answers, with nothing removed, are the targets; may be `model` itself.
+        autocast: context of the forward passes.
         judge: how answers are read.
-        smoothing: of labels that are class numbers.
+        smoothing: label smoothing.
     """
 
     model: nn.Module
     target: float
     budget_weight: float
-    labels: float
-    taught_by: nn.Module
-    cast: AbstractContextManager[Any]
+    label_weight: float
+    teacher: nn.Module
+    autocast: AbstractContextManager[Any]
     judge: Judge = CLASSES
     smoothing: float = 0.0
 
     def gradients(
         self, batches: Iterator[tuple[Images, Tensor | None]], count: int
     ) -> tuple[float, float, list[float]]:
-        """Add to what trains the mean gradients of the next `count` batches, over all ranks as of one large batch.
+        """Add the mean gradients of the next `count` batches to all trainable parameters.
+
+        Over all ranks, the gradients are those of one large batch.
 
         Returns:
             Mean task loss, mean share and mean tokens after each block [L].
 
         Raises:
-            LTMPError: the loss is not finite.
+            LTMPError: the loss is not finite, or the host computes no gradients.
         """
         losses, shares, kept = [], [], []
-        place = thresholds_of(self.model).merge.device
+        device = thresholds_of(self.model).merge.device
         for _ in range(count):
             images, labels = next(batches)
-            images = images.to(place, non_blocking=True)
-            labels = None if labels is None else labels.to(place, non_blocking=True)
-            with self.cast:
-                taught = teacher(self.taught_by, images, self.judge) if self.labels < 1 else None
+            images = images.to(device, non_blocking=True)
+            labels = None if labels is None else labels.to(device, non_blocking=True)
+            with self.autocast:
+                dense = dense_answers(self.teacher, images, self.judge) if self.label_weight < 1 else None
                 with record() as calls:
-                    logits = self.judge(self.model, images)
+                    answers = self.judge.answers(self.model, images)
             share = mean(calls.share())
-            task = mean(task_loss(logits, labels, taught, self.labels, self.judge, self.smoothing))
+            task = mean(task_loss(answers, labels, dense, self.label_weight, self.judge, self.smoothing))
             loss = task + budget_loss(share, self.target, self.budget_weight)
             if not loss.requires_grad:
                 raise LTMPError(NO_GRADIENTS.format("learn with views=0, or a dial"))

@@ -1,4 +1,4 @@
-"""The state of an optimisation, and its step."""
+"""The optimiser of thresholds: its state, and its step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..method.thresholds import Thresholds
 from .heldout import Candidate
 from .resume import frozen
-from .schedule import idle
+from .schedule import idle_blocks
 from .weights import Weights
 
 
@@ -21,9 +21,11 @@ class Step:
     """One optimisation step, for progress and logs.
 
     Attributes:
-        step, steps: this one, counted from 1, and how many there will be.
-        loss: task loss; share: mean FLOPs share of the step's images.
-        seconds: since learning (or its continuation) began.
+        step: number of this step, from 1.
+        steps: number of steps in the run.
+        loss: task loss.
+        share: mean FLOPs share of the step's images.
+        seconds: since learning began or was resumed.
         kept: mean tokens after each block, [L].
     """
 
@@ -36,13 +38,22 @@ class Step:
 
 
 class ThresholdOptimiser:
-    """The thresholds as the optimiser sees them: the merge threshold as it is, the prune threshold by its logarithm.
+    """Adam on the thresholds' latent values: merge thresholds as they are, prune thresholds as logarithms.
 
-    Importance lives near 1/N; a step in its logarithm means the same for every model and block.
+    Importance is near 1/N; a step in its logarithm has the same effect in every model and block.
 
     Args:
-        steps: that will be taken.
-        every: of how many blocks one learns; the others keep the thresholds that the run starts with.
+        lr: factor on the learning rates `RATES`.
+        steps: number of steps that will be taken.
+        every: learn the thresholds of one in this many blocks; the others keep those that the run starts with.
+
+    Attributes:
+        RATES: learning rates of a run of `FULL_RUN` steps or more.
+        AVERAGED: part of the run, at its end, whose thresholds are averaged.
+        latent: the optimised values [L] by step name.
+        mean: their average over the last steps.
+        start: the thresholds that the run starts with.
+        snapshot: the state after the last completed step, see `take_snapshot`.
     """
 
     RATES: ClassVar = {"merge": 4e-3, "prune": 0.06}
@@ -51,12 +62,12 @@ class ThresholdOptimiser:
 
     def __init__(self, thresholds: Thresholds, lr: float, steps: int, every: int = 1) -> None:
         self.thresholds = thresholds
-        self.idle = idle(thresholds.depth, every).to(thresholds.merge.device)
+        self.idle = idle_blocks(thresholds.depth, every).to(thresholds.merge.device)
         self.steps = steps
         self.names = thresholds.config.steps
         self.latent = {name: torch.zeros_like(getattr(thresholds, name).data) for name in self.names}
         self.mean = {name: torch.zeros_like(value) for name, value in self.latent.items()}
-        # Adam's steps are all of one size at first: a short run takes smaller ones, or it would end in their noise
+        # Adam's first steps all have the same size: a short run takes smaller ones, or it would end in their noise
         lr *= min(1.0, math.sqrt(max(1, steps) / self.FULL_RUN))
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
             [{"params": [self.latent[name]], "lr": lr * self.RATES[name]} for name in self.names], betas=(0.9, 0.99)
@@ -71,16 +82,16 @@ class ThresholdOptimiser:
         self.start: Candidate
         self.step = 0
         self.history: list[Step] = []
-        self.completed: dict[str, Any] = {}
+        self.snapshot: dict[str, Any] = {}
 
     def begin(self, start: Candidate) -> None:
-        """Take the thresholds as they are: those of `start`."""
+        """Start from the thresholds as they are, which are those of `start`."""
         self.start = start
         for name, latent in self.latent.items():
             latent.copy_(self.to_latent(name, getattr(self.thresholds, name).data))
 
     def update(self) -> None:
-        """One step of the optimiser from the gradients that the thresholds hold; without any, they wait."""
+        """Take one step with the gradients that the thresholds hold; without gradients the thresholds stay."""
         moved = False
         for name, latent in self.latent.items():
             threshold = getattr(self.thresholds, name)
@@ -100,28 +111,29 @@ class ThresholdOptimiser:
         self.write(self.latent)
 
     def finish(self) -> None:
-        """Set the average of the last steps: single steps are noisy."""
+        """Set the thresholds to their average over the last steps, because single steps are noisy."""
         self.write(self.mean)
 
     def write(self, latent: dict[str, Tensor]) -> None:
+        """Set the thresholds to latent values; idle blocks keep those of the start."""
         for name, value in latent.items():
-            own = getattr(self.thresholds, name).data
-            started = getattr(self.start, name).to(own.device)
-            own.copy_(torch.where(self.idle, started, self.to_threshold(name, value)))
+            threshold = getattr(self.thresholds, name).data
+            start = getattr(self.start, name).to(threshold.device)
+            threshold.copy_(torch.where(self.idle, start, self.to_threshold(name, value)))
 
     def to_latent(self, name: str, threshold: Tensor) -> Tensor:
-        """The number [L] that is optimised, from the threshold."""
+        """The latent value [L] of a threshold [L]."""
         return threshold.clamp_min(1e-6).log() if name == "prune" else threshold
 
     def to_threshold(self, name: str, latent: Tensor) -> Tensor:
-        """The threshold [L] from the number that is optimised."""
+        """The threshold [L] of a latent value [L]."""
         return latent.exp().clamp(max=1) if name == "prune" else latent.clamp(-1, 1)
 
     def gradient(self, name: str, threshold: Tensor) -> Tensor:
-        """Gradient [L] of the number that is optimised, from that of the threshold."""
+        """Gradient [L] with respect to the latent value, from that of the threshold."""
         assert threshold.grad is not None
         if name == "prune":
-            # a threshold of 1 drops all there is, on purpose (see calibrate): it stays
+            # a threshold of 1 drops every token, on purpose (see calibrate), and stays
             return threshold.grad * threshold.data * (threshold.data < 1)
         return threshold.grad
 
@@ -136,16 +148,16 @@ class ThresholdOptimiser:
             "history": list(self.history),
         }
 
-    def complete(self, weights: Weights | None = None) -> None:
-        """Remember the state between two steps, with that of weights that train along: it is what may be saved.
+    def take_snapshot(self, weights: Weights | None = None) -> None:
+        """Copy the state between two steps, with that of weights that train along: checkpoints are made of it.
 
-        What an interrupt leaves half done in the next step is not seen: the copy is whole before it gets its name.
+        An interrupt in the middle of the next step cannot corrupt it, as the copy is complete before it is assigned.
         """
-        along = {} if weights is None else {"tuned": weights.state()}
-        self.completed = frozen({**self.state(), **along})
+        tuned = {} if weights is None else {"tuned": weights.state()}
+        self.snapshot = frozen({**self.state(), **tuned})
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on where a saved run was.
+        """Continue from a saved state.
 
         Raises:
             KeyError, TypeError, ValueError: it is damaged.
@@ -153,8 +165,8 @@ class ThresholdOptimiser:
         if not 0 <= saved["step"] <= self.steps or len(saved["history"]) != saved["step"]:
             raise ValueError(f"step {saved['step']} of {self.steps}")
         for kind in ("latent", "mean"):
-            for name, own in getattr(self, kind).items():
-                if saved[kind][name].shape != own.shape or not saved[kind][name].isfinite().all():
+            for name, value in getattr(self, kind).items():
+                if saved[kind][name].shape != value.shape or not saved[kind][name].isfinite().all():
                     raise ValueError(f"{kind} {name}")
         self.start = Candidate(**saved["start"])
         self.step = saved["step"]

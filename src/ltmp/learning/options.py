@@ -1,4 +1,4 @@
-"""Settings of a learning run: the keywords of `ltmp.learn` and `ltmp.learn_dial`, named and checked once."""
+"""Settings of a learning run: keyword arguments of `ltmp.learn` and `ltmp.learn_dial`, declared and checked once."""
 
 from __future__ import annotations
 
@@ -27,17 +27,12 @@ from .weights import Tuning
 
 RECIPES = ("ltmp", "paper")
 """See `ltmp.learn`."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def check_recipe(name: str) -> None:
-    """Refuse a recipe that is not known: UsageError."""
-    if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}")
-
-
 class RunSettings(TypedDict, total=False):
-    """Keywords of every learning run."""
+    """Keyword arguments of every learning run."""
 
     views: int
     calibration: int
@@ -51,7 +46,7 @@ class RunSettings(TypedDict, total=False):
 
 
 class LearnSettings(RunSettings, total=False):
-    """Keywords of `ltmp.learn`."""
+    """Keyword arguments of `ltmp.learn`."""
 
     recipe: str
     accumulate: int
@@ -65,7 +60,7 @@ class LearnSettings(RunSettings, total=False):
 
 
 class DialSettings(RunSettings, total=False):
-    """Keywords of `ltmp.learn_dial`."""
+    """Keyword arguments of `ltmp.learn_dial`."""
 
     knots: int
     checked: int
@@ -73,7 +68,7 @@ class DialSettings(RunSettings, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """The same with defaults, checked."""
+    """Settings of every learning run, with defaults; checked when created."""
 
     views: int
     calibration: int = 512
@@ -94,31 +89,31 @@ class LoopOptions:
 
     @property
     def spacing(self) -> dict[str, int]:
-        """`every` where it is not 1, among the settings that identify a run."""
+        """`every`, unless it is 1 (the default is not saved), for the settings that identify a run."""
         return {"every": self.every} if self.every != 1 else {}
 
-    def place(self, thresholds: Thresholds) -> torch.device:
-        """Where to learn; by default where the model is."""
+    def device_for(self, thresholds: Thresholds) -> torch.device:
+        """The device to learn on; by default that of the thresholds."""
         return torch.device(self.device) if self.device is not None else thresholds.merge.device
 
-    def cast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast as asked for."""
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast to `amp`, or no context."""
         return torch.autocast(device.type, self.amp) if self.amp is not None else nullcontext()
 
     def subject(self, model: nn.Module, loader: Any, images: Images) -> dict[str, Any]:
-        """The model and data of the run, saved among its settings; see `resume.subject`."""
+        """Fingerprints of the run's model and data, saved among its settings; see `resume.subject`."""
         if self.checkpoint is None:
             return {}
-        own = {} if self.loss is None else {"loss": getattr(self.loss, "__qualname__", type(self.loss).__name__)}
-        return subject(model, loader, pixels_of(images), self.amp) | own
+        loss = {} if self.loss is None else {"loss": getattr(self.loss, "__qualname__", type(self.loss).__name__)}
+        return subject(model, loader, pixels_of(images), self.amp) | loss
 
     def save(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write the run's state where a checkpoint is wanted; of several ranks, the first does."""
+        """Write the run's state to the checkpoint, if there is to be one; on rank 0 only."""
         if self.checkpoint is not None and rank() == 0:
             save_run(self.checkpoint, settings, state)
 
-    def saved(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The state of a run with these settings, on the first rank, or None where there is none."""
+    def load(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The saved state of a run with these settings, or None if there is none; on rank 0 only."""
         return load_run(self.checkpoint, settings) if self.checkpoint is not None and rank() == 0 else None
 
 
@@ -150,17 +145,17 @@ class LearnOptions(LoopOptions):
 
     @property
     def paper(self) -> bool:
-        """Whether thresholds are learned by the paper's own training; see `learning.paper`."""
+        """Whether to learn by the paper's own training; see `learning.paper`."""
         return self.recipe == "paper"
 
     @property
     def smoothing(self) -> float:
-        """Of labels."""
+        """Label smoothing."""
         return SMOOTHING if self.paper else 0.0
 
     @property
-    def labels(self) -> float:
-        """Part of the task loss that comes from labels."""
+    def label_weight(self) -> float:
+        """Weight of the cross-entropy with labels in the task loss."""
         return float(not self.distill) * (1.0 if self.tuning is None else self.tuning.labels)
 
 
@@ -178,15 +173,29 @@ class DialOptions(LoopOptions):
 
     @staticmethod
     def check(low: float, high: float) -> None:
-        """Refuse ends between which there is no dial."""
+        """Refuse a range that no dial can have.
+
+        Raises:
+            UsageError: an end is not a share, or `low` is not below `high`.
+        """
         SHARE.check("low", low)
         SHARE.check("high", high)
         if not low < high:
             raise UsageError(f"low is {low:g}, and high is {high:g}: a dial goes from a smaller share to a larger one")
 
 
+def check_recipe(name: str) -> None:
+    """Refuse an unknown recipe.
+
+    Raises:
+        UsageError: it is not one of `RECIPES`.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}")
+
+
 def with_keywords(options: type) -> Callable[[Function], Function]:
-    """Show the fields of `options` as keywords of a function that takes them as `**settings`."""
+    """Decorate a function that takes `**settings`: its signature shows the fields of `options` instead."""
     keywords = [
         inspect.Parameter(
             field.name,
@@ -199,8 +208,8 @@ def with_keywords(options: type) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+        named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
         return function
 
     return decorate

@@ -1,4 +1,4 @@
-"""The paper's own training: SGD on the thresholds as they are, from a fixed start, with no calibration afterwards."""
+"""The paper's own training: SGD on the plain thresholds, from a fixed start, without calibration afterwards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .optimiser import ThresholdOptimiser
 SMOOTHING = 0.1
 """Label smoothing of the cross-entropy."""
 TAU = 0.5
-"""Temperature that the paper's command runs with; its text also names 0.1."""
+"""Temperature in the paper's command; its text also mentions 0.1."""
 BATCH = 128
 HELD_OUT = 0.02
-"""Part of the images that is kept apart."""
+"""Part of the images that is held out."""
 
 
 class PaperOptimiser(ThresholdOptimiser):
-    """SGD without momentum at a rate for each step, on the plain thresholds, clamped to [0, 1] (paper, section 4.1).
+    """SGD without momentum on the plain thresholds, clamped to [0, 1], with separate rates (paper, section 4.1).
 
     Merge thresholds start at 0.9 and prune thresholds at 0, and the run ends with those of its last step.
     """
@@ -41,11 +41,11 @@ class PaperOptimiser(ThresholdOptimiser):
         return threshold
 
     def to_threshold(self, name: str, latent: Tensor) -> Tensor:
-        """The same, which never leaves [0, 1]."""
+        """The latent value, clamped in place to [0, 1]."""
         return latent.clamp_(0, 1)
 
     def gradient(self, name: str, threshold: Tensor) -> Tensor:
-        """The threshold's own."""
+        """The threshold's own gradient."""
         assert threshold.grad is not None
         return threshold.grad
 
@@ -55,9 +55,9 @@ class PaperOptimiser(ThresholdOptimiser):
 
 
 @contextmanager
-def linear_gradients(thresholds: Thresholds, wanted: bool) -> Iterator[None]:
-    """If `wanted`, take the prune decision's gradient from a sigmoid of plain importance (paper, equation 8) inside."""
-    thresholds.log_prune = not wanted
+def linear_gradients(thresholds: Thresholds, enabled: bool) -> Iterator[None]:
+    """If enabled, take the prune decision's gradient from a sigmoid of plain importance (paper, equation 8) inside."""
+    thresholds.log_prune = not enabled
     try:
         yield
     finally:

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 Progress = Callable[[int, int, str], None]
-"""Called with how much is done, of how much, and what it is."""
+"""Called with (done, total, description)."""
 
 
-class LearningBar:
-    """tqdm's bar, which notebooks draw, too; drawn at the first call."""
+class ProgressBar:
+    """A tqdm bar, which also works in notebooks; it appears at the first call."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def __call__(self, done: int, total: int, text: str) -> None:
-        # huggingface_hub, and so timm, brings it
+        # installed with huggingface_hub, and so with timm
         from tqdm.auto import tqdm
 
         if self._bar is None:
@@ -30,20 +30,24 @@ class LearningBar:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Leave the screen to others."""
+        """Close the bar, if it was opened."""
         if self._bar is not None:
             self._bar.close()
 
 
 @contextmanager
-def telling(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """The callback: `progress` itself, a bar for True, none for False; for None a bar in a terminal or notebook."""
-    wanted = (sys.stderr.isatty() or "ipykernel" in sys.modules) if progress is None else progress
-    if not isinstance(wanted, bool):
-        yield wanted
+def reporting(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """Give the callback to report to: `progress` itself, a bar for True, None for False.
+
+    For None it is a bar in a terminal or a notebook, and None elsewhere.
+    """
+    if progress is None:
+        progress = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not isinstance(progress, bool):
+        yield progress
         return
-    bar = LearningBar()
+    bar = ProgressBar()
     try:
-        yield bar if wanted else None
+        yield bar if progress else None
     finally:
         bar.close()

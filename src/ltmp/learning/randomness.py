@@ -1,4 +1,4 @@
-"""Learning leaves the caller's global random state as it was."""
+"""Learning does not change the caller's global random state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the global generators of Python, NumPy and torch (CPU and CUDA) at the end, whatever happens inside.
+    """Restore the global generators of Python, NumPy and torch (CPU and CUDA) on exit, even after an error.
 
-    Also a decorator. Loaders of other libraries, their transforms and new weights draw from these generators, and a run
-    seeds torch's so that it can be resumed.
+    Also works as a decorator. Loaders of other libraries, their transforms and new weights draw from these generators,
+    and a run seeds torch's so that it can be resumed.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     initialized = torch.cuda.is_initialized()
@@ -29,5 +29,5 @@ def preserved_random_state() -> Iterator[None]:
         if initialized:
             torch.cuda.set_rng_state_all(cuda)
         elif torch.cuda.is_available():
-            # as CUDA starts with it when it is used for the first time
+            # the seed with which CUDA would have been initialised
             torch.cuda.manual_seed_all(torch.initial_seed())

@@ -1,4 +1,4 @@
-"""A learning run on disk, so that a killed one goes on and ends where it would have."""
+"""Checkpoints of learning runs: a run that was killed resumes, and ends where it would have ended."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..files import atomic_path
 from ..files.tensors import load_plain
 from ..fingerprint import image_keys, of_tensors
 
-ALIKE = 0.5
-"""Part of the images that must be those of before: another machine may decode a few of them a little differently."""
+MATCHING = 0.5
+"""Part of the images that must match the saved ones: another machine may decode a few slightly differently."""
 
 _SUBJECTS = {
     "weights": "other weights",
@@ -29,12 +29,12 @@ _SUBJECTS = {
     "images": "other images",
     "transform": "another transform of its images",
 }
-"""What a run is of, and how it is said that it is of something else."""
+"""Fingerprints of `subject`, with the words that report a difference."""
 
 
 def save_run(path: str | Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write a run's settings and state; plain tensors, numbers and texts only."""
-    # through memory: writing a file itself, torch reports a full disk as "unexpected pos 768 vs 662"
+    """Write a run's settings and state, which hold only plain tensors, numbers and strings."""
+    # through memory, because torch itself reports a full disk as "unexpected pos 768 vs 662"
     buffer = io.BytesIO()
     torch.save({"format": "ltmp-run", "settings": settings, "state": frozen(state)}, buffer)
     with atomic_path(path) as temporary:
@@ -42,29 +42,29 @@ def save_run(path: str | Path, settings: dict[str, Any], state: dict[str, Any]) 
 
 
 def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The state saved at `path`, or None where there is none.
+    """The state saved at `path`, or None if there is no file.
 
     Raises:
-        LTMPError: damaged, not a run, or a run with other settings or of something else; the message names them.
+        LTMPError: the file is damaged or not a run, or its settings, weights or data differ; the message names them.
     """
     if not Path(path).exists():
         return None
     try:
         saved = load_plain(path)
-        # which torch leaves unchecked
+        # torch does not verify the checksums
         with zipfile.ZipFile(path) as parts:
             if parts.testzip() is not None:
                 raise ValueError("its sums are wrong")
-        ours = saved["format"] == "ltmp-run"
+        is_run = saved["format"] == "ltmp-run"
         before, state = dict(saved["settings"]), dict(saved["state"])
     except (LTMPError, TypeError, KeyError, ValueError, IndexError, RuntimeError, zipfile.BadZipFile) as error:
         raise LTMPError(f"{path} is truncated or not a learning run: delete it to start over") from error
-    if not ours:
+    if not is_run:
         raise LTMPError(f"{path} is not a learning run: choose another checkpoint file")
     others = differences(before, settings)
     changed = [
         f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
-        # some are only named where they are not the usual ones
+        # of both, because some settings are saved only if they differ from the default
         for name in {**settings, **before}
         if name not in _SUBJECTS and before.get(name) != settings.get(name)
     ]
@@ -76,26 +76,26 @@ def load_run(path: str | Path, settings: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a run is not of any more, of what `subject` gave: "other weights"."""
+    """What has changed between two results of `subject`, in words, such as "other weights"."""
     return [text for name, text in _SUBJECTS.items() if not _same(before.get(name), now.get(name))]
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Whether a fingerprint is the same, as far as both are known: a run of an older version has none."""
+    """Whether fingerprints match; an unknown one, as in runs of older versions, matches any other."""
     if before is None or now is None:
         return True
     if isinstance(now, list):
         matches = isinstance(before, list) and len(before) == len(now)
-        return matches and sum(a == b for a, b in zip(before, now, strict=True)) >= ALIKE * len(now)
+        return matches and sum(a == b for a, b in zip(before, now, strict=True)) >= MATCHING * len(now)
     return bool(before == now)
 
 
 @contextmanager
 def restoring(path: str | Path | None) -> Iterator[None]:
-    """Take up what `load_run` gave inside.
+    """Use the result of `load_run` inside; what goes wrong is reported as damage.
 
     Raises:
-        LTMPError: a part of it is missing or broken.
+        LTMPError: a part of the state is missing or broken.
     """
     try:
         yield
@@ -108,18 +108,18 @@ def frozen(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {name: frozen(each) for name, each in value.items()}
+        return {name: frozen(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [frozen(each) for each in value]
+        return [frozen(item) for item in value]
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def subject(model: nn.Module, loader: Any, images: Tensor, amp: torch.dtype | None) -> dict[str, Any]:
-    """Fingerprints of a run's weights and images, as far as these are the same each time.
+    """Fingerprints of a run's weights and images, leaving out what differs from one start to the next.
 
     Args:
-        images: [N, C, H, W], the first of the loader's.
-        amp: the autocast type.
+        images: the loader's first images [N, C, H, W].
+        amp: the autocast dtype.
     """
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("ltmp.")}
     dataset = getattr(loader, "dataset", None)
@@ -134,7 +134,7 @@ def subject(model: nn.Module, loader: Any, images: Tensor, amp: torch.dtype | No
 
 
 def _listing(dataset: Any) -> str | None:
-    """Fingerprint of the names in a dataset, in order; None where it does not name its images."""
+    """Fingerprint of the file names in a dataset, in order; None if it does not name its images."""
     source = getattr(dataset, "source", dataset)
     if hasattr(source, "filename") and hasattr(source, "__len__"):
         names = (source.filename(i) for i in range(len(source)))
@@ -149,10 +149,10 @@ def _listing(dataset: Any) -> str | None:
 
 
 def _repeats(loader: Any) -> bool:
-    """Whether a loader gives the same images each time: not where its transforms are random."""
+    """Whether a loader yields the same images each time, which random transforms prevent."""
     if isinstance(loader, list | tuple):
         return True
     if not isinstance(loader, Loader) or not loader.images:
         return False
-    one, other = (loader.dataset[0] for _ in range(2))
-    return not isinstance(one, tuple) or (isinstance(one[0], Tensor) and torch.equal(one[0], other[0]))
+    first, second = (loader.dataset[0] for _ in range(2))
+    return not isinstance(first, tuple) or (isinstance(first[0], Tensor) and torch.equal(first[0], second[0]))

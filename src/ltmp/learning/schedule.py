@@ -1,4 +1,4 @@
-"""Removal rates block by block, which thresholds are calibrated to follow."""
+"""Schedules of removal rates per block, which calibration makes the thresholds follow."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..errors import UsageError
 from ..method.flops import Geometry, flops_share
 
 MAX_MERGE_RATE = 0.8 * math.log(2)
-"""Highest merge rate. At most half of the tokens, rate log 2, can merge, each into its partner."""
+"""Highest merge rate. Each merging token needs a partner, so at most half of the tokens (rate log 2) can merge."""
 
 NEVER = -30.0
-"""Logarithm of a rate that removes nothing; not infinite, so that shapes can be mixed."""
+"""Log rate that removes nothing; finite, so that shapes can be interpolated."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rates at which the steps of each block remove tokens: of n that enter a step, n exp(-rate) are left.
+    """Rates at which the steps of each block remove tokens: of n tokens that enter a step, n exp(-rate) are left.
 
     Attributes:
         merge, prune: float64 [L]; rate 0 turns a step off, and pruning at rate infinity keeps only protected tokens.
@@ -31,36 +31,36 @@ class Schedule:
     prune: Tensor
 
     def kept(self, geometry: Geometry, protected: int) -> Tensor:
-        """float64 [L], tokens after each block."""
+        """Tokens after each block, float64 [L]."""
         left = geometry.tokens * torch.exp(-(self.merge + self.prune).cumsum(0))
         return left.clamp(min=float(max(1, protected)))
 
     def share(self, geometry: Geometry, protected: int) -> float:
-        """FLOPs share of an image that is reduced at these rates."""
+        """FLOPs share of an image reduced at these rates."""
         return float(flops_share(self.kept(geometry, protected), geometry))
 
-    def times(self, factor: float) -> Schedule:
+    def scaled(self, factor: float) -> Schedule:
         """All rates multiplied by `factor`; merge rates are capped at `MAX_MERGE_RATE`."""
         return Schedule((self.merge * factor).clamp(max=MAX_MERGE_RATE), self.prune * factor)
 
-    def to_cost(self, target: float, geometry: Geometry, protected: int) -> Schedule:
-        """The schedule scaled by the factor at which it costs `target`, by bisection."""
+    def scaled_to(self, target: float, geometry: Geometry, protected: int) -> Schedule:
+        """The schedule scaled so that it costs `target`, by bisection on the factor."""
         low, high = 0.0, 1.0
-        while self.times(high).share(geometry, protected) > target and high < 1e6:
+        while self.scaled(high).share(geometry, protected) > target and high < 1e6:
             low, high = high, 2 * high
         for _ in range(50):
             middle = (low + high) / 2
-            over = self.times(middle).share(geometry, protected) > target
+            over = self.scaled(middle).share(geometry, protected) > target
             low, high = (middle, high) if over else (low, middle)
-        return self.times(high)
+        return self.scaled(high)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How removal is spread over the blocks, for any depth and budget: log rates are parabolas of the block's place.
+    """How removal is spread over the blocks, at any depth and budget: log rates are parabolas in a block's position.
 
-    Only five numbers: near a good shape the rates of single blocks make little difference, and a search on a few
-    hundred images would fit noise.
+    Five numbers suffice: near a good shape the rates of single blocks make little difference, and a search over more
+    numbers on a few hundred images would fit noise.
 
     Attributes:
         merge_slope, prune_slope: change of the log rate from the middle of the network to its end.
@@ -75,39 +75,43 @@ class Shape:
     prune_bend: float
 
     def schedule(self, depth: int, steps: tuple[str, ...], last_free: bool = False, every: int = 1) -> Schedule:
-        """A schedule of this shape, to be scaled by `Schedule.to_cost`.
+        """A schedule of this shape, to be scaled by `Schedule.scaled_to`.
 
         Args:
             depth: number of blocks, L.
             steps: of "merge" and "prune", the steps that the variant has.
             last_free: whether the head reads the prefix tokens only, so that the last block prunes all others.
-            every: how many blocks it is from one that removes tokens to the next, which removes at all their rates.
+            every: remove tokens in one of this many blocks, at the rates of all of them.
         """
         z = torch.linspace(-1, 1, depth, dtype=torch.float64) if depth > 1 else torch.zeros(1, dtype=torch.float64)
         bow, off = z * z - 0.4, torch.zeros_like(z)
         merge = torch.exp(self.merge_slope * z + self.merge_bend * bow) if "merge" in steps else off
         prune = torch.exp(self.prune_level + self.prune_slope * z + self.prune_bend * bow) if "prune" in steps else off
         if every > 1:
-            merge, prune = gathered(merge, every), gathered(prune, every)
+            merge, prune = concentrated(merge, every), concentrated(prune, every)
         if last_free and "prune" in steps:
             merge[-1], prune[-1] = 0.0, math.inf
         return Schedule(merge, prune)
 
     def without_pruning(self) -> Shape:
-        """The same merging, and next to no pruning."""
+        """The same merging and practically no pruning."""
         return replace(self, prune_level=NEVER)
 
     def plus(self, other: Shape, times: float = 1.0) -> Shape:
-        """The sum with `times` the numbers of `other`."""
+        """The elementwise sum with `times` the numbers of `other`."""
         return Shape(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def towards(self, other: Shape, part: float) -> Shape:
-        """Linear interpolation to another shape; `part` 1 is that one."""
+        """Linear interpolation between this shape (`part` 0) and another (`part` 1)."""
         return self.plus(other.plus(self, -1), part)
 
 
 def check_every(every: int, depth: int) -> None:
-    """Refuse what is no number of blocks from one that removes tokens to the next: UsageError."""
+    """Refuse a spacing of the blocks that remove tokens that a model of `depth` blocks cannot have.
+
+    Raises:
+        UsageError: `every` is not from 1 to `depth` - 1.
+    """
     if not 1 <= every < max(2, depth):
         raise UsageError(
             f"every is {every!r}: expected how many blocks it is from one that removes tokens to the next, 1 (all do) "
@@ -115,28 +119,20 @@ def check_every(every: int, depth: int) -> None:
         )
 
 
-def idle(depth: int, every: int) -> Tensor:
-    """bool [depth], the blocks between those that remove tokens: of these the first is one, and every `every`th."""
+def idle_blocks(depth: int, every: int) -> Tensor:
+    """Blocks that remove no tokens, bool [depth]: all but the first and every `every`th after it."""
     return torch.arange(depth) % every > 0
 
 
-def gathered(rates: Tensor, every: int) -> Tensor:
-    """Rates [L] where only some blocks remove tokens: each also at the rates of the idle ones just before it."""
-    totals, there = rates.cumsum(0), ~idle(len(rates), every)
-    found = torch.zeros_like(rates)
-    found[there] = totals[there].diff(prepend=totals.new_zeros(1))
-    return found
+def concentrated(rates: Tensor, every: int) -> Tensor:
+    """Rates [L] when only some blocks remove tokens: each also takes the rates of the idle blocks just before it."""
+    totals, active = rates.cumsum(0), ~idle_blocks(len(rates), every)
+    moved = torch.zeros_like(rates)
+    moved[active] = totals[active].diff(prepend=totals.new_zeros(1))
+    return moved
 
 
-def between(shapes: dict[float, Shape], share: float) -> Shape:
-    """The shape for a share, interpolated between its neighbours; constant beyond the ends."""
-    below = max((s for s in shapes if s <= share), default=min(shapes))
-    above = min((s for s in shapes if s >= share), default=max(shapes))
-    part = (share - below) / (above - below) if above > below else 0.0
-    return shapes[below].towards(shapes[above], part)
-
-
-USUAL: dict[str, dict[float, Shape]] = {
+DEFAULT_SHAPES: dict[str, dict[float, Shape]] = {
     "bipartite": {
         0.37: Shape(0.2, 0.45, -1.3, 0.9, 0.1),
         0.5: Shape(0.3, -0.9, -1.7, 2.4, 0.0),
@@ -149,19 +145,27 @@ USUAL: dict[str, dict[float, Shape]] = {
         0.79: Shape(1.35, -1.2, -4.0, 3.6, 0.1),
     },
 }
-"""Shapes that did best in searches (docs/accuracy.md), by matching and FLOPs share. At large budgets merging peaks past
-the middle of the network and the little pruning there is grows towards its end; at small ones removal is spread evenly.
-Mutual pairs lose less by merging, so that less is pruned."""
+"""The best shapes of searches (docs/accuracy.md), by matching and FLOPs share. At large budgets merging peaks past the
+middle of the network, and the little pruning there is grows towards the end; at small budgets removal is spread evenly.
+Mutual pairs lose less by merging, so less is pruned."""
 
 
-def usual(share: float, matching: str = "bipartite") -> Shape:
-    """The shape to start from, of those in `USUAL`; `matching` as in `config.Scores`."""
-    return between(USUAL[matching], share)
+def default_shape(share: float, matching: str = "bipartite") -> Shape:
+    """The shape to start from at a share, see `DEFAULT_SHAPES`; `matching` as in `config.Scores`."""
+    return interpolated(DEFAULT_SHAPES[matching], share)
 
 
-def searched(usual: Callable[[float], Shape], found: dict[float, Shape], share: float) -> Shape:
-    """The usual shape at `share`, changed as the searches at the shares of `found` changed it there."""
+def adapted_shape(default: Callable[[float], Shape], found: dict[float, Shape], share: float) -> Shape:
+    """The default shape at `share`, moved as searches at the shares of `found` moved it there."""
     if not found:
-        return usual(share)
-    moves = {at: shape.plus(usual(at), -1) for at, shape in found.items()}
-    return usual(share).plus(between(moves, share))
+        return default(share)
+    moves = {at: shape.plus(default(at), -1) for at, shape in found.items()}
+    return default(share).plus(interpolated(moves, share))
+
+
+def interpolated(shapes: dict[float, Shape], share: float) -> Shape:
+    """The shape at a share, interpolated between its neighbours and constant beyond the ends."""
+    below = max((s for s in shapes if s <= share), default=min(shapes))
+    above = min((s for s in shapes if s >= share), default=max(shapes))
+    part = (share - below) / (above - below) if above > below else 0.0
+    return shapes[below].towards(shapes[above], part)

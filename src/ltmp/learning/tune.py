@@ -1,4 +1,4 @@
-"""Light tuning: thresholds and a few of the model's own weights, learned together."""
+"""Light tuning: thresholds learned together with a few of the model's own weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
-from .batches import Batch, apart, count
+from .batches import Batch, held_out_count, image_count
 from .loop import LearnResult, learn
 from .randomness import preserved_random_state
 from .weights import Tuning
@@ -27,23 +27,23 @@ def tune(
 ) -> LearnResult:
     """Learn thresholds as `ltmp.learn` does, and train a few of the model's own weights along with them.
 
-    The weights are taught by the model as it was, dense. They end as plain weights under their own names
-    and in their own shapes: `ltmp.detach(model)` is a plain model again, and `ltmp.checkpoint.save_weights` writes its
-    checkpoint. They belong to the thresholds learned with them. Where tuning did not lower the loss on images kept
-    apart, the model gets its weights back; likewise where the run fails.
+    The original dense model is the teacher. The tuned weights end as plain weights with their original names and
+    shapes: `ltmp.detach(model)` returns a plain model, and `ltmp.checkpoint.save_weights` writes its checkpoint. They
+    belong to the thresholds learned with them. If tuning did not lower the loss on held-out images, or if the run
+    fails, the model gets its original weights back.
 
     >>> ltmp.tune(model, loader, target=0.47, parts="lora")
 
     Args:
         parts: `norms` (norms, biases and layer scales), `lora` (low-rank updates of the blocks' linear layers), or a
             `ltmp.learning.Tuning` with all settings.
-        epochs: passes over the loader's images, not counting those kept apart.
-        learning: whatever else `ltmp.learn` takes; `distill=True` leaves out labels where the tuning asks for them.
+        epochs: passes over the loader's images, not counting the held-out ones.
+        learning: other keyword arguments of `ltmp.learn`; `distill=True` ignores labels even if the tuning uses them.
 
     Raises:
         UsageError: settings that make no sense, or a loader that does not know its number of images.
         MissingExtraError: peft, for LoRA, is not installed.
-        LTMPError: as `ltmp.learn`; also weights in half precision.
+        LTMPError: as in `ltmp.learn`; also for weights in half precision.
     """
     tuning = parts if isinstance(parts, Tuning) else Tuning(parts)
     if not epochs > 0:
@@ -55,12 +55,12 @@ def tune(
 
 
 def views_of(loader: Iterable[Batch], epochs: float, calibration: int) -> int:
-    """Images to optimise on in so many passes, of which those kept apart are no part.
+    """Number of images in this many passes over the loader, without the held-out ones.
 
     Raises:
         UsageError: the loader does not know how many images it has.
     """
-    images = count(loader)
+    images = image_count(loader)
     if images == 0:
         raise UsageError("this loader does not say how many images it has: call ltmp.learn with tuning= and views=")
-    return max(1, round(epochs * (images - apart(loader, calibration))))
+    return max(1, round(epochs * (images - held_out_count(loader, calibration))))

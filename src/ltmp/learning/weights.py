@@ -1,4 +1,4 @@
-"""The weights that light tuning trains: a few of the model's own, with an optimiser for them."""
+"""The weights that light tuning trains, and their optimiser."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Tuning:
     Args:
         parts: `norms` (every vector: norms, biases, layer scales) or `lora` (low-rank updates of the blocks' linear
             layers, Hu et al., ICLR 2022, by peft; folded into the layers at the end).
-        lr: of AdamW, at its highest; None is 1e-3 for `norms` and 3e-4 for `lora`.
+        lr: peak learning rate of AdamW; None is 1e-3 for `norms` and 3e-4 for `lora`.
         weight_decay: of AdamW.
-        labels: part of the task loss that comes from labels, in [0, 1]; the rest is the divergence from the answers of
-            the model as it was.
+        labels: weight of labels in the task loss, in [0, 1]; the rest is the divergence from the original model's
+            answers.
         rank: of the low-rank updates.
-        joint_every: update thresholds every `joint_every` steps; the others train the weights only, on the packed
-            (deployed) form, which costs less than half.
+        joint_every: train the thresholds in every `joint_every`th step; the other steps train the weights alone, on the
+            packed (deployed) form, which costs less than half.
 
     Raises:
         UsageError: a value that makes no sense.
@@ -58,21 +58,21 @@ class Tuning:
 
 
 class Weights:
-    """The weights that train along, as the optimiser sees them.
+    """The weights that train along with the thresholds, and their optimiser.
 
     Args:
         model: attached, and frozen; low-rank updates become part of it until `fold` or `undo`.
-        dense: a copy of it as it was.
-        steps: how many updates there will be.
+        original: an untouched copy of the model.
+        steps: number of updates that will be taken.
 
     Raises:
         LTMPError: there is nothing to tune, or it is in half precision.
         MissingExtraError: peft is not installed.
     """
 
-    def __init__(self, model: nn.Module, dense: nn.Module, tuning: Tuning, steps: int) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module, tuning: Tuning, steps: int) -> None:
         self.model = model
-        self.dense = dense
+        self.original = original
         self._adapted: Any = _adapt(model, tuning.rank) if tuning.parts == "lora" else None
         self.trained = _updates(model) if tuning.parts == "lora" else _vectors(model)
         for parameter in self.trained.values():
@@ -86,7 +86,7 @@ class Weights:
         )
 
     def update(self) -> None:
-        """One step of the optimiser from the gradients that the weights hold.
+        """Take one step with the gradients that the weights hold.
 
         Raises:
             LTMPError: they are not finite.
@@ -98,17 +98,17 @@ class Weights:
         self.schedule.step()
 
     def fold(self) -> None:
-        """Make what was learned part of the model's own weights, whose names and shapes are again what they were."""
-        self._take_off(merge=True)
+        """Fold low-rank updates into the model's own weights, restoring their names and shapes."""
+        self._remove_updates(merge=True)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the model its weights back, bit for bit."""
-        self._take_off(merge=False)
-        for own, before in zip(_own(self.model), _own(self.dense), strict=True):
-            own.copy_(before)
+        """Restore the model's original weights, bit for bit."""
+        self._remove_updates(merge=False)
+        for weight, before in zip(_weights_of(self.model), _weights_of(self.original), strict=True):
+            weight.copy_(before)
 
-    def _take_off(self, merge: bool) -> None:
+    def _remove_updates(self, merge: bool) -> None:
         for parameter in self.trained.values():
             parameter.grad = None
         if self._adapted is not None:
@@ -124,7 +124,7 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on where a saved run was.
+        """Continue from a saved state.
 
         Raises:
             KeyError, TypeError, ValueError: it is damaged.
@@ -138,9 +138,9 @@ class Weights:
 
 
 @contextmanager
-def tuned(model: nn.Module, dense: nn.Module, tuning: Tuning | None, steps: int) -> Iterator[Weights | None]:
-    """`Weights` to train inside, where there is `tuning`; undone where the run inside fails or is stopped."""
-    weights = None if tuning is None else Weights(model, dense, tuning, steps)
+def tuned(model: nn.Module, original: nn.Module, tuning: Tuning | None, steps: int) -> Iterator[Weights | None]:
+    """`Weights` to train inside, if there is `tuning`; undone if the run inside fails or is stopped."""
+    weights = None if tuning is None else Weights(model, original, tuning, steps)
     try:
         yield weights
     except BaseException:
@@ -150,8 +150,8 @@ def tuned(model: nn.Module, dense: nn.Module, tuning: Tuning | None, steps: int)
 
 
 @contextmanager
-def cut(thresholds: Thresholds) -> Iterator[None]:
-    """Run as deployed inside, with gradients for the weights and none for the thresholds."""
+def weights_only(thresholds: Thresholds) -> Iterator[None]:
+    """Remove tokens as deployed inside, with gradients for the weights and none for the thresholds."""
     thresholds.requires_grad_(False)
     try:
         yield
@@ -159,7 +159,7 @@ def cut(thresholds: Thresholds) -> Iterator[None]:
         thresholds.requires_grad_(True)
 
 
-def _own(model: nn.Module) -> list[nn.Parameter]:
+def _weights_of(model: nn.Module) -> list[nn.Parameter]:
     """The model's parameters without its thresholds."""
     thresholds = set(thresholds_of(model).parameters())
     return [parameter for parameter in model.parameters() if parameter not in thresholds]
@@ -167,34 +167,39 @@ def _own(model: nn.Module) -> list[nn.Parameter]:
 
 def _vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Norms, biases and layer scales."""
-    own = set(_own(model))
-    return _full(model, {name: p for name, p in model.named_parameters() if p in own and p.ndim == 1})
+    weights = set(_weights_of(model))
+    return _checked(model, {name: p for name, p in model.named_parameters() if p in weights and p.ndim == 1})
 
 
 def _updates(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The modules that peft added."""
+    """The low-rank updates that peft added."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def _full(model: nn.Module, found: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """`found`, if there is something and a small step can move it."""
-    if not found:
+def _checked(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return `parameters`, if there are any and they are precise enough for small steps.
+
+    Raises:
+        LTMPError: there are none, or one is not float32.
+    """
+    if not parameters:
         raise LTMPError(f"this {type(model).__name__} has nothing of the kind that is to be tuned: choose other parts")
-    half = next((name for name, parameter in found.items() if parameter.dtype != torch.float32), None)
+    half = next((name for name, parameter in parameters.items() if parameter.dtype != torch.float32), None)
     if half is not None:
         raise LTMPError(
-            f"{half!r} is {found[half].dtype}, too coarse for small steps: call model.float(), and give amp for speed"
+            f"{half!r} is {parameters[half].dtype}, too coarse for small steps: call model.float(), and give amp for "
+            "speed"
         )
-    return found
+    return parameters
 
 
 def _adapt(model: nn.Module, rank: int) -> Any:
-    """Low-rank updates, nothing yet, beside every plain linear layer of the blocks."""
+    """Add low-rank updates, initially zero, to every plain linear layer of the blocks."""
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise MissingExtraError("peft", "tune", "tuning by LoRA") from error
     inside = {layer for block in attachment(model).body.blocks for layer in block.modules() if type(layer) is nn.Linear}
     layers = {name: layer.weight for name, layer in model.named_modules() if layer in inside}
-    _full(model, layers)
+    _checked(model, layers)
     return LoraModel(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)), "ltmp")

@@ -1,4 +1,4 @@
-"""What a model's own images settle: what merged tokens count as, and whether pruning pays."""
+"""Where a run starts: a model's own images settle what merged tokens count as, and whether pruning pays."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SETTINGS = {"knots": 3, "views": 0, "calibration": 24, "checked": 0}
 
 
 def repeating(images: int = 24) -> Tensor:
-    """Images [B, 3, 32, 32] that each repeat few patches."""
+    """Images [B, 3, 32, 32], each a repetition of a few patches."""
     few = random_images(images, size=2 * PATCH)
     return few.repeat(1, 1, 4, 4)
 
 
 def without_places(**settings: object) -> nn.Module:
-    """A model to which equal patches are equal tokens, so that merging them changes nothing if they count as before."""
+    """A model without positions: merging equal patches changes nothing, if they count as many as they were."""
     model = tiny_vit(depth=4, img_size=32, patch_size=PATCH, **settings)
     nn.init.zeros_(model.pos_embed)
     return model
@@ -38,7 +38,7 @@ def test_equal_patches_count_as_they_did_and_are_not_pruned(scores: str, tmp_pat
     assert all(shape.prune_level == NEVER for shape in result.shapes.values())
     assert max(result.divergence) < 1e-3
     assert str(model.ltmp.config.scores) == f"{scores}, size_power=1"
-    # whoever attached by the name loads what became of it
+    # a model attached with the name of the scores loads what the images settled
     ltmp.save(model, tmp_path / "dial.safetensors")
     other = without_places()
     other.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("ltmp.")})
