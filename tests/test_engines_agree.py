@@ -1,4 +1,4 @@
-"""Masked training, packed deployment of a batch, plans compiled or not, and one image at a time are one function."""
+"""Masked training, packed inference with plans compiled or not, and one image at a time compute the same function."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FORMS = ["masked", "packed", "compiled"]
 
 
 def run_body(model: Any, x: Tensor, form: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """The live rows of each image, the counts [B, L], and the size of each live row."""
+    """Return the live rows of each image, the counts [B, L], and the size of each live row."""
     model.ltmp.train(form == "masked").requires_grad_(form == "masked")
     with torch.no_grad(), ltmp.record() as calls, plain_torch() if form == "packed" else nullcontext():
         out = run_blocks(model, x)
@@ -117,12 +117,12 @@ def test_shortest_images(tokens: int, variant: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_tokens(form: str) -> None:
-    """Every cosine is 1 and every token equally important: the even ones merge, and their mean is what they were."""
+    """Every cosine is 1 and all tokens are equally important: even tokens merge, and the mean changes nothing."""
     model = ltmp.attach(tiny_vit())
     x = torch.ones(2, 9, WIDTH)
     model.ltmp.set([0.5] * DEPTH, [0.0] * DEPTH)
     rows, kept, sizes = run_body(model, x, form)
-    # of eight patches four are at odd places and stay; of those two, then one
+    # of eight patches, the four at odd places stay; then two of these, then one
     assert kept.tolist() == [[5.0, 3.0, 2.0]] * 2
     assert sizes[0].tolist() == [1.0, 8.0]
     assert_close(rows[0][1], rows[0][0], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every patch is in exactly one live token or was pruned, whatever the host and the batch."""
+"""Every patch is part of exactly one live token or was pruned, for any host and batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEPTH, WIDTH = 3, 16
 
 
 def traced(model: Any, x: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows, their sizes [B, N'], each token's source [B, N], and what it was after each block [B, L, N]."""
+    """Return rows, their sizes [B, N'], the source of each token [B, N], and sources after each block [B, L, N]."""
     model.ltmp.train(masked).requires_grad_(masked)
     with torch.no_grad(), ltmp.trace(every_block=True) as calls:
         out = run_blocks(model, x)
@@ -67,7 +67,7 @@ def test_sources_of_fixed_rates(variant: str, protected: int, masked: bool) -> N
 
 
 def check_partition(model: Any, x: Tensor, masked: bool) -> None:
-    """Every patch is in one live token or was pruned, sizes are those of the groups, and nothing comes back."""
+    """Assert that each patch is in one live token or pruned for good, and that sizes are those of the groups."""
     images, tokens, _ = x.shape
     protected = model.num_prefix_tokens
     with ltmp.record() as calls:
@@ -75,7 +75,7 @@ def check_partition(model: Any, x: Tensor, masked: bool) -> None:
     assert source.dtype == torch.int32
     assert source.shape == (images, tokens)
     for i in range(images):
-        # each row that is there holds as many patches as its size says, and no patch is in a row that is not there
+        # each live row holds as many patches as its size, and no patch is in padding
         held = torch.bincount(source[i][source[i] >= 0], minlength=size.shape[1])
         assert held.tolist() == size[i].tolist()
         assert int(held.sum() + (source[i] < 0).sum()) == tokens
@@ -83,7 +83,7 @@ def check_partition(model: Any, x: Tensor, masked: bool) -> None:
         for block in range(DEPTH):
             live = blocks[i, block][blocks[i, block] >= 0]
             assert len(live.unique()) == calls.kept[0][i, block]
-    # pruned stays pruned, by the block that is named; what is together stays together
+    # pruned patches stay pruned, by the block that is recorded; merged patches stay together
     assert ((blocks < 0) == (blocks >= -1 - torch.arange(DEPTH)[:, None]) & (blocks < 0)).all()
     for before, after in zip(blocks[:, :-1].flatten(0, 1), blocks[:, 1:].flatten(0, 1), strict=True):
         assert torch.equal(after[before < 0], before[before < 0])
@@ -125,7 +125,7 @@ def test_nothing_removed_is_traced_as_such() -> None:
     assert all((block == torch.arange(17)).all() for block in calls.blocks)
 
 
-def test_outputs_do_not_change_and_memory_is_four_bytes_a_patch() -> None:
+def test_outputs_do_not_change_and_memory_is_four_bytes_per_patch() -> None:
     images = random_images(3)
     model = attach_reducing(tiny_vit(), images)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The walk through the code in docs/contributing.md is the one that a call takes."""
+"""The walk through the code in docs/contributing.md lists the files that a call enters, in order."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ PACKAGE = Path(ltmp.__file__).parent
 
 
 def entered(call: Any) -> list[str]:
-    """The files of ltmp in which `call` runs a function, in the order in which it comes to them."""
-    found: dict[str, None] = {}
+    """Return the files of ltmp in which `call` runs a function, in the order in which it first enters them."""
+    files: dict[str, None] = {}
 
-    def look(frame: FrameType, event: str, _: Any) -> None:
+    def record(frame: FrameType, event: str, _: Any) -> None:
         path = Path(frame.f_code.co_filename)
         if event == "call" and PACKAGE in path.parents:
-            found.setdefault(path.relative_to(PACKAGE).as_posix())
+            files.setdefault(path.relative_to(PACKAGE).as_posix())
 
-    sys.setprofile(look)
+    sys.setprofile(record)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return list(found)
+    return list(files)
 
 
 def test_a_call_takes_the_walk_of_the_docs() -> None:
@@ -48,5 +48,5 @@ def test_a_call_takes_the_walk_of_the_docs() -> None:
     walk = re.findall(r"^\| \d+ \| `([\w/]+\.py)`", section, re.MULTILINE)
     assert len(walk) == 10
     assert [file for file in files if file in walk] == walk
-    asked = set(re.findall(r"`([\w/]+\.py)`", section)) - set(walk)
-    assert set(files) - set(walk) <= asked
+    mentioned = set(re.findall(r"`([\w/]+\.py)`", section)) - set(walk)
+    assert set(files) - set(walk) <= mentioned

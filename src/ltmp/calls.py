@@ -1,4 +1,4 @@
-"""Context of a call of a reduced model: requests beside its arguments, and records of what it did."""
+"""Context managers for calls of reduced models: records, traces, and the dense and unmerged modes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Record:
     """Statistics of the calls made inside `record()`.
 
     Attributes:
-        kept: one [B, L] tensor a call, tokens after each block.
-        geometry: one a call; shares follow from both.
-        texts: one [B] a call of a model whose language model receives fewer tokens, tokens of each text that enter it.
+        kept: for each call, tokens after each block [B, L].
+        geometry: for each call, the geometry of the model; FLOPs shares follow from it and `kept`.
+        texts: for each call of a model whose language model receives fewer tokens, tokens that enter it for each text,
+            [B].
     """
 
     kept: list[Tensor] = field(default_factory=list)
@@ -34,7 +35,7 @@ class Record:
         self.geometry.append(geometry)
 
     def share(self) -> Tensor:
-        """[images], FLOPs share of every image of every call.
+        """Return the FLOPs share of every image of every call, [images].
 
         Raises:
             LTMPError: there was no call.
@@ -49,7 +50,7 @@ _DENSE: ContextVar[bool] = ContextVar("ltmp_dense", default=False)
 
 
 def record() -> AbstractContextManager[Record]:
-    """Collect token counts of the reduced models called inside, in this thread only.
+    """Collect token counts of the reduced models called inside the context, in this thread only.
 
     >>> with ltmp.record() as calls:
     ...     logits = model(images)
@@ -59,12 +60,12 @@ def record() -> AbstractContextManager[Record]:
 
 
 def dense() -> AbstractContextManager[bool]:
-    """Run attached models as if nothing were attached, inside and in this thread only: the baseline of a comparison."""
+    """Run attached models as if nothing were attached, in this thread only, e.g. as the baseline of a comparison."""
     return held(_DENSE, True)
 
 
 def recording() -> Record | None:
-    """The record that calls of this thread go to, if any."""
+    """Return the active record of this thread, or None."""
     return _RECORD.get()
 
 
@@ -78,7 +79,7 @@ T = TypeVar("T")
 
 @contextmanager
 def held(variable: ContextVar[Any], value: T) -> Iterator[T]:
-    """Give a variable a value inside, in this thread only."""
+    """Set a context variable inside the context, and restore it afterwards."""
     token = variable.set(value)
     try:
         yield value
@@ -91,11 +92,11 @@ class Trace:
     """Where the patches of the calls made inside `trace()` ended.
 
     Attributes:
-        sources: one int32 [B, N] a call: for each token that entered the first block, the row of `forward_features`'
-            output that it is part of, or -1 - l where block l pruned it. Prefix tokens come first.
-        blocks: one int32 [B, L, N] a call, the same after each block: what is part of one token has one number, which
-            names that token in its block alone. Empty unless asked for.
-        every_block: whether it was.
+        sources: for each call, int32 [B, N]: for each token that entered the first block, the row of the output of
+            `forward_features` that it is part of, or -1 - l if block l pruned it. Prefix tokens come first.
+        blocks: for each call, int32 [B, L, N]: the same after each block. Patches that are part of one token share a
+            number, which identifies that token within its block only. Empty unless `every_block`.
+        every_block: whether to fill `blocks`.
     """
 
     sources: list[Tensor] = field(default_factory=list)
@@ -109,42 +110,40 @@ class Trace:
 
 
 _TRACE: ContextVar[Trace | None] = ContextVar("ltmp_trace", default=None)
-
-
 _UNMERGE: ContextVar[bool] = ContextVar("ltmp_unmerge", default=False)
 
 
 def trace(*, every_block: bool = False) -> AbstractContextManager[Trace]:
-    """Follow the patches of the reduced models called inside, in this thread only: 4 bytes a patch.
+    """Trace the patches of the reduced models called inside the context, in this thread only: 4 bytes per patch.
 
     >>> with ltmp.trace() as calls:
     ...     features = model.forward_features(images)
     >>> calls.sources[0]  # int32 [B, N]: which row of `features` each patch is part of
 
     Args:
-        every_block: keep what was so after each block, too: 4 bytes a patch and block.
+        every_block: also trace them after each block: 4 bytes per patch and block.
     """
     return held(_TRACE, Trace(every_block=every_block))
 
 
 def tracing() -> Trace | None:
-    """The trace that calls of this thread go to, if any."""
+    """Return the active trace of this thread, or None."""
     return _TRACE.get()
 
 
 def unmerge() -> AbstractContextManager[bool]:
-    """Features of reduced models called inside cover every patch, at its own place, in this thread only.
+    """Make reduced models called inside the context return features for every patch, in its place.
 
-    A patch gets the features of the token that it ended in, and one that was pruned keeps those that it had when it
-    was: after the attention of that block. Tokens are removed all the same, so the cost is that of the reduced model
-    and a copy. For segmentation, feature maps and whatever else needs the grid; what looks between a host's blocks
-    (`forward_intermediates`, `get_intermediate_layers`) is unmerged without asking.
+    A patch gets the features of the token that it was merged into; a pruned patch keeps the features that it had after
+    the attention of the block that pruned it. Tokens are still removed, so the cost is that of the reduced model plus a
+    copy. Use it for segmentation, feature maps and anything else that needs the grid. Methods that return features
+    between blocks (`forward_intermediates`, `get_intermediate_layers`) always unmerge. Applies to this thread only.
 
     >>> with ltmp.unmerge():
     ...     features = model.forward_features(images)  # [B, N, C], as if nothing were attached
 
-    One thing differs from an ordinary call: a last block whose prune threshold is 1 or more drops every patch because a
-    class-token head reads none of them; here they are read, and that block prunes nothing.
+    There is one difference to an ordinary call: a last block with a prune threshold of 1 or more drops every patch,
+    because a class-token head reads none of them. Under `unmerge` patches are read, so that block prunes nothing.
     """
     return held(_UNMERGE, True)
 
@@ -155,5 +154,5 @@ def unmerging() -> bool:
 
 
 def recomputing() -> bool:
-    """Whether a backward pass runs this again, for gradient checkpointing."""
+    """Whether a backward pass is recomputing this call, for gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1

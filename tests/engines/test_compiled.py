@@ -1,4 +1,4 @@
-"""Where plans are compiled, where they are not, and what others see of them: nothing."""
+"""When compiled plans are used, that they compute the same as plain torch, and that they leave no trace in models."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ pytest.importorskip("numba")
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Grows by one for each call that the compiled engine takes."""
-    found: list[int] = []
+    """A list that grows by one with each call of the compiled engine."""
+    calls: list[int] = []
     run = compiled.run
-    monkeypatch.setattr(compiled, "run", lambda *args: found.append(1) or run(*args))
-    return found
+    monkeypatch.setattr(compiled, "run", lambda *args: calls.append(1) or run(*args))
+    return calls
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_says_what_the_torch_form_says(variant: str, scores: str, runs: list[int]) -> None:
+def test_agrees_with_plain_torch(variant: str, scores: str, runs: list[int]) -> None:
     fixed = VARIANTS[variant].fixed
     settings = {"r": 2} if fixed else {"scores": scores}
     model, images = ltmp.attach(tiny_vit(), ltmp.LTMPConfig(variant, **settings)), random_images(5)
@@ -56,7 +56,7 @@ def test_says_what_the_torch_form_says(variant: str, scores: str, runs: list[int
 
 
 def operators(model: torch.nn.Module, image: Tensor) -> int:
-    """Calls of torch's operators, nested ones counted."""
+    """Number of operator calls, including nested ones."""
     model(image)
     with profile(activities=[ProfilerActivity.CPU]) as calls:
         model(image)
@@ -66,7 +66,7 @@ def operators(model: torch.nn.Module, image: Tensor) -> int:
 @torch.inference_mode()
 @pytest.mark.parametrize("scores", SCORES)
 def test_few_operators_are_called_for_one_image(scores: str) -> None:
-    """Twelve blocks call fewer than 1,500, where plans in torch call some 7,000, and a grid hardly more."""
+    """Twelve blocks call fewer than 1,500 operators, and hardly more with a grid; plans in torch call some 7,000."""
     image = random_images(1)
     model = ltmp.attach(tiny_vit(depth=12), ltmp.LTMPConfig(scores=scores))
     model.ltmp.set_probe(make_probe(12) if model.ltmp.config.needs_probe else None)
@@ -80,7 +80,7 @@ def test_few_operators_are_called_for_one_image(scores: str) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "evit"])
-def test_grids_are_those_of_the_torch_form(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_agree_with_plain_torch(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed, images, started = VARIANTS[variant].fixed, random_images(5), []
     model = ltmp.attach(tiny_vit(global_pool="avg"), ltmp.LTMPConfig(variant, **({"r": 2} if fixed else {})))
     if not fixed:
@@ -100,7 +100,7 @@ def test_grids_are_those_of_the_torch_form(variant: str, monkeypatch: pytest.Mon
 
 
 @torch.inference_mode()
-def test_a_call_that_goes_on_twice_from_one_block_changes_no_grid() -> None:
+def test_continuing_twice_from_one_block_changes_no_grid() -> None:
     images = random_images(3)
     model = attach_reducing(tiny_vit(), images)
     first, second, third = model.blocks
@@ -137,7 +137,7 @@ def test_runs_in_plain_torch_where_kernels_do_not_apply(runs: list[int]) -> None
 
 
 @torch.inference_mode()
-def test_unequal_images_of_a_batch_are_what_they_are_alone() -> None:
+def test_unequal_images_of_a_batch_are_computed_as_if_alone() -> None:
     images = random_images(6)
     model = attach_reducing(tiny_vit(reg_tokens=2), images)
     together, counts = run_recorded(model, images)
@@ -148,8 +148,8 @@ def test_unequal_images_of_a_batch_are_what_they_are_alone() -> None:
 
 
 @torch.inference_mode()
-def test_results_are_the_callers_own() -> None:
-    """No output lies in memory that a later call of the thread overwrites."""
+def test_results_are_not_overwritten_by_later_calls() -> None:
+    """No output shares memory that a later call in the same thread overwrites."""
     images = random_images(4)
     model = attach_reducing(tiny_vit(), images)
     with ltmp.trace(every_block=True) as calls, ltmp.record() as record:
@@ -161,7 +161,7 @@ def test_results_are_the_callers_own() -> None:
         assert torch.equal(before, now)
 
 
-def test_threads_do_not_meet() -> None:
+def test_threads_do_not_interfere() -> None:
     batches = [random_images(3, seed=seed) for seed in range(4)]
     model = attach_reducing(tiny_vit(), batches[0])
     with torch.inference_mode():
@@ -184,7 +184,7 @@ def test_threads_do_not_meet() -> None:
 
 @torch.inference_mode()
 def test_changed_weights_are_noticed() -> None:
-    """Whatever way they change: nothing of a model is kept but where its parts are."""
+    """However they change: only references to a model's parts are cached, no values."""
     images = random_images(2)
     model = attach_reducing(tiny_vit(), images)
     changes: list[Any] = [
@@ -207,7 +207,7 @@ def test_changed_weights_are_noticed() -> None:
 
 
 @torch.inference_mode()
-def test_copies_and_pickles_carry_nothing_of_it() -> None:
+def test_copies_and_pickles_start_with_an_empty_cache() -> None:
     images = random_images(2)
     model = attach_reducing(tiny_vit(), images)
     with plain_torch():
@@ -219,11 +219,11 @@ def test_copies_and_pickles_carry_nothing_of_it() -> None:
 
 
 class Watched(torch.Tensor):
-    """A tensor that another library computes with in its own way."""
+    """A tensor with operators of its own, as other libraries have them."""
 
 
 @torch.inference_mode()
-def test_tensors_of_other_kinds_are_left_to_the_host() -> None:
+def test_tensor_subclasses_are_left_to_the_host() -> None:
     block = tiny_vit().blocks[0]
     x = torch.randn(7, 16)
     from ltmp.hosts.timm import RECIPE
@@ -234,20 +234,20 @@ def test_tensors_of_other_kinds_are_left_to_the_host() -> None:
 
 
 @torch.inference_mode()
-def test_rows_filled_up_for_onednn_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_padded_for_onednn_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     if not onednn._AVAILABLE:
         pytest.skip("this torch has no oneDNN linear operator")
     images = random_images(5)
     model = attach_reducing(tiny_vit(), images)
     own, counts = run_recorded(model, images)
-    monkeypatch.setattr(onednn, "_faster", lambda width, threads: True)
-    assert onednn.room(70, 16) == 72
+    monkeypatch.setattr(onednn, "_onednn_is_faster", lambda width, threads: True)
+    assert onednn.padded_rows(70, 16) == 72
     filled, filled_counts = run_recorded(model, images)
     assert torch.equal(counts, filled_counts)
     assert_close(filled, own, 1e-5)
 
 
-def test_info_says_whether_plans_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_reports_whether_plans_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_machine()["plans on a CPU"] == "compiled"
     monkeypatch.setattr("ltmp.evaluate.machine.unavailable", lambda: "needs numba")
     assert "needs numba" in describe_machine()["plans on a CPU"]

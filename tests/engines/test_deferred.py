@@ -1,4 +1,4 @@
-"""Features that are computed when they are read are what they stand for, whoever reads them."""
+"""Deferred tensors behave like the tensors they stand for, however they are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALUES = torch.arange(6.0).view(1, 2, 3)
 
 
 class Counted:
-    """Computes `VALUES`, and knows how often."""
+    """Returns `VALUES` and counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -61,15 +61,15 @@ READERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_whoever_reads_gets_plain_values(reader: str, mode: Any) -> None:
+def test_every_reader_gets_plain_values(reader: str, mode: Any) -> None:
     with mode():
-        found = READERS[reader](defer(Counted(), VALUES))
-        assert type(found) is Tensor
-        assert torch.equal(found, READERS[reader](VALUES))
+        result = READERS[reader](defer(Counted(), VALUES))
+        assert type(result) is Tensor
+        assert torch.equal(result, READERS[reader](VALUES))
 
 
 @torch.no_grad()
-def test_what_is_done_in_place_stays() -> None:
+def test_in_place_operations_persist() -> None:
     x = y = defer(Counted(), VALUES)
     y += 1
     assert type(y) is Tensor

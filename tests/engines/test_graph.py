@@ -32,7 +32,7 @@ from ltmp.engines.capacity import SLACK, plan_capacity
 from ltmp.engines.graph import GraphedForward
 from ltmp.engines.recorder import CudaRecorder
 
-# batches that outgrow their room leave nonsense behind in it, and NumPy says so
+# batches that exceed their capacity leave garbage in it, of which NumPy warns
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,19 +89,19 @@ class Case:
         self.model.forward = self.forward
 
     def check(self, images: int, seed: int = 0) -> None:
-        """The graph engine gives what packed gives: counts and logits."""
+        """Assert that the graph engine returns the counts and logits of the packed one."""
         batch = images_of(images, seed)
         (found, kept), (expected, counts) = run_recorded(self.model, batch), run_recorded(self.packed, batch)
         assert kept.tolist() == counts.tolist()
         assert_close(found, expected, 1e-4)
 
-    def follow(self, change: Callable[[Any], Any]) -> None:
-        """The same change to both models."""
+    def apply(self, change: Callable[[Any], Any]) -> None:
+        """Apply the same change to both models."""
         change(self.model)
         change(self.packed)
 
 
-def test_other_scores_are_recorded_anew() -> None:
+def test_other_scores_are_recorded_again() -> None:
     case = Case(depth=3)
     for _ in range(2):
         case.check(4)
@@ -111,7 +111,7 @@ def test_other_scores_are_recorded_anew() -> None:
         model.ltmp.config = replace(config, scores=replace(config.scores, size_power=0.2))
 
     before = run_recorded(case.packed, images_of(4))[0]
-    case.follow(count_for_less)
+    case.apply(count_for_less)
     assert not torch.allclose(run_recorded(case.packed, images_of(4))[0], before, atol=1e-4)
     for _ in range(2):
         case.check(4)
@@ -191,11 +191,11 @@ def test_a_tail_that_overflows_leaves_the_larger_graph_alone() -> None:
     assert [k[0] for k in case.forward._recorded] == [4, 3]
 
 
-def test_overflow_is_run_again_and_room_grows() -> None:
+def test_overflow_is_run_again_and_capacity_grows() -> None:
     case = Case()
     case.check(4)
-    (key, room), *_ = case.forward._room.items()
-    case.forward._room[key] = Capacity(tuple(n // 3 for n in room.rows), room.longest)
+    (key, room), *_ = case.forward._capacities.items()
+    case.forward._capacities[key] = Capacity(tuple(n // 3 for n in room.rows), room.longest)
     case.check(4)
     assert (case.recorder.recorded, case.recorder.replayed) == (1, 1), "recorded with too little room, then run exactly"
     case.check(4)
@@ -205,16 +205,16 @@ def test_overflow_is_run_again_and_room_grows() -> None:
 
 
 def test_too_long_an_image_is_an_overflow() -> None:
-    assert not Capacity((100, 90), (50, 40)).holds([[100, 50, 0], [80, 41, 0]])
-    assert not Capacity((100, 90), (50, 40)).holds([[101, 50, 0], [80, 40, 0]])
-    assert Capacity((100, 90), (50, 40)).holds([[100, 50, 0], [90, 40, 0]])
+    assert not Capacity((100, 90), (50, 40)).fits([[100, 50, 0], [80, 41, 0]])
+    assert not Capacity((100, 90), (50, 40)).fits([[101, 50, 0], [80, 40, 0]])
+    assert Capacity((100, 90), (50, 40)).fits([[100, 50, 0], [90, 40, 0]])
 
 
 def test_plan_never_grows_from_block_to_block_nor_past_the_start() -> None:
     plan = plan_capacity([[0, 0, 0], [1000, 99, 0], [0, 0, 0], [999, 50, 0]], tokens=100, rows=1010)
     assert plan.rows == (1010, 1010, 1010, 1010)
     assert plan.longest == (100, 100, 100, 64)
-    wider = plan_capacity([[500, 60, 0]], tokens=100, rows=1000, least=Capacity((700,), (64,)))
+    wider = plan_capacity([[500, 60, 0]], tokens=100, rows=1000, minimum=Capacity((700,), (64,)))
     assert wider == Capacity((700,), (80,))
 
 
@@ -223,25 +223,25 @@ def test_new_thresholds_are_never_stale() -> None:
     case.check(4)
     case.check(4)
     lower = (case.model.ltmp.merge - 0.1).tolist()
-    case.follow(lambda model: model.ltmp.set(lower, None))
+    case.apply(lambda model: model.ltmp.set(lower, None))
     case.check(4)
     case.check(4)
 
 
-def test_a_new_probe_is_recorded_anew() -> None:
+def test_a_new_probe_is_recorded_again() -> None:
     case = Case(settings={"scores": "best"})
     for seed in range(3):
-        case.follow(lambda model, seed=seed: model.ltmp.set_probe(make_probe(2, seed=seed)))
+        case.apply(lambda model, seed=seed: model.ltmp.set_probe(make_probe(2, seed=seed)))
         for _ in range(3):
             case.check(4, seed)
     assert case.recorder.recorded == 3
 
 
-def test_a_step_switched_on_or_off_is_recorded_anew() -> None:
+def test_a_step_switched_on_or_off_is_recorded_again() -> None:
     case = Case()
     case.check(4)
     case.check(4)
-    case.follow(lambda model: model.ltmp.set([1.0, 0.5], [0.0, 0.0]))
+    case.apply(lambda model: model.ltmp.set([1.0, 0.5], [0.0, 0.0]))
     case.check(4)
     case.check(4)
     assert case.recorder.recorded == 2
@@ -267,7 +267,7 @@ def test_model_changed_after_recording(change: str) -> None:
             model.train()
             model.eval()
 
-    case.follow(apply)
+    case.apply(apply)
     case.check(4)
     case.check(4)
 
@@ -280,20 +280,20 @@ def test_other_image_size_has_its_own_graph() -> None:
     assert case.recorder.recorded == 2
 
 
-def test_room_far_too_large_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_too_large_a_capacity_is_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_PATIENCE", 2)
     monkeypatch.setattr(capacity, "_ROWS", 1)
     case = Case()
     case.check(4)
     case.check(4)
-    before = case.forward._room.copy()
-    case.follow(lambda model: model.ltmp.set([-1.0, -1.0], [1.0, 1.0]))
+    before = case.forward._capacities.copy()
+    case.apply(lambda model: model.ltmp.set([-1.0, -1.0], [1.0, 1.0]))
     for _ in range(3):
         case.check(4)
-    assert all(case.forward._room[key].rows < room.rows for key, room in before.items())
+    assert all(case.forward._capacities[key].rows < room.rows for key, room in before.items())
 
 
-def test_least_recently_used_graph_goes() -> None:
+def test_least_recently_used_graph_is_evicted() -> None:
     case = Case(graphs=2)
     for images in (1, 3, 7):
         case.check(images)
@@ -370,12 +370,12 @@ def test_auto_reduces_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_all_off_is_dense() -> None:
     case = Case()
-    case.follow(lambda model: model.ltmp.set([1.0] * 2, [0.0] * 2))
+    case.apply(lambda model: model.ltmp.set([1.0] * 2, [0.0] * 2))
     for _ in range(3):
         case.check(4)
 
 
-def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
+def test_calls_that_are_not_plain_inference_are_left_to_the_host() -> None:
     case = Case()
     case.check(4)
     images = images_of(4)
@@ -386,8 +386,8 @@ def test_calls_that_are_not_plain_inference_are_the_hosts() -> None:
     assert case.recorder.recorded == 0
 
 
-def test_gradients_come_through_a_model_whose_engine_is_graphs() -> None:
-    """What watches a model is no policy that graphs know, also where no weight of the model trains."""
+def test_gradients_pass_through_a_model_with_the_graph_engine() -> None:
+    """The policy that learns a probe is not supported by graphs, even if no weight of the model trains."""
     case = Case(settings={"scores": "best"})
     for _ in range(3):
         learn_probe(case.model, images_of(4))
@@ -397,8 +397,8 @@ def test_gradients_come_through_a_model_whose_engine_is_graphs() -> None:
 
 
 @pytest.mark.parametrize("host", [{"global_pool": "avg"}, {"reg_tokens": 4}], ids=str)
-def test_patches_are_followed_inside_graphs(host: dict[str, Any]) -> None:
-    """Grids and sources have graphs of their own, which give what packed gives, to each caller its own memory."""
+def test_patches_are_traced_inside_graphs(host: dict[str, Any]) -> None:
+    """Grids and sources have graphs of their own, agree with packed, and are copied for each caller."""
     case = Case(**host)
     kept: list[tuple[Tensor, Tensor]] = []
     for seed in range(4):
@@ -416,20 +416,20 @@ def test_patches_are_followed_inside_graphs(host: dict[str, Any]) -> None:
     assert (case.recorder.recorded, case.recorder.replayed) == (2, 6)
     assert all(torch.equal(value, before) for value, before in kept)
     case.check(4)
-    assert case.recorder.recorded == 2, "nobody follows this call, and it is the first of its kind"
+    assert case.recorder.recorded == 2, "this call is not traced, and the first of its kind"
 
 
-def test_a_grid_that_needs_more_room_is_run_again() -> None:
+def test_a_grid_that_exceeds_its_capacity_is_run_again() -> None:
     case = Case(global_pool="avg")
     for model in (case.model, case.packed):
         model.ltmp.tokens = "grid"
     case.check(4)
-    (key, room), *_ = case.forward._room.items()
-    case.forward._room[key] = Capacity(tuple(n // 3 for n in room.rows), room.longest)
+    (key, room), *_ = case.forward._capacities.items()
+    case.forward._capacities[key] = Capacity(tuple(n // 3 for n in room.rows), room.longest)
     for seed in range(3):
         case.check(4, seed)
     assert case.recorder.recorded == 2
-    case.follow(lambda model: model.ltmp.set([1.0] * 2, [0.0] * 2))
+    case.apply(lambda model: model.ltmp.set([1.0] * 2, [0.0] * 2))
     for seed in range(3):
         case.check(4, seed)
 
@@ -465,7 +465,7 @@ def test_copies_and_pickles_start_without_graphs() -> None:
 
 
 def dial_of(model: Any, budgets: tuple[float, ...]) -> Dial:
-    """A dial of thresholds that leave about so much of each block, with what they really leave."""
+    """A dial of thresholds for about these budgets, with the tokens that they really keep."""
     rows, images = [], images_of(4).cpu()
     twin = ltmp.detach(copy.deepcopy(model)).cpu()
     for at in budgets:
@@ -478,28 +478,28 @@ def dial_of(model: Any, budgets: tuple[float, ...]) -> Dial:
 
 
 class Dialled(Case):
-    """A case with a dial from 0.5 to 0.9, whose rooms are not rounded up."""
+    """A case with a dial from 0.5 to 0.9, whose capacities are not rounded up."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> None:
         monkeypatch.setattr(capacity, "_ROWS", 1)
         super().__init__(**kwargs)
         dial = dial_of(self.model, (0.5, 0.6, 0.75, 0.9))
-        self.follow(lambda model: model.ltmp.set_dial(dial))
+        self.apply(lambda model: model.ltmp.set_dial(dial))
 
     def at(self, share: float) -> None:
-        """A batch at a budget. Always the same: of four images with ten tokens, others would outgrow its room."""
-        self.follow(lambda model: model.ltmp.set_budget(share))
+        """Check a batch at a budget: always the same one, as others of four images with ten tokens would overflow."""
+        self.apply(lambda model: model.ltmp.set_budget(share))
         self.check(4)
 
 
-def test_turning_the_dial_to_and_fro_records_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_back_and_forth_on_the_dial_records_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Dialled(monkeypatch)
     budgets = (0.5, 0.7, 0.9)
     for i in range(15):
         case.at(budgets[i % 3])
     assert case.recorder.recorded == 3
     assert case.recorder.replayed == 15 - 3
-    kept = [case.forward._room[key].rows[-1] for key in case.forward._recorded]
+    kept = [case.forward._capacities[key].rows[-1] for key in case.forward._recorded]
     assert kept == sorted(kept)
     assert len(set(kept)) == 3, "each level has a room of its own"
 
@@ -532,29 +532,29 @@ def test_thresholds_set_by_hand_leave_the_dials_graphs_alone(monkeypatch: pytest
     case = Dialled(monkeypatch)
     for _ in range(3):
         case.at(0.5)
-    case.follow(lambda model: model.ltmp.set([0.9] * 2, [0.01] * 2))
+    case.apply(lambda model: model.ltmp.set([0.9] * 2, [0.01] * 2))
     for _ in range(3):
         case.check(4)
     case.at(0.5)
     assert case.recorder.recorded == 2
     # behind the dial's back: only room is at stake
-    case.follow(lambda model: model.ltmp.merge.data.fill_(0.99))
+    case.apply(lambda model: model.ltmp.merge.data.fill_(0.99))
     case.check(4)
     case.check(4)
 
 
 def stress(batches: int, recorder: Any) -> GraphedForward:
-    """Random batch sizes, contents and thresholds, and room that is too small on purpose: each result is checked."""
+    """Check random batch sizes, contents and thresholds, with capacities that are too small on purpose."""
     generator = torch.Generator().manual_seed(0)
     case = Case(recorder, graphs=3)
     start = case.model.ltmp.merge.clone()
     for i in range(batches):
         if i % 7 == 3:
             values = (start + 0.2 * torch.rand((), generator=generator).to(DEVICE) - 0.1).tolist()
-            case.follow(lambda model, values=values: model.ltmp.set(values, None))
+            case.apply(lambda model, values=values: model.ltmp.set(values, None))
         if i % 11 == 5:
-            for key, room in case.forward._room.items():
-                case.forward._room[key] = Capacity(tuple(max(1, n // 2) for n in room.rows), room.longest)
+            for key, room in case.forward._capacities.items():
+                case.forward._capacities[key] = Capacity(tuple(max(1, n // 2) for n in room.rows), room.longest)
                 case.forward._recorded.pop(key, None)
         case.check(int(torch.randint(1, 4, (), generator=generator)), seed=i)
     return case.forward
@@ -563,7 +563,7 @@ def stress(batches: int, recorder: Any) -> GraphedForward:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_stress() -> None:
-    """300 batches (LTMP_STRESS=300) take five minutes in the interpreter; 24 meet every kind of event."""
+    """300 batches (LTMP_STRESS=300) take five minutes in the interpreter; 24 cover every kind of event."""
     recorder = Rerun()
     stress(int(os.environ.get("LTMP_STRESS", "24")), recorder)
     assert recorder.replayed > 10
@@ -587,8 +587,8 @@ def test_cuda_graphs_survive_drops_and_overflows() -> None:
     for images in (2, 2, 3, 3):
         case.check(images)
     assert len(case.forward._recorded) == 2
-    for key, room in case.forward._room.items():
-        case.forward._room[key] = Capacity(tuple(max(1, n // 3) for n in room.rows), room.longest)
+    for key, room in case.forward._capacities.items():
+        case.forward._capacities[key] = Capacity(tuple(max(1, n // 3) for n in room.rows), room.longest)
     case.forward._recorded.clear()
     for images in (2, 2, 2, 3, 3, 3):
         case.check(images)

@@ -1,4 +1,4 @@
-"""On a CPU the packed engine takes a standard block's linear layers by oneDNN: the same function, or the host's own."""
+"""On a CPU the packed engine computes linear layers of standard blocks with oneDNN, and others with their modules."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_halves_are_those_of_the_host(kwargs: dict[str, object]) -> None:
 
 
 @needs_onednn
-def test_the_reduced_model_uses_it_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reduced_model_uses_it_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     images = random_images(5)
     model = attach_reducing(tiny_vit(), images)
     used = []
-    taken = onednn._mlp
-    monkeypatch.setattr(onednn, "_mlp", lambda *args: used.append(1) or taken(*args))
+    mlp = onednn._mlp
+    monkeypatch.setattr(onednn, "_mlp", lambda *args: used.append(1) or mlp(*args))
     with torch.inference_mode():
         fast, counts = run_recorded(model, images)
         assert len(used) == 3
@@ -81,14 +81,14 @@ def test_what_is_not_a_plain_inference_block_runs_its_own_modules() -> None:
 
 
 @torch.inference_mode()
-def test_hooks_and_adapters_on_linear_layers_are_heard() -> None:
+def test_hooks_and_adapters_on_linear_layers_run() -> None:
     x = torch.randn(7, 16)
-    heard = []
+    called = []
     block = tiny_vit().blocks[0]
-    block.mlp.fc1.register_forward_hook(lambda *_: heard.append("fc1"))
+    block.mlp.fc1.register_forward_hook(lambda *_: called.append("fc1"))
     assert not by_onednn(block, x)
     onednn.halves(RECIPE, (block,), x, look({}, RECIPE, (block,)))[0].mlp(x)
-    assert heard == ["fc1"]
+    assert called == ["fc1"]
 
     class Adapter(nn.Linear):
         pass

@@ -1,4 +1,4 @@
-"""A named engine works or says in one sentence why not; `auto` always finds one."""
+"""A named engine works or reports in one sentence why not; `auto` always finds one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """No interpreter, and nothing remembered of the machine."""
+    """Triton without its interpreter, and no cached facts about the machine."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     select.unavailable.cache_clear()
     yield
@@ -82,10 +82,10 @@ def test_other_policies_run_on_the_packed_engine(monkeypatch: pytest.MonkeyPatch
 
     model = attach_reducing(tiny_vit(), random_images(2))
     body = attachment(model).body
-    assert select.on_device(body)
-    assert not select.on_device(replace(body, policy=Other(3, model.ltmp.config).eval()))
+    assert select.supports_triton(body)
+    assert not select.supports_triton(replace(body, policy=Other(3, model.ltmp.config).eval()))
     biased = replace(body.recipe, bias=lambda host, block, named: None)
-    assert not select.on_device(replace(body, recipe=biased)), "kernels know no bias for pairs of tokens"
+    assert not select.supports_triton(replace(body, recipe=biased)), "kernels know no bias for pairs of tokens"
 
 
 def test_every_engine_of_the_config_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_graphs_come_and_go_with_the_attachment(monkeypatch: pytest.MonkeyPatch)
     assert model(images).shape == reduced.shape
 
 
-def test_an_engine_that_is_brought_runs_whatever_the_thresholds() -> None:
-    """In this thread, for bodies of any host; but inside `dense()` nothing of ours runs."""
+def test_an_engine_override_runs_whatever_the_thresholds() -> None:
+    """In this thread, for any host; but `dense()` takes precedence."""
     images = random_images(2)
     model = ltmp.attach(tiny_vit())
     calls: list[int] = []
@@ -116,14 +116,14 @@ def test_an_engine_that_is_brought_runs_whatever_the_thresholds() -> None:
         return body.all_whole(x, positions)
 
     with torch.no_grad(), running(engine):
-        brought = model(images)
+        overridden = model(images)
         with ltmp.dense():
-            assert_close(model(images), brought, 1e-6)
+            assert_close(model(images), overridden, 1e-6)
     model(images)
     assert calls == [3]
 
 
-def test_a_body_that_is_brought_stands_in_for_that_of_its_host_alone() -> None:
+def test_a_body_override_applies_to_its_host_only() -> None:
     images = random_images(2)
     model, other = (attach_reducing(tiny_vit(), images) for _ in range(2))
     off = copy.deepcopy(model.ltmp)
@@ -137,7 +137,7 @@ def test_a_body_that_is_brought_stands_in_for_that_of_its_host_alone() -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "triton"])
 def test_training_weights_on_a_gpu_keeps_gradients(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frozen thresholds run as deployed in train mode, by an engine that gradients pass."""
+    """In train mode, frozen thresholds run as deployed, on an engine with gradients."""
     gpu(monkeypatch, (9, 0))
     chosen = select.engine(engine, CUDA)
     model = attach_reducing(tiny_vit(), random_images(2)).train()

@@ -1,4 +1,4 @@
-"""On a CPU `auto` runs dense where reduction does not pay, and only where nobody counts on reduced answers."""
+"""On a CPU `auto` runs dense if reduction does not pay, unless the caller relies on reduced outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARGIN = trial.MARGIN  # as it is before the fixture of all tests changes it
 
 
 class Clock:
-    """Tells as much time as the ways to run a model are said to take."""
+    """A clock that advances only by the fixed durations of wrapped calls."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -38,8 +38,8 @@ class Clock:
         return timed
 
 
-def pays(monkeypatch: pytest.MonkeyPatch, *, reduced: float, dense: float) -> None:
-    """Say how long each way takes."""
+def set_durations(monkeypatch: pytest.MonkeyPatch, *, reduced: float, dense: float) -> None:
+    """Fix the duration of reduced and dense calls."""
     clock = Clock()
     monkeypatch.setattr(trial, "MARGIN", MARGIN)
     monkeypatch.setattr(trial, "perf_counter", clock)
@@ -47,8 +47,8 @@ def pays(monkeypatch: pytest.MonkeyPatch, *, reduced: float, dense: float) -> No
     monkeypatch.setattr(Body, "all_whole", clock.takes(dense, Body.all_whole))
 
 
-def model_and_answers() -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A model, images, and its reduced and dense answers."""
+def model_and_outputs() -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A model, images, and its reduced and dense outputs."""
     images = random_images(3)
     model = attach_reducing(tiny_vit(), images)
     with torch.inference_mode():
@@ -61,14 +61,14 @@ def model_and_answers() -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def test_dense_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    model, images, reduced, dense = model_and_answers()
-    pays(monkeypatch, reduced=1.2, dense=1.0)
+    model, images, reduced, dense = model_and_outputs()
+    set_durations(monkeypatch, reduced=1.2, dense=1.0)
     for _ in range(CALLS):
         assert_close(model(images), reduced, 1e-6)
     for _ in range(3):
         assert_close(model(images), dense, 1e-6)
-    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "does not pay for batches of 3 on this CPU (1200.00 ms against 1000.00 ms dense): running dense" in said
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "does not pay for batches of 3 on this CPU (1200.00 ms against 1000.00 ms dense): running dense" in message
     assert_close(copy.deepcopy(model)(images), reduced, 1e-6)
 
 
@@ -77,17 +77,17 @@ def test_dense_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, caplog: 
 def test_reduction_runs_where_it_pays_or_costs_no_more_than_noise(
     reduced_seconds: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, images, reduced, _ = model_and_answers()
-    pays(monkeypatch, reduced=reduced_seconds, dense=1.0)
+    model, images, reduced, _ = model_and_outputs()
+    set_durations(monkeypatch, reduced=reduced_seconds, dense=1.0)
     for _ in range(CALLS + 2):
         assert_close(model(images), reduced, 1e-6)
     assert not caplog.records
 
 
 @torch.inference_mode()
-def test_other_shapes_and_thresholds_are_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images, reduced, dense = model_and_answers()
-    pays(monkeypatch, reduced=2.0, dense=1.0)
+def test_other_shapes_and_thresholds_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, reduced, dense = model_and_outputs()
+    set_durations(monkeypatch, reduced=2.0, dense=1.0)
     for _ in range(CALLS):
         model(images)
     assert_close(model(images), dense, 1e-6)
@@ -97,9 +97,9 @@ def test_other_shapes_and_thresholds_are_tried_anew(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("how", ["record", "trace", "unmerge", "gradients", "engine"])
-def test_where_reduced_answers_are_asked_for_nothing_switches(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images, reduced, dense = model_and_answers()
-    pays(monkeypatch, reduced=2.0, dense=1.0)
+def test_calls_that_rely_on_reduction_never_switch(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, reduced, dense = model_and_outputs()
+    set_durations(monkeypatch, reduced=2.0, dense=1.0)
     with torch.inference_mode():
         for _ in range(CALLS):
             model(images)
@@ -118,8 +118,8 @@ def test_where_reduced_answers_are_asked_for_nothing_switches(how: str, monkeypa
 
 @torch.inference_mode()
 def test_few_trials_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_KEPT", 2)
-    model, images, _, _ = model_and_answers()
+    monkeypatch.setattr(trial, "_MAX_TRIALS", 2)
+    model, images, _, _ = model_and_outputs()
     for count in (1, 2, 3):
         model(images[:count])
     assert len(trial._TRIALS[attachment(model).host].by_kind) == 2

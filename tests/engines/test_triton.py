@@ -1,4 +1,4 @@
-"""The Triton engine is the packed torch engine in another layout: equal counts, logits apart by rounding only."""
+"""The Triton engine agrees with the packed torch engine: equal counts, and logits up to rounding."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def assert_same(expected: Reduced, found: Reduced, atol: float = 1e-4) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter launches")
-def test_a_grid_is_one_more_launch_a_block_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_takes_one_more_launch_per_block_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import GridExecutor
 
     launched: list[str] = []
@@ -122,11 +122,11 @@ def test_capacity_gives_the_same(variant: str) -> None:
     assert_same(expected, found)
 
 
-def followed(model: Any, images: Tensor, name: str, engine: Any = None) -> tuple[Tensor, ...]:
-    """A grid, sources, those after each block and counts; then sources and those after each block of reduced rows."""
+def traced_outputs(model: Any, images: Tensor, name: str, engine: Any = None) -> tuple[Tensor, ...]:
+    """Return grid, counts, sources of the grid and of reduced rows, and both after each block."""
     model.ltmp.config = replace(model.ltmp.config, engine=name)
-    brought = nullcontext() if engine is None else running(engine)
-    with torch.no_grad(), brought, ltmp.record() as calls, ltmp.trace(every_block=True) as traced:
+    override = nullcontext() if engine is None else running(engine)
+    with torch.no_grad(), override, ltmp.record() as calls, ltmp.trace(every_block=True) as traced:
         x = embed(model, images)
         with ltmp.unmerge():
             grid = run_blocks(model, x)
@@ -135,14 +135,14 @@ def followed(model: Any, images: Tensor, name: str, engine: Any = None) -> tuple
     return grid, calls.kept[0], *traced.sources, *traced.blocks
 
 
-def assert_followed(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
+def assert_same_traces(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
     assert_close(found[0], expected[0], 1e-4)
-    assert (expected[2] < 0).any() or expected[1].shape[1] == 0, "nothing is pruned: the test tests little"
+    assert (expected[2] < 0).any() or expected[1].shape[1] == 0, "nothing is pruned: the test checks little"
     for a, b in zip(expected[1:], found[1:], strict=True):
         assert torch.equal(a, b)
 
 
-FOLLOWED: dict[str, dict[str, Any]] = {
+TRACED: dict[str, dict[str, Any]] = {
     "floor": {"floor": 8}, "fixed": {"variant": "pm", "r": (0, 4, 2)}, "mutual": {"scores": Scores(matching="mutual")},
 }  # fmt: skip
 
@@ -150,10 +150,10 @@ FOLLOWED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("host", "settings"),
     [*((host, {}) for host in list(HOSTS)[:4]),
-     *zip([*HOSTS][:4] * 2, [{"variant": "ltpm"}, {"variant": "ltp"}, *FOLLOWED.values()], strict=False)],
+     *zip([*HOSTS][:4] * 2, [{"variant": "ltpm"}, {"variant": "ltp"}, *TRACED.values()], strict=False)],
     ids=str,
 )  # fmt: skip
-def test_patches_are_followed_as_by_packed(host: str, settings: dict[str, Any]) -> None:
+def test_patches_are_traced_as_by_packed(host: str, settings: dict[str, Any]) -> None:
     """Grids, sources and trails, at exact and at fixed sizes."""
     images = random_images(3).to(DEVICE)
     model, config = tiny_vit(**HOSTS[host]), LTMPConfig(**settings)
@@ -164,19 +164,19 @@ def test_patches_are_followed_as_by_packed(host: str, settings: dict[str, Any]) 
         model.ltmp.config = config
     model.to(DEVICE)
     with plain_torch():
-        expected = followed(model, images, "packed")
-    assert_followed(expected, followed(model, images, "triton"))
+        expected = traced_outputs(model, images, "packed")
+    assert_same_traces(expected, traced_outputs(model, images, "triton"))
     counts = expected[1].T
     room = engine.Capacity(tuple(int(n) + 5 for n in counts.sum(1)), tuple(int(n) + 1 for n in counts.amax(1)))
     active = attachment(model).body.active()
-    if active == attachment(model).body.read_whole(active):
-        assert_followed(expected, followed(model, images, "triton", engine.Counted(active, room)))
+    if active == attachment(model).body.keep_last_patches(active):
+        assert_same_traces(expected, traced_outputs(model, images, "triton", engine.Counted(active, room)))
 
 
-def test_fused_tokens_are_followed_as_by_packed() -> None:
+def test_fused_tokens_are_traced_as_by_packed() -> None:
     images = random_images(3).to(DEVICE)
     model = ltmp.attach(tiny_vit(), LTMPConfig("evit", r=4)).to(DEVICE)
-    expected, found = followed(model, images, "packed"), followed(model, images, "triton")
+    expected, found = traced_outputs(model, images, "packed"), traced_outputs(model, images, "triton")
     assert_close(found[0], expected[0], 1e-4)
     assert all(torch.equal(a, b) for a, b in zip(expected[1:], found[1:], strict=True))
 

@@ -1,8 +1,8 @@
-"""Single blocks of a reduced model, every patch in its place after each: for whoever looks between blocks.
+"""Run a reduced model block by block, with every patch in its place, for code that reads features between blocks.
 
-What runs is what is left, by the engine that would run all blocks at once. Where it is rides on the features that a
-block hands out, so that the next block goes on from there, whoever calls it; those features are put together when they
-are read (`deferred`), which between most blocks nobody does.
+Each block runs on the live tokens only, with the engine that would run all blocks at once. The state of the run is an
+attribute of the features that a block returns, so that the next block can continue from them, whatever code calls it.
+The features themselves are only computed if something reads them (`deferred`), which is rare between blocks.
 """
 
 from __future__ import annotations
@@ -23,143 +23,148 @@ from .body import Body, running_engine
 from .deferred import defer
 from .positions import positions_of
 from .segments import Segments
-from .state import Partway, Reduced
-from .steps import Stepping
+from .state import BlockwiseRun, Reduced
+from .steps import SteppableEngine
 
 PLACES: ContextVar[list[Tensor] | None] = ContextVar("ltmp_places", default=None)
-"""Where calls of this thread say, after each block, which of the features [..., C] that they hand out are in the place
-of a token that is left, bool [...]; None where nobody asks."""
+"""List to which calls of this thread append a mask after each block, or None.
+
+The mask, bool [...], tells which of the features [..., C] that the block returns are in the place of a live token."""
 
 
 @dataclass(frozen=True)
-class Reached:
-    """Where a call is between two blocks.
+class Progress:
+    """State of a call between two blocks.
 
     Attributes:
-        block: the one that comes next.
-        body, active: of the call.
-        state: what is left, or None where nothing was removed yet.
-        entered: the features [..., C] from which something was removed first.
-        among: where images are among them, if not of N tokens each.
-        positioned: whether the host has positions for its tokens.
-        waits: whether features may be computed when they are read: nothing follows what is done with them.
+        block: index of the next block.
+        body, active: blocks, policy and active steps of the call.
+        state: the run on live tokens, or None while no block could remove any.
+        unreduced: the features [..., C] that entered the first block that may remove tokens.
+        segments: rows of each image in them, None if they are one [N, C] per image.
+        has_positions: whether the host passes positions to its blocks.
+        defers: whether features may be computed only when they are read: neither autograd nor a tracer follows them.
     """
 
     block: int
     body: Body
     active: Active
-    state: Partway | None = None
-    entered: Tensor | None = None
-    among: Segments | None = None
-    positioned: bool = False
-    waits: bool = False
+    state: BlockwiseRun | None = None
+    unreduced: Tensor | None = None
+    segments: Segments | None = None
+    has_positions: bool = False
+    defers: bool = False
 
     def grid(self) -> Tensor:
-        """The features [..., C] to hand out."""
+        """Return the features [..., C] after the block that ran last."""
         assert self.state is not None
-        assert self.entered is not None
+        assert self.unreduced is not None
         grid = self.state.unmerged()
-        return grid if self.among is None else self.among.put(self.entered, grid)
+        return grid if self.segments is None else self.segments.put(self.unreduced, grid)
 
 
 def goes_on(host: nn.Module, i: int, x: Tensor) -> bool:
-    """Whether x is what block `i - 1` of a reduced `host` handed out, so that it need not be asked again."""
-    reached = getattr(x, "ltmp_reached", None)
-    return isinstance(reached, Reached) and reached.block == i > 0 and reached.body.host is host and not is_dense()
+    """Whether block `i` continues a reduced call of `host`: `x` is the output of block `i - 1` in such a call."""
+    progress = getattr(x, "ltmp_progress", None)
+    return isinstance(progress, Progress) and progress.block == i > 0 and progress.body.host is host and not is_dense()
 
 
-def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], own: Callable[[], Any]) -> Any:
-    """Block `i`: [B, N, C], or rows that `Recipe.images` knows, as the block before gave them, to the same.
+def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], run_own: Callable[[], Any]) -> Any:
+    """Run block `i` of a reduced model.
 
     Args:
-        named: what else the host calls this block with.
-        own: calls the host's own block with all that; so it is as long as nothing was removed and nothing will be.
+        x: [B, N, C], or rows located by `Recipe.images`: the output of block `i - 1`.
+        named: the other arguments that the host passes to this block.
+        run_own: calls the host's own block with these arguments; used while no block up to this one removes tokens.
 
     Returns:
-        What `own` would: the features, or a pair where the recipe says so.
+        The same as `run_own`: the features, shaped like `x`, or a pair if `Recipe.wraps`.
 
     Raises:
-        LTMPError: `x` is not what the block before handed out.
+        LTMPError: `x` is not the output of block `i - 1`.
     """
-    reached = getattr(x, "ltmp_reached", None)
-    if i == 0 and not (recomputing() and isinstance(reached, Reached) and reached.block == 0):
-        brought = running_engine()
-        active = brought.active if isinstance(brought, Stepping) else None
+    progress = getattr(x, "ltmp_progress", None)
+    if i == 0 and not (recomputing() and isinstance(progress, Progress) and progress.block == 0):
+        override = running_engine()
+        active = override.active if isinstance(override, SteppableEngine) else None
         active = body.active() if active is None else active
-        # here patches are read whatever the head reads
-        reached = Reached(0, body, body.read_whole(active) if active[-1][1] and not body.grid else active)
+        # patches are read between blocks, even if the head reads none
+        progress = Progress(0, body, body.keep_last_patches(active) if active[-1][1] and not body.grid else active)
         if torch.is_grad_enabled() and body.grad_checkpointing:
-            # found again when the host recomputes this block, whatever this thread runs by then
-            x.ltmp_reached = reached  # type: ignore[attr-defined]
-    if not isinstance(reached, Reached) or reached.block != i or reached.body.host is not body.host:
+            # used again when the backward pass recomputes this block, whatever this thread runs by then
+            x.ltmp_progress = progress  # type: ignore[attr-defined]
+    if not isinstance(progress, Progress) or progress.block != i or progress.body.host is not body.host:
         raise LTMPError(
             f"block {i} of a reduced model goes on from what block {i - 1} handed out, and was given something else: "
             "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
         )
-    if not any(map(any, reached.active[: i + 1])):
-        found = own()
-        grid = found[0] if body.recipe.wraps else found
-        # a block may hand back what it was given
+    if not any(map(any, progress.active[: i + 1])):
+        output = run_own()
+        grid = output[0] if body.recipe.wraps else output
+        # a block may return its input itself, which must keep its own progress
         grid = grid if grid is not x else grid.view_as(grid)
-        reached = replace(reached, block=i + 1)
+        progress = replace(progress, block=i + 1)
         if i + 1 == body.depth:
-            note_whole(reached.body, x, named)
+            note_whole(progress.body, x, named)
     else:
-        reached = _reduce(_started(reached, x, named) if reached.state is None else reached, named)
-        # behind the last block somebody reads them
-        grid = defer(reached.grid, x) if i + 1 < body.depth and reached.waits else reached.grid()
-        _note(reached, x)
+        progress = _step(_start(progress, x, named) if progress.state is None else progress, named)
+        # the output of the last block is always read
+        grid = defer(progress.grid, x) if i + 1 < body.depth and progress.defers else progress.grid()
+        _note(progress, x)
     places = PLACES.get()
     if places is not None:
-        places.append(_places(reached, x))
-    grid.ltmp_reached = reached
+        places.append(_live_places(progress, x))
+    grid.ltmp_progress = progress
     return (grid, None) if body.recipe.wraps else grid
 
 
-def _started(reached: Reached, x: Tensor, named: Mapping[str, Any]) -> Reached:
-    """At the first block that may remove something."""
-    i, body = reached.block, reached.body
-    among = body.recipe.images(body.host, x, named)
+def note_whole(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:
+    """Add a call with features `x` that removes nothing to the active `record()` and `trace()`, if any."""
+    if recording() is not None or tracing() is not None:
+        segments = body.recipe.images(body.host, x, named)
+        body.note(x, Reduced.dense(x if segments is None else segments.take(x), body.depth, segments), segments)
+
+
+def _start(progress: Progress, x: Tensor, named: Mapping[str, Any]) -> Progress:
+    """Start the run on live tokens, at the first block that may remove any."""
+    i, body = progress.block, progress.body
+    segments = body.recipe.images(body.host, x, named)
     positions = positions_of(body.recipe, body.host, x.shape[-2], (), named)
-    entering = x if among is None else among.take(x)
-    state = select.start(body, entering, reached.active, positions, i, among)
+    entering = x if segments is None else segments.take(x)
+    state = select.start(body, entering, progress.active, positions, i, segments)
     followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    # under autocast features change their type on the way
-    waits = not (followed or torch.is_autocast_enabled(x.device.type))
-    return replace(reached, state=state, entered=x, among=among, positioned=positions is not None, waits=waits)
+    # autocast may change the dtype of features between blocks, which a deferred tensor has to state in advance
+    defers = not (followed or torch.is_autocast_enabled(x.device.type))
+    has_positions = positions is not None
+    return replace(
+        progress, state=state, unreduced=x, segments=segments, has_positions=has_positions, defers=defers
+    )  # fmt: skip
 
 
-def _reduce(reached: Reached, named: Mapping[str, Any]) -> Reached:
-    i, body, state = reached.block, reached.body, reached.state
+def _step(progress: Progress, named: Mapping[str, Any]) -> Progress:
+    i, body, state = progress.block, progress.body, progress.state
     assert state is not None
-    return replace(reached, block=i + 1, state=state.step(i, body.recipe.bias(body.host, i, named)))
+    return replace(progress, block=i + 1, state=state.step(i, body.recipe.bias(body.host, i, named)))
 
 
-def _places(reached: Reached, x: Tensor) -> Tensor:
-    """bool [...], which of the features x [..., C] are in the place of a token that is left."""
-    if reached.state is None:
+def _note(progress: Progress, x: Tensor) -> None:
+    """Add the call to the active `record()` and `trace()` after its last block."""
+    body, state = progress.body, progress.state
+    assert state is not None
+    if progress.block == body.depth:
+        body.note(x, state.result(), progress.segments)
+
+
+def _live_places(progress: Progress, x: Tensor) -> Tensor:
+    """Return bool [...], which of the features x [..., C] are in the place of a live token."""
+    if progress.state is None:
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    tokens, among = reached.state.tokens, reached.among
+    tokens, segments = progress.state.tokens, progress.segments
     image, slot = tokens.live.nonzero(as_tuple=True)
     row = tokens.origin[image, slot]
-    if among is None:
+    if segments is None:
         row = image * x.shape[1] + row
-    elif not reached.positioned:
-        row = among.index[image, row]
-    found = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
-    return found.index_fill(0, row, True).view(x.shape[:-1])
-
-
-def _note(reached: Reached, x: Tensor) -> None:
-    """Tell of a call that has passed its last block."""
-    body, state = reached.body, reached.state
-    assert state is not None
-    if reached.block == body.depth:
-        body.note(x, state.reduced(), reached.among)
-
-
-def note_whole(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:
-    """Tell `record()` and `trace()` of a call with these features that removes nothing."""
-    if recording() is not None or tracing() is not None:
-        among = body.recipe.images(body.host, x, named)
-        body.note(x, Reduced.whole(x if among is None else among.take(x), body.depth, among), among)
+    elif not progress.has_positions:
+        row = segments.index[image, row]
+    places = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
+    return places.index_fill(0, row, True).view(x.shape[:-1])

@@ -1,4 +1,4 @@
-"""An engine's view of a model: its blocks, and the policy that decides in them."""
+"""What an engine sees of a model: its blocks, and the policy that decides which tokens to remove."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .state import Reduced
 
 
 class Memory(dict[Any, Any]):
-    """Lives as long as the body, which may be referred to from it; a copy begins anew."""
+    """A cache that lives as long as its body and may refer back to it; a copied or pickled one is empty."""
 
     def __reduce__(self) -> Any:
         return Memory, ()
@@ -29,15 +29,15 @@ class Memory(dict[Any, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """The blocks of an attached transformer. Frozen: a call shares nothing with another.
+    """The blocks of an attached transformer. Frozen, so that calls share no state.
 
     Attributes:
-        blocks: the host's own, in order.
-        recipe: how they are built.
-        policy: which of their tokens go.
-        protected: number of prefix tokens.
+        blocks: the host's own blocks, in order.
+        recipe: how the blocks are built.
+        policy: decides which tokens to remove.
+        protected: number of prefix tokens, which are never removed.
         host: the transformer.
-        memory: what engines know of the blocks, see `plain.look`.
+        memory: cached facts about the blocks, see `plain.look`.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -54,34 +54,34 @@ class Body:
 
     @property
     def grad_checkpointing(self) -> bool:
-        """Whether the host asked to recompute blocks in backward."""
+        """Whether the host uses gradient checkpointing, i.e. recomputes its blocks in the backward pass."""
         return self.recipe.grad_checkpointing(self.host)
 
     @property
     def prefix_only(self) -> bool:
-        """Whether the host's head reads the prefix tokens alone: after the last attention no other token counts."""
+        """Whether the head reads prefix tokens only: no other token matters after the last attention."""
         return self.recipe.prefix_only(self.host)
 
     @property
     def tokens(self) -> str:
-        """The form of the tokens that the host gets behind its blocks, see `config.FORMS`."""
+        """Form of the tokens that the host receives after its blocks, see `config.FORMS`."""
         return self.policy.config.tokens or self.recipe.forms[0]
 
     @property
     def grid(self) -> bool:
-        """Whether every patch is in its place after each block, for a host that reads them there."""
+        """Whether every patch keeps its place after each block, because the host reads patches by place."""
         return unmerging() or self.tokens != "reduced"
 
     @property
     def first(self) -> int:
-        """The first block that may remove tokens."""
+        """Index of the first block that may remove tokens."""
         return [*(self.recipe.reduces(self.host) or (True,)), True].index(True)
 
     def geometry(self, tokens: int, width: int, each: tuple[int, ...] | None = None) -> Geometry:
-        """Geometry of an image of `tokens` tokens, or of images of as many as `each` says.
+        """Geometry of images of `tokens` tokens, or of images of different lengths, given by `each`.
 
         Raises:
-            LTMPError: the layers of an MLP do not say what they cost.
+            LTMPError: the cost of an MLP is unknown, as none of its layers has in_features and out_features.
         """
         ratios = tuple(self.recipe.mlp_ratio(block) for block in self.blocks)
         if not all(ratios):
@@ -92,81 +92,84 @@ class Body:
         return Geometry(tokens, width, ratios, each)
 
     def active(self) -> Active:
-        """For each block whether merging and pruning can select anything now; nothing inside `dense()`."""
+        """For each block, whether merging and pruning can select any token now; always False inside `dense()`."""
         if is_dense():
             return ((False, False),) * self.depth
         active = self.policy.active()
         if self.policy.masks:
-            # a threshold that selects nothing today may learn to
+            # training may move a threshold that selects nothing yet
             active = ((True, True),) * self.depth
-        spared = self.recipe.reduces(self.host)
-        if spared is not None:
-            active = tuple((merge and on, prune and on) for (merge, prune), on in zip(active, spared, strict=True))
-        return self.read_whole(active) if active[-1][1] and self._read_behind else active
+        reducible = self.recipe.reduces(self.host)
+        if reducible is not None:
+            active = tuple((merge and on, prune and on) for (merge, prune), on in zip(active, reducible, strict=True))
+        return self.keep_last_patches(active) if active[-1][1] and self._patches_are_read else active
 
-    @property
-    def _read_behind(self) -> bool:
-        """Whether patches are read behind the last block."""
-        return self.grid or not self.prefix_only
+    def keep_last_patches(self, active: Active) -> Active:
+        """Return `active` without the last block's pruning if it drops every patch.
 
-    def read_whole(self, active: Active) -> Active:
-        """`active` where patches are read behind the last block.
-
-        One that drops all of them was learned for a head that reads none; here it prunes nothing.
+        Such a threshold was learned for a head that reads no patches; it must not apply when they are read.
         """
         return (*active[:-1], (active[-1][0], False)) if self.policy.prunes_all(-1) else active
 
-    def on(self) -> Tensor:
-        """`active` bool [L, 2] on the device, as a deployed policy has it."""
-        found = self.policy.on()
-        if self._read_behind:
-            found = found.clone()
-            found[-1, 1] &= ~self.policy.pruned_whole()[-1]
-        return found
+    @property
+    def _patches_are_read(self) -> bool:
+        """Whether anything reads patches after the last block."""
+        return self.grid or not self.prefix_only
+
+    def active_on_device(self) -> Tensor:
+        """`active` of a deployed policy as a bool tensor [L, 2] on the device, computed without a synchronization."""
+        active = self.policy.on()
+        if self._patches_are_read:
+            active = active.clone()
+            active[-1, 1] &= ~self.policy.pruned_whole()[-1]
+        return active
 
     def reduces(self) -> bool:
-        """Whether a call now may remove tokens; if not, the model is the host's own."""
+        """Whether a call may remove tokens now; if not, it computes what the host alone would."""
         return not is_dense() and (running_engine() is not None or any(map(any, self.active())))
 
     def whole(self, i: int, x: Tensor, positions: Positions | None) -> Tensor:
-        """The host's own block `i` on [B, N, C] of which nothing was reduced yet."""
+        """Run the host's own block `i` on [B, N, C] of which nothing was removed yet."""
         place = {} if positions is None else positions.argument(i)
         block = self.blocks[i]
         return type(block).forward(block, x, **self.recipe.arguments, **place)
 
     def all_whole(self, x: Tensor, positions: Positions | None) -> Reduced:
-        """All of the host's own blocks on [B, N, C]."""
+        """Run all of the host's own blocks on [B, N, C], without any reduction."""
         for i in range(self.depth):
             x = self.whole(i, x, positions)
-        return Reduced.whole(x, self.depth)
+        return Reduced.dense(x, self.depth)
 
-    def note(self, x: Tensor, reduced: Reduced, images: Segments | None = None) -> None:
-        """Tell `record()` and `trace()` what became of a call with `x` [B, N, C], or the rows of `images`.
+    def note(self, x: Tensor, reduced: Reduced, segments: Segments | None = None) -> None:
+        """Add the result of a call to the active `record()` and `trace()`, if any.
 
-        A call that a backward pass runs again has been told of.
+        Nothing is added when a backward pass recomputes the call, as the forward pass has added it already.
+
+        Args:
+            x: [B, N, C], or the host's features if `segments` locates the images in them.
         """
         calls, traced = (None, None) if recomputing() else (recording(), tracing())
         if calls is not None:
-            each = None if images is None else images.tokens
+            each = None if segments is None else segments.tokens
             calls.add(reduced.kept, self.geometry(max(each or x.shape[-2:-1]), x.shape[-1], each))
         if traced is not None and reduced.source is not None:
             traced.add(reduced.source, reduced.trail or ())
 
 
 Run = Callable[[Body, Tensor, Active, "Positions | None"], Reduced]
-"""An engine of the settings: all blocks on [B, N, C], by steps that are known to be active."""
+"""An engine selected by the config: runs all blocks on [B, N, C], given the active steps."""
 
 Engine = Callable[[Body, Tensor, "Positions | None"], Reduced]
-"""An engine that a caller brings: all blocks on [B, N, C], whichever steps it finds active."""
+"""An engine passed to `running`: runs all blocks on [B, N, C], and decides itself which steps are active."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """This thread's override of a model's own settings.
+    """Overrides of a model's own engine and body in this thread.
 
     Attributes:
-        engine: an engine, taken even where no threshold is on.
-        body: what stands in for the body of the same host.
+        engine: used even if no threshold is active.
+        body: replaces the body of the same host.
     """
 
     engine: Engine | None = None
@@ -177,7 +180,7 @@ _RUNNING: ContextVar[Running] = ContextVar("ltmp_running", default=Running())  #
 
 
 def running(engine: Engine | None = None, *, body: Body | None = None) -> AbstractContextManager[Running]:
-    """Run by another engine, or another body of the same host, inside and in this thread only.
+    """Run with another engine, or another body of the same host, inside the context and in this thread only.
 
     >>> with running(body=replace(body, policy=other)):
     ...     model(images)
@@ -187,11 +190,11 @@ def running(engine: Engine | None = None, *, body: Body | None = None) -> Abstra
 
 
 def running_engine() -> Engine | None:
-    """The engine that this thread runs instead of the model's own, if any."""
+    """Return the engine set by `running` in this thread, or None."""
     return _RUNNING.get().engine
 
 
 def running_body(own: Body) -> Body:
-    """`own`, or what this thread runs in its place."""
+    """Return the body that replaces `own` in this thread, or `own` itself."""
     other = _RUNNING.get().body
     return other if other is not None and other.host is own.host else own

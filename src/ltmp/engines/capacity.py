@@ -1,4 +1,4 @@
-"""How much room a CUDA graph needs: what batches took before and a little more, at the top of its part of the dial."""
+"""Capacity of CUDA graphs: how many rows they need after each block, planned from batches that ran before."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from ..method.policy import Policy
 from ..method.thresholds import Thresholds
 
 LEVELS = 16
-"""Parts of the range from 0 to 1 whose budgets share graphs: fewer waste room, more record more."""
+"""Number of equal parts of the budget range from 0 to 1; budgets in one part share graphs.
+
+Fewer levels waste capacity, more levels record more graphs."""
 
 _ROWS = 128
-"""Rooms are multiples of this many rows: a matrix product's tile."""
+"""Capacities are multiples of this many rows, the tile of a matrix product."""
 
 SLACK = 0.02
-"""Room beyond the largest batch seen, doubled whenever it was too little. Totals of random batches of 256 images vary
-by about 1 %; photographs sorted by class vary more."""
+"""Spare capacity beyond the largest batch seen, as a share of it; doubled whenever it was not enough.
+
+The total tokens of random batches of 256 images vary by about 1 %; photographs sorted by class vary more."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """The part of a budget dial that graphs are for.
+    """A part of the budget dial, whose budgets share graphs.
 
     Attributes:
-        top: the largest budget in it; None where no dial set the thresholds.
-        growth: for each block how many times the tokens of the present budget that one leaves.
+        top: the largest budget of the level; None if the thresholds were not set by a dial.
+        growth: for each block, tokens kept at `top` over tokens kept at the current budget.
     """
 
     top: float | None = None
@@ -34,7 +37,7 @@ class Level:
 
     @classmethod
     def of(cls, policy: Policy) -> Level:
-        """Where `policy` is, as far as that is known without waiting for a device: a wrong answer costs room."""
+        """Return the level of `policy`, estimated without synchronizing a device; a wrong one only wastes capacity."""
         if not isinstance(policy, Thresholds) or policy.dial is None or policy.asked is None:
             return cls()
         top, dial = math.ceil(policy.asked * LEVELS) / LEVELS, policy.dial
@@ -44,53 +47,54 @@ class Level:
         return cls(top, tuple(most.clamp(min=1).tolist()))
 
     def scaled(self, stats: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Room that a batch with these stats would take at the top level."""
+        """Return the tokens that a batch with these stats would have at the top of the level."""
         growth = self.growth or (1.0,) * len(stats)
         return [[factor * n for n in block] for block, factor in zip(stats, growth, strict=True)]
 
 
 def plan_capacity(
-    stats: Sequence[Sequence[float]], tokens: int, rows: int, slack: float = SLACK, least: Capacity | None = None
+    stats: Sequence[Sequence[float]], tokens: int, rows: int, slack: float = SLACK, minimum: Capacity | None = None
 ) -> Capacity:
-    """Room for batches like one that ran.
+    """Plan the capacity for batches like one that ran.
 
     Args:
-        stats: [L][tokens of the batch, longest image, ...], zeros where a block reduced nothing.
-        tokens: of one image at the start; rows: of the whole batch at the start.
-        slack: room beyond what it took, as a share of that.
-        least: room that must not shrink.
+        stats: [L][tokens of the batch, tokens of its longest image, ...], zeros for a block that reduced nothing.
+        tokens: tokens of one image at the start.
+        rows: tokens of the batch at the start.
+        slack: spare capacity, as a share of what the batch needed.
+        minimum: a lower bound, the capacity planned before.
 
     Returns:
-        What the batch took and a little more, never more than it started with.
+        What the batch needed plus slack, but never more than it started with.
     """
-    room: list[int] = []
+    total_rows: list[int] = []
     longest: list[int] = []
     for i, (total, most, *_) in enumerate(stats):
-        before = (rows, tokens) if i == 0 else (room[-1], longest[-1])
-        wanted = -(-int(total * (1 + slack)) // _ROWS) * _ROWS
+        before = (rows, tokens) if i == 0 else (total_rows[-1], longest[-1])
+        needed = -(-int(total * (1 + slack)) // _ROWS) * _ROWS
         # counts of single images vary more than their sum, and a loose bound on them costs next to nothing
-        reach = -(-int(most * 1.1) // 16) * 16
-        if least is not None:
-            wanted, reach = max(wanted, least.rows[i]), max(reach, least.longest[i])
-        room.append(min(wanted, before[0]) if most else before[0])
-        longest.append(min(reach, before[1]) if most else before[1])
-    return Capacity(tuple(room), tuple(longest))
+        bound = -(-int(most * 1.1) // 16) * 16
+        if minimum is not None:
+            needed, bound = max(needed, minimum.rows[i]), max(bound, minimum.longest[i])
+        total_rows.append(min(needed, before[0]) if most else before[0])
+        longest.append(min(bound, before[1]) if most else before[1])
+    return Capacity(tuple(total_rows), tuple(longest))
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Fixed sizes of a batch after each block, so that nothing needs to be read back while it runs.
+    """Fixed sizes of a batch after each block, so that nothing is read back from the device while it runs.
 
     Attributes:
-        rows: tokens of the whole batch.
+        rows: tokens of the batch.
         longest: tokens of its longest image.
     """
 
     rows: tuple[int, ...]
     longest: tuple[int, ...]
 
-    def holds(self, stats: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch with these `stats` (tokens, longest image, ...) after each block fitted."""
+    def fits(self, stats: Sequence[Sequence[int]]) -> bool:
+        """Whether a batch with these `stats` (tokens, longest image, ...) after each block fits."""
         return all(
             total <= rows and most <= longest
             for (total, most, *_), rows, longest in zip(stats, self.rows, self.longest, strict=True)

@@ -1,4 +1,4 @@
-"""Features that are computed when somebody reads them: most of what blocks hand out only goes to the next block."""
+"""Tensors that are computed when they are read: most features between blocks never are."""
 
 from __future__ import annotations
 
@@ -9,58 +9,56 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-_KNOWN = frozenset(
+_METADATA = frozenset(
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
-"""What can be asked of a tensor without reading it."""
+"""Attributes and methods of tensors that need no values."""
 
 
 class Deferred(Tensor):
-    """A tensor without memory that is replaced by the one it stands for wherever an operator takes it.
-
-    Use `defer` to make one.
-    """
+    """A tensor without memory; operators receive the tensor that it stands for instead. Made by `defer`."""
 
     _compute: Callable[[], Tensor]
-    _found: Tensor | None
+    _result: Tensor | None
 
     def read(self) -> Tensor:
-        """The tensor it stands for, with the attributes that this one was given; computed once."""
-        if self._found is None:
-            self._found = self._compute()
-            given = {name: value for name, value in vars(self).items() if name not in ("_compute", "_found")}
-            vars(self._found).update(given)
+        """Return the tensor that this one stands for, with the attributes set on this one; computed once."""
+        if self._result is None:
+            self._result = self._compute()
+            attributes = {name: value for name, value in vars(self).items() if name not in ("_compute", "_result")}
+            vars(self._result).update(attributes)
+            # frees what the function refers to
             self._compute = _computed
-        return self._found
+        return self._result
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _KNOWN:
+        if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # torch types it as a plain method, and calls it as a class method
+    # torch declares it as an instance method but calls it as a class method
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Operators that C++ calls."""
+        """Handle operators called from C++."""
         return cls.__torch_function__(func, types, args, kwargs)
 
 
 def defer(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
-    """A tensor of the shape, type and device of `like`, whose values `compute` gives when they are read."""
-    found = Tensor._make_wrapper_subclass(Deferred, like.shape, dtype=like.dtype, device=like.device)
-    found._compute, found._found = compute, None
-    return found
+    """Return a tensor with shape, dtype and device of `like`, whose values `compute` returns when they are read."""
+    deferred = Tensor._make_wrapper_subclass(Deferred, like.shape, dtype=like.dtype, device=like.device)
+    deferred._compute, deferred._result = compute, None
+    return deferred
 
 
 def read(value: Any) -> Any:
-    """What a deferred tensor stands for, and any other value itself."""
+    """Return the tensor that a deferred one stands for; any other value is returned as it is."""
     return value.read() if type(value) is Deferred else value
 
 

@@ -1,8 +1,8 @@
-"""The whole host, head included, as one CUDA graph for each batch size: nothing is launched or read while it runs.
+"""The whole host, head included, as one CUDA graph per batch size, replayed without launches or synchronizations.
 
-Every block gets a fixed room for its tokens, planned from batches that ran before. Whether a batch fitted is read with
-its result; one that did not is run again at its exact sizes, and the room grows. A result is never handed out before
-that is known.
+Each block gets a fixed capacity for its tokens, planned from batches that ran before. Whether a batch fitted is read
+together with its result, before the result is returned; a batch that did not fit runs again at its exact sizes, and the
+capacity grows.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ log = logging.getLogger("ltmp")
 Forward = Callable[..., Any]
 
 GRAPHS = 16
-"""Graphs kept for one model, by default: a whole dial of them. The least recently used one goes first."""
+"""Default number of graphs kept per model: one for each level of a dial. The least recently used is evicted first."""
 
 _TIGHT = 0.9
-"""Share of its room that a batch should use in at least one block."""
+"""Share of the capacity that a batch should use in at least one block."""
 
 _PATIENCE = 32
-"""Batches in a row that may use less before the room is planned anew."""
+"""Consecutive batches that may use less than `_TIGHT` before the capacity is planned again."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a forward gives; the next replay overwrites it.
+class ForwardResult:
+    """Everything that a forward pass produced. The next replay of its graph overwrites the tensors.
 
     Attributes:
-        output: what the host returns.
-        kept: float32 [B, L], tokens after each block; geometry: what they cost.
-        trace: where the patches ended; empty where nobody asks.
+        output: return value of the host.
+        kept: float32 [B, L], tokens after each block.
+        geometry: geometry of the blocks, for the FLOPs of `kept`.
+        trace: where the patches ended; empty unless the call is traced.
     """
 
     output: Any
@@ -61,8 +62,8 @@ class Told:
     geometry: Geometry
     trace: Trace
 
-    def tell(self, count: int) -> Any:
-        """Copies for the first `count` images: the output, and what the blocks would have recorded and traced."""
+    def publish(self, count: int) -> Any:
+        """Return a copy of the output for the first `count` images, and add them to the active record and trace."""
         calls, traced = recording(), tracing()
         if calls is not None:
             calls.add(self.kept[:count].clone(), self.geometry)
@@ -74,40 +75,43 @@ class Told:
 
 @dataclass
 class Graph:
-    """One recorded forward.
+    """A recorded forward pass.
 
     Attributes:
-        images: where the input goes.
-        replay: runs it.
-        told: what it gives.
-        report: int32 on the device: stats [L, 3], then which thresholds can select anything [L, 2].
-        active: the same when it was recorded.
+        images: static memory for the input.
+        replay: runs the graph.
+        result: what the graph writes.
+        report: int32 on the device: stats [L, 3] as in `triton.Pass`, then the active steps [2, L].
+        active: the steps that were active when the graph was recorded.
         capacity: None for a dense graph.
-        weights: what it reads.
-        policy: whose thresholds.
-        loose: batches in a row that used little of the room.
+        weights: snapshot of the model that it reads.
+        policy: the policy that it reads.
+        underused: number of consecutive batches that used little of the capacity.
     """
 
     images: Tensor
     replay: Callable[[], None]
-    told: Told
+    result: ForwardResult
     report: Tensor
     active: Active
     capacity: Capacity | None
     weights: Snapshot
     policy: Policy
-    loose: int = 0
+    underused: int = 0
 
-    def wastes(self, stats: Sequence[Sequence[float]]) -> bool:
-        """Whether batches have long needed far less room than there is: thresholds changed, or the images did."""
+    def is_oversized(self, stats: Sequence[Sequence[float]]) -> bool:
+        """Whether many batches in a row used far less than the capacity, because thresholds or images have changed.
+
+        Counts the batch with these `stats`.
+        """
         if self.capacity is None:
             return False
         used = max(total / rows for (total, *_), rows in zip(stats, self.capacity.rows, strict=True))
-        self.loose = self.loose + 1 if used < _TIGHT else 0
-        return self.loose >= _PATIENCE
+        self.underused = self.underused + 1 if used < _TIGHT else 0
+        return self.underused >= _PATIENCE
 
     def launch(self, images: Tensor) -> None:
-        """Replay on up to as many images as were recorded."""
+        """Replay the graph on at most as many images as it was recorded with, without waiting for it."""
         count = images.shape[0]
         self.images[:count].copy_(images)
         if count < self.images.shape[0]:
@@ -115,7 +119,7 @@ class Graph:
         self.replay()
 
     def read(self) -> tuple[list[list[int]], Active]:
-        """Wait for the replay: its stats, and the thresholds that were active."""
+        """Wait for the replay; return its stats and the steps that were active."""
         depth = len(self.active)
         report = self.report.tolist()
         stats = [report[3 * i : 3 * i + 3] for i in range(depth)]
@@ -126,24 +130,26 @@ class Graph:
 class GraphedForward:
     """Stands in for `host.forward` of a model whose engine is `graph` or `auto`.
 
-    The first batch of a size runs at exact sizes; the second is recorded with the room that the first one took. A
-    batch a little smaller than a recorded one is filled up; other sizes run exactly until they come again. Thresholds
-    are read from device memory, so new values need no new graph; one that switches a step on or off does, as does a
-    model that was moved, cast or given other weights. Each `Level` of a budget dial has graphs of its own, with room
-    for all of it, so that turning the dial to and fro records nothing again.
+    The first batch of a size runs at its exact sizes; the second is recorded, with a capacity planned from the first. A
+    batch of a new size is padded to a recorded one if it fills at least half of it; otherwise it runs at its exact size
+    until that size comes again. Thresholds are read from device memory, so new values need no new graph. A threshold
+    that switches a step on or off does need one, as does a model that was moved, cast or given other weights. Each
+    `Level` of a budget dial has graphs of its own, with capacity for every budget in it, so that going back and forth
+    on the dial records nothing again.
 
     Args:
-        body: whose host this is the forward of.
+        body: body of the host whose forward this replaces.
         recorder: makes the graphs.
-        graphs: how many to keep.
-        inner: what stood in for the host's forward before, if anything; this, or its class's, is what is recorded.
+        graphs: number of graphs to keep.
+        inner: a replacement of the host's forward that was there before, if any; it is recorded instead of the forward
+            of the host's class.
     """
 
     def __init__(
         self, body: Body, recorder: Recorder | None = None, graphs: int = GRAPHS, inner: Forward | None = None
     ) -> None:
         self.own, self.graphs, self.inner = body, graphs, inner
-        self._forget(recorder)
+        self._reset(recorder)
 
     @property
     def host(self) -> nn.Module:
@@ -151,20 +157,20 @@ class GraphedForward:
 
     @property
     def body(self) -> Body:
-        """The policy that this thread runs, which may replace the model's own for a while."""
+        """The body that this thread runs, which `running` may have replaced."""
         return running_body(self.own)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.inner or type(self.host).forward.__get__(self.host))
 
-    def _forget(self, recorder: Recorder | None = None) -> None:
+    def _reset(self, recorder: Recorder | None = None) -> None:
         self.recorder: Recorder = recorder or CudaRecorder()
         self._recorded: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._seen: set[tuple[Any, ...]] = set()
-        self._room: dict[tuple[Any, ...], Capacity] = {}
+        self._capacities: dict[tuple[Any, ...], Capacity] = {}
         self._slack: dict[tuple[Any, ...], float] = {}
-        self._refused: set[tuple[Any, ...]] = set()
+        self._unrecordable: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,14 +178,14 @@ class GraphedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers and its pipelines call by keyword
+        # transformers and its pipelines pass images by keyword
         images: Any = args[0] if len(args) == 1 and not kwargs else kwargs.get("pixel_values")
         if len(args) + len(kwargs) != 1 or not self._applies(images):
             return self._host_forward(*args, **kwargs)
-        # graphs write to memory of their own: one caller at a time
+        # graphs write to static memory: one caller at a time
         with self._lock, torch.no_grad():
             return self._run(images)
 
@@ -189,7 +195,7 @@ class GraphedForward:
         return type(self.host).forward(self.host, *args, **kwargs)
 
     def _applies(self, images: Any) -> bool:
-        from .select import on_device, unavailable
+        from .select import supports_triton, unavailable
 
         return (
             not torch.compiler.is_compiling()
@@ -199,10 +205,10 @@ class GraphedForward:
             and len(images) > 0
             and (images.is_cuda or not isinstance(self.recorder, CudaRecorder))
             and not self.host.training
-            and on_device(self.body)
+            and supports_triton(self.body)
             and not self.body.policy.masks
             and running_engine() is None
-            # a replay calls no module
+            # a replay calls no modules, and so no hooks
             and not hooked_inside(self.host)
             and not is_dense()
             and PLACES.get() is None
@@ -215,47 +221,47 @@ class GraphedForward:
 
     @property
     def automatic(self) -> bool:
-        """Whether a dense graph may run instead, where it is faster."""
+        """Whether a dense graph may run instead if it is faster."""
         return self.body.policy.config.engine == "auto"
 
     def _run(self, images: Tensor) -> Any:
         policy, traced = self.body.policy, tracing()
         level = Level.of(policy)
-        # learning may change scores, too
-        asked = (policy.config.scores, self.body.grid, traced and traced.every_block)
-        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, weakref.ref(policy), *asked)
+        # the scores of a policy may change while it learns
+        variant = (policy.config.scores, self.body.grid, traced and traced.every_block)
+        key = (len(images), images.shape[1:], images.dtype, images.device, level.top, weakref.ref(policy), *variant)
         own = self._recorded.get(key)
         graph = own or self._larger(key)
-        if graph is None and key in self._seen and key not in self._refused:
+        if graph is None and key in self._seen and key not in self._unrecordable:
             own = graph = self._record(key, images)
         if graph is None:
             return self._exactly(key, level, images)
         graph.launch(images)
-        same = graph.weights.holds()
+        same = graph.weights.is_current()
         if self.automatic and graph.capacity is None:
-            # dense by choice, whatever the thresholds say: nothing to wait for
-            return graph.told.tell(len(images)) if same else self._again(graph, key, level, images)
+            # dense was faster, whatever the thresholds are: nothing to wait for
+            return graph.result.publish(len(images)) if same else self._again(graph, key, level, images)
         stats, active = graph.read()
         if not same or active != graph.active:
             return self._again(graph, key, level, images)
-        if graph.capacity is not None and not graph.capacity.holds(stats):
-            log.debug("a batch needed more room than planned; it runs again at its exact size")
-            # a smaller batch that does not fit gets a graph of its own, and the larger ones keep theirs
+        if graph.capacity is not None and not graph.capacity.fits(stats):
+            log.debug("a batch exceeded the planned capacity; it runs again at its exact size")
+            # if it was padded to a larger graph, that one is kept, and this size gets a graph of its own
             if own is not None:
                 self._drop(graph, replan=False)
                 self._slack[key] = 2 * self._slack.get(key, SLACK)
             return self._exactly(key, level, images)
-        if graph.wastes(level.scaled(stats)):
+        if graph.is_oversized(level.scaled(stats)):
             self._drop(graph)
-        return graph.told.tell(len(images))
+        return graph.result.publish(len(images))
 
     def _again(self, graph: Graph, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
-        """The graph is of another model by now: start over."""
+        """Drop a graph whose model or active steps have changed, and run at exact sizes."""
         self._drop(graph)
         return self._exactly(key, level, images)
 
     def _larger(self, key: tuple[Any, ...]) -> Graph | None:
-        """The smallest recorded batch that this one fills at least by half."""
+        """Return the graph of the smallest recorded batch size that this batch fills at least by half, or None."""
         fits = [k for k in self._recorded if k[1:] == key[1:] and key[0] <= k[0] <= 2 * key[0]]
         if not fits or key in self._seen:
             return None
@@ -264,45 +270,46 @@ class GraphedForward:
         return self._recorded[best]
 
     def _exactly(self, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
-        """Run at exact sizes, and remember how much room it took, or would have at the top of its level."""
+        """Run at exact sizes, and plan the capacity of a graph for batches like this at the top of its level."""
         from .triton import Counted
 
         engine = Counted()
-        told = self._forward(images, engine)
+        result = self._forward(images, engine)
         self._seen.add(key)
-        if told.geometry.each is not None:
-            # where images are among a host's rows is found by reading them
-            self._refused.add(key)
+        if result.geometry.each is not None:
+            # images of different lengths are located by reading from the device, which a graph cannot do
+            self._unrecordable.add(key)
         if engine.stats is not None:
-            tokens = told.geometry.tokens
+            tokens = result.geometry.tokens
             slack = self._slack.setdefault(key, SLACK)
             stats = level.scaled(engine.stats.tolist())
-            self._room[key] = plan_capacity(stats, tokens, len(images) * tokens, slack, self._room.get(key))
-        return told.tell(len(images))
+            before = self._capacities.get(key)
+            self._capacities[key] = plan_capacity(stats, tokens, len(images) * tokens, slack, before)
+        return result.publish(len(images))
 
-    def _forward(self, images: Tensor, engine: Engine) -> Told:
-        """The host's own forward."""
-        asked = tracing()
-        following = nullcontext() if asked is None else trace(every_block=asked.every_block)
-        with running(engine), record() as calls, following as traced, patches_as_product(self.host):
-            # features of intermediate blocks are computed here, and not when they are first read
+    def _forward(self, images: Tensor, engine: Engine) -> ForwardResult:
+        """Run the host's forward with `engine`, recorded, and traced if the caller traces."""
+        outer = tracing()
+        tracer = nullcontext() if outer is None else trace(every_block=outer.every_block)
+        with running(engine), record() as calls, tracer as traced, patches_as_product(self.host):
+            # deferred features of intermediate blocks have to be computed inside the graph
             output = tree_map(read, self._host_forward(images))
-        return Told(output, calls.kept[0], calls.geometry[0], traced or Trace())
+        return ForwardResult(output, calls.kept[0], calls.geometry[0], traced or Trace())
 
     def _record(self, key: tuple[Any, ...], images: Tensor) -> Graph | None:
-        """A new graph for batches like this one, or None when there is no memory for it."""
+        """Record a graph for batches like this one; return None if its capacity is unknown or memory is short."""
         active = self.body.active()
-        room = self._room.get(key)
-        if room is None and any(map(any, active)):
+        capacity = self._capacities.get(key)
+        if capacity is None and any(map(any, active)):
             return None
         try:
-            graph = self._trace(images, active, room)
+            graph = self._capture(images, active, capacity)
             if self.automatic and graph.capacity is not None:
                 graph = self._faster(graph, images, active)
         except torch.OutOfMemoryError:
             self._recorded.clear()
             self.recorder.release()
-            self._refused.add(key)
+            self._unrecordable.add(key)
             log.warning("no memory for a CUDA graph of %d images: they run without one, more slowly", key[0])
             return None
         self._recorded[key] = graph
@@ -311,7 +318,8 @@ class GraphedForward:
         return graph
 
     def _faster(self, graph: Graph, images: Tensor, active: Active) -> Graph:
-        dense = self._trace(images, active, None)
+        """Return `graph` or a dense one, whichever is faster."""
+        dense = self._capture(images, active, None)
         reduced_time, dense_time = (self.recorder.seconds(g.replay) for g in (graph, dense))
         if reduced_time <= dense_time:
             return graph
@@ -322,34 +330,34 @@ class GraphedForward:
         )  # fmt: skip
         return dense
 
-    def _trace(self, images: Tensor, active: Active, capacity: Capacity | None) -> Graph:
-        """Record the host on `images`; without capacity, dense."""
+    def _capture(self, images: Tensor, active: Active, capacity: Capacity | None) -> Graph:
+        """Record the host on `images`; dense if `capacity` is None."""
         from .triton import Counted
 
         static = images.clone()
         body = self.body
         weights = Snapshot([*self.host.modules(), body.policy])
-        given: list[Told] = []
+        results: list[ForwardResult] = []
 
         def call() -> tuple[Any, Tensor, Tensor, Any]:
-            # a dense pass gains by the fused kernels, too
+            # the fused kernels make a dense pass faster, too
             engine = Counted(((False, False),) * len(active) if capacity is None else active, capacity)
-            told = self._forward(static, engine)
-            given.append(told)
+            result = self._forward(static, engine)
+            results.append(result)
             stats = engine.stats
-            if stats is None:  # blocks that a host takes one by one are its own where nothing is removed
+            if stats is None:  # block by block, a dense pass runs the host's own blocks
                 stats = torch.zeros(len(active), 3, dtype=torch.int32, device=images.device)
-            flags = body.on().T.flatten().int()
+            flags = body.active_on_device().T.flatten().int()
             report = torch.cat([stats.flatten(), flags])
-            return told.output, told.kept, report, (told.trace.sources, told.trace.blocks)
+            return result.output, result.kept, report, (result.trace.sources, result.trace.blocks)
 
         replay, (output, kept, report, patches) = self.recorder.record(call)
-        told = Told(output, kept, given[0].geometry, Trace(*patches))
-        return Graph(static, replay, told, report, active, capacity, weights, body.policy)
+        result = ForwardResult(output, kept, results[0].geometry, Trace(*patches))
+        return Graph(static, replay, result, report, active, capacity, weights, body.policy)
 
     def _drop(self, graph: Graph, replan: bool = True) -> None:
-        """Forget a graph, and the room that it was planned with unless the next one may only be larger."""
+        """Drop a graph, and with `replan` its capacity, too; otherwise the next capacity can only be larger."""
         for key in [key for key, value in self._recorded.items() if value is graph]:
             del self._recorded[key]
             if replan:
-                self._room.pop(key, None)
+                self._capacities.pop(key, None)

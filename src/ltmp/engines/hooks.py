@@ -1,4 +1,4 @@
-"""Whether someone hooked or patched a module that an engine does not call as its host would."""
+"""Detection of hooks and patched forwards on modules that an engine does not call, or not as their host would."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-_OURS = ("transformers.utils.", "ltmp.")
-"""Where hooks come from that ask nothing of a reduced model: those that record outputs where asked to, and our own."""
+_HARMLESS = ("transformers.utils.", "ltmp.")
+"""Packages whose hooks do not affect a reduced model: transformers' recorders of outputs, and our own."""
 
-_COMPUTE = "torch."
-"""Where those come from that compute a weight before its module is called, or watch every module alike."""
+_TORCH = "torch."
+"""Package of hooks that are harmless if their module is called: they compute a weight, or observe every module."""
 
 _UNHOOKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Modules without hooks inside, and `RemovableHandle.next_id` when that was checked."""
 
 
 def is_hooked(module: nn.Module, called: bool = False) -> bool:
-    """Whether someone hooked this very module; if it is `called`, torch's own hooks do what they are for."""
-    found = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(found) and _foreign(found, called)
+    """Whether this very module has a hook that matters; torch's own hooks do not if the module is `called`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) and _any_foreign(hooks, called)
 
 
 def all_hooked() -> bool:
-    """Whether someone hooked every module there is."""
+    """Whether there are global hooks, which apply to every module."""
     names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return _foreign([getattr(nn.modules.module, f"_global_{name}") for name in names], called=True)
+    return _any_foreign([getattr(nn.modules.module, f"_global_{name}") for name in names], called=True)
 
 
 def is_own(forward: object, kind: type[nn.Module]) -> bool:
-    """Whether a forward that was set on a module is that of its class, as where it was patched and restored."""
+    """Whether `forward`, set on a module, is that of its class `kind`, e.g. because a patch was undone."""
     return getattr(forward, "__func__", None) is kind.forward
 
 
-def _foreign(found: Iterable[Mapping[int, object]], called: bool) -> bool:
-    known = (*_OURS, _COMPUTE) if called else _OURS
-    return any(not _origin(hook).startswith(known) for hooks in found for hook in hooks.values())
-
-
-def _origin(hook: object) -> str:
-    """The module that a hook is from; of a partial that of its function."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
-
-
 def hooked_inside(module: nn.Module) -> bool:
-    """Whether someone hooked a module or something inside it. Looks again after a hook was registered anywhere."""
+    """Whether a module or any of its submodules has a hook; searched again only after one was registered anywhere."""
     latest = RemovableHandle.next_id
     if _UNHOOKED.get(module) == latest:
         return False
-    found = any(is_hooked(part) for part in module.modules())
-    if not found:
+    hooked = any(is_hooked(part) for part in module.modules())
+    if not hooked:
         _UNHOOKED[module] = latest
-    return found
+    return hooked
+
+
+def _any_foreign(hook_dicts: Iterable[Mapping[int, object]], called: bool) -> bool:
+    harmless = (*_HARMLESS, _TORCH) if called else _HARMLESS
+    return any(not _origin(hook).startswith(harmless) for hooks in hook_dicts for hook in hooks.values())
+
+
+def _origin(hook: object) -> str:
+    """Return the name of the Python module that defines a hook, or the function of a partial."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))

@@ -1,4 +1,4 @@
-"""Training: nothing is cut, what is gone is masked, so that gradients reach both thresholds of every block."""
+"""The training engine: removed tokens are masked instead of cut, so that gradients reach every threshold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .state import Reduced, State
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C] with masks; see `Run`."""
+    """Run all blocks on [B, N, C], masking removed tokens; see `Run`."""
     state = State.start(x, packs=False, positions=positions)
     for i in range(body.depth):
         state = step(body, i, state, active)
@@ -26,40 +26,40 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
 
 
 def step(body: Body, i: int, state: State, active: Active) -> State:
-    """Run block `i`. Follows the host's gradient checkpointing."""
+    """Run block `i`, with gradient checkpointing if the host uses it."""
     if body.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(_block, body, i, state, active, use_reentrant=False)
     return _block(body, i, state, active)
 
 
 def _block(body: Body, i: int, state: State, active: Active) -> State:
-    recipe, block, thresholds = body.recipe, body.blocks[i], body.policy
+    recipe, block, policy = body.recipe, body.blocks[i], body.policy
     x, tokens = state.x, state.tokens
     q, k, v = recipe.qkv(block, x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, tokens.origin)
-    added = None if state.bias is None else state.bias(tokens.origin)
-    y, received = attend(q, k, v, thresholds.weight(i, tokens.size), tokens.keep, added)
+    bias = None if state.bias is None else state.bias(tokens.origin)
+    y, received = attend(q, k, v, policy.weight(i, tokens.size), tokens.keep, bias)
     x = x + recipe.out(block, y.flatten(-2))
-    steps = thresholds.steps(active, i)
+    steps = policy.steps(active, i)
     if steps:
-        attended = attended_for(thresholds, i, q, k, tokens)
-        scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended)
-        plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
-        state = state.without(i, x, plan.tokens)
+        attended = attended_for(policy, i, q, k, tokens)
+        scores = score(policy, i, steps, tokens, body.protected, x, k, received, attended)
+        plan = make_plan(tokens, scores, policy, i, steps, body.protected)
+        state = state.save_dropped(i, x, plan.tokens)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
 
 
 def finish(state: State, x: Tensor, kept: Tensor, protected: int) -> Reduced:
-    """Bring the prefix tokens back to where the host's head looks for them.
+    """Move the prefix tokens back to the front, where the host's head reads them.
 
     Args:
         x: [B, N, C], the features of `state` as padded images.
         kept: float32 [B, L], tokens after each block.
 
     Returns:
-        Sizes are 0 for rows that are gone, and carry the gradient of keeping the row, for heads that pool rows.
+        The result. Sizes are 0 for removed rows and carry the gradient of keeping a row, for heads that pool rows.
     """
     tokens = state.tokens
     size, source = tokens.size * tokens.keep, tokens.source

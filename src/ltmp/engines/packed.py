@@ -1,4 +1,4 @@
-"""Deployment in plain torch, on any device: every linear layer runs over the live tokens of the batch and no others."""
+"""Inference in plain torch, on any device: linear layers run over the live tokens of the batch only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .state import Reduced, State
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C], cutting what is gone; see `Run`. By `compiled` where that applies."""
-    found = compiled.halves_of(body, x)
-    if found is not None:
-        return compiled.run(body, x, active, positions, found)
+    """Run all blocks on [B, N, C], dropping removed tokens; see `Run`. Delegates to `compiled` if that applies."""
+    block_halves = compiled.applicable_halves(body, x)
+    if block_halves is not None:
+        return compiled.run(body, x, active, positions, block_halves)
     state = State.start(x, packs=True, positions=positions)
     for i in range(body.depth):
         state = step(body, i, state, active)
@@ -37,35 +37,35 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
 
 def step(body: Body, i: int, state: State, active: Active) -> State:
     """Run block `i` on the live tokens."""
-    recipe, block, thresholds = body.recipe, body.blocks[i], body.policy
+    recipe, block, policy = body.recipe, body.blocks[i], body.policy
     x, tokens, counts = state.x, state.tokens, _counts(state)
-    steps = thresholds.steps(active, i)
+    steps = policy.steps(active, i)
     if not steps and x.ndim == 3:
-        # nothing was reduced yet and nothing will be here: the host's own block, with its fused attention
+        # nothing is removed up to here: run the host's own block, with its fused attention
         return state.after(body.whole(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
-    known = look(body.memory, recipe, (block,))
-    half, drops = halves(recipe, (block,), x, known)[0], known.drops()
+    facts = look(body.memory, recipe, (block,))
+    half, drops = halves(recipe, (block,), x, facts)[0], facts.drops_branches()
     q, k, v = half.qkv(x)
     if state.positions is not None:
         q, k = state.positions.rotate(i, block, q, k, rows(tokens.origin, counts))
-    weight = thresholds.weight(i, tokens.size)
-    added = None if state.bias is None else state.bias(tokens.origin)
-    need_importance = thresholds.config.scores.needs_received(steps)
-    y, received = attend_to(q, k, v, weight, tokens.keep, counts, need_importance, added)
+    weight = policy.weight(i, tokens.size)
+    bias = None if state.bias is None else state.bias(tokens.origin)
+    need_importance = policy.config.scores.needs_received(steps)
+    y, received = attend_to(q, k, v, weight, tokens.keep, counts, need_importance, bias)
     y = y.flatten(-2)
     x = x + by_image(partial(recipe.out, block), y, counts) if drops else half.out(x, y)
     if steps:
         attended = None
-        if thresholds.config.needs_class_attention:
-            # only the class token's query is read
+        if policy.config.needs_class_attention:
+            # only the class token's query is needed
             first = q[first_rows(counts, x.device)][:, None]
-            attended = attended_for(thresholds, i, first, pad(k, counts), tokens)
+            attended = attended_for(policy, i, first, pad(k, counts), tokens)
         received = None if received is None else pad(received, counts)
         to_images = partial(pad, counts=counts)
-        scores = score(thresholds, i, steps, tokens, body.protected, x, k, received, attended, to_images)
-        plan = make_plan(tokens, scores, thresholds, i, steps, body.protected)
-        state = state.without(i, x, plan.tokens)
+        scores = score(policy, i, steps, tokens, body.protected, x, k, received, attended, to_images)
+        plan = make_plan(tokens, scores, policy, i, steps, body.protected)
+        state = state.save_dropped(i, x, plan.tokens)
         x, tokens, counts = _fold_rows(x, counts, plan)
     x = x + by_image(partial(recipe.mlp, block), x, counts) if drops else half.mlp(x)
     return state.after(x, tokens, counts)
@@ -84,28 +84,32 @@ def attend_to(
     keep: Tensor,
     counts: list[int],
     need_importance: bool,
-    added: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention on rows: image by image on a CPU, where a map fits the cache, padded elsewhere, to fill the device.
+    """Attention on packed rows, and the attention that each token receives if `need_importance`.
+
+    On a CPU it runs image by image, so that an attention map fits the cache; elsewhere on padded images, to fill the
+    device.
 
     Args:
-        added: to the scores of padded images, see `ops.attend.reference.attend`.
+        bias: added to the attention scores of padded images, see `ops.attend.reference.attend`.
     """
-    if q.device.type == "cpu" and added is None:
+    if q.device.type == "cpu" and bias is None:
         return attend_rows(q, k, v, rows(weight, counts), counts, need_importance)
     padded_q, padded_k, padded_v = (pad(t.flatten(1), counts).unflatten(-1, t.shape[1:]) for t in (q, k, v))
-    out, importance = attend(padded_q, padded_k, padded_v, weight, keep, added)
+    out, importance = attend(padded_q, padded_k, padded_v, weight, keep, bias)
     return rows(out.flatten(2), counts).unflatten(-1, q.shape[1:]), rows(importance, counts)
 
 
 def _fold_rows(x: Tensor, counts: list[int], plan: BlockPlan) -> tuple[Tensor, Tokens, list[int]]:
-    """`reduction.fold` on packed rows: survivors are gathered, and only what merges is added up.
+    """`reduction.fold` on packed rows: surviving rows are gathered, and only merged rows are summed.
 
     Args:
-        x: [T, C]; counts: before.
+        x: [T, C].
+        counts: tokens of each image before the fold.
 
     Returns:
-        x [T', C], the state cut to the longest image, and the new counts.
+        x [T', C], the tokens cut to the longest image, and the new counts.
     """
     left = [int(n) for n in plan.tokens.counts().tolist()]
     first = first_rows(counts, x.device)[:, None]
@@ -114,7 +118,7 @@ def _fold_rows(x: Tensor, counts: list[int], plan: BlockPlan) -> tuple[Tensor, T
     out = x.index_select(0, old_row)
     image, place = plan.merged.nonzero(as_tuple=True)
     if len(image):
-        # a receiver may itself have been dropped: what merged into it goes too
+        # a receiver may itself have been dropped, together with what merged into it
         new_row = torch.full((len(x),), -1, device=x.device).scatter(
             0, old_row, torch.arange(len(out), device=x.device)
         )

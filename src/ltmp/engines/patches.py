@@ -1,8 +1,8 @@
 """The patch embedding as a matrix product.
 
-A convolution whose kernel is its stride reads every pixel once: it is a matrix product of patches. cuDNN takes it for a
-convolution all the same; in bfloat16 on an H100 that was 1.0 ms of the 6.4 ms of a reduced DeiT-S at batch 256, and
-1.9 ms of 14.3 of DeiT-B.
+A convolution whose kernel size equals its stride reads every pixel once, so it is a matrix product over patches. cuDNN
+runs it as a general convolution nevertheless; in bfloat16 on an H100 that took 1.0 of 6.4 ms of a reduced DeiT-S at
+batch 256, and 1.9 of 14.3 ms of DeiT-B.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 def is_patch_embedding(module: nn.Module) -> bool:
-    """Whether a module cuts an image into patches that do not overlap and projects each."""
+    """Whether a module is a convolution over non-overlapping patches, with its forward unpatched."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == module.stride
@@ -29,7 +29,7 @@ def is_patch_embedding(module: nn.Module) -> bool:
 
 
 def project_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply `conv` to x [B, C, H, W]; the result [B, D, H / P, W / P] has its channels last in memory."""
+    """Apply `conv` to x [B, C, H, W]; the result [B, D, H / P, W / P] is channels-last in memory."""
     (high, wide), (height, width) = conv.kernel_size, x.shape[-2:]
     if x.ndim != 4 or height % high or width % wide:
         return conv._conv_forward(x, conv.weight, conv.bias)
@@ -39,12 +39,12 @@ def project_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 @contextmanager
 def patches_as_product(host: nn.Module) -> Iterator[None]:
-    """Patch embeddings of `host` are matrix products inside; other threads may see either form, which are equal."""
-    found = [m for m in host.modules() if isinstance(m, nn.Conv2d) and is_patch_embedding(m)]
-    for conv in found:
+    """Compute patch embeddings of `host` as matrix products. Other threads may see either form; they are equivalent."""
+    convs = [m for m in host.modules() if isinstance(m, nn.Conv2d) and is_patch_embedding(m)]
+    for conv in convs:
         vars(conv)["forward"] = partial(project_patches, conv)
     try:
         yield
     finally:
-        for conv in found:
+        for conv in convs:
             vars(conv).pop("forward", None)

@@ -1,7 +1,7 @@
-"""Plans on packed rows for what the kernels do not know (fixed rates, floors, other importance), by the definition.
+"""Plans on packed rows for whatever the kernels do not support: fixed rates, floors, ceilings, other importance.
 
-A few numbers a token are padded to images, planned by `reduction.make_plan` and brought back to rows: plain torch on
-the device, at sizes known beforehand, nothing read by the host, so that a CUDA graph can hold it.
+A few numbers per token are padded to images, planned by the definition (`reduction.make_plan`) and packed again: plain
+torch on the device, at sizes known in advance and without synchronization, so that a CUDA graph can record it.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ..method.policy import Policy
 from ..method.tokens import Tokens
 from ..ops.match import reference, triton
 from ..ops.plan.triton import RowPlan
-from .rows import Padding, _where, tokens_of
+from .rows import Padding, locate_rows, tokens_of
 
 if TYPE_CHECKING:
     from .rows import Rows
 
 
 def slots(plan: reduction.BlockPlan) -> Tensor:
-    """int64 [B, N], a plan of one merge step as the kernels write it: `ops.plan.triton.RowPlan.slot`."""
+    """Convert a plan of one merge step to the layout of the kernels, int64 [B, N]: `ops.plan.triton.RowPlan.slot`."""
     place = torch.arange(plan.order.shape[1], device=plan.order.device).expand_as(plan.order)
     stays = torch.zeros_like(place).scatter(1, plan.order, torch.where(plan.tokens.live, place, -1))
     return torch.where(plan.merged, -2 - plan.into, stays)
 
 
 def metric_rows(policy: Policy, k: Tensor, cu: Tensor) -> Tensor:
-    """float32 [T, D], or [T, H D] where all heads count: unit vectors whose dot product is the similarity."""
+    """Return float32 unit vectors whose dot products are similarities: [T, H D] if all heads count, else [T, D]."""
     if policy.config.scores.averages_keys:
         return triton.similarity_metric(k, cu).flatten(1)
-    # the metric of a probe comes as the keys of one head
+    # the metric of a probe is passed as the keys of a single head
     return reference.similarity_metric(k, "heads")
 
 
@@ -41,13 +41,14 @@ def plan_rows(
     policy: Policy, block: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor,
     received: Tensor | None, protected: int, stats: Tensor, room: int | None, penalty: Tensor | None = None,
 ) -> tuple[RowPlan, reduction.BlockPlan]:  # fmt: skip
-    """`ops.plan.triton.plan` for any policy, with the definition's own plan beside it.
+    """`ops.plan.triton.plan` for any policy; also returns the plan in the layout of the definition.
 
     Args:
-        q, k: [T, H, D]; read only to prune by class-token attention.
-        keys: [T, H, D], keys of the similarity.
-        received: float32 [H, T], or [1, T] of `ops.weigh.triton`, or None. The others are as in the kernel.
-        penalty: float32 [T], merge penalty of `ops.weigh.triton`, or None.
+        q, k: [T, H, D], used only to prune by class-token attention.
+        keys: [T, H, D], keys for the similarity.
+        received: float32 [H, T], or [1, T] from `ops.weigh.triton`, or None.
+        penalty: float32 [T], merge penalty from `ops.weigh.triton`, or None.
+        protected, stats, room: as in the kernel.
     """
     padding = Padding.of(rows.cu, rows.longest, rows.x.shape[0])
     tokens = tokens_of(rows, padding)
@@ -58,20 +59,20 @@ def plan_rows(
         importance = _importance(policy, block, padding, tokens, rows.cu, q, k, received)
     if penalty is not None:
         penalty = padding.pad(penalty, 1.0)
-    given = scores.BlockScores(metric, importance, penalty)
-    plan = reduction.make_plan(tokens, given, policy, block, steps, protected)
+    block_scores = scores.BlockScores(metric, importance, penalty)
+    plan = reduction.make_plan(tokens, block_scores, policy, block, steps, protected)
     counts = plan.tokens.counts().int()
     stats[:2].copy_(torch.stack([counts.sum(), counts.max()]))
     most = rows.x.shape[0] if room is None else room
     cu = torch.cat([counts.new_zeros(1), counts.cumsum(0).clamp(max=most).int()])
     size = torch.empty_like(plan.tokens.size).scatter(1, plan.order, plan.tokens.size)
     slot = slots(plan)
-    image, place = _where(rows)
+    image, place = locate_rows(rows)
     return RowPlan(slot[image, place].int(), size[image, place], cu), plan
 
 
 def fuse_rows(x: Tensor, rows: Rows, plan: reduction.BlockPlan) -> Tensor:
-    """`x` [T, C] with the mean of what is fused in its receiver's row, added up in a fixed order."""
+    """Return `x` [T, C] with the mean of the fused tokens in the row of their receiver, summed in a fixed order."""
     padding = Padding.of(rows.cu, rows.longest, x.shape[0])
     receiver = plan.into.gather(1, plan.merged.int().argmax(1, keepdim=True))
     group = (plan.into == receiver) & padding.live & plan.merged.any(1, keepdim=True)
@@ -88,6 +89,6 @@ def _importance(
         return padding.pad(received.sum(0)) / (received.shape[0] * cu.diff()[:, None])
     attended = None
     if policy.config.needs_class_attention:
-        # only the class token's query is read
+        # only the class token's query is needed
         attended = scores.attended_for(policy, block, q[padding.at[:, :1]], k[padding.at], tokens)
     return scores.importance(policy, block, scores.Signals(tokens, attended=attended))

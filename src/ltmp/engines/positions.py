@@ -1,4 +1,4 @@
-"""Places of tokens that attention itself must know (rotary embeddings), gathered with the tokens."""
+"""Positions that attention itself needs (rotary embeddings), gathered along with the tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..method.recipe import Recipe, Rotary
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions that a host passes to its blocks with a batch; a merged token keeps its receiver's.
+    """Positions that a host passes to its blocks with a batch; a merged token has the position of its receiver.
 
     Attributes:
-        rotary: how this host turns queries and keys.
-        value: what it gave its blocks.
-        table: [N, E], a row for each token of the input, or [L, N, E] where each block has rows of its own.
+        rotary: how the host rotates queries and keys.
+        value: the position argument that the host passes, or a tuple of several.
+        table: [N, E], one row per input token, or [L, N, E] if each block has rows of its own.
     """
 
     rotary: Rotary
@@ -26,17 +26,17 @@ class Positions:
     table: Tensor
 
     def rotate(self, i: int, block: nn.Module, q: Tensor, k: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k [..., H, D] of block `i` as the softmax sees them.
+        """Rotate q and k [..., H, D] of block `i`.
 
         Args:
-            origin: int [...], the places where the tokens entered the first block. Spare rows of a batch at fixed size
-                hold any number there, and are told the nearest place.
+            origin: int [...], place of each token in the input of the first block. Spare rows of a batch at fixed
+                capacity have arbitrary values, which are clamped to valid places.
         """
         table = self.table if self.table.ndim == 2 else self.table[i]
         return self.rotary.rotate(block, q, k, table[origin.long().clamp(0, len(table) - 1)])
 
     def argument(self, i: int) -> dict[str, Any]:
-        """The arguments that the host would call block `i` with."""
+        """Return the position arguments that the host would pass to block `i`."""
         names = self.rotary.names
         values = self.value if len(names) > 1 else (self.value,)
         return {name: self.rotary.own(value, i) for name, value in zip(names, values, strict=False)}
@@ -45,15 +45,15 @@ class Positions:
 def positions_of(
     recipe: Recipe, host: nn.Module, tokens: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Positions | None:
-    """The positions of `tokens` in the arguments that `host` calls its blocks with.
+    """Extract the positions of `tokens` tokens from the arguments that `host` passes to its blocks, None without any.
 
     Raises:
-        NotImplementedError: it says more than that.
+        NotImplementedError: there are other arguments that a reduced model does not support.
     """
     rotary = recipe.rotary
     names = () if rotary is None else rotary.names
-    for name, value in [*enumerate(args), *kwargs.items()]:
-        if name not in names and recipe.refuses(value):
+    for name, argument in [*enumerate(args), *kwargs.items()]:
+        if name not in names and recipe.refuses(argument):
             raise NotImplementedError(
                 f"a reduced model does not take {name!r} in its blocks (attention masks are not supported): "
                 "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
@@ -61,5 +61,5 @@ def positions_of(
     values = tuple(kwargs.get(name) for name in names)
     if rotary is None or any(value is None for value in values):
         return None
-    given = values if len(values) > 1 else next(iter(values), None)
-    return Positions(rotary, given, rotary.table(host, given, tokens))
+    value = values if len(values) > 1 else next(iter(values), None)
+    return Positions(rotary, value, rotary.table(host, value, tokens))

@@ -1,4 +1,4 @@
-"""Recorders, which turn a call into something that can be replayed, and snapshots of the recorded model."""
+"""Recorders, which turn a call into a graph that can be replayed, and snapshots of the recorded model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ T = TypeVar("T")
 
 
 class Recorder(Protocol):
-    """Turns a call into something that can be replayed; tests bring one that needs no GPU."""
+    """Turns a call into a graph that can be replayed; tests use one that needs no GPU."""
 
     def record(self, call: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """A replay function, and the outputs whose memory each replay fills anew."""
+        """Return a function that replays `call`, and its outputs, whose memory each replay overwrites."""
 
     def seconds(self, replay: Callable[[], None]) -> float:
-        """How long a replay takes."""
+        """Return the duration of a replay in seconds."""
 
     def release(self) -> None:
-        """Give freed memory back before another try."""
+        """Return freed memory to the device."""
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool: they never run at the same time, and what they hand out is copied."""
+    """CUDA graphs that share one memory pool: they never run at the same time, and their outputs are copied."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -37,10 +37,10 @@ class CudaRecorder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call()  # kernels compile and libraries take their workspaces before the capture
+            call()  # compiles kernels and allocates workspaces of libraries, which a capture must not do
         torch.cuda.current_stream().wait_stream(stream)
         if not self._graphs:
-            # a pool is gone with the last graph that used it
+            # a pool is freed with the last graph that uses it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
@@ -62,26 +62,26 @@ class CudaRecorder:
 
 
 class Snapshot:
-    """Snapshot of a module tree: its children, and where each weight lies.
+    """Children, weights and buffers of modules, and the addresses of these tensors.
 
-    The weights are held, so that none is freed under a graph that reads it, and none of the same address is new.
+    Keeps the tensors alive, so that no graph reads freed memory, and no new tensor gets the address of an old one.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._places: list[tuple[dict[str, Any], str, Any, int]] = []
-        self._held: list[Tensor] = []
+        self._entries: list[tuple[dict[str, Any], str, Any, int]] = []
+        self._tensors: list[Tensor] = []
         for module in modules:
-            places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
-            for place in places:
-                for name, value in place.items():
+            dicts: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+            for values in dicts:
+                for name, value in values.items():
                     at = value.data_ptr() if isinstance(value, Tensor) else 0
-                    self._places.append((place, name, value, at))
+                    self._entries.append((values, name, value, at))
                     if isinstance(value, Tensor):
-                        self._held.append(value.data)
+                        self._tensors.append(value.data)
 
-    def holds(self) -> bool:
-        """Whether all is where it was. Runs for every batch: a dictionary look-up for each part."""
+    def is_current(self) -> bool:
+        """Whether nothing was replaced or moved. Runs for every batch: one dictionary look-up per entry."""
         return all(
-            place.get(name) is value and (not at or value.data_ptr() == at)  # type: ignore[union-attr]
-            for place, name, value, at in self._places
+            values.get(name) is value and (not at or value.data_ptr() == at)  # type: ignore[union-attr]
+            for values, name, value, at in self._entries
         )

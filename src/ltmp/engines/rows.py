@@ -1,4 +1,4 @@
-"""Batches as packed rows, one a live token, and the way from padded images to them and back."""
+"""Batches as packed rows, one per live token, and conversion between them and padded images."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .segments import Segments
 from .state import Dropped
 
 if TYPE_CHECKING:
-    # the kernels are imported by what runs them
+    # importing the kernels needs Triton
     from ..ops.norm.triton import Norm
 
 
 def first_rows(counts: list[int], device: torch.device) -> Tensor:
-    """int64 [B], the row where each image begins."""
+    """Return the row at which each image begins, int64 [B]."""
     number = torch.tensor(counts, device=device)
     return number.cumsum(0) - number
 
 
-def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each packed row its image and its place in that image, int64 [T] both."""
+def _image_and_place(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each packed row its image and its place in that image, int64 [T] each."""
     number = torch.tensor(counts, device=device)
     image = torch.repeat_interleave(torch.arange(len(counts), device=device), number, output_size=sum(counts))
     return image, torch.arange(sum(counts), device=device) - first_rows(counts, device)[image]
 
 
 def pad(values: Tensor, counts: list[int]) -> Tensor:
-    """[T] or [T, C] rows to [B, max(counts)] or [B, max(counts), C], zeros behind each image."""
+    """Pad rows [T] or [T, C] to images [B, max(counts)] or [B, max(counts), C], with zeros after each image."""
     if len(set(counts)) == 1:
         return values.unflatten(0, (len(counts), counts[0]))
-    image, place = _places(counts, values.device)
+    image, place = _image_and_place(counts, values.device)
     out = values.new_zeros(len(counts), max(counts), *values.shape[1:])
     return out.index_put((image, place), values)
 
@@ -45,21 +45,21 @@ def rows(values: Tensor, counts: list[int]) -> Tensor:
     """The inverse of `pad`."""
     if len(set(counts)) == 1:
         return values[:, : counts[0]].flatten(0, 1)
-    return values[_places(counts, values.device)]
+    return values[_image_and_place(counts, values.device)]
 
 
 def by_image(function: Callable[[Tensor], Tensor], values: Tensor, counts: list[int]) -> Tensor:
-    """A function of rows [T, C] that sees padded images [B, N, C]: stochastic depth drops those, and not rows."""
+    """Apply `function` to rows [T, C] as padded images [B, N, C], because stochastic depth drops images, not rows."""
     return rows(function(pad(values, counts)), counts)
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Where the tokens of padded images lie among the rows.
+    """Location of the tokens of padded images among packed rows.
 
     Attributes:
-        at: int64 [B, longest], rows; some row that exists where there is no such token.
-        live: bool [B, longest], whether there is one.
+        at: int64 [B, longest], the row of each token; an arbitrary valid row for padding.
+        live: bool [B, longest], False for padding.
     """
 
     at: Tensor
@@ -67,24 +67,24 @@ class Padding:
 
     @classmethod
     def of(cls, cu: Tensor, longest: int, rows: int) -> Padding:
-        """For images in rows cu[b]:cu[b + 1] of `rows`."""
+        """Padding for images in rows cu[b]:cu[b + 1] of `rows` rows."""
         place = torch.arange(longest, device=cu.device)
         live = place < cu.diff()[:, None]
         return cls((cu[:-1, None] + place).clamp(max=rows - 1).long(), live)
 
     def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """[T] or [T, C] to [B, longest] or [B, longest, C]; rows past the end may hold anything, even NaN."""
+        """Pad [T] or [T, C] to [B, longest] or [B, longest, C]; spare rows may hold anything, even NaN."""
         live = self.live if values.ndim == 1 else self.live[..., None]
         return torch.where(live, values[self.at], fill)
 
 
 def tokens_of(rows: Rows, padding: Padding) -> Tokens:
-    """The state as the definition knows it."""
+    """Return the tokens as padded images, the form that `method.reduction` uses."""
     return Tokens(padding.pad(rows.size, 1.0), padding.live.float(), padding.pad(rows.origin, 0).long())
 
 
-def _where(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Of each row its image and its place there, int64 [T]; of rows past the end any."""
+def locate_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return for each row its image and its place there, int64 [T] each; arbitrary but valid past the last image."""
     row = torch.arange(rows.x.shape[0], dtype=torch.int32, device=rows.cu.device)
     image = torch.searchsorted(rows.cu[1:], row, right=True).clamp(max=rows.cu.shape[0] - 2)
     return image, (row - rows.cu[image]).clamp(max=rows.longest - 1).long()
@@ -96,14 +96,14 @@ class Rows:
 
     Attributes:
         x: [T, C], image b in rows cu[b]:cu[b + 1].
-        normed: [T, C], `x` after the next block's first norm, or None where that block takes its norm itself.
-        size: float32 [T], patches in each token.
-        origin: int32 [T], each token's place in its image's input.
-        cu: int32 [B + 1], on the device.
-        longest: a bound on the tokens of an image.
-        whole: nothing was reduced yet: every image has `longest` tokens of size 1, and x has no spare rows.
-        source: int32 [B, N], see `Tokens`; None where nobody asks.
-        dropped: what pruned patches were, where unmerging asks.
+        normed: [T, C], `x` after the first norm of the next block, or None if that block applies its norm itself.
+        size: float32 [T], number of patches in each token.
+        origin: int32 [T], place of each token in the input of its image.
+        cu: int32 [B + 1], cumulative token counts, on the device.
+        longest: upper bound on the tokens of an image.
+        whole: whether nothing was reduced yet: every image has `longest` tokens of size 1, and x has no spare rows.
+        source: int32 [B, N], see `Tokens`; None unless the call is traced or will be unmerged.
+        dropped: features of pruned patches if the call will be unmerged.
     """
 
     x: Tensor
@@ -118,10 +118,11 @@ class Rows:
 
     @classmethod
     def start(cls, x: Tensor, norm: Norm | None, traced: bool = False) -> Rows:
-        """All tokens of [B, N, C].
+        """Pack all tokens of x [B, N, C].
 
         Args:
-            traced: whether sources are asked for.
+            norm: first norm of the next block, or None if that block applies it itself.
+            traced: whether to track sources.
         """
         images, length, _ = x.shape
         device = x.device
@@ -133,22 +134,24 @@ class Rows:
         return cls(x, _norm(x, norm), size, origin, cu, length, True, source)
 
     @classmethod
-    def grid(cls, x: Tensor, norm: Norm | None, among: Segments | None, positioned: bool) -> Rows:
-        """The tokens of [B, N, C], to be unmerged.
+    def grid(cls, x: Tensor, norm: Norm | None, segments: Segments | None, has_positions: bool) -> Rows:
+        """Pack the tokens of x [B, N, C] for a call that will be unmerged.
 
         Args:
-            among: where images are among the host's features, if not of N tokens each.
-            positioned: whether the host's positions differ between images, so that origins are rows of them.
+            norm: as in `start`.
+            segments: rows of each image among the host's features, None if every image has N tokens.
+            has_positions: whether the host passes positions to its blocks. They differ between the images of
+                `segments`, so that origins are then rows of the host's features.
         """
-        rows, dropped = cls.start(x, None, traced=True), Dropped.start(x, among)
+        rows, dropped = cls.start(x, None, traced=True), Dropped.start(x, segments)
         values, origin, size, cu, source = rows.x, rows.origin, rows.size, rows.cu, rows.source
-        if among is not None:
-            live = among.live.flatten()
-            origin = among.index.flatten().int() if positioned else origin
+        if segments is not None:
+            live = segments.live.flatten()
+            origin = segments.index.flatten().int() if has_positions else origin
             values, origin, size = values[live], origin[live], size[live]
-            cu = F.pad(among.live.sum(1).cumsum(0), (1, 0)).int()
-            source = None if source is None else source.where(among.live, -1)
-        return cls(values, _norm(values, norm), size, origin, cu, x.shape[1], among is None, source, dropped)
+            cu = F.pad(segments.live.sum(1).cumsum(0), (1, 0)).int()
+            source = None if source is None else source.where(segments.live, -1)
+        return cls(values, _norm(values, norm), size, origin, cu, x.shape[1], segments is None, source, dropped)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:
@@ -156,10 +159,10 @@ def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:
 
 
 def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows as padded images again, prefix tokens first.
+    """Convert packed rows to padded images, prefix tokens first.
 
     Returns:
-        x [B, longest, C] and size float32 [B, longest], both 0 where an image has no such token, and the sources.
+        x [B, longest, C] and size float32 [B, longest], both 0 for padding, and the sources.
     """
     images, source = rows.cu.shape[0] - 1, rows.source
     if rows.whole:
@@ -176,6 +179,6 @@ def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def reordered(source: Tensor, order: Tensor) -> Tensor:
-    """`Tokens.source` once tokens are moved to an order, int64 [B, N'], of places that they come from."""
+    """Return `Tokens.source` after a reordering of tokens: `order`, int64 [B, N'], lists the places they come from."""
     place = order.argsort(dim=1).int()
     return torch.where(source < 0, source, place.gather(1, source.clamp(0, order.shape[1] - 1).long()))

@@ -1,4 +1,4 @@
-"""Which engine runs a deployed model."""
+"""Selection of the engine that runs a reduced model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from . import compiled, masked, packed, trial
 from .body import Body, Run, running_engine
 from .positions import Positions
 from .segments import Segments
-from .state import Partway, Reduced
-from .steps import Stepping, start_in_torch
+from .state import BlockwiseRun, Reduced
+from .steps import SteppableEngine, start_in_torch
 
 _CAPABILITY = (8, 0)
-"""The least that the kernels are written for: Ampere, with bfloat16 and tf32."""
+"""Minimum compute capability of the kernels: Ampere, the first with bfloat16 and tf32."""
 
 
 def run(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
-    """Run all blocks on [B, N, C]: by the engine that this thread was told to, or else by the policy's.
+    """Run all blocks on [B, N, C] with the engine set by `running` in this thread, or else the one in the config.
 
     Raises:
-        LTMPError: a named engine cannot run on the device of `x`.
+        LTMPError: the engine named in the config cannot run on the device of `x`.
     """
-    brought = running_engine()
-    if brought is not None and not is_dense():
-        return brought(body, x, positions)
+    override = running_engine()
+    if override is not None and not is_dense():
+        return override(body, x, positions)
     active = body.active()
     if not x.shape[0] or not any(map(any, active)):
         return body.all_whole(x, positions)
@@ -45,38 +45,39 @@ def run(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
 
 
 def start(
-    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
-) -> Partway:
-    """Go block by block, by the engine that would run all blocks at once.
+    body: Body, x: Tensor, active: Active, positions: Positions | None, first_block: int, segments: Segments | None
+) -> BlockwiseRun:
+    """Start a block-by-block run with the engine that `run` would choose for all blocks at once.
 
     Args:
-        x: [B, N, C], which passed `before` blocks that removed nothing.
-        among: where images are among the host's features, if not of N tokens each.
+        x: [B, N, C], the input of block `first_block`; the blocks before it removed nothing.
+        segments: rows of each image among the host's features, None if the features are one [N, C] per image.
 
     Raises:
-        LTMPError: a named engine cannot run on the device of `x`.
+        LTMPError: the engine named in the config cannot run on the device of `x`.
     """
-    brought, given = running_engine(), (body, x, active, positions, before)
-    if isinstance(brought, Stepping):
-        return brought.start(*given, among)
+    override, args = running_engine(), (body, x, active, positions, first_block)
+    if isinstance(override, SteppableEngine):
+        return override.start(*args, segments)
     if body.policy.masks or body.recipe.bias is not no_bias or not x.shape[0]:
-        return start_in_torch(*given, among)
+        return start_in_torch(*args, segments)
     chosen = engine(body.policy.config.engine, x.device)
-    if chosen is not packed.run and _by_kernels(body, x, automatic=chosen is _differentiable_or_triton):
+    if chosen is not packed.run and _kernels_apply(body, x, automatic=chosen is _auto_triton):
         from . import triton
 
-        return triton.start(*given, among)
-    found = compiled.halves_of(body, x)
-    if found is not None:
-        return compiled.start(*given, found, among=among)
-    return start_in_torch(*given, among)
+        return triton.start(*args, segments)
+    halves = compiled.applicable_halves(body, x)
+    if halves is not None:
+        return compiled.start(*args, halves, segments=segments)
+    return start_in_torch(*args, segments)
 
 
 def engine(name: str, device: torch.device) -> Run:
-    """The engine called `name`; `auto` picks what is best for `device`.
+    """Return the engine called `name`; `auto` picks the best one for `device`.
 
-    `graph` and `auto` run the whole host in a CUDA graph where they can (`graph.GraphedForward`); what comes here in
-    their name runs at exact sizes. On a CPU, `run` lets `auto` run dense where reduction does not pay (`trial`).
+    `graph` and `auto` run the whole host in a CUDA graph if they can (`graph.GraphedForward`); calls that reach this
+    function under these names run at exact sizes. On a CPU, `run` lets `auto` run dense if reduction does not pay
+    (`trial`).
 
     Raises:
         LTMPError: a named engine cannot run on `device`; the message says why.
@@ -87,7 +88,7 @@ def engine(name: str, device: torch.device) -> Run:
         return packed.run
     reason = unavailable(device)
     if name == "auto":
-        return packed.run if reason else _differentiable_or_triton
+        return packed.run if reason else _auto_triton
     if reason:
         raise LTMPError(f"engine {name!r} {reason}: use engine='packed'")
     return _triton
@@ -95,7 +96,7 @@ def engine(name: str, device: torch.device) -> Run:
 
 @cache
 def unavailable(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on `device`, as the end of a sentence, or None."""
+    """Return why the Triton kernels cannot run on `device`, as the end of a sentence, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -109,30 +110,33 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def on_device(body: Body) -> bool:
-    """Whether decisions need no host and attention no bias for pairs of tokens: all that the Triton engines know."""
+def supports_triton(body: Body) -> bool:
+    """Whether the Triton engines can run `body`: its policy decides on the device and attention has no pair bias."""
     return type(body.policy) in (Thresholds, Rates) and body.recipe.bias is no_bias
 
 
-def _trains(body: Body, x: Tensor) -> bool:
-    """Whether gradients are to reach the images or the blocks' weights."""
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(p.requires_grad for block in body.blocks for p in block.parameters())
-
-
-def _by_kernels(body: Body, x: Tensor, automatic: bool) -> bool:
-    """Whether nobody asks for what the Triton kernels do not compute: gradients, and decisions by other policies."""
-    return on_device(body) and not ((automatic or body.policy.training) and _trains(body, x))
-
-
 def _triton(body: Body, x: Tensor, active: Active, positions: Positions | None, automatic: bool = False) -> Reduced:
-    if not _by_kernels(body, x, automatic):
+    if not _kernels_apply(body, x, automatic):
         return packed.run(body, x, active, positions)
     from . import triton
 
     return triton.run(body, x, active, positions)
 
 
-def _differentiable_or_triton(body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
+def _auto_triton(body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
     return _triton(body, x, active, positions, automatic=True)
+
+
+def _kernels_apply(body: Body, x: Tensor, automatic: bool) -> bool:
+    """Whether the Triton kernels can compute this call: they have no gradients and support two policies only.
+
+    A named engine gives up gradients unless the policy is in train mode; `automatic` selection never does.
+    """
+    return supports_triton(body) and not ((automatic or body.policy.training) and _needs_gradients(body, x))
+
+
+def _needs_gradients(body: Body, x: Tensor) -> bool:
+    """Whether gradients have to reach the input or the weights of the blocks."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(p.requires_grad for block in body.blocks for p in block.parameters())

@@ -1,4 +1,4 @@
-"""The state of an engine: the batch between two blocks, and the result."""
+"""State of an engine: the batch between two blocks, and the result after the last."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from .segments import Segments
 
 @dataclass
 class Dropped:
-    """What pruned patches were when they went: after the attention of the block that dropped them.
+    """Features that patches had when they were pruned: after the attention of the block that pruned them.
 
-    Each block adds to the same memory, and none reads what a later one adds.
+    All blocks write to the same memory, and no block reads what a later one writes.
 
     Attributes:
-        values: [B, tokens at the start, C]; of a patch that is not pruned, anything.
-        block: the last one that wrote to it, -1 for none.
+        values: [B, tokens at the start, C]; arbitrary values for patches that are not pruned.
+        block: index of the last block that wrote to it, -1 for none.
     """
 
     values: Tensor
     block: int = -1
 
     @classmethod
-    def start(cls, x: Tensor, among: Segments | None = None) -> Dropped:
-        """For patches that enter as x [B, N, C]; those that are not there keep this."""
-        if among is not None or torch.is_grad_enabled():
+    def start(cls, x: Tensor, segments: Segments | None = None) -> Dropped:
+        """Allocate memory for patches that enter as x [B, N, C]; the padding of `segments` keeps its values in x."""
+        if segments is not None or torch.is_grad_enabled():
             return cls(x.clone())
         return cls(torch.empty_like(x))
 
     def ready(self, block: int) -> Dropped:
-        """What `block` may write to: this, or a copy where a call went on from here before."""
+        """Return memory that `block` may write to: `self`, or a copy if `block` has already run from this state."""
         if self.block >= block:
             return Dropped(self.values.clone(), block)
         self.block = block
         return self
 
 
-class Partway(Protocol):
-    """A batch between two blocks, of an engine that goes block by block."""
+class BlockwiseRun(Protocol):
+    """A run that advances one block at a time: `step` returns its next state and leaves this one valid."""
 
     @property
     def tokens(self) -> Tokens:
-        """What is left, [B, N]."""
+        """The live tokens, [B, N]."""
 
-    def step(self, i: int, bias: Bias | None) -> Partway:
-        """Run block `i`, which adds `bias` to its attention, see `Recipe.bias`."""
+    def step(self, i: int, bias: Bias | None) -> BlockwiseRun:
+        """Run block `i`, with `bias` added to its attention scores, see `Recipe.bias`."""
 
     def unmerged(self) -> Tensor:
-        """[B, tokens at the start, C], every patch in its place."""
+        """Return features [B, tokens at the start, C] with every patch in its place."""
 
-    def reduced(self) -> Reduced:
-        """What there is to tell of it: `kept`, `source` and `trail`."""
+    def result(self) -> Reduced:
+        """Return the result so far, of which `kept`, `source` and `trail` are valid."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class State:
     """A batch between two blocks.
 
     Attributes:
-        x: [B, N, C], or the live rows [T, C].
-        tokens: what is known of them.
-        counts: live tokens of each image, where the engine packs its rows.
-        kept: tokens after each block so far, one [B] each.
-        trail: the sources after each block so far, where every block is traced, or None.
-        dropped: what pruned patches were, where unmerging asks.
-        positions: of the tokens at the start, where the host's attention needs them.
-        bias: what the next block adds to its attention, where it adds something; see `Recipe.bias`.
+        x: [B, N, C], or packed rows of live tokens [T, C].
+        tokens: size, origin and source of the tokens.
+        counts: live tokens of each image if the engine packs rows, or None.
+        kept: tokens of each image, [B], after each block so far.
+        trail: sources after each block so far, or None unless every block is traced.
+        dropped: features of pruned patches if the run will be unmerged, or None.
+        positions: positions of the tokens at the start, or None if the host's attention needs none.
+        bias: what the next block adds to its attention scores, or None; see `Recipe.bias`.
     """
 
     x: Tensor
@@ -93,16 +93,18 @@ class State:
         packs: bool,
         positions: Positions | None,
         unmerges: bool = False,
-        among: Segments | None = None,
+        segments: Segments | None = None,
     ) -> State:
-        """[B, N, C] as it enters the first block.
+        """Return the state before the first block, which x [B, N, C] enters.
 
         Args:
-            unmerges: whether `unmerged` will be asked for.
-            among: where images are among the host's features, if not of N tokens each.
+            packs: whether the engine packs the rows of live tokens.
+            positions: positions of the tokens, or None if the host's attention needs none.
+            unmerges: whether `unmerged` will be called.
+            segments: rows of each image among the host's features, None if every image has N tokens.
         """
-        if among is not None:
-            return cls._start_among(x, among, packs, positions)
+        if segments is not None:
+            return cls._start_segments(x, segments, packs, positions)
         images, length, _ = x.shape
         calls = tracing()
         tokens = Tokens.start(images, length, x.device, traced=calls is not None or unmerges)
@@ -111,24 +113,29 @@ class State:
         return cls(x, tokens, [length] * images if packs else None, (), trail, dropped, positions)
 
     @classmethod
-    def _start_among(cls, x: Tensor, among: Segments, packs: bool, positions: Positions | None) -> State:
-        """`start` of images of different sizes, to be unmerged: what is not there never lives."""
-        calls, live = tracing(), among.live
+    def _start_segments(cls, x: Tensor, segments: Segments, packs: bool, positions: Positions | None) -> State:
+        """`start` for images of different lengths, to be unmerged; their padding is never live."""
+        calls, live = tracing(), segments.live
         tokens = Tokens.start(len(live), live.shape[1], x.device, traced=True)
         assert tokens.source is not None
         tokens = replace(
             tokens, keep=live.float(), source=tokens.source.where(live, -1),
-            # rows of the host's positions, which differ between images
-            origin=tokens.origin if positions is None else among.index,
+            # positions differ between images, so that origins are rows of the host's features
+            origin=tokens.origin if positions is None else segments.index,
         )  # fmt: skip
         trail = () if calls is not None and calls.every_block else None
-        dropped = Dropped.start(x, among)
+        dropped = Dropped.start(x, segments)
         if packs:
             return cls(x[live], tokens, live.sum(1).tolist(), (), trail, dropped, positions)
         return cls(x, tokens, None, (), trail, dropped, positions)
 
-    def without(self, block: int, x: Tensor, after: Tokens) -> State:
-        """The same, where what `block` drops is remembered as the features `x` that its attention left."""
+    def save_dropped(self, block: int, x: Tensor, after: Tokens) -> State:
+        """Return this state with the features of the patches that `block` drops saved in `dropped`, if that is needed.
+
+        Args:
+            x: the features after the block's attention.
+            after: the tokens that the block keeps.
+        """
         before = self.tokens.source
         if self.dropped is None or before is None or after.source is None:
             return self
@@ -143,7 +150,7 @@ class State:
         return replace(self, dropped=dropped)
 
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features as rows [T, C], and the row of each image's first token, int64 [B]."""
+        """Return features as rows [T, C], and the row of each image's first token, int64 [B]."""
         if x.ndim == 3:
             images, length = x.shape[:2]
             return x.flatten(0, 1), torch.arange(0, images * length, length, device=x.device)
@@ -151,7 +158,7 @@ class State:
         return x, number.cumsum(0) - number
 
     def after(self, x: Tensor, tokens: Tokens, counts: list[int] | None = None) -> State:
-        """One block further."""
+        """Return the state after one more block."""
         kept = tokens.counts() if counts is None else counts
         trail = self.trail
         if trail is not None and tokens.source is not None:
@@ -159,9 +166,9 @@ class State:
         return State(x, tokens, counts, (*self.kept, kept), trail, self.dropped, self.positions)
 
     def unmerged(self) -> Tensor:
-        """[B, tokens at the start, C]: every patch with the features of its token, or those it had when it was dropped.
+        """Return [B, tokens at the start, C]: for each patch, the features of its token or those it was dropped with.
 
-        Only of a state that was started for it.
+        Only for a state that was started with `unmerges`.
         """
         assert self.tokens.source is not None
         assert self.dropped is not None
@@ -173,12 +180,12 @@ class Reduced:
     """The result of an engine.
 
     Attributes:
-        x: [B, N', C], prefix tokens first, then the other live tokens; what rows of size 0 hold means nothing.
-        size: float32 [B, N'], patches in each token, 0 for a row that is not there; differentiable like `kept`.
-        kept: float32 [B, L], tokens after each block; differentiable from the masked engine.
-        source: int32 [B, N], for each token at the start its row in x, or -1 - l where block l pruned it; None where
-            nobody asked.
-        trail: the same after each block, numbered as there, where every block was asked for.
+        x: [B, N', C], prefix tokens first, then the other live tokens; rows of size 0 hold arbitrary values.
+        size: float32 [B, N'], number of patches in each token, 0 for padding; differentiable like `kept`.
+        kept: float32 [B, L], tokens after each block; differentiable if the masked engine ran.
+        source: int32 [B, N], for each token at the start its row in x, or -1 - l if block l pruned it; None unless the
+            call is traced.
+        trail: the same after each block, with the numbering of that block; None unless every block is traced.
     """
 
     x: Tensor
@@ -188,11 +195,15 @@ class Reduced:
     trail: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def whole(cls, x: Tensor, depth: int, among: Segments | None = None) -> Reduced:
-        """[B, N, C] after `depth` blocks that removed nothing; `among` says which tokens there were."""
+    def dense(cls, x: Tensor, depth: int, segments: Segments | None = None) -> Reduced:
+        """Return the result of `depth` blocks that removed nothing, with output x [B, N, C].
+
+        Args:
+            segments: tells tokens from padding if images have different lengths.
+        """
         images, length, _ = x.shape
         start = Tokens.start(images, length, x.device, traced=True)
         kept = torch.full((images, depth), float(length), device=x.device, dtype=torch.float32)
-        if among is not None:
-            kept = among.live.sum(1, keepdim=True).expand(-1, depth).float()
+        if segments is not None:
+            kept = segments.live.sum(1, keepdim=True).expand(-1, depth).float()
         return cls(x, start.size, kept, start.source, (start.source,) * depth if start.source is not None else None)

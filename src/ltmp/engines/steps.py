@@ -1,4 +1,4 @@
-"""Engines block by block: what one offers that a caller brings, and those in plain torch."""
+"""Block-by-block runs: the protocol for engines passed to `running`, and the engines in plain torch."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from . import masked, packed
 from .body import Body
 from .positions import Positions
 from .segments import Segments
-from .state import Partway, Reduced, State
+from .state import BlockwiseRun, Reduced, State
 
 
 @runtime_checkable
-class Stepping(Protocol):
-    """An engine that a caller brings, of blocks that a host takes one by one.
+class SteppableEngine(Protocol):
+    """An engine passed to `running` that can also run block by block.
 
     Attributes:
-        active: steps to run, where they have been read already.
+        active: steps to run, or None to read them from the policy.
     """
 
     active: Active | None
 
     def start(
-        self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
-    ) -> Partway:
-        """[B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
+        self, body: Body, x: Tensor, active: Active, positions: Positions | None, first_block: int,
+        segments: Segments | None,
+    ) -> BlockwiseRun:  # fmt: skip
+        """Start a run that will be unmerged, see `select.start`."""
 
 
 @dataclass(frozen=True)
-class InTorch:
-    """A batch between two blocks of `masked` or `packed`; see `state.Partway`."""
+class TorchRun:
+    """A block-by-block run of `masked` or `packed`; see `state.BlockwiseRun`."""
 
     body: Body
     active: Active
@@ -46,24 +47,24 @@ class InTorch:
     def tokens(self) -> Tokens:
         return self.state.tokens
 
-    def step(self, i: int, bias: Bias | None) -> InTorch:
+    def step(self, i: int, bias: Bias | None) -> TorchRun:
         step = masked.step if self.state.counts is None else packed.step
         return replace(self, state=step(self.body, i, replace(self.state, bias=bias), self.active))
 
     def unmerged(self) -> Tensor:
         return self.state.unmerged()
 
-    def reduced(self) -> Reduced:
+    def result(self) -> Reduced:
         x, tokens = self.state.x, self.tokens
         kept = torch.stack([torch.as_tensor(k, dtype=torch.float32, device=x.device) for k in self.state.kept], 1)
         return Reduced(x, tokens.size, kept, tokens.source, self.state.trail)
 
 
 def start_in_torch(
-    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
-) -> InTorch:
-    """`x` [B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
-    state = State.start(x, packs=not body.policy.masks, positions=positions, unmerges=True, among=among)
+    body: Body, x: Tensor, active: Active, positions: Positions | None, first_block: int, segments: Segments | None
+) -> TorchRun:
+    """Start a run of `masked` or `packed` that will be unmerged, see `select.start`."""
+    state = State.start(x, packs=not body.policy.masks, positions=positions, unmerges=True, segments=segments)
     kept, source = state.tokens.counts() if state.counts is None else state.counts, state.tokens.source
-    trail = None if state.trail is None or source is None else (source,) * before
-    return InTorch(body, active, replace(state, kept=(kept,) * before, trail=trail))
+    trail = None if state.trail is None or source is None else (source,) * first_block
+    return TorchRun(body, active, replace(state, kept=(kept,) * first_block, trail=trail))

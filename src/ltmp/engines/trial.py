@@ -1,8 +1,8 @@
-"""Whether reduction pays on a CPU: `auto` times both ways on a few calls, and then runs dense where that is faster.
+"""Whether reduction pays on a CPU: `auto` times a few calls both reduced and dense, and then runs the faster way.
 
-What reduction saves has to pay for deciding, which it does not in very small models or with few tokens. Reduced answers
-are close to dense ones and not equal to them, so nothing switches where answers were promised to be reduced: calls
-inside `record()`, `trace()` or `unmerge()`, as all jobs of this package make, and models with a named engine.
+In very small models, or with few tokens, selecting tokens costs more than removing them saves. Reduced outputs are
+close but not equal to dense ones, so `auto` never switches to dense if the caller relies on reduction: inside
+`record()`, `trace()` or `unmerge()`, which all commands of this package use, or with a named engine.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from ..method.thresholds import Thresholds
 from . import packed
 from .body import Body
 from .hooks import hooked_inside
-from .onednn import watched
+from .onednn import dispatch_mode_active
 from .positions import Positions
 from .state import Reduced
 
 log = logging.getLogger("ltmp")
 
 FIRST = 2
-"""Calls before anything is timed: they compile kernels and allocate memory."""
+"""Warm-up calls, not timed: they compile kernels and allocate memory."""
 
 PAIRS = 5
-"""Calls that are timed both ways; the dense answer is thrown away."""
+"""Calls that are timed both ways; the dense output is thrown away."""
 
 MARGIN = 1.05
-"""Reduction may take this much of the dense time before it is given up: less is noise."""
+"""Dense runs if reduction takes more than this multiple of the dense time; smaller differences are noise."""
 
-_KEPT = 64
-"""Trials kept for one host: shapes times budgets. The oldest one goes first."""
+_MAX_TRIALS = 64
+"""Trials kept per host, one for each combination of shape and budget; the oldest is evicted first."""
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Trial:
     """Times of one kind of call, and the verdict.
 
     Attributes:
-        calls: how many there were.
-        times: (reduced, dense) seconds of those that were timed.
-        dense: the verdict, None while there is none.
+        calls: number of calls so far.
+        times: (reduced, dense) seconds of each timed call.
+        dense: whether dense is faster, None until enough calls were timed.
     """
 
     calls: int = 0
@@ -59,7 +59,7 @@ class Trial:
     dense: bool | None = None
 
     def add(self, reduced: float, dense: float) -> bool:
-        """Note the times of one call; returns whether they decided that dense runs from now on."""
+        """Add the times of one call; return whether it settled the trial in favour of dense."""
         self.times.append((reduced, dense))
         if self.dense is not None or len(self.times) < PAIRS:
             return False
@@ -69,14 +69,14 @@ class Trial:
 
 @dataclass
 class _Trials:
-    """Trials of one host, by what tells calls apart, and the batch sizes that it was reported to run dense at."""
+    """Trials of one host by kind of call, and the batch sizes that were already warned about."""
 
     by_kind: OrderedDict[Hashable, Trial] = field(default_factory=OrderedDict)
-    told: set[int] = field(default_factory=set)
+    warned: set[int] = field(default_factory=set)
 
     def of(self, kind: Hashable) -> Trial:
         trial = self.by_kind.setdefault(kind, Trial())
-        while len(self.by_kind) > _KEPT:
+        while len(self.by_kind) > _MAX_TRIALS:
             self.by_kind.popitem(last=False)
         return trial
 
@@ -85,7 +85,7 @@ _TRIALS: WeakKeyDictionary[nn.Module, _Trials] = WeakKeyDictionary()
 
 
 def applies(body: Body, x: Tensor) -> bool:
-    """Whether a call with `x` [B, N, C] may run dense: deployed on a CPU by `auto`, and nobody asks what is removed."""
+    """Whether a call with `x` [B, N, C] may run dense: CPU inference with `auto` that does not rely on reduction."""
     return (
         body.policy.config.engine == "auto"
         and x.device.type == "cpu"
@@ -94,19 +94,19 @@ def applies(body: Body, x: Tensor) -> bool:
         and not (torch.is_grad_enabled() or body.policy.training or body.blocks[0].training)
         and recording() is None
         and tracing() is None
-        and not (unmerging() or torch.compiler.is_compiling() or torch.jit.is_tracing() or watched())
-        # they would see both ways of a call that is timed
+        and not (unmerging() or torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch_mode_active())
+        # hooks would see both runs of a timed call
         and not any(map(hooked_inside, body.blocks))
     )
 
 
 def chosen_dense(body: Body, x: Tensor) -> bool:
-    """Whether a trial found that calls like this one are faster dense."""
+    """Whether a trial found that calls like this one run faster dense."""
     return bool(_trial(body, x).dense)
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C] of which `applies` is true, reduced or dense; see `packed.run`."""
+    """Run all blocks on [B, N, C], reduced or dense; only for calls that `applies` accepts. See `packed.run`."""
     trial = _trial(body, x)
     trial.calls += 1
     if trial.dense:
@@ -117,26 +117,26 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
 
 
 def _timed(trial: Trial, body: Body, x: Tensor, active: Active, positions: Positions | None) -> Reduced:
-    """Run both ways, in turn the one or the other first; returns the reduced answer."""
+    """Run both ways, alternating which goes first, and return the reduced output."""
 
-    def plain() -> float:
+    def dense_seconds() -> float:
         start = perf_counter()
         body.all_whole(x, positions)
         return perf_counter() - start
 
-    dense = plain() if trial.calls % 2 else None
+    dense = dense_seconds() if trial.calls % 2 else None
     start = perf_counter()
-    found = packed.run(body, x, active, positions)
+    result = packed.run(body, x, active, positions)
     reduced = perf_counter() - start
-    if trial.add(reduced, plain() if dense is None else dense):
-        _say(body, len(x), *(median(times) for times in zip(*trial.times, strict=True)))
-    return found
+    if trial.add(reduced, dense_seconds() if dense is None else dense):
+        _warn_once(body, len(x), *(median(times) for times in zip(*trial.times, strict=True)))
+    return result
 
 
-def _say(body: Body, images: int, reduced: float, dense: float) -> None:
-    told = _TRIALS[body.host].told
-    if images not in told:
-        told.add(images)
+def _warn_once(body: Body, images: int, reduced: float, dense: float) -> None:
+    warned = _TRIALS[body.host].warned
+    if images not in warned:
+        warned.add(images)
         log.warning(
             "token reduction does not pay for batches of %d on this CPU (%.2f ms against %.2f ms dense): running "
             "dense; name an engine (engine='packed') to reduce all the same",
@@ -145,7 +145,7 @@ def _say(body: Body, images: int, reduced: float, dense: float) -> None:
 
 
 def _trial(body: Body, x: Tensor) -> Trial:
-    """That of calls like this one: as many images and tokens, in the same type, threads and thresholds."""
+    """Return the trial of calls like this one: same shape, dtype, autocast, threads, config and thresholds."""
     policy = body.policy
     values = (
         tuple(t.detach().numpy().tobytes() for t in (policy.merge, policy.prune))

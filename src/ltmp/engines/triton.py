@@ -1,8 +1,8 @@
-"""Deployment on packed rows with Triton kernels: one row a live token, whatever the images of the batch have left.
+"""Inference with Triton kernels on packed rows: one row per live token, however many each image has left.
 
-A block is eight launches where its weights are known (`Recipe.parts`): the residual addition, the fold and the norm
-after each branch are one kernel, and in half precision the GELU rides in the matrix product. Other blocks run their own
-modules on the rows, with the same kernels around them.
+A standard block, whose weights are accessible (`Recipe.parts`), takes eight launches: the residual addition, the fold
+and the norm after a branch are one kernel, and in half precision the GELU is part of the matrix product. Other blocks
+run their own modules on the rows, with the same kernels in between.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ class Branches(Protocol):
 
     @property
     def norms(self) -> tuple[Norm | None, Norm | None]:
-        """The norms before the branches, where the kernel before them is to take them."""
+        """The norms before the branches, if the preceding kernel has to apply them."""
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """Layer-scale vectors [C] that the kernel after a branch is to apply."""
+        """Layer-scale vectors [C], if the kernel after a branch has to apply them."""
 
     def qkv(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Each [T, H, D]."""
+        """Return q, k and v, each [T, H, D]."""
 
     def out(self, y: Tensor) -> Tensor:
-        """[T, H * D] to [T, C]."""
+        """Project the attention output [T, H * D] to [T, C]."""
 
     def mlp(self, x: Tensor, normed: Tensor | None) -> Tensor:
-        """[T, C] to [T, C]."""
+        """Apply the MLP to x [T, C]; `normed` is `x` after the second norm if the preceding kernel applied it."""
 
 
 class OwnBranches:
-    """A block that runs its own modules, norms and layer scale included."""
+    """The branches of a block that runs its own modules, including norms and layer scale."""
 
     norms = (None, None)
     scales = (None, None)
@@ -80,7 +80,7 @@ class OwnBranches:
 
 
 class FusedBranches:
-    """A standard block, by its weights: norms, residual additions and layer scale are left to the fused kernels."""
+    """The branches of a standard block; norms, residual additions and layer scale are left to the fused kernels."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -100,11 +100,11 @@ class FusedBranches:
 
 
 def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
-    """`act(linear(x))`.
+    """Return `act(linear(x))`.
 
-    In half precision the GELU is the matrix product's epilogue, in its tanh form, on the sum before it is rounded. That
-    is closer to the exact GELU than the host's own two steps, which round the sum first (bfloat16, root mean square
-    over normal inputs: 1.7e-3 against 2.4e-3). Float32 keeps the host's form to the last bit.
+    In half precision the GELU is the epilogue of the matrix product, in its tanh form, applied before rounding. That is
+    closer to the exact GELU than the host's two steps, which round in between (RMS error in bfloat16 over normal
+    inputs: 1.7e-3 against 2.4e-3). Float32 keeps the host's form to the last bit.
     """
     if act == "quick_gelu":
         y = linear(x)
@@ -115,28 +115,27 @@ def _activated(linear: nn.Linear, act: str, x: Tensor) -> Tensor:
 
 
 def branches(body: Body) -> list[Branches]:
-    """The blocks, fused where they are standard."""
-    found = look(body.memory, body.recipe, body.blocks).parts(body.blocks)
+    """Return the branches of each block, fused if the block is standard."""
+    all_parts = look(body.memory, body.recipe, body.blocks).parts(body.blocks)
     return [
         OwnBranches(block, body.recipe) if parts is None else FusedBranches(parts)
-        for block, parts in zip(body.blocks, found, strict=True)
+        for block, parts in zip(body.blocks, all_parts, strict=True)
     ]
 
 
 def run(body: Body, x: Tensor, active: Active, positions: Positions | None = None) -> Reduced:
-    """Run all blocks on [B, N, C] at their exact sizes, reading two numbers back after each block that reduces."""
+    """Run all blocks on [B, N, C] at exact sizes, which reads two numbers back after each block that reduces."""
     return Pass(body, x, active, positions=positions).run()
 
 
 @dataclass
 class Counted:
-    """This engine for one call, which counts as it goes; see `body.running`.
+    """This engine for a single call, whose token counts it keeps; for `body.running`.
 
     Attributes:
-        active: steps to run, where they have been read already; None reads the thresholds, and leaves the blocks to the
-            host where none is on.
-        capacity: sizes to run at without reading anything back; None for exact sizes.
-        stats: after the call int32 [L, 3] on the device, see `Pass`; None where the blocks were left to the host.
+        active: steps to run; None reads the thresholds, and runs the host's own blocks if no step is active.
+        capacity: sizes to run at, without reading anything back; None for exact sizes.
+        stats: after the call int32 [L, 3] on the device, see `Pass`; None if the host's own blocks ran.
     """
 
     active: Active | None = None
@@ -152,23 +151,24 @@ class Counted:
         return batch.run()
 
     def start(
-        self, body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None
-    ) -> InTriton:
-        """The same block by block, see `steps.Stepping`."""
-        found = start(body, x, active, positions, before, among, self.capacity)
-        self.stats = found.batch.stats
-        return found
+        self, body: Body, x: Tensor, active: Active, positions: Positions | None, first_block: int,
+        segments: Segments | None,
+    ) -> TritonRun:  # fmt: skip
+        """The same block by block, see `steps.SteppableEngine`."""
+        run = start(body, x, active, positions, first_block, segments, self.capacity)
+        self.stats = run.batch.stats
+        return run
 
 
 @dataclass(frozen=True)
-class InTriton:
-    """A batch between two blocks; see `state.Partway`.
+class TritonRun:
+    """A block-by-block run; see `state.BlockwiseRun`.
 
     Attributes:
-        batch: whose.
-        rows: what is left.
-        bounds: their `cu` after each block so far.
-        trail: sources after each block so far, where every block is traced.
+        batch: the pass that runs the blocks.
+        rows: the live tokens.
+        bounds: `Rows.cu` after each block so far.
+        trail: sources after each block so far, None unless every block is traced.
     """
 
     batch: Pass
@@ -180,7 +180,7 @@ class InTriton:
     def tokens(self) -> Tokens:
         return tokens_of(self.rows, Padding.of(self.rows.cu, self.rows.longest, self.rows.x.shape[0]))
 
-    def step(self, i: int, _bias: Bias | None = None) -> InTriton:
+    def step(self, i: int, _bias: Bias | None = None) -> TritonRun:
         with torch.no_grad():
             rows = self.batch.block(i, self.rows)
         trail = self.trail if self.trail is None or rows.source is None else (*self.trail, rows.source)
@@ -197,26 +197,27 @@ class InTriton:
         """float32 [B, L], tokens after each block."""
         return torch.stack(self.bounds).diff().float().T
 
-    def reduced(self) -> Reduced:
+    def result(self) -> Reduced:
         return Reduced(self.rows.x, self.rows.size, self.kept, self.rows.source, self.trail)
 
 
 def start(
-    body: Body, x: Tensor, active: Active, positions: Positions | None, before: int, among: Segments | None,
+    body: Body, x: Tensor, active: Active, positions: Positions | None, first_block: int, segments: Segments | None,
     capacity: Capacity | None = None,
-) -> InTriton:  # fmt: skip
-    """`x` [B, N, C] behind `before` blocks that removed nothing, to be unmerged."""
+) -> TritonRun:  # fmt: skip
+    """Start a run that will be unmerged, see `select.start`."""
     batch, calls = Pass(body, x, active, capacity, positions), tracing()
-    rows = Rows.grid(x, batch.branches[before].norms[0], among, positions is not None)
-    trail = (rows.source,) * before if calls is not None and calls.every_block and rows.source is not None else None
-    return InTriton(batch, rows, (rows.cu,) * before, trail)
+    rows = Rows.grid(x, batch.branches[first_block].norms[0], segments, positions is not None)
+    every_block = calls is not None and calls.every_block
+    trail = (rows.source,) * first_block if every_block and rows.source is not None else None
+    return TritonRun(batch, rows, (rows.cu,) * first_block, trail)
 
 
 def compile_ahead(body: Body, x: Tensor) -> None:
-    """Compile what batches like `x` [B, N, C] will need, several kernels at a time.
+    """Compile the kernels that batches like `x` [B, N, C] need, in parallel.
 
-    Kernels are compiled when they first run, which adds up to a minute for a first batch. Here one block runs at each
-    length that has kernels of its own, all lengths at the same time, on images of a single token.
+    Kernels compile when they first run, which adds up to a minute for a first batch. This function runs one block for
+    each length that has kernels of its own, in one thread per length, on images of a single token.
     """
     images, tokens, width = x.shape
     lengths = [tokens, *(n for n in (32, 64, 128, 192, 256, 512, 1024) if n < tokens)]
@@ -237,16 +238,18 @@ def compile_ahead(body: Body, x: Tensor) -> None:
 
 
 class Pass:
-    """One batch on its way through the blocks.
+    """A pass of one batch through the blocks.
 
     Args:
+        x: [B, N, C].
+        active: steps to run in each block.
         capacity: sizes after each block, for a pass that reads nothing back; None for exact sizes.
-        positions: of the tokens of `x`, where the host's attention needs them.
+        positions: positions of the tokens of `x`, None if the host's attention needs none.
 
     Attributes:
-        stats: int32 [L, 3] on the device, tokens of the batch and of its longest image after each block that reduces,
-            zero after the others.
-        plans: for each block what it did with its tokens, the last step of it; None where nothing.
+        stats: int32 [L, 3] on the device: for each block that reduces, tokens of the batch, tokens of its longest
+            image, and 0; zeros for other blocks.
+        plans: the last plan of each block, None for a block that does not reduce.
     """
 
     def __init__(
@@ -261,17 +264,17 @@ class Pass:
 
     @torch.no_grad()
     def run(self) -> Reduced:
-        """Blocks only: the host's own norm and head follow."""
+        """Run all blocks; the final norm and the head are left to the host."""
         calls = tracing()
         rows = Rows.start(self.x, self.branches[0].norms[0], traced=calls is not None)
-        partway = InTriton(self, rows, trail=() if calls is not None and calls.every_block else None)
+        run = TritonRun(self, rows, trail=() if calls is not None and calls.every_block else None)
         for i in range(len(self.branches)):
-            partway = partway.step(i)
-        x, size, source = unpack(partway.rows, self.body.protected)
-        return Reduced(x, size, partway.kept, source, partway.trail)
+            run = run.step(i)
+        x, size, source = unpack(run.rows, self.body.protected)
+        return Reduced(x, size, run.kept, source, run.trail)
 
     def block(self, i: int, rows: Rows) -> Rows:
-        """Run one block."""
+        """Run block `i`."""
         block = self.branches[i]
         steps = self.policy.steps(self.active, i)
         q, k, v = block.qkv(rows)
@@ -286,8 +289,8 @@ class Pass:
             x, normed = add_norm(rows.x, y, block.scales[0], block.norms[1])
             rows = replace(rows, x=x, normed=normed)
         y = block.mlp(rows.x, rows.normed)
-        following = self.branches[i + 1].norms[0] if i + 1 < len(self.branches) else None
-        x, normed = add_norm(rows.x, y, block.scales[1], following)
+        next_norm = self.branches[i + 1].norms[0] if i + 1 < len(self.branches) else None
+        x, normed = add_norm(rows.x, y, block.scales[1], next_norm)
         return replace(rows, x=x, normed=normed)
 
     def _reduce(
@@ -300,16 +303,16 @@ class Pass:
         k: Tensor,
         received: Tensor | None,
     ) -> Rows:
-        """Add the branch `y` and reduce by `steps`."""
+        """Add the output `y` of the attention branch, and reduce by `steps`."""
         block = self.branches[i]
         scale = block.scales[0]
         config = self.policy.config
         keys, penalty, received = self._score(i, steps, rows, y, q, k, received)
         rows = replace(rows, dropped=None if rows.dropped is None else rows.dropped.ready(i))
         if steps == ("prune", "merge"):
-            # parity is taken after the drop, so the drop comes first, at the size that there is
-            spare = torch.zeros_like(self.stats[i])
-            dropped, _ = self._plan(i, ("prune",), rows, q, k, keys, received, spare)
+            # tokens are split into even and odd after pruning, so pruning is a fold of its own, at the present size
+            unused_stats = torch.zeros_like(self.stats[i])
+            dropped, _ = self._plan(i, ("prune",), rows, q, k, keys, received, unused_stats)
             metric, *_ = _fold(rows, metric_rows(self.policy, keys, rows.cu), None, None, None, dropped)
             x, _, size, origin = _fold(rows, rows.x, y, scale, None, dropped)
             if penalty is not None:
@@ -319,12 +322,12 @@ class Pass:
             heads = (1, -1) if config.scores.averages_keys else keys.shape[1:]
             keys, y, scale, steps = metric.unflatten(1, heads), None, None, ("merge",)
         limit = None if self.capacity is None else self.capacity.rows[i]
-        planned, defined = self._plan(i, steps, rows, q, k, keys, received, self.stats[i], limit, penalty)
+        planned, definition = self._plan(i, steps, rows, q, k, keys, received, self.stats[i], limit, penalty)
         self.plans[i] = planned
         if steps == ("fuse",):
-            assert defined is not None
-            # what is fused is dropped, and its receiver brings mean and size along
-            x = fuse_rows(add_norm(rows.x, y, scale, None)[0], rows, defined)
+            assert definition is not None
+            # the plan drops fused tokens; mean and size go to the row of their receiver beforehand
+            x = fuse_rows(add_norm(rows.x, y, scale, None)[0], rows, definition)
             rows, y, scale = replace(rows, x=x, size=planned.size), None, None
         if self.capacity is None:
             room, longest, _ = self.stats[i].tolist()
@@ -339,11 +342,10 @@ class Pass:
         self, i: int, steps: tuple[str, ...], rows: Rows, y: Tensor | None, q: Tensor, k: Tensor,
         received: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """Scores beyond the paper's, from class-token attention and from a probe.
+        """Compute scores beyond the paper's, from class-token attention and from a probe.
 
         Returns:
-            Keys of the similarity [T, H, D], merge penalty [T] or None, and the importance to prune by, laid out like
-            `received`.
+            Keys for the similarity [T, H, D], merge penalty [T] or None, and importance in the layout of `received`.
         """
         policy, config, penalty = self.policy, self.policy.config, None
         weight, power = policy.weight(i, rows.size), policy.class_power(i)
@@ -357,34 +359,35 @@ class Pass:
         scale, protected = self.branches[i].scales[0], self.body.protected
         metric, log_saliency = probe_rows(rows.x, y, scale, policy.probe_of(i), rows.cu)
         blends = received if config.scores.probes_importance else None
-        own, blended = saliency_rows(
+        saliency, blended = saliency_rows(
             log_saliency, weight, rows.size, blends, rows.origin, rows.cu, rows.longest, protected
         )  # fmt: skip
         received = received if blended is None else blended
         if config.scores.probes_similarity:
-            k, penalty = metric[:, None], own if penalty is None else own * penalty
+            k, penalty = metric[:, None], saliency if penalty is None else saliency * penalty
         return k, penalty, received
 
     def _plan(
         self, i: int, steps: tuple[str, ...], rows: Rows, q: Tensor, k: Tensor, keys: Tensor, received: Tensor | None,
         stats: Tensor, room: int | None = None, penalty: Tensor | None = None,
     ) -> tuple[RowPlan, reduction.BlockPlan | None]:  # fmt: skip
-        """By kernels where they know what decides, or else by the definition, whose own plan comes along."""
+        """Plan with kernels if they support the policy, or else by the definition, whose own plan is returned, too."""
         policy, protected, scores = self.policy, self.body.protected, self.policy.config.scores
         if not isinstance(policy, Thresholds) or policy.bounded:
             return plan_rows(policy, i, steps, rows, q, k, keys, received, protected, stats, room, penalty)
         merge = policy.merge[i : i + 1] if "merge" in steps else None
         prune = policy.prune[i : i + 1] if "prune" in steps else None
-        found = None
-        # mean keys of even and odd tokens have one fused kernel
+        partners = None
+        # bipartite matching of mean keys is fused into `plan`
         if merge is not None and (scores.mutual or not scores.averages_keys or penalty is not None):
             if scores.averages_keys:
                 keys = similarity_metric(keys, rows.cu)
-            found = candidates(keys, rows.origin, rows.cu, rows.longest, protected, scores.mutual, penalty)
-        done = plan(
-            keys, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room, found
-        )
-        return done, None
+            partners = candidates(keys, rows.origin, rows.cu, rows.longest, protected, scores.mutual, penalty)
+        row_plan = plan(
+            keys, received, rows.size, rows.origin, rows.cu, rows.longest, merge, prune, protected, stats, room,
+            partners,
+        )  # fmt: skip
+        return row_plan, None
 
 
 def _fold(
@@ -398,7 +401,7 @@ def _fold(
 def _follow(
     i: int, rows: Rows, x: Tensor, y: Tensor | None, scale: Tensor | None, planned: RowPlan
 ) -> Tensor | None:  # fmt: skip
-    """Sources after a plan of block `i`, where they are asked for; what it drops is kept where that is."""
+    """Return the sources after a plan of block `i` if they are tracked; save dropped features if they are needed."""
     if rows.source is None:
         return None
     dropped = None if rows.dropped is None else rows.dropped.values
@@ -406,12 +409,15 @@ def _follow(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, weight: Tensor, want_received: bool
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, weight: Tensor, need_received: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention [T, H * D] and, if wanted, what each token received; the stock fused one where that says all."""
-    # under autocast the head norms of q and k leave them in float32
+    """Return attention [T, H * D] and, if needed, the attention that each token receives.
+
+    Uses torch's fused attention as long as nothing was reduced and the attention received is not needed.
+    """
+    # under autocast the head norms return q and k in float32
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if not rows.whole or want_received:
-        return attend(q, k, v, weight, rows.cu, rows.longest, want_received)
+    if not rows.whole or need_received:
+        return attend(q, k, v, weight, rows.cu, rows.longest, need_received)
     images = (t.unflatten(0, (-1, rows.longest)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*images).transpose(1, 2).flatten(2).flatten(0, 1), None
