@@ -233,8 +233,8 @@ def test_hooks_inside_blocks_run_and_are_warned_of(where: str, caplog: pytest.Lo
         model(IMAGES)
     assert len(seen) == 2
     assert [record.message for record in caplog.records if "hooks inside" in record.message] == [
-        "hooks inside the blocks of a reduced model see the tokens that are left, those of all images as rows [T, C], "
-        "and none of its attentions: call it inside `with ltmp.dense():` for the whole model's"
+        "hooks inside the blocks of a reduced model see only the tokens that are left, those of all images as rows "
+        "[T, C], and no attention module: call the model inside `with ltmp.dense():` to hook all of it"
     ]
 
 
