@@ -200,7 +200,7 @@ CASES: dict[str, Case] = {
     ),
     "vit-parallel": timm_case(
         VisionTransformer, "parallel blocks: `vit_22b`-like", block_fn=ParallelScalingBlock,
-        refused="ParallelScalingBlock, which runs attention and MLP side by side",
+        refused="ParallelScalingBlock, which runs attention and MLP in parallel",
         reason="attention and MLP run side by side, with no place between them",
     ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),

@@ -426,7 +426,7 @@ READERS: list[Read] = [
     ),
     Read(
         "YolosForObjectDetection", lambda: config("YolosConfig", **{**VISION, "image_size": [16, 16]}),
-        kind="detectors", refused="adds positions again between its blocks",
+        kind="detectors", refused="adds position embeddings again between its blocks",
         note="with positions added again between its blocks, of which a merged token has several",
     ),
     Read(

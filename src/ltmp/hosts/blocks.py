@@ -155,7 +155,7 @@ def _does_nothing(module: nn.Module | None) -> bool:
 
 
 def _runs_class_forward(module: nn.Module) -> bool:
-    """Whether the `forward` set on a module still runs its class's: one restored, or wrapped by accelerate to move inputs."""
+    """Whether the `forward` set on a module is that of its class: restored, or wrapped by accelerate to move inputs."""
     attributes = vars(module)
     forward = attributes.get("_old_forward") if "_hf_hook" in attributes else attributes.get("forward")
     return is_own(forward, type(module))
