@@ -1,4 +1,4 @@
-"""What people do to the parts of an attached model's blocks counts in every engine, or is refused in a sentence."""
+"""Changes to parts of an attached model's blocks take effect in every engine, or raise a clear error."""
 
 from __future__ import annotations
 

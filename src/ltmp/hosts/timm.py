@@ -18,7 +18,7 @@ from ..method.recipe import Parts, Recipe, activation_name, has_own_scale, linea
 from .pooling import log_size, sized_mean, without_prefix
 from .sizes import sizes_of
 
-# children of the ViT's blocks and attention; the EVA family's are a subset
+# children of blocks, and of their attention, in the ViT and the EVA family
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION_PARTS = {
     "qkv",
