@@ -557,7 +557,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "own-features": (partial(tiny_vit, OwnFeatures), "OwnFeatures has its own forward_features"),
     "resnet": (lambda: timm.create_model("resnet10t").eval(), "found none of the known hosts"),
     "linear": (lambda: nn.Linear(2, 2), "found none of the known hosts"),
-    "another-version": (other_names, "its parts have other names than in the versions that ltmp knows"),
+    "another-version": (other_names, "its parts have other names than in the versions that ltmp supports"),
 }
 
 

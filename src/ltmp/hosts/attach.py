@@ -71,7 +71,7 @@ def attach(model: Model, config: LTMPConfig | None = None) -> Model:
         blocks = tuple(getattr(owner, name)._modules.values())[: recipe.depth(host)]
     except AttributeError as error:
         raise LTMPError(
-            f"cannot attach to this {recipe.name}: its parts have other names than in the versions that ltmp knows, "
+            f"cannot attach to this {recipe.name}: its parts have other names than in the versions that ltmp supports, "
             f"timm 1.0.28, transformers 5.21, or newer ones ({first_line(error)})"
         ) from error
     problems += _block_problems(blocks) + _config_problems(config, host, recipe, upgrade)

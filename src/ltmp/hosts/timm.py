@@ -151,7 +151,7 @@ def _block_problem(block: Any, blocks: tuple[type, ...], attentions: tuple[type,
         return _unsupported("is", block, blocks[0])
     extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
     if extra:
-        return f"has parts that this version does not know: {', '.join(extra)}"
+        return f"has parts that this version of ltmp does not support: {', '.join(extra)}"
     attn = block.attn
     if any(part._forward_hooks or part._forward_pre_hooks for part in (block, attn)):
         return "has forward hooks, which would no longer run: remove them"
@@ -159,7 +159,7 @@ def _block_problem(block: Any, blocks: tuple[type, ...], attentions: tuple[type,
         return _unsupported("uses", attn, attentions[0])
     extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)
     if extra:
-        return f"has an attention with parts that this version does not know: {', '.join(extra)}"
+        return f"has an attention with parts that this version of ltmp does not support: {', '.join(extra)}"
     if attn.attn_drop.p > 0:
         return f"has attention dropout {attn.attn_drop.p}; build the model with attn_drop_rate=0"
     if not attn.fused_attn and has_own_scale(attn, attn.head_dim):

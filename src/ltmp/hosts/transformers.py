@@ -109,7 +109,7 @@ def _block_problem(block: nn.Module) -> str | None:
         return f"is a {type(block).__name__}, not a layer of transformers"
     layout = next((layout for layout in LAYOUTS if layout.fits(block)), None)
     if layout is None:
-        return f"({type(block).__name__}) has parts that this version does not know"
+        return f"({type(block).__name__}) has parts that this version of ltmp does not support"
     attention, mlp = attrgetter(layout.attention)(block), attrgetter(layout.mlp[1])(block)
     if any(_is_patched(block.get_submodule(holder)) for holder in layout.holders):
         return "has forward hooks or a forward of its own, which would no longer run: remove them"

@@ -132,7 +132,7 @@ def name_in_file(about: Metadata, source: str | os.PathLike[str]) -> str | None:
     name = about.model_name or about.architecture
     if name is not None and not is_safe_name(name):
         raise UsageError(
-            f"{source} names the model {name}: a file of somebody else may not choose where weights are loaded from; "
+            f"{source} names the model {name}: a file from someone else may not choose where weights are loaded from; "
             f"if you trust that source, pass it yourself, as --model {name}"
         )
     return name
@@ -171,7 +171,7 @@ def _check_name(name: str) -> None:
         return
     near = difflib.get_close_matches(architecture, [n for n in timm.list_models() if parse_name(n)[0] is None], n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has all names"
-    raise UsageError(f"timm knows no model {name!r}: {hint}")
+    raise UsageError(f"timm has no model {name!r}: {hint}")
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

@@ -78,7 +78,7 @@ BUILDERS: dict[str, Builder] = {"torchvision": build_torchvision, "open_clip": b
 def _check(name: str, known: list[str], library: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:5]
-        raise UsageError(f"{library} knows no vision transformer {name!r}: did you mean {', '.join(near)}?")
+        raise UsageError(f"{library} has no vision transformer {name!r}: did you mean {', '.join(near)}?")
 
 
 def _create(name: str, build: Callable[[], Any]) -> Any:
