@@ -24,7 +24,7 @@ from .rotary import rotated
 from .transformers import Host, recipe_of, refuse_records, rotary_table, rotate_halves
 
 _APART = -1e5
-"""Added to scores between tokens that do not attend to each other: finite, so that no row of scores is all -inf."""
+"""Added to scores of tokens that may not attend to each other: their weight is 0, and no row of scores is all -inf."""
 
 
 @dataclass(frozen=True)

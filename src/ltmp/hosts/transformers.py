@@ -130,8 +130,7 @@ _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether a module has a forward or hooks that are neither its class's, nor ours, nor those by which transformers
-    records outputs."""
+    """Whether a module has hooks or a forward of its own, other than ours and transformers' recorders of outputs."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     forward = vars(module).get("forward")
     return not (forward is None or isinstance(forward, BlockForward)) or any(
