@@ -1,6 +1,6 @@
-"""Every kind of host, once: what `test_hosts.py` runs through all behaviours and what docs/hosts.md lists.
+"""Every kind of host once: `test_hosts.py` tests all behaviours on each, and docs/hosts.md lists them.
 
-A new host is a `Case` in `CASES`; `python tools/host_table.py` then writes its row.
+For a new host, add a `Case` to `CASES`; `python tools/host_table.py` then writes its row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from helpers import TINY, liven, random_images
 
 
 def no_checkpointing(model: Any) -> None:
-    """For hosts that cannot recompute their blocks."""
+    """For hosts without gradient checkpointing."""
 
 
 def timm_checkpointing(model: Any) -> None:
@@ -43,19 +43,19 @@ def itself(output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny host and how to call it. No field may need a network.
+    """A tiny host and how to call it; nothing here may need a network.
 
     Attributes:
-        library: what it comes from, as pip knows it.
-        host: the class whose blocks are replaced.
-        what: this kind of it, and names of models that are of this kind, as the table shows them.
-        build: () -> the model in eval mode, 2 or 3 blocks, lively weights (`helpers.liven`), the same at each call.
-        inputs: model -> what to call it with: positional arguments, or a dict of keywords.
-        output: what the model returns -> one tensor [B, ...] to compare.
-        checkpointing: switches gradient checkpointing on, where the host has it.
-        tokens: that enter the first block.
-        refused: part of the message that refuses it; "" where it can be attached.
-        reason: why, as the table shows it.
+        library: name of its package on PyPI.
+        host: name of the class whose blocks are reduced.
+        what: the kind of host and names of such models, as the table shows them.
+        build: () -> the model in eval mode, with 2 or 3 blocks and weights from `helpers.liven`, the same in each call.
+        inputs: model -> its arguments: a tuple of positional ones, or a dictionary of keywords.
+        output: the model's output -> one tensor [B, ...] to compare.
+        checkpointing: turns gradient checkpointing on, if the host supports it.
+        tokens: number of tokens that enter the first block.
+        refused: part of the error message if it cannot be attached; "" if it can.
+        reason: why it cannot be attached, as the table shows it.
     """
 
     library: str
@@ -76,11 +76,11 @@ class Case:
 
 
 def tiny(cls: Callable[..., nn.Module], **kwargs: Any) -> Any:
-    """A class that takes timm's names for sizes, with heads of 16 channels."""
-    known = inspect.signature(cls).parameters
-    new = [name for name in kwargs if name not in known and "kwargs" not in known]
-    if new:
-        pytest.skip(f"{cls.__name__} of timm {timm.__version__} takes no {new[0]}")
+    """A tiny model of a class with timm's argument names, with heads of 16 channels."""
+    parameters = inspect.signature(cls).parameters
+    unknown = [name for name in kwargs if name not in parameters and "kwargs" not in parameters]
+    if unknown:
+        pytest.skip(f"{cls.__name__} of timm {timm.__version__} takes no {unknown[0]}")
     torch.manual_seed(0)
     return liven(cls(**{**TINY, "embed_dim": 32, **kwargs})).eval()
 
@@ -128,7 +128,7 @@ def open_clip_quick_gelu() -> nn.Module:
 
 
 def open_clip_model(**vision: Any) -> Any:
-    """A whole CLIP, by open_clip's own constructor."""
+    """A CLIP with both towers, built by open_clip."""
     from open_clip.model import CLIP
 
     sizes = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "head_width": 16}
@@ -200,7 +200,7 @@ CASES: dict[str, Case] = {
     ),
     "vit-parallel": timm_case(
         VisionTransformer, "parallel blocks: `vit_22b`-like", block_fn=ParallelScalingBlock,
-        refused="ParallelScalingBlock, which runs attention and MLP side by side",
+        refused="ParallelScalingBlock, which runs attention and MLP in parallel",
         reason="attention and MLP run side by side, with no place between them",
     ),
     "eva": timm_case(Eva, "EVA, mean pooled: `eva_*`"),

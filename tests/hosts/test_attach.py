@@ -72,7 +72,7 @@ def image_size(model: Any) -> int:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the method written down a second time says of a case."""
+    """Results of the reference implementation for a case."""
 
     merge: list[float]
     prune: list[float]
@@ -97,7 +97,7 @@ def images_of(model: Any, seed: int = 0) -> Tensor:
 
 
 def reducing(case: str) -> tuple[Any, Tensor, Expected]:
-    """The case attached, in eval mode, with thresholds that remove tokens of these images."""
+    """The attached case in eval mode, with thresholds that remove tokens of these images."""
     model, expected = CASES[case](), expected_of(case)
     ltmp.attach(model).ltmp.set(expected.merge, expected.prune)
     return model, images_of(model), expected
@@ -159,7 +159,7 @@ def test_parameter_names_stay(case: str) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that attaching could have changed, by identity where it is an object."""
+    """Everything that attaching could have changed, objects by identity."""
     modules = {
         name: (id(module), module.training, sorted(vars(module)), len(module._forward_hooks))
         for name, module in model.named_modules()
@@ -238,7 +238,7 @@ def test_attach_finds_the_host_inside_a_wrapper() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 @pytest.mark.parametrize("batch", [3, 1], ids=["batch", "one-by-one"])
 def test_reduces_as_written_down(case: str, batch: int, masked: bool) -> None:
-    """Token counts and logits; for pooled heads this says that the gone do not enter and that size counts."""
+    """Token counts and logits; removed tokens do not enter the pooling of a head, and sizes are its weights."""
     model, images, expected = reducing(case)
     model.ltmp.train(masked).requires_grad_(masked)
     parts = [run_recorded(model, part) for part in images.split(batch)]
@@ -275,7 +275,7 @@ def test_distilled_training_returns_both_heads() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 @pytest.mark.parametrize("name", ["plain", "registers", "distilled", *POOLED])
 def test_everything_pruned(name: str, masked: bool) -> None:
-    """What is left is the prefix, or the most important patch; a head that pools patches then pools the prefix."""
+    """The prefix is left, or else the most important patch; a head that pools patches then pools the prefix."""
     model = CASES[name]()
     images, protected = images_of(model), model.num_prefix_tokens
     bare = references(model, images)
@@ -311,7 +311,7 @@ def test_equal_images_lose_equally_many_tokens() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("before", "after"), [("token", "avg"), ("avg", "token"), ("avg", "max")])
 def test_pooling_changed_while_attached(before: str, after: str) -> None:
-    """`reset_classifier` may change it; batches and single images still agree, and detach leaves nothing behind."""
+    """`reset_classifier` changes it; batches and single images still agree, and detach leaves nothing behind."""
     images = random_images(3)
     model = attach_reducing(tiny_vit(global_pool=before, fc_norm=False), images)
     model.reset_classifier(4, global_pool=after)
@@ -380,7 +380,7 @@ def test_gradients_reach_the_thresholds_of_every_case(case: str) -> None:
 
 @pytest.mark.parametrize("name", ["avg", "avgmax", "map", "no-class-token"])
 def test_a_head_that_pools_sees_what_the_last_block_removes(name: str) -> None:
-    """Otherwise the budget alone would decide there, and remove everything."""
+    """Otherwise only the budget would determine these thresholds, and remove every token."""
     model, images, _ = reducing(name)
     model.train().ltmp.requires_grad_()
     model(images).square().sum().backward()
@@ -557,7 +557,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "own-features": (partial(tiny_vit, OwnFeatures), "OwnFeatures has its own forward_features"),
     "resnet": (lambda: timm.create_model("resnet10t").eval(), "found none of the known hosts"),
     "linear": (lambda: nn.Linear(2, 2), "found none of the known hosts"),
-    "another-version": (other_names, "its parts have other names than in the versions that ltmp knows"),
+    "another-version": (other_names, "its parts have other names than in the versions that ltmp supports"),
 }
 
 
@@ -591,7 +591,7 @@ def test_attaching_around_an_attached_model_is_refused() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 @pytest.mark.parametrize("name", ["merge", "prune"])
 def test_nan_thresholds_are_refused(name: str, masked: bool) -> None:
-    """They come by other ways than `set`: a state dict, an optimiser gone wrong."""
+    """They do not come through `set`, but from a state dict or a diverged optimiser."""
     model, images, _ = reducing("plain")
     model.ltmp.train(masked).requires_grad_(masked)
     model.load_state_dict({f"ltmp.{name}": torch.tensor([0.5, float("nan"), 0.5])}, strict=False)
@@ -617,8 +617,8 @@ def test_what_a_reduced_model_cannot_do_is_said(name: str, masked: bool) -> None
     CALLS[name](model, images)
 
 
-def test_born_in_the_hosts_mode() -> None:
-    """Trap 1: a module made while attaching is in train mode, and packing would silently never happen."""
+def test_attached_in_the_hosts_mode() -> None:
+    """A new module is in train mode: tokens of an eval model would silently be masked instead of packed."""
     assert not ltmp.attach(tiny_vit().eval()).ltmp.training
     assert ltmp.attach(tiny_vit().train()).ltmp.training
 

@@ -1,4 +1,4 @@
-"""What an attached model tells of its calls, and how it is run without reduction."""
+"""Records of the calls of an attached model, and running it without reduction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CORE = (
     "method/tokens",
     "method/reduction",
 )
-"""What defines the method, from its settings to what an engine is given; hosts, kernels, files and jobs plug in."""
+"""The modules that define the method, from its settings to the input of an engine; everything else plugs into them."""
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_input_is_left_alone() -> None:
 
 
 def code_lines(path: Path) -> int:
-    """Lines that hold code: no blanks, comments or docstrings."""
+    """Number of lines without blanks, comments and docstrings."""
     text = path.read_text()
     tree = ast.parse(text)
     strings = [

@@ -99,7 +99,7 @@ def test_equals_embeddings_edited_by_hand(name: str) -> None:
     "name", [name for name in READERS if "VL" in name and "image_grid_thw" in ATTACHED[name].inputs()]
 )
 def test_tokens_keep_their_places_in_the_picture(name: str) -> None:
-    """By hand: positions of the whole text, of which columns are taken away with the embeddings."""
+    """By hand: compute the positions of the full text, and remove columns from them and from the embeddings."""
     model, inputs = fewer(name)
     encoded, places = survivors(model, inputs)
     stays = places.view(-1, 4).any(1)

@@ -36,7 +36,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def attached(case: Case, seed: int = 0, model: Any = None) -> Any:
-    """The host with thresholds drawn at random, around where they remove a part of the tokens."""
+    """The host with random thresholds, in the range where they remove some of the tokens."""
     model = ltmp.attach(case.build() if model is None else model)
     depth = model.ltmp.depth
     draw = torch.rand(2, depth, generator=torch.Generator().manual_seed(seed))
@@ -89,7 +89,7 @@ class Answers(torch.nn.Module):
 
 
 def test_probes_are_learned_of_every_host(case: Case) -> None:
-    """Gradients come through each host's own blocks; what they say decides the same in training and deployed."""
+    """Gradients flow through each host's own blocks; learned probes decide the same in training and when deployed."""
     model = attached(case, model=ltmp.attach(case.build(), ltmp.LTMPConfig()))
     inputs = case.inputs(model)
     images = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs[0]
@@ -132,7 +132,7 @@ def test_masked_is_packed(case: Case, seed: int) -> None:
     [("eva", False), ("dinov3", True), ("rope-mixed", True), ("torchvision", False), ("open-clip-quick", False)],
 )
 def test_triton_is_packed(name: str, fixed: bool) -> None:
-    """The kernels, at exact sizes and at those of a CUDA graph, whose spare rows hold anything."""
+    """The kernels, with exact shapes and with the fixed shapes of a CUDA graph, whose spare rows hold any values."""
     pytest.importorskip("triton")
     from ltmp.engines.triton import Counted
 
@@ -201,7 +201,7 @@ def test_pictures_of_hosts_of_images(name: str) -> None:
 
 
 def gradients(case: Case, model: Any) -> Tensor:
-    """[2, L] of a loss and the share, for merge and prune."""
+    """Gradients [2, L] of a loss and the FLOPs share, for merge and prune."""
     model.train().requires_grad_(False)
     model.ltmp.requires_grad_(True)
     with ltmp.record() as calls:
@@ -267,7 +267,7 @@ def test_copies_are_whole_and_their_own(case: Case, clone: Callable[[Any], Any])
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "masked"])
 def test_autocast(case: Case, masked: bool) -> None:
-    """Reduces much as in float32: a rounded score may fall on the other side of its threshold here and there."""
+    """Reduces almost as in float32: a few rounded scores may fall on the other side of their threshold."""
     model = attached(case)
     _, expected = recorded(case, model)
     model.ltmp.train(masked).requires_grad_(masked)

@@ -1,4 +1,4 @@
-"""An attached model stays an ordinary PyTorch model: what people do with models works, or is refused in a sentence."""
+"""An attached model is still an ordinary PyTorch model: usual operations on models work, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_host_that_changes_its_features_between_two_blocks_is_refused() -> Non
 
 @torch.no_grad()
 def test_threads_have_passes_of_their_own() -> None:
-    """One calls the whole model while another calls its blocks."""
+    """One thread calls the model while another calls its blocks."""
     model = reducing()
     expected, grids = model(IMAGES), model.blocks[:2](embed(model, IMAGES))
     wrong: list[str] = []
@@ -233,8 +233,8 @@ def test_hooks_inside_blocks_run_and_are_warned_of(where: str, caplog: pytest.Lo
         model(IMAGES)
     assert len(seen) == 2
     assert [record.message for record in caplog.records if "hooks inside" in record.message] == [
-        "hooks inside the blocks of a reduced model see the tokens that are left, those of all images as rows [T, C], "
-        "and none of its attentions: call it inside `with ltmp.dense():` for the whole model's"
+        "hooks inside the blocks of a reduced model see only the tokens that are left, those of all images as rows "
+        "[T, C], and no attention module: call the model inside `with ltmp.dense():` to hook all of it"
     ]
 
 
@@ -450,7 +450,7 @@ def test_what_others_set_meanwhile_stays() -> None:
 
 @torch.no_grad()
 def test_compiled_models() -> None:
-    """Compiled before attaching or after; a change of thresholds, by whatever way, is seen."""
+    """Compiled before or after attaching; every way of changing thresholds takes effect."""
     torch._dynamo.reset()
     model = tiny_vit(depth=1)
     compiled = torch.compile(model, backend="eager")
@@ -485,7 +485,7 @@ def test_blocks_sharded_one_by_one_are_refused() -> None:
 
 @torch.no_grad()
 def test_sharding_by_fsdp2(tmp_path: Path) -> None:
-    """The real one, in one process: the model as a whole works, blocks one by one are refused."""
+    """FSDP itself, in one process: sharding the model as a whole works, sharding single blocks is refused."""
     dist = pytest.importorskip("torch.distributed")
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     mesh = pytest.importorskip("torch.distributed.device_mesh")
@@ -540,7 +540,7 @@ def test_offloaded_weights_are_refused() -> None:
 
 
 class Quantised(Tensor):
-    """A tensor that knows operators of torch alone, as torchao's do."""
+    """A tensor subclass that supports operators of torch only, like torchao's."""
 
     products = 0
 

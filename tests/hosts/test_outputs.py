@@ -1,4 +1,4 @@
-"""Logits are found in what a classifier returns."""
+"""Reading the logits from the output of a classifier."""
 
 from __future__ import annotations
 

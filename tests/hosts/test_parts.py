@@ -1,4 +1,4 @@
-"""What people do to the parts of an attached model's blocks counts in every engine, or is refused in a sentence."""
+"""Changes to parts of an attached model's blocks take effect in every engine, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_hooks_on_attention_dropout_and_on_all_modules(caplog: pytest.LogCapture
         model(IMAGES)
     finally:
         handle.remove()
-    assert "none of its attentions" in caplog.text
+    assert "no attention module" in caplog.text
     model.blocks[0].attn.attn_drop.register_forward_hook(lambda *_: None)
     with pytest.raises(ltmp.LTMPError, match="attn_drop would not run"):
         model(IMAGES)

@@ -321,8 +321,8 @@ def foreign(model: Any) -> None:
 
 
 TROUBLE: dict[str, tuple[Callable[[Any], None], str]] = {
-    "another-mlp": (replaced, "Sequential|parts that this version does not know"),
-    "another-part": (extended, "parts that this version does not know"),
+    "another-mlp": (replaced, "Sequential|parts that this version of ltmp does not support"),
+    "another-part": (extended, "parts that this version of ltmp does not support"),
     "hooks": (hooked, "forward hooks"),
     "own-forward": (offloaded, "a forward of its own"),
     "foreign": (foreign, "is a Sequential, not a layer of transformers"),

@@ -1,6 +1,6 @@
-"""Models of transformers that read the tokens of a vision tower in place, each once: tiny, random, and how to call it.
+"""Every model of transformers that reads the tokens of a vision tower in place: tiny, random, and how to call it.
 
-A new tower is a `Read` in `READERS`; `python tools/host_table.py` then writes its row.
+For a new tower, add a `Read` to `READERS`; `python tools/host_table.py` then writes its row.
 """
 
 from __future__ import annotations
@@ -186,13 +186,13 @@ class Read:
     """A model that reads a tower's tokens.
 
     Attributes:
-        model: its class.
-        config: () -> its config, or the model itself where it is timm's.
-        inputs: () -> what to call it with.
-        kind: of model; "timm" for those of timm.
-        note: what the table adds.
-        refused: part of the message, where it cannot be attached.
-        tokens: what comes out of the tower by default.
+        model: name of its class.
+        config: () -> its config, or the model itself if it is one of timm.
+        inputs: () -> its keyword arguments.
+        kind: the table that it belongs to; "timm" for models of timm.
+        note: a remark in the table.
+        refused: part of the error message if it cannot be attached; "" if it can.
+        tokens: the default form of the tower's tokens, see `config.FORMS`.
     """
 
     model: str
@@ -211,7 +211,7 @@ class Read:
         liven(model)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                # convolutions and language models would blow lively numbers up
+                # convolutions and language models would amplify livened weights
                 if weight.ndim == 4:
                     weight.mul_((0.5 if "metric" in name else 1) * (weight.shape[-1] / weight[0].numel()) ** 0.5)
                 elif weight.ndim == 2 and any(part in name for part in ("language_model", "decoder", "metric_head")):
@@ -426,7 +426,7 @@ READERS: list[Read] = [
     ),
     Read(
         "YolosForObjectDetection", lambda: config("YolosConfig", **{**VISION, "image_size": [16, 16]}),
-        kind="detectors", refused="adds positions again between its blocks",
+        kind="detectors", refused="adds position embeddings again between its blocks",
         note="with positions added again between its blocks, of which a merged token has several",
     ),
     Read(

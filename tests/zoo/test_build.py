@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a model's name, arguments or checkpoint is said in one sentence."""
+"""Everything that can be wrong with a model's name, arguments or checkpoint raises an error of one sentence."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_weights_that_are_not_finite(value, state, tmp_path):
 
 
 class Code:
-    """What unpickling would run."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -147,14 +147,14 @@ class Code:
 
 @pytest.fixture
 def marker(tmp_path):
-    """A folder that is there once code of a pickle was run."""
+    """A folder that exists only after the code of a pickle was run."""
     yield tmp_path / "unpickled"
     assert not (tmp_path / "unpickled").exists()
 
 
 @pytest.fixture
 def hostile(tmp_path, marker):
-    """A folder as `local-dir:` takes it, with a pickle for weights."""
+    """A folder for `local-dir:` whose weights are a pickle."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architecture": NAME, "pretrained_cfg": {}}))

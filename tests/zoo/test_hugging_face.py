@@ -1,4 +1,4 @@
-"""Classifiers of Hugging Face by folder or name: weights and images as the library has them, and one sentence else."""
+"""Classifiers of Hugging Face by folder or name: weights and preprocessing as in transformers, or a clear error."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_bench(folder: Path, images: Path, tmp_path: Path) -> None:
 
 
 def saved(name: str, path: Path) -> str:
-    """A model of any kind with its processor, as it is given on the command line."""
+    """A saved model of any kind with its processor, by its name on the command line."""
     model = tiny_hf(name, "Dinov2Config", patch_size=4) if name == "Dinov2Model" else ATTACHED[name].build()
     model.save_pretrained(path / name)
     kind = transformers.CLIPImageProcessor if name.startswith(("Llava", "Qwen")) else transformers.ViTImageProcessor

@@ -78,7 +78,7 @@ def test_a_tower_of_open_clip(monkeypatch) -> None:
     ("name", "kwargs", "fragment"),
     [
         ("torchvision:vit_b_17", {}, "did you mean vit_b_16"),
-        ("torchvision:resnet50", {}, "knows no vision transformer"),
+        ("torchvision:resnet50", {}, "has no vision transformer"),
         ("torchvision:vit_b_16", {"image_size": 30}, "cannot build vit_b_16"),
         ("torchvision:vit_b_16", {"model_kwargs": {"nonsense": 1}}, "nonsense"),
         ("open_clip:ViT-B-33", {}, "did you mean ViT-B-32"),

@@ -1,4 +1,4 @@
-"""The blocks of a host that is attached to, and what keeps a call from running them reduced."""
+"""The blocks of an attached host, and the checks that refuse a call that they cannot run reduced."""
 
 from __future__ import annotations
 
@@ -21,60 +21,64 @@ log = logging.getLogger("ltmp")
 
 @dataclass(eq=False)
 class Blocks:
-    """The blocks of a host, where it has them.
+    """The blocks of a host and where it keeps them.
+
+    A reduced model calls the layers inside an attention module, but never the module itself. Changes to such modules
+    after attaching would be silently ignored, so `check` looks for them in every call.
 
     Attributes:
-        body: what runs unless a thread is told otherwise.
-        owner: the module that holds the container of blocks; name: of the container there.
+        body: what runs, unless the thread overrides it (`engines.body.running`).
+        owner: module that holds the container of the blocks.
+        name: name of the container there.
     """
 
     body: Body
     owner: nn.Module
     name: str
-    _kinds: tuple[type, ...] = field(init=False)
-    _links: list[tuple[nn.Module, str, nn.Module]] = field(init=False)
-    _facts: list[tuple[nn.Module, str, Any]] = field(init=False)
+    _classes: tuple[type, ...] = field(init=False)
+    _uncalled: list[tuple[nn.Module, str, nn.Module]] = field(init=False)
+    _settings: list[tuple[nn.Module, str, Any]] = field(init=False)
     _weights: list[tuple[dict[str, Any], str]] = field(init=False)
     _unhooked: dict[bool, int] = field(init=False, default_factory=lambda: {True: -1, False: -1})
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._kinds = tuple(map(type, self.body.blocks))
+        self._classes = tuple(map(type, self.body.blocks))
         uncalled = [module for block in self.body.blocks for module in self.body.recipe.attention(block)]
-        self._links = list(_links(self.body.blocks, {id(module) for module in uncalled}))
-        self._facts = [
+        self._uncalled = list(_find_children(self.body.blocks, {id(module) for module in uncalled}))
+        self._settings = [
             (module, name, vars(module).get(name))
             for module in uncalled
-            for name in _FACTS
+            for name in _SETTINGS
             if name == "forward" or name in vars(module)
         ]
-        # one of each block says for all whether they are there
-        self._weights = [next(_weights(block)) for block in self.body.blocks]
+        # one weight per block is enough to notice offloading
+        self._weights = [next(_find_weights(block)) for block in self.body.blocks]
 
     def __getstate__(self) -> dict[str, Any]:
-        # handles of hooks are counted anew in another process
+        # hook ids are not comparable between processes
         return {**vars(self), "_unhooked": {True: -1, False: -1}}
 
-    def check(self, whole: bool) -> None:
-        """See whether a call can run reduced.
+    def check(self, at_once: bool) -> None:
+        """Check that a call can run reduced.
 
         Args:
-            whole: whether all blocks run at once, so that none of them is called by its host.
+            at_once: whether all blocks run in one go, so that the host calls none of them.
 
         Raises:
-            LTMPError: the host's blocks are not as they were when they were attached to.
+            LTMPError: the host's blocks are not as they were when attached to.
         """
         blocks, host = self.body.blocks, type(self.body.host).__name__
         present = tuple(self.owner._modules[self.name]._modules.values())  # type: ignore[union-attr]
         if (present if self.body.recipe.depth(self.body.host) is None else present[: len(blocks)]) != blocks:
             raise LTMPError(
-                f"the blocks of this {host} were changed after attaching, and its thresholds are for those of before: "
-                "call ltmp.detach(model) first, or attach after such changes"
+                f"the blocks of this {host} were changed after attaching, and its thresholds are for the previous "
+                "ones: call ltmp.detach(model) first, or attach after such changes"
             )
-        if tuple(map(type, blocks)) != self._kinds:
-            kind = next(type(b).__name__ for b, kind in zip(blocks, self._kinds, strict=True) if type(b) is not kind)
+        if tuple(map(type, blocks)) != self._classes:
+            cls = next(type(b).__name__ for b, cls in zip(blocks, self._classes, strict=True) if type(b) is not cls)
             raise LTMPError(
-                f"the blocks of this {host} became {kind}s after attaching, whose weights may be elsewhere until they "
+                f"the blocks of this {host} became {cls}s after attaching, whose weights may be elsewhere until they "
                 "are called (FSDP): shard the model as a whole and not its blocks, or run it inside "
                 "`with ltmp.dense():`"
             )
@@ -85,131 +89,137 @@ class Blocks:
                 "`with ltmp.dense():`"
             )
         self._check_uncalled(host)
-        # nobody needs to look again before a hook is registered somewhere
+        # ids of hooks count up: search again only after another hook was registered anywhere
         latest = RemovableHandle.next_id
-        if latest not in (self._unhooked[True], self._unhooked[whole]) and self._find_hooks(whole):
-            self._unhooked[whole] = latest
+        if latest not in (self._unhooked[True], self._unhooked[at_once]) and self._check_hooks(at_once):
+            self._unhooked[at_once] = latest
 
     def _check_uncalled(self, host: str) -> None:
-        """Refuse what was done to modules that a reduced model does not call: it would not be seen."""
-        for owner, name, module in self._links:
-            now = owner._modules.get(name)
-            if now is not module and not _does_nothing(now):
+        """Refuse changes to modules that a reduced model does not call, since they would have no effect."""
+        for owner, name, module in self._uncalled:
+            present = owner._modules.get(name)
+            if present is not module and not _does_nothing(present):
                 raise LTMPError(
-                    f"{name} of a block of this {host} was replaced after attaching (by a {type(now).__name__}), and a "
-                    f"reduced model runs what was there: {_ATTACH_AGAIN}"
+                    f"{name} of a block of this {host} was replaced after attaching (by a {type(present).__name__}), "
+                    f"and a reduced model runs what was there: {_ATTACH_AGAIN}"
                 )
-        for module, name, value in self._facts:
-            now = module.__dict__.get(name)
-            if now is not value and now != value and not (name == "forward" and _runs_its_own(module)):
+        for module, name, value in self._settings:
+            present = module.__dict__.get(name)
+            if present is not value and present != value and not (name == "forward" and _runs_class_forward(module)):
                 raise LTMPError(
                     f"{type(module).__name__}.{name} of this {host} was changed after attaching, and a reduced model "
                     f"does not call that module: {_ATTACH_AGAIN}"
                 )
 
-    def _find_hooks(self, whole: bool) -> bool:
-        """Refuse hooks that would not run, and warn of those that see something else; whether there are none."""
-        inside = all_hooked()
+    def _check_hooks(self, at_once: bool) -> bool:
+        """Refuse hooks that would not run, and warn once of those that see reduced features.
+
+        Returns:
+            Whether there are no hooks at all.
+        """
+        hooked = all_hooked()
         for i, block in enumerate(self.body.blocks):
-            skipped = {id(m) for m in self.body.recipe.attention(block)}
+            attention = {id(module) for module in self.body.recipe.attention(block)}
             for name, module in block.named_modules():
-                uncalled = module is block or id(module) in skipped
-                if not is_hooked(module, called=not uncalled) or (module is block and not whole):
+                uncalled = module is block or id(module) in attention
+                if not is_hooked(module, called=not uncalled) or (module is block and not at_once):
                     continue
                 path = f"{self.name}.{i}.{name}".rstrip(".")
                 if uncalled:
                     raise LTMPError(
                         f"hooks on {path} would not run, as a reduced model does not call it: call the model inside "
-                        "`with ltmp.dense():`; features after each block, every patch in its place, are what "
-                        "forward_intermediates gives, and what hooks on blocks see inside `with ltmp.unmerge():`"
+                        "`with ltmp.dense():`; for features after each block, with every patch in its place, use "
+                        "forward_intermediates, or hooks on blocks inside `with ltmp.unmerge():`"
                     )
-                inside = True
-        if inside and not self._warned:
+                hooked = True
+        if hooked and not self._warned:
             self._warned = True
             log.warning(
-                "hooks inside the blocks of a reduced model see the tokens that are left, those of all images as rows "
-                "[T, C], and none of its attentions: call it inside `with ltmp.dense():` for the whole model's"
+                "hooks inside the blocks of a reduced model see only the tokens that are left, those of all images as "
+                "rows [T, C], and no attention module: call the model inside `with ltmp.dense():` to hook all of it"
             )
-        return not inside
+        return not hooked
 
 
-_FACTS = (
+_SETTINGS = (
     "forward", "p", "dropout", "attention_dropout", "dropout_prob", "scale", "scaling", "num_heads",
     "num_attention_heads",
 )  # fmt: skip
-"""Attributes of an attention that say what it computes: adapters and attention maps replace its forward."""
+"""Attributes that determine what an attention module computes; adapters and attention maps replace its `forward`."""
+
+_ATTACH_AGAIN = "call ltmp.detach(model) and attach again after such changes, or run it inside `with ltmp.dense():`"
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
 
 
-def _runs_its_own(module: nn.Module) -> bool:
-    """Whether the forward that was set on a module is its class's, by accelerate with inputs that are moved before."""
-    own = vars(module)
-    return is_own(own.get("_old_forward") if "_hf_hook" in own else own.get("forward"), type(module))
+def _runs_class_forward(module: nn.Module) -> bool:
+    """Whether the `forward` set on a module is that of its class: restored, or wrapped by accelerate to move inputs."""
+    attributes = vars(module)
+    forward = attributes.get("_old_forward") if "_hf_hook" in attributes else attributes.get("forward")
+    return is_own(forward, type(module))
 
 
-_ATTACH_AGAIN = "call ltmp.detach(model) and attach again after such changes, or run it inside `with ltmp.dense():`"
-
-
-def _links(blocks: Iterable[nn.Module], uncalled: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Where modules that are not called hang: their owner, their name there, and they themselves."""
+def _find_children(blocks: Iterable[nn.Module], wanted: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield (parent, name, module) for modules in the blocks whose ids are `wanted`."""
     for block in blocks:
-        for owner in block.modules():
-            for name, module in owner._modules.items():
-                if id(module) in uncalled and module is not None:
-                    yield owner, name, module
+        for parent in block.modules():
+            for name, module in parent._modules.items():
+                if id(module) in wanted and module is not None:
+                    yield parent, name, module
 
 
-def _weights(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the weights of a block are looked up."""
-    parts = (module._parameters for module in block.modules())
-    return ((weights, name) for weights in parts for name, weight in weights.items() if weight is not None)
+def _find_weights(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where the weights of a block are looked up: the dictionary of a module's parameters, and the name in it."""
+    for module in block.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                yield module._parameters, name
 
 
 def refuse_replica(body: Body, args: tuple[Any, ...]) -> None:
-    """Refuse images elsewhere than the model: `DataParallel`'s replicas, whose blocks are those of the original."""
+    """Refuse images on another device than the model: replicas of `DataParallel` would run the original's blocks."""
     images = args[0] if args else None
     if not isinstance(images, Tensor) or images.device.type == "cpu":
         return
-    own = next((tensor.device for tensor in (*body.policy.parameters(), *body.policy.buffers())), images.device)
-    if images.device != own:
+    device = next((tensor.device for tensor in (*body.policy.parameters(), *body.policy.buffers())), images.device)
+    if images.device != device:
         raise LTMPError(
-            f"these images are on {images.device} and the attached model is on {own}: bring them together; where "
-            "torch.nn.DataParallel made copies, use DistributedDataParallel, a process for each device"
-        )
-
-
-def _refuse_transforms(values: list[Any]) -> None:
-    """Refuse images without values, and all images of a batch as if they were one."""
-    if any(isinstance(value, FakeTensor) for value in values) and running_engine() is None:
-        raise LTMPError(
-            "a reduced model does not know how many tokens images without values (FakeTensorMode) would lose: call it "
-            "inside `with ltmp.dense():`"
-        )
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
-        raise LTMPError(
-            "torch.func.vmap cannot follow a model that removes other tokens from each image: call it on the images "
-            "one after the other, or inside `with ltmp.dense():`"
+            f"these images are on {images.device} and the attached model is on {device}: move them to one device; if "
+            "torch.nn.DataParallel made replicas, use DistributedDataParallel, with one process per device"
         )
 
 
 def refuse_tracers(values: Iterable[Any]) -> None:
-    """Refuse what would record how many tokens these very images lose, or cannot follow it."""
+    """Refuse tracers and transforms, which would record the token counts of these images, or cannot follow them."""
     values = list(values)
     if torch.jit.is_tracing():
-        what = "torch.jit.trace, and what is built on it (torch.onnx.export(dynamo=False), openvino.convert_model),"
+        tracer = "torch.jit.trace, and what is built on it (torch.onnx.export(dynamo=False), openvino.convert_model),"
     elif any(isinstance(value, fx.Proxy) for value in values):
-        what = "torch.fx, and what is built on it (create_feature_extractor),"
+        tracer = "torch.fx, and what is built on it (create_feature_extractor),"
     elif torch.compiler.is_exporting() and running_engine() is None:
-        what = "torch.export, and what is built on it (torch.onnx.export),"
+        tracer = "torch.export, and what is built on it (torch.onnx.export),"
     else:
         if not torch.compiler.is_compiling():
             _refuse_transforms(values)
         return
     raise LTMPError(
-        f"{what} cannot follow a model that removes tokens: write it with ltmp.export.export(model, ...) or `ltmp "
+        f"{tracer} cannot follow a model that removes tokens: write it with ltmp.export.export(model, ...) or `ltmp "
         "export`, which gives ONNX, OpenVINO and torch.export files, or trace it inside `with ltmp.dense():`"
     )
+
+
+def _refuse_transforms(values: list[Any]) -> None:
+    """Refuse tensors without data (FakeTensorMode) and `torch.func.vmap`."""
+    if any(isinstance(value, FakeTensor) for value in values) and running_engine() is None:
+        raise LTMPError(
+            "a reduced model cannot determine how many tokens images without data (FakeTensorMode) would lose: call it "
+            "inside `with ltmp.dense():`"
+        )
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise LTMPError(
+            "torch.func.vmap cannot follow a model that removes other tokens from each image: call it on one image at "
+            "a time, or inside `with ltmp.dense():`"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..method.recipe import Parts, Recipe, Rotary, linear_of
-from .rotary import turn_table, turned
+from .rotary import rotary_rows, rotated
 from .timm import RECIPE as VIT
 from .timm import find_problems, norms_after, standard_parts
 
@@ -27,13 +27,13 @@ def _qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
     else:
         bias = _bias(attn)
-        found = attn.qkv(x) if bias is None else F.linear(x, attn.qkv.weight, bias)
-        q, k, v = found.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+        qkv = attn.qkv(x) if bias is None else F.linear(x, attn.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _bias(attn: Any) -> Tensor | None:
-    """The bias of q, k and v where EVA keeps it apart from their weights."""
+    """The bias of q, k and v if the attention keeps it apart from their weights, as EVA does; else None."""
     if getattr(attn, "q_bias", None) is None:
         return None
     return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
@@ -52,14 +52,17 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """`x` times a layer scale, where there is one."""
+    """`x` times a layer scale, if there is one."""
     return x if gamma is None else gamma * x
 
 
 def _table(host: Any, rope: Tensor, tokens: int) -> Tensor:
-    """[N, 2 D]; of learned frequencies [L, N, H * 2 D], which timm has as [L, H, P, 2 D], or those of one block."""
+    """Return the sines and cosines [N, 2 D] of all tokens.
+
+    For learned frequencies, which timm passes as [L, H, P, 2 D], [L, N, H * 2 D], or without L for a single block.
+    """
     sin, cos = rope.chunk(2, -1)
-    table = turn_table(sin, cos, tokens)
+    table = rotary_rows(sin, cos, tokens)
     return table.transpose(-3, -2).flatten(-2) if table.ndim > 2 else table
 
 
@@ -69,7 +72,7 @@ def _own_table(rope: Tensor | None, block: int) -> Tensor | None:
 
 def _rotate(block: Any, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     rows, half = rows.unflatten(-1, (-1, 2 * q.shape[-1])), getattr(block.attn, "rotate_half", False)
-    return turned(q, rows, half), turned(k, rows, half)
+    return rotated(q, rows, half), rotated(k, rows, half)
 
 
 def _parts(block: Any) -> Parts | None:
@@ -82,14 +85,14 @@ def _parts(block: Any) -> Parts | None:
 
 
 def _problems(host: Any) -> list[str]:
-    found = find_problems(host, Eva, (EvaBlock, EvaBlockPostNorm), (EvaAttention, AttentionRope))
+    problems = find_problems(host, Eva, (EvaBlock, EvaBlockPostNorm), (EvaAttention, AttentionRope))
     if host.patch_drop is not None:
-        found.append("it drops patches and their rotary embeddings in training: build it with patch_drop_rate=0")
-    return found
+        problems.append("it drops patches and their rotary embeddings in training: build it with patch_drop_rate=0")
+    return problems
 
 
 def _overrides(body: Any) -> dict[str, Any]:
-    # the first block is given the rotary embeddings of all, and each takes its own
+    # with rope_mixed off, the host passes the embeddings of all blocks to each, which `_own_table` picks from
     mixed = {"rope_mixed": False} if getattr(body.host, "rope_mixed", False) else {}
     return {**VIT.overrides(body), **mixed}
 

@@ -1,15 +1,16 @@
-"""Vision-language models of transformers whose language model receives the tokens that are left: `tokens="fewer"`.
+"""Vision-language models of transformers whose language model receives only the tokens left: `tokens="fewer"`.
 
-The tower gives its reader a grid, and the reader's own code projects it and packs it. Of the result, a feature goes on
-if a token that is left has its place there (the place of the receiver, for what merged); where the reader makes one
-feature of a square of patches, if one of them is such a place. Placeholders of the others leave the text, with their
-columns of the attention mask, the positions and the labels. What is left stays in reading order.
+The vision tower returns a grid, and the vision-language model (the reader) projects and packs it with its own code. A
+projected feature is kept if a token that is left has its position there (a merged token has that of its receiver); if
+the reader makes one feature of a square of patches, it is kept if one of these patches is such a position. The
+placeholders of all other features are removed from the text, with their columns of the attention mask, the positions
+and the labels. The rest stays in reading order.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,23 +26,23 @@ from ..errors import LTMPError
 
 @dataclass(frozen=True)
 class Language:
-    """How a reader makes text of an image.
+    """How a reader passes image features to its language model.
 
     Attributes:
-        projector: dotted path of the module that makes the language model's features.
-        layer: config's name for the number of the hidden states that it projects; "" for the last block's.
-        offset: place of the first token of a text.
-        whole_positions: name of the method that computes positions of the whole text in several dimensions; "" where
-            they count the tokens that are there.
+        projector: dotted path of the module that computes the language model's features.
+        layer: config field with the index of the hidden states to project; "" if the last block's are projected.
+        offset: position of the first token of a text.
+        rope_index: name of the method that computes multi-dimensional positions of the unreduced text; "" if positions
+            simply count the tokens.
     """
 
     projector: str
     layer: str = ""
     offset: int = 0
-    whole_positions: str = ""
+    rope_index: str = ""
 
 
-_QWEN = Language("model.visual.merger", whole_positions="get_rope_index")
+_QWEN = Language("model.visual.merger", rope_index="get_rope_index")
 LANGUAGE: dict[str, Language] = {
     "LlavaForConditionalGeneration": Language("model.multi_modal_projector", "vision_feature_layer"),
     "LlavaNextForConditionalGeneration": Language("model.multi_modal_projector", "vision_feature_layer"),
@@ -55,30 +56,30 @@ LANGUAGE: dict[str, Language] = {
     "InternVLForConditionalGeneration": Language("model.multi_modal_projector", "vision_feature_layer"),
     "Gemma3ForConditionalGeneration": Language("model.multi_modal_projector"),
 }
-"""Readers that can take fewer, by the names of their classes."""
+"""Readers whose language model can take fewer tokens, by class name."""
 
 
 FEATURES = "mm_encoder_outputs"
-"""The argument by which transformers gives a reader the features of its images, from 5.18 on."""
+"""Argument for precomputed image features, in readers of transformers 5.18 or newer."""
 
 
 def takes_features(reader: type[nn.Module]) -> bool:
-    """Whether the installed transformers lets a reader be given features, which `tokens="fewer"` needs."""
+    """Whether the installed transformers can pass image features to this reader, which `tokens="fewer"` needs."""
     return FEATURES in inspect.signature(reader.forward).parameters
 
 
 def find_reader(model: nn.Module) -> nn.Module | None:
-    """The reader in `model` whose language model can take fewer tokens, if there is one."""
+    """Return the reader in `model` whose language model can take fewer tokens, or None."""
     return next((module for module in model.modules() if type(module).__name__ in LANGUAGE), None)
 
 
 class Shortened:
-    """Stands in for a method of a reader that takes images and text: `forward` or `generate`.
+    """Replaces a method of a reader that takes images and text: `forward` or `generate`.
 
     Args:
-        body: the tower's.
-        reader: whose method.
-        method: its name.
+        body: the body of the vision tower.
+        reader: the module whose method is replaced.
+        method: name of the method.
     """
 
     def __init__(self, body: Body, reader: nn.Module, method: str) -> None:
@@ -86,146 +87,157 @@ class Shortened:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._own)
+        return inspect.signature(self._original)
 
     @property
-    def _own(self) -> Any:
+    def _original(self) -> Any:
         return getattr(type(self.reader), self.method).__get__(self.reader)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         body = running_body(self.body)
         if body.tokens != "fewer" or not body.reduces():
-            return self._own(*args, **kwargs)
-        bound = inspect.signature(self._own).bind(*args, **kwargs).arguments
-        given = {**{name: value for name, value in bound.items() if name != "kwargs"}, **bound.get("kwargs", {})}
-        if self.method == "generate" and given.get("inputs") is not None:
-            given["input_ids"] = given.pop("inputs")
-        if given.get("pixel_values") is None or given.get("input_ids") is None:
-            return self._own(*args, **kwargs)
-        shorter = shorten(self.reader, body, given)
-        if self.method == "generate" and not LANGUAGE[type(self.reader).__name__].whole_positions:
-            shorter.pop("position_ids", None)  # it counts those that the mask shows
-        return self._own(**shorter)
+            return self._original(*args, **kwargs)
+        bound = inspect.signature(self._original).bind(*args, **kwargs).arguments
+        extra = bound.pop("kwargs", {})
+        arguments = {**bound, **extra}
+        if self.method == "generate" and arguments.get("inputs") is not None:
+            arguments["input_ids"] = arguments.pop("inputs")
+        if arguments.get("pixel_values") is None or arguments.get("input_ids") is None:
+            return self._original(*args, **kwargs)
+        shortened = _shorten(self.reader, body, arguments)
+        if self.method == "generate" and not LANGUAGE[type(self.reader).__name__].rope_index:
+            shortened.pop("position_ids", None)  # `generate` counts them from the attention mask
+        return self._original(**shortened)
 
 
-def shorten(reader: Any, body: Body, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a reader in place of `given`: features of its images, and text with fewer placeholders.
+def _shorten(reader: Any, body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a reader's method with computed image features, and text with fewer placeholders.
 
     Texts that are shorter than the longest of the batch are padded on the left.
 
     Raises:
-        LTMPError: videos, or a text whose placeholders are not as many as its images' features.
+        LTMPError: there are videos, or the text has another number of placeholders than its images have features.
     """
-    if given.get("pixel_values_videos") is not None:
-        raise LTMPError("tokens='fewer' is for images: call model.ltmp.tokens = 'grid' before a call with videos")
-    how = LANGUAGE[type(reader).__name__]
+    if arguments.get("pixel_values_videos") is not None:
+        raise LTMPError("tokens='fewer' is for images: set model.ltmp.tokens = 'grid' before a call with videos")
+    language = LANGUAGE[type(reader).__name__]
     names = inspect.signature(reader.get_image_features).parameters
-    with held(PLACES, []):
-        encoded = reader.get_image_features(**{n: given[n] for n in names if given.get(n) is not None})
-    pooled = encoded.pooler_output
-    features = [*pooled] if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
-    stays = torch.cat([~row.isnan().any(-1) for row in features])
-    kept = torch.cat(features)[stays]
-    encoded.pooler_output = kept if isinstance(pooled, Tensor) else [kept]
-    if getattr(encoded, "deepstack_features", None) is not None:
-        encoded.deepstack_features = [[torch.cat(taps)[stays]] for taps in encoded.deepstack_features]
-    text: Tensor = given["input_ids"]
-    images = text == reader.config.image_token_id
-    if int(images.sum()) != len(stays):
+    encoded, kept = _encode_images(reader, _select(arguments, names))
+    text: Tensor = arguments["input_ids"]
+    placeholders = text == reader.config.image_token_id
+    if int(placeholders.sum()) != len(kept):
         raise LTMPError(
-            f"this text has places for {int(images.sum())} features of images, and its images have {len(stays)}: "
-            "prepare both by the model's own processor"
+            f"this text has places for {int(placeholders.sum())} features of images, and its images have {len(kept)}: "
+            "prepare both with the model's own processor"
         )
-    live = torch.ones_like(images).masked_scatter(images, stays.to(text.device))
-    columns, live = _columns(live)
-    fill = {"input_ids": _padding(reader), "labels": -100}
-    mask = given.get("attention_mask")
-    shorter = {**given, "attention_mask": torch.ones_like(text) if mask is None else mask}
-    if how.whole_positions and given.get("position_ids") is None:
-        shorter["position_ids"] = _positions(getattr(reader.model, how.whole_positions), shorter)
-    for name, value in shorter.items():
+    columns, live = _columns(torch.ones_like(placeholders).masked_scatter(placeholders, kept.to(text.device)))
+    fill = {"input_ids": _padding_token(reader), "labels": -100}
+    mask = arguments.get("attention_mask")
+    shortened = {**arguments, "attention_mask": torch.ones_like(text) if mask is None else mask}
+    if language.rope_index and arguments.get("position_ids") is None:
+        shortened["position_ids"] = _full_positions(getattr(reader.model, language.rope_index), shortened)
+    for name, value in shortened.items():
         if isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[-2:] == text.shape:
-            at = columns.expand(*value.shape[:-2], -1, -1)
-            shorter[name] = value.gather(-1, at).masked_fill(~live, fill.get(name, 0))
-    count = shorter["attention_mask"].long().cumsum(-1).sub(1).clamp(min=0)
-    if how.whole_positions:
-        shorter["position_ids"] = torch.cat([count[None], shorter["position_ids"][-3:]])
-        # said by the positions from here on
+            index = columns.expand(*value.shape[:-2], -1, -1)
+            shortened[name] = value.gather(-1, index).masked_fill(~live, fill.get(name, 0))
+    count = shortened["attention_mask"].long().cumsum(-1).sub(1).clamp(min=0)
+    if language.rope_index:
+        shortened["position_ids"] = torch.cat([count[None], shortened["position_ids"][-3:]])
+        # only needed to compute the positions
         for name in ("image_grid_thw", "mm_token_type_ids"):
-            shorter.pop(name, None)
-    elif given.get("position_ids") is None:
-        shorter["position_ids"] = count + how.offset
+            shortened.pop(name, None)
+    elif arguments.get("position_ids") is None:
+        shortened["position_ids"] = count + language.offset
     for name in names:
-        shorter.pop(name, None)
+        shortened.pop(name, None)
     calls = recording()
     if calls is not None:
-        calls.texts.append(shorter["attention_mask"].sum(-1))
-    return {**shorter, FEATURES: {"image": encoded}}
+        calls.texts.append(shortened["attention_mask"].sum(-1))
+    return {**shortened, FEATURES: {"image": encoded}}
+
+
+def _encode_images(reader: Any, arguments: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """Return the reader's image features without those to remove, and which of all features were kept, bool [U]."""
+    with held(PLACES, []):
+        encoded = reader.get_image_features(**arguments)
+    pooled = encoded.pooler_output
+    features = [*pooled] if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
+    # `MarkedFeatures` set those to remove to NaN
+    kept = torch.cat([~rows.isnan().any(-1) for rows in features])
+    packed = torch.cat(features)[kept]
+    encoded.pooler_output = packed if isinstance(pooled, Tensor) else [packed]
+    if getattr(encoded, "deepstack_features", None) is not None:
+        encoded.deepstack_features = [[torch.cat(layer)[kept]] for layer in encoded.deepstack_features]
+    return encoded, kept
+
+
+def _select(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The arguments called `names` that are not None."""
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
 def _columns(live: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bool [B, S], which columns to take, int64 [B, S'], padded on the left, and which of those are there."""
+    """Return the columns to keep of bool [B, S], int64 [B, S'] with padding on the left, and which are not padding."""
     length = int(live.sum(1).max())
     order = live.int().argsort(dim=1, stable=True)[:, -length:]
     return order, live.gather(1, order)
 
 
-def _padding(reader: Any) -> int:
-    """A word for places that the mask hides, so that any would do."""
-    found = getattr(reader.config.get_text_config(), "pad_token_id", None)
-    return found if found is not None and found < reader.get_input_embeddings().num_embeddings else 0
+def _padding_token(reader: Any) -> int:
+    """Return a token id for padding, which the attention mask hides: any id in the vocabulary would do."""
+    token = getattr(reader.config.get_text_config(), "pad_token_id", None)
+    return token if token is not None and token < reader.get_input_embeddings().num_embeddings else 0
 
 
-def _positions(method: Any, given: Mapping[str, Any]) -> Tensor:
-    """Positions [3, B, S] of the whole text, by the reader's own method."""
-    names = inspect.signature(method).parameters
-    found: Tensor = method(**{name: given[name] for name in names if given.get(name) is not None})[0]
-    return found
+def _full_positions(rope_index: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """Positions [3, B, S] of the unreduced text, from the reader's own method."""
+    positions: Tensor = rope_index(**_select(arguments, inspect.signature(rope_index).parameters))[0]
+    return positions
 
 
 class MarkedFeatures:
-    """Forward hook of a projector: features that are not to go on become NaN, which whoever packs them carries along.
+    """Forward hook of a projector: set features to remove to NaN, which survives the reader's packing.
 
     Args:
-        body: the tower's.
-        reader: whose projector.
+        body: the body of the vision tower.
+        reader: the module that the projector belongs to.
     """
 
     def __init__(self, body: Body, reader: nn.Module) -> None:
         self.body, self.reader = body, reader
 
     def __call__(self, _projector: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        places, how = PLACES.get(), LANGUAGE[type(self.reader).__name__]
+        places, language = PLACES.get(), LANGUAGE[type(self.reader).__name__]
         if not places:
             return None
         block = len(places) - 1
-        if how.layer:
-            layer = getattr(self.reader.config, how.layer)
+        if language.layer:
+            layer = getattr(self.reader.config, language.layer)
             if not isinstance(layer, int):
-                raise LTMPError(f"tokens='fewer' follows one layer of the tower, and {how.layer} names several")
+                raise LTMPError(f"tokens='fewer' follows one layer of the tower, and {language.layer} names several")
             block = layer % (len(places) + 1) - 1
         if block < 0:
             return None
-        return output.masked_fill(~units(places[block], output, self.body.protected)[..., None], float("nan"))
+        kept = _kept_features(places[block], output.shape[-2], self.body.protected)
+        return output.masked_fill(~kept[..., None], float("nan"))
 
 
-def units(places: Tensor, output: Tensor, protected: int) -> Tensor:
-    """Which features, bool [..., U], hold the place of a token that is left.
+def _kept_features(places: Tensor, features: int, protected: int) -> Tensor:
+    """Return which projected features, bool [..., U], contain the position of a token that is left.
 
     Args:
-        places: bool [B, N], or [T] of images one after the other.
-        output: [..., U, C], of one patch each, of squares of patches, or of as many neighbours as one has.
-        protected: prefix tokens.
+        places: which positions hold such a token, bool [B, N], or [T] for images packed one after the other.
+        features: U, per image or in total; each is of one token, of a square of patches, or of consecutive tokens.
+        protected: number of prefix tokens.
     """
-    rows = output.shape[-2]
     if places.ndim == 1:
-        return places.view(rows, -1).any(1)
-    if places.shape[1] == rows:
+        return places.view(features, -1).any(1)
+    if places.shape[1] == features:
         return places
     patches = places[:, protected:]
-    each = patches.shape[1] // rows
-    if each == 1:
+    area = patches.shape[1] // features
+    if area == 1:
         return patches
-    side, edge = round(patches.shape[1] ** 0.5), round(each**0.5)
+    side, edge = round(patches.shape[1] ** 0.5), round(area**0.5)
     grid = patches.float().view(-1, 1, side, side)
     return F.max_pool2d(grid, edge).flatten(1) > 0

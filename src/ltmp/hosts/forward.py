@@ -1,8 +1,8 @@
-"""Stand-ins for the forward of an attached host's blocks, and for the host's method that runs them all.
+"""Replacements for the `forward` of an attached host's blocks, and for the host's method that runs all of them.
 
-The host keeps its container and its blocks. Where nothing is to be removed, a block's forward is its own. Where
-something is and the host runs all of its blocks, the first one runs the engine, and the others pass on what it handed
-out. A block of a reduced model that is called by itself has every patch in its place, before and after.
+The host keeps its container and its blocks. If nothing is to be removed, every block runs its own forward. Otherwise,
+when the host runs all of its blocks, the first one runs the engine for all, and the others return their input. A block
+of a reduced model that is called by itself takes and returns features with every patch in its place.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .sizes import with_sizes
 
 @dataclass(frozen=True, eq=False)
 class HostPass:
-    """A call of all blocks, as each of them sees it.
+    """One run of the host through all of its blocks, as each block sees it.
 
     Attributes:
         body: what runs.
-        reduced: whether the first block runs them all; otherwise each is the host's own.
-        differentiable: whether the caller wants gradients.
+        reduced: whether the first block runs the engine for all; otherwise each block runs its own forward.
+        differentiable: whether gradients were enabled when the host was called.
     """
 
     body: Body
@@ -48,20 +48,20 @@ _PASS: ContextVar[HostPass | None] = ContextVar("ltmp_pass", default=None)
 
 
 @dataclass(frozen=True, eq=False)
-class Entered:
-    """The pass that made these features, for a backward pass that runs it again."""
+class CheckpointedPass:
+    """The body and engine of a pass, kept on its input features for gradient checkpointing, which runs it again."""
 
     body: Body
     engine: Engine | None
 
 
-class StandIn:
-    """Stands in for a method of a module in a host.
+class MethodReplacement:
+    """Base of replacements for a method of a module in a host.
 
     Args:
-        blocks: of the host.
-        module: whose method it is.
-        method: its name.
+        blocks: the blocks of the host.
+        module: the module whose method is replaced.
+        method: name of the method.
     """
 
     def __init__(self, blocks: Blocks, module: nn.Module, method: str) -> None:
@@ -72,21 +72,17 @@ class StandIn:
         return inspect.signature(MethodType(getattr(type(self.module), self.method), self.module))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Part of a copy of the host; a copy of the module alone has its own method again."""
+        """Copy with the host; a copy of the module without its host gets its original method back."""
         if id(self.module) in memo and id(self.blocks.body.host) not in memo:
             module = memo[id(self.module)]
             return MethodType(getattr(type(module), self.method), module)
-        made = memo[id(self)] = copy.copy(self)
-        vars(made).update(copy.deepcopy(vars(self), memo))
-        return made
+        clone = memo[id(self)] = copy.copy(self)
+        vars(clone).update(copy.deepcopy(vars(self), memo))
+        return clone
 
 
-class LoopForward(StandIn):
-    """Stands in for the method of a host that runs all of its blocks."""
-
-    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The host's own method."""
-        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+class LoopForward(MethodReplacement):
+    """Replaces the method of a host that runs all of its blocks."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         body = running_body(self.blocks.body)
@@ -94,74 +90,71 @@ class LoopForward(StandIn):
         reduced = body.reduces()
         if reduced:
             refuse_tracers((*args, *kwargs.values()))
-            self.blocks.check(whole=not body.grid)
+            self.blocks.check(at_once=not body.grid)
         if body.grid if reduced else torch.compiler.is_exporting():
-            # block by block
-            return self._own(args, kwargs)
+            # without a pass, blocks run one by one
+            return self._original(args, kwargs)
         with held(_PASS, HostPass(body, reduced, torch.is_grad_enabled())):
-            return self._own(args, kwargs)
+            return self._original(args, kwargs)
+
+    def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
 
-class BlockForward(StandIn):
-    """Stands in for the forward of the `i`-th block."""
+class BlockForward(MethodReplacement):
+    """Replaces the forward of the `i`-th block."""
 
     def __init__(self, blocks: Blocks, i: int) -> None:
         super().__init__(blocks, blocks.body.blocks[i], "forward")
         self.i = i
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        here = _PASS.get()
-        if here is not None and here.body.host is self.blocks.body.host:
-            return self._one_of_all(here, args, kwargs)
-        x, others, named = _features(args, kwargs)
+        host_pass = _PASS.get()
+        if host_pass is not None and host_pass.body.host is self.blocks.body.host:
+            return self._in_pass(host_pass, args, kwargs)
+        x, others, named = _split_features(args, kwargs)
         entered = getattr(x, "ltmp_entered", None)
-        if self.i == 0 and isinstance(entered, Entered) and recomputing():
+        if self.i == 0 and isinstance(entered, CheckpointedPass) and recomputing():
             with running(entered.engine, body=entered.body):
                 return run_all(entered.body, x, others, named)
         body = running_body(self.blocks.body)
         if self.i < body.depth and (goes_on(body.host, self.i, x) or body.reduces()):
             if self.i == 0:
-                self.blocks.check(whole=False)
-            own = partial(self._own, body, x, others, named)
-            found = run_block(body, self.i, x, self._by_name(others, named), own)
-            with_sizes(found[0] if isinstance(found, tuple) else found, None)
-            return found
+                self.blocks.check(at_once=False)
+            original = partial(self._original, body, x, others, named)
+            output = run_block(body, self.i, x, self._by_name(others, named), original)
+            with_sizes(output[0] if isinstance(output, tuple) else output, None)
+            return output
         if self.i == body.depth - 1:
             note_whole(body, x, self._by_name(others, named))
-        return self._own(body, x, others, named)
+        return self._original(body, x, others, named)
 
-    def _by_name(self, others: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        """All that the host gives this block beside the features, by the names that the block has for it."""
-        if not others:
-            return named
-        return {**dict(zip(_names(type(self.blocks.body.blocks[self.i]).forward)[1:], others, strict=False)), **named}
-
-    def _one_of_all(self, here: HostPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """This block in a pass through all of them."""
-        body = here.body
-        x, others, named = _features(args, kwargs)
-        if not here.reduced:
+    def _in_pass(self, host_pass: HostPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run as part of a pass through all blocks."""
+        body = host_pass.body
+        x, others, named = _split_features(args, kwargs)
+        if not host_pass.reduced:
             if self.i == body.first:
                 note_whole(body, x, self._by_name(others, named))
-            return self._own(body, x, others, named)
+            return self._original(body, x, others, named)
         if self.i:
             if not hasattr(x, "ltmp_size"):
                 raise LTMPError(
-                    "the host did something to its features between two blocks, which a reduced model cannot follow: "
-                    "call it inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
+                    "the host changed its features between two blocks, which a reduced model cannot follow: call it "
+                    "inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
                 )
             return x
-        if body.grad_checkpointing and here.differentiable:
+        if body.grad_checkpointing and host_pass.differentiable:
             if not torch.is_grad_enabled():
                 raise LTMPError(
-                    "a reduced model cannot be checkpointed by torch's reentrant way: ask for gradient checkpointing "
-                    "with use_reentrant=False"
+                    "a reduced model does not support torch's reentrant gradient checkpointing: request it with "
+                    "use_reentrant=False"
                 )
-            x.ltmp_entered = Entered(body, running_engine())
+            x.ltmp_entered = CheckpointedPass(body, running_engine())
         return run_all(body, x, others, named)
 
-    def _own(self, body: Body, x: Tensor, others: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The host's own block, as if nothing were attached."""
+    def _original(self, body: Body, x: Tensor, others: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run the block's own forward, as if nothing were attached."""
         if self.i >= body.depth:
             return x
         rotary, block = body.recipe.rotary, body.blocks[self.i]
@@ -169,19 +162,26 @@ class BlockForward(StandIn):
             named = named | {name: rotary.own(named[name], self.i) for name in rotary.names if name in named}
         return type(block).forward(block, x, *others, **named)
 
+    def _by_name(self, others: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of this block except the features, by the names of its parameters."""
+        if not others:
+            return named
+        names = _parameter_names(type(self.blocks.body.blocks[self.i]).forward)[1:]
+        return {**dict(zip(names, others, strict=False)), **named}
+
 
 @cache
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Of the arguments of a block's forward, the block left out."""
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of a block's forward, without `self`."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 _FEATURES = ("x", "hidden_states", "input")
-"""Names of a block's first argument, where it is called by keyword."""
+"""Names of a block's first parameter, for blocks that are called by keyword."""
 
 
-def _features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A block's arguments: its features, and the others."""
+def _split_features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Split a block's arguments into its features, the other positional arguments, and the other keyword arguments."""
     if args:
         return args[0], args[1:], kwargs
     name = next((name for name in _FEATURES if name in kwargs), None)
@@ -191,17 +191,17 @@ def _features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple
 
 
 def run_all(body: Body, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Run all blocks.
+    """Run all blocks reduced.
 
     Args:
         x: [B, N, C] embedded tokens, prefix tokens first.
-        args, kwargs: what the host gives its blocks besides: positions that the recipe knows, or nothing.
+        args, kwargs: what else the host passes to its blocks: positions that the recipe describes, or nothing.
 
     Returns:
-        [B, N', C]; `sizes_of` tells the pooling how many patches each row stands for.
+        [B, N', C]; for the pooling, `sizes_of` returns how many patches each row stands for.
 
     Raises:
-        NotImplementedError: the host asks its blocks for what a reduced model cannot do.
+        NotImplementedError: the host passes its blocks an argument that a reduced model does not support.
     """
     positions = positions_of(body.recipe, body.host, x.shape[1], args, kwargs)
     reduced = select.run(body, x, positions)

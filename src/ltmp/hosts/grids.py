@@ -1,4 +1,4 @@
-"""Recipes for hosts of timm that read their tokens in place: BEiT, relative positions, towers of language models."""
+"""Recipes for timm's hosts that need each token in its place: BEiT, relative positions, towers of language models."""
 
 from __future__ import annotations
 
@@ -14,29 +14,23 @@ from timm.models import beit, eva
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from ..method.recipe import Recipe, Rotary, linear_ratio, no_pooling, set_nothing
+from ..method.recipe import Bias, Recipe, Rotary, linear_ratio, no_pooling, set_nothing
 from .eva import RECIPE as EVA
 from .eva import scaled
 from .relative import pairs
 from .timm import RECIPE as VIT
-from .timm import block_problems
+from .timm import first_block_problem
 
 
-def _from_timm(name: str) -> Any:
-    """A module of timm's models, None in versions before it was added."""
+def _import_model(name: str) -> Any:
+    """Import a module of `timm.models`; None if the installed version does not have it yet."""
     try:
         return import_module(f"timm.models.{name}")
     except ImportError:
         return None
 
 
-deepseek_vit, gemma4_vit, qwen3_vit = map(_from_timm, ("deepseek_vit", "gemma4_vit", "qwen3_vit"))
-
-
-def _plain(blocks: tuple[type, ...], attentions: tuple[type, ...], host: Any) -> list[str]:
-    """Reasons why a host of these blocks cannot be reduced."""
-    found = (block_problems(block, blocks, attentions) for block in host.blocks)
-    return [f"blocks.{i} {trouble}" for i, trouble in enumerate(found) if trouble][:1]
+deepseek_vit, gemma4_vit, qwen3_vit = map(_import_model, ("deepseek_vit", "gemma4_vit", "qwen3_vit"))
 
 
 def _class_first(host: Any) -> bool:
@@ -48,30 +42,37 @@ def _no_class_token(_host: nn.Module) -> bool:
 
 
 def _refuses_nothing(_value: Any) -> bool:
-    """Other arguments of the blocks are biases, or masks of padding that images of one size do not have."""
+    """Accept every argument: they are biases, or padding masks, which images of one size do not have."""
     return False
 
 
-def _given(name: str, own: Callable[[Any], Tensor | None], host: Any, block: int, named: Mapping[str, Any]) -> Any:
-    """The bias for each pair of places, from a block's own table and the one that all share."""
-    found = [bias for bias in (own(host.blocks[block].attn), named.get(name)) if bias is not None]
-    return pairs(torch.stack(found).sum(0)) if found else None
+def _bias(
+    shared: str, own: Callable[[Any], Tensor | None], host: Any, block: int, named: Mapping[str, Any]
+) -> Bias | None:
+    """The relative position bias of a block: of its own table plus the one that all blocks share.
+
+    Args:
+        shared: argument by which the host passes the shared one.
+        own: attention -> the bias of its own table, if it has one.
+    """
+    tables = [table for table in (own(host.blocks[block].attn), named.get(shared)) if table is not None]
+    return pairs(torch.stack(tables).sum(0)) if tables else None
 
 
-def _beit_own(attn: Any) -> Tensor | None:
+def _beit_table(attn: Any) -> Tensor | None:
     return None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()
 
 
-def _relpos_own(attn: Any) -> Tensor | None:
+def _relpos_table(attn: Any) -> Tensor | None:
     return None if attn.rel_pos is None else attn.rel_pos.get_bias()
 
 
 def _beit_qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attn = block.attn
-    found = attn.qkv(block.norm1(x))
+    qkv = attn.qkv(block.norm1(x))
     if attn.q_bias is not None:
-        found = found + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    q, k, v = found.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+        qkv = qkv + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
     return q, k, v
 
 
@@ -80,7 +81,7 @@ def _beit_out(block: Any, y: Tensor) -> Tensor:
 
 
 def _no_parts(_block: nn.Module) -> None:
-    """Engines that fuse know no biases."""
+    """Fused engines do not support an attention bias."""
 
 
 _GRID: dict[str, Any] = {
@@ -90,15 +91,16 @@ _GRID: dict[str, Any] = {
 HOSTS: dict[type[nn.Module], Recipe | str] = {
     beit.Beit: replace(
         VIT, name="timm Beit", qkv=_beit_qkv, out=_beit_out, mlp=EVA.mlp,
-        problems=partial(_plain, (beit.Block,), (beit.Attention,)),
-        bias=partial(_given, "shared_rel_pos_bias", _beit_own), **_GRID,
+        problems=partial(first_block_problem, blocks=(beit.Block,), attentions=(beit.Attention,)),
+        bias=partial(_bias, "shared_rel_pos_bias", _beit_table), **_GRID,
     ),
     relpos.VisionTransformerRelPos: replace(
         VIT, name="timm VisionTransformerRelPos",
         problems=partial(
-            _plain, (relpos.RelPosBlock, relpos.ResPostRelPosBlock), (relpos.RelPosAttention,)
+            first_block_problem, blocks=(relpos.RelPosBlock, relpos.ResPostRelPosBlock),
+            attentions=(relpos.RelPosAttention,),
         ),
-        bias=partial(_given, "shared_rel_pos", _relpos_own), **_GRID,
+        bias=partial(_bias, "shared_rel_pos", _relpos_table), **_GRID,
     ),
 }  # fmt: skip
 
@@ -106,7 +108,7 @@ HOSTS: dict[type[nn.Module], Recipe | str] = {
 def _gemma_qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attn, x = block.attn, block.norm1(x)
     q, k, v = (layer(x).unflatten(-1, (-1, attn.head_dim)) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-    # its scores are not divided by the root of the head's width
+    # engines divide scores by sqrt(D) and Gemma does not: cancel the division
     q, k, v = attn.q_norm(q) * attn.head_dim**0.5, attn.k_norm(k), attn.v_norm(v)
     return q, k.repeat_interleave(attn.num_kv_groups, -2), v.repeat_interleave(attn.num_kv_groups, -2)
 
@@ -123,9 +125,9 @@ def _gemma_ratio(block: Any) -> float:
     return linear_ratio(block.mlp, len(block.norm1.weight))
 
 
-def _gemma_table(_host: nn.Module, given: tuple[Tensor, Tensor], _tokens: int) -> Tensor:
-    """[N, 2 D], cosines and sines of images of one size."""
-    cos, sin = given
+def _gemma_table(_host: nn.Module, embeddings: tuple[Tensor, Tensor], _tokens: int) -> Tensor:
+    """Cosines and sines [N, 2 D] of images of one size."""
+    cos, sin = embeddings
     return torch.cat([cos[0], sin[0]], -1)
 
 
@@ -136,9 +138,13 @@ def _gemma_rotate(_block: nn.Module, q: Tensor, k: Tensor, rows: Tensor) -> tupl
 
 
 def _gemma_problems(host: Any) -> list[str]:
-    other = [type(block).__name__ for block in host.blocks if type(block) is not gemma4_vit.Gemma4Block]
-    dropout = any(block.attn.attn_drop.p > 0 for block in host.blocks if hasattr(block, "attn"))
-    return [f"it has a {name}" for name in other[:1]] + ["it has attention dropout"] * dropout
+    problems = []
+    others = [type(block).__name__ for block in host.blocks if type(block) is not gemma4_vit.Gemma4Block]
+    if others:
+        problems.append(f"it has a {others[0]}")
+    if any(block.attn.attn_drop.p > 0 for block in host.blocks if hasattr(block, "attn")):
+        problems.append("it has attention dropout")
+    return problems
 
 
 _TOWER: dict[str, Any] = {**_GRID, "class_first": _no_class_token, "prefix_only": _no_class_token}
@@ -146,12 +152,16 @@ _TOWER: dict[str, Any] = {**_GRID, "class_first": _no_class_token, "prefix_only"
 if qwen3_vit is not None:
     HOSTS[qwen3_vit.Qwen3VitEncoder] = replace(
         EVA, name="timm Qwen3VitEncoder", loop="forward",
-        problems=partial(_plain, (eva.EvaBlock,), (eva.EvaAttention, AttentionRope)), **_TOWER,
+        problems=partial(
+            first_block_problem, blocks=(eva.EvaBlock,), attentions=(eva.EvaAttention, AttentionRope)
+        ), **_TOWER,
     )  # fmt: skip
 if deepseek_vit is not None:
     HOSTS[deepseek_vit.DeepseekVitEncoder] = replace(
         EVA, name="timm DeepseekVitEncoder", loop="forward",
-        problems=partial(_plain, (deepseek_vit.DeepseekVitBlock,), (AttentionRope, Attention)), **_TOWER,
+        problems=partial(
+            first_block_problem, blocks=(deepseek_vit.DeepseekVitBlock,), attentions=(AttentionRope, Attention)
+        ), **_TOWER,
     )  # fmt: skip
 if gemma4_vit is not None:
     HOSTS[gemma4_vit.Gemma4VitEncoder] = replace(

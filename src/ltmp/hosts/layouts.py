@@ -1,4 +1,4 @@
-"""Where the layers of transformers keep their parts."""
+"""Where the blocks of transformers' models keep their parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block keeps what: dotted names of its modules, in the order in which they are applied.
+    """Dotted names of a block's modules and parameters, in the order in which they are applied.
 
     Attributes:
-        norm: before attention.
-        qkv: its three projections, or one that makes q, k and v in this order.
-        out: what the result passes; a parameter is multiplied by.
-        mlp: norm, MLP, and what its result passes.
+        norm: norm before attention.
+        qkv: the three projections to q, k and v, or one to all of them in this order.
+        out: modules applied to the result of attention; a parameter in their place is multiplied (layer scale).
+        mlp: norm, MLP, and modules or parameters applied to the MLP's result.
         qk_norm: norms of q and k before they are split into heads.
     """
 
@@ -27,42 +27,40 @@ class Layout:
 
     @property
     def attention(self) -> str:
-        """Name of the module that holds the projections and knows the number of heads."""
+        """Name of the attention module, which holds the projections and the number of heads."""
         return self.qkv[0].rpartition(".")[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all modules that run."""
+        """Names of everything that is applied."""
         return (self.norm, *self.qkv, *self.qk_norm, *self.out, *self.mlp)
 
     @property
     def holders(self) -> set[str]:
-        """Names of the containers of these modules, from the block down, which do not run themselves."""
+        """Names of the modules around those in `names`, from the block ("") down, which are not called themselves."""
         return {".".join(name.split(".")[:depth]) for name in self.names for depth in range(name.count(".") + 1)}
 
     def fits(self, block: nn.Module) -> bool:
-        """Whether the block has exactly these parts."""
-        names, holders = self.names, self.holders
-        have = {name for name, _ in block.named_modules()} | {
-            name for name, parameter in block.named_parameters() if not name.endswith(("weight", "bias"))
-        }
-        aside = (*(f"{self.attention}.{bias}" for bias in ("q_bias", "v_bias")), *BIASES)
-        known = {*names, *holders, *aside, f"{self.attention}.dropout"}
-        found = (
-            f"{holder}.{part}".lstrip(".")
-            for holder in holders & have
-            for parts in (block.get_submodule(holder)._modules, block.get_submodule(holder)._parameters)
-            for part in parts
-        )
-        return have.issuperset(names) and known.issuperset(found)
+        """Whether the block has all of these parts and no others, apart from biases and attention dropout."""
+        modules = {name for name, _ in block.named_modules()}
+        parameters = {name for name, _ in block.named_parameters() if not name.endswith(("weight", "bias"))}
+        if not (modules | parameters).issuperset(self.names):
+            return False
+        optional = (f"{self.attention}.{name}" for name in ("q_bias", "v_bias", "dropout"))
+        known = {*self.names, *self.holders, *optional, *_RELATIVE_POSITION_BIASES}
+        for holder in self.holders:
+            module = block.get_submodule(holder)
+            for part in (*module._modules, *module._parameters):
+                if f"{holder}.{part}".lstrip(".") not in known:
+                    return False
+        return True
 
 
-BIASES = ("relative_position_bias", "attention.attention.relative_position_bias")
-"""Modules that make a number for each pair of places."""
-
+_RELATIVE_POSITION_BIASES = ("relative_position_bias", "attention.attention.relative_position_bias")
 
 _PROJECTIONS = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _NESTED = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+# the first layout that fits is used
 LAYOUTS = (
     # ViT, DeiT and ViT-MAE
     Layout("layernorm_before", _PROJECTIONS, ("attention.o_proj", "dropout"), ("layernorm_after", "mlp", "dropout")),
@@ -86,7 +84,7 @@ LAYOUTS = (
         "layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",),
         ("layer_norm2", "mlp"),
     ),
-    # Idefics, SmolVLM, Kosmos-2 and others have CLIP's parts; BLIP and InstructBLIP one projection
+    # BLIP and InstructBLIP; Idefics, SmolVLM, Kosmos-2 and more have CLIP's layout
     Layout("layer_norm1", ("self_attn.qkv",), ("self_attn.projection",), ("layer_norm2", "mlp")),
     # Qwen-VL and GLM-V
     Layout("norm1", ("attn.qkv",), ("attn.proj",), ("norm2", "mlp")),

@@ -1,4 +1,4 @@
-"""Recipe for timm's NaFlexVit on plain images: blocks of the ViT or of the EVA family under another embedding."""
+"""Recipe for timm's NaFlexVit on plain images: blocks of the ViT or of the EVA family after another embedding."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _class_first(host: Any) -> bool:
 def _problems(host: Any) -> list[str]:
     block: type[nn.Module] = EvaBlock if isinstance(host.blocks[0], EvaBlock) else Block
     attentions = (EvaAttention, AttentionRope) if block is EvaBlock else (Attention,)
-    found = timm.find_problems(host, NaFlexVit, (block,), attentions, method="_pool")
+    problems = timm.find_problems(host, NaFlexVit, (block,), attentions, method="_pool")
     if getattr(host, "rope_is_mixed", False):
-        found.append("its rotary embeddings are learned for each block and handed out one block at a time")
-    return found
+        problems.append("its rotary embeddings are learned for each block and passed to one block at a time")
+    return problems
 
 
 def _overrides(body: Any) -> dict[str, Any]:

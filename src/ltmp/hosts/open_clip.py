@@ -1,4 +1,4 @@
-"""Recipe for open_clip's own visual towers; those that it takes from timm are timm's hosts."""
+"""Recipe for open_clip's own visual towers; towers that it takes from timm attach as timm's hosts."""
 
 from __future__ import annotations
 
@@ -39,26 +39,27 @@ def _parts(block: Any) -> Parts | None:
 
 
 def _problems(host: Any) -> list[str]:
-    blocks = host.transformer.resblocks.named_children()
-    found = [
-        p for i, block in blocks for p in mha.problems(f"resblocks.{i}", block, ResidualAttentionBlock, block.attn)
-    ]
+    for i, block in host.transformer.resblocks.named_children():
+        problems = mha.problems(f"resblocks.{i}", block, ResidualAttentionBlock, block.attn)
+        if problems:
+            return problems
+    problems = []
     if host.attn_pool is not None:
-        found.append("it pools by attention for a captioning decoder (CoCa), which knows no sizes")
+        problems.append("it pools by attention for a captioning decoder (CoCa), which does not support token sizes")
     if host.output_tokens or host.pool_type == "none":
-        found.append(_HANDS_OUT)
-    return found[:1] if found and found[0].startswith("resblocks") else found
+        problems.append(_RETURNS_TOKENS)
+    return problems
 
 
 def _mlp_ratio(block: Any) -> float:
     return linear_ratio(block.mlp, block.attn.embed_dim)
 
 
-_HANDS_OUT = "it hands out every token, and a reduced image has fewer of them: set output_tokens=False"
+_RETURNS_TOKENS = "it returns every token, and a reduced image has fewer of them: set output_tokens=False"
 
 
 class SizedGlobalPool:
-    """open_clip's pooling, a merged token counting by its size. Stands in for `host._global_pool`."""
+    """open_clip's pooling, with merged tokens weighted by size; replaces `host._global_pool`."""
 
     def __init__(self, body: Body) -> None:
         self.body = body
@@ -67,7 +68,7 @@ class SizedGlobalPool:
         host: Any = self.body.host
         body = running_body(self.body)
         if host.output_tokens and body.reduces() and not body.grid:
-            raise LTMPError(f"{_HANDS_OUT}, or call it inside `with ltmp.dense():`")
+            raise LTMPError(f"{_RETURNS_TOKENS}, or call it inside `with ltmp.dense():`")
         size = sizes_of(x, self.body) if host.pool_type == "avg" else None
         if size is None:
             return type(host)._global_pool(host, x)

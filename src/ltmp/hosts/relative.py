@@ -1,4 +1,4 @@
-"""Numbers that attention adds for each pair of places, as hosts of all libraries have them."""
+"""Relative position bias: what attention adds to the score of each pair of positions, shared by recipes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..method.recipe import Bias
 
 
 def pairs(table: Tensor) -> Bias:
-    """The bias of tokens from `table` [..., H, N, N] by the places where they entered; a merged one has its receiver's.
+    """Return the bias of the tokens left, looked up in `table` [..., H, N, N] by the positions where they entered.
 
-    The table gets no gradient.
+    A merged token keeps its receiver's position. The table gets no gradient.
     """
-    return partial(_gathered, table.detach().reshape(table.shape[-3:]))
+    return partial(_gather, table.detach().reshape(table.shape[-3:]))
 
 
-def _gathered(table: Tensor, origin: Tensor) -> Tensor:
+def _gather(table: Tensor, origin: Tensor) -> Tensor:
     return table[:, origin[:, :, None], origin[:, None]].transpose(0, 1)

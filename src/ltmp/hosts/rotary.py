@@ -1,4 +1,4 @@
-"""Rotary embeddings as hosts of all libraries have them: pairs of channels turned by an angle of each token's place."""
+"""Rotary embeddings, shared by recipes: pairs of channels rotated by angles that depend on a token's position."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 
-def turn_table(sin: Tensor, cos: Tensor, tokens: int) -> Tensor:
-    """Sines and cosines of all tokens side by side, [..., N, 2 E].
+def rotary_rows(sin: Tensor, cos: Tensor, tokens: int) -> Tensor:
+    """Return the sines and cosines of all tokens, concatenated to [..., N, 2 E].
 
     Args:
         sin, cos: [..., P, E] of the patches.
-        tokens: N; the first N - P are prefix tokens, which are not turned.
+        tokens: N; the first N - P are prefix tokens, which are not rotated.
     """
     prefix = tokens - sin.shape[-2]
-    still = sin.new_zeros(*sin.shape[:-2], prefix, sin.shape[-1])
-    return torch.cat([torch.cat([still, sin], -2), torch.cat([still + 1, cos], -2)], -1)
+    zeros = sin.new_zeros(*sin.shape[:-2], prefix, sin.shape[-1])
+    return torch.cat([torch.cat([zeros, sin], -2), torch.cat([zeros + 1, cos], -2)], -1)
 
 
-def turned(x: Tensor, rows: Tensor, half: bool) -> Tensor:
-    """x [..., H, D] turned by the rows [..., 1 or H, 2 D] of `turn_table`.
+def rotated(x: Tensor, rows: Tensor, half: bool) -> Tensor:
+    """Rotate x [..., H, D] by rows [..., 1 or H, 2 D] of `rotary_rows`.
 
     Args:
-        half: a pair is a channel of the first half and one of the second; otherwise two neighbours.
+        half: whether channel i is paired with i + D / 2, rather than 2 i with 2 i + 1.
     """
     sin, cos = rows.chunk(2, -1)
     if half:
         first, second = x.chunk(2, -1)
-        across = torch.cat([-second, first], -1)
+        partners = torch.cat([-second, first], -1)
     else:
-        across = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return (x * cos + across * sin).to(x.dtype)
+        partners = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return (x * cos + partners * sin).to(x.dtype)

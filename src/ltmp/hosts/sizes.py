@@ -1,4 +1,4 @@
-"""Sizes of tokens on their way from the blocks to the pooling."""
+"""How the sizes of merged tokens travel from the blocks to the pooling."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..errors import LTMPError
 
 
 def with_sizes(x: Tensor, size: Tensor | None) -> Tensor:
-    """`x` with its sizes attached: pooling happens in the host's own code, and they must reach it call by call.
+    """Return `x` with its sizes as an attribute; None if every row is one patch.
 
-    None says that every row is one patch.
+    Pooling happens in the host's own code, so the sizes have to travel with the tokens.
     """
     x.ltmp_size = size  # type: ignore[attr-defined]
     return x
 
 
 def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
-    """The sizes that `with_sizes` attached; None where every row is one patch.
+    """Return the sizes that `with_sizes` set; None if every row is one patch.
 
     Args:
-        body: whose features they are; of one that removes nothing they need no sizes.
+        body: the body that computed `x`; if it removes no tokens or returns a grid, `x` needs no sizes.
 
     Raises:
-        LTMPError: none were, so that nobody knows which rows are there: `x` was cut or copied on its way.
+        LTMPError: `x` has no sizes, so it is unknown which rows are tokens: `x` was sliced or copied on its way.
     """
     if _has_sizes(x):
         return x.ltmp_size  # type: ignore[attr-defined]
@@ -40,11 +40,11 @@ def sizes_of(x: Tensor, body: Body | None = None) -> Tensor | None:
 
 
 def carry_sizes(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the norm between blocks and pooling: sizes go on with the tokens."""
+    """Forward hook of the norm between the blocks and the pooling: pass the sizes on with the tokens."""
     if _has_sizes(inputs[0]):
         with_sizes(output, inputs[0].ltmp_size)
 
 
 def _has_sizes(x: Any) -> bool:
-    """Not what torch.fx traces with, which has any attribute and would write the question down."""
+    # a torch.fx proxy has every attribute, and records the look-up
     return hasattr(x, "ltmp_size") and not isinstance(x, fx.Proxy)

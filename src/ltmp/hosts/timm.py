@@ -1,4 +1,4 @@
-"""Recipes for timm."""
+"""Recipe for timm's VisionTransformer, and helpers that recipes of its relatives share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..method.recipe import Parts, Recipe, activation_name, has_own_scale, linea
 from .pooling import log_size, sized_mean, without_prefix
 from .sizes import sizes_of
 
-# of the ViT's blocks and of the EVA family's, which have fewer
+# children of blocks, and of their attention, in the ViT and the EVA family
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION_PARTS = {
     "qkv",
@@ -35,18 +35,18 @@ _ATTENTION_PARTS = {
 }
 _MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
 _POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
-_SIDE_BY_SIDE = "runs attention and MLP side by side, with no place between them where tokens could go"
-_UNFIT = {
-    "ParallelScalingBlock": _SIDE_BY_SIDE,
-    "DiffParallelScalingBlock": _SIDE_BY_SIDE,
-    "ParallelThingsBlock": "runs several attentions side by side, each with similarities and importance of its own",
-    "DiffAttention": "subtracts two attention maps, so that what a token receives does not say how important it is",
+_PARALLEL = "runs attention and MLP in parallel, with no point between them at which tokens could be removed"
+_UNSUPPORTED = {
+    "ParallelScalingBlock": _PARALLEL,
+    "DiffParallelScalingBlock": _PARALLEL,
+    "ParallelThingsBlock": "runs several attentions in parallel, each with its own similarities and importance",
+    "DiffAttention": "subtracts two attention maps, so that the attention that a token receives is not its importance",
 }
-"""Why tokens cannot be reduced in parts of timm, by class: of versions that lack one, too."""
+"""Why tokens cannot be reduced in some classes of timm, by name, since not every version has them all."""
 
 
 def norms_after(block: nn.Module) -> bool:
-    """Whether the norms of a block follow its branches (post-norm: Liu et al., CVPR 2022) instead of preceding them."""
+    """Whether the norms of a block follow its branches (post-norm: Liu et al., CVPR 2022) rather than precede them."""
     return isinstance(block, _POST_NORM)
 
 
@@ -79,7 +79,7 @@ def _parts(block: Any) -> Parts | None:
 
 
 def standard_parts(block: Any, qkv: nn.Linear, scales: Sequence[Tensor | None]) -> Parts | None:
-    """The weights of a timm block with these layer scales, or None where it has parts that are not plain."""
+    """The weights of a timm block with these layer scales, or None if one of its parts is not a standard one."""
     attn, mlp = block.attn, block.mlp
     standard = (
         isinstance(block.norm1, nn.LayerNorm)
@@ -117,38 +117,49 @@ def _problems(host: Any) -> list[str]:
 def find_problems(
     host: Any, base: type[nn.Module], blocks: tuple[type, ...], attentions: tuple[type, ...], method: str = "pool"
 ) -> list[str]:
-    """Reasons why a host, which timm has as a `base` of `blocks`, cannot be reduced, one phrase each."""
-    found = []
+    """Return the reasons why a host cannot be reduced, one phrase each.
+
+    Args:
+        base: timm's class of the host, whose forward the recipe describes.
+        blocks, attentions: supported classes of its blocks and of their attention.
+        method: name of the host's pooling method.
+    """
+    problems = []
     methods = ("forward", "forward_features", method)
     overridden = [name for name in methods if getattr(type(host), name) is not getattr(base, name)]
     if overridden:
-        found.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
-    for i, block in enumerate(host.blocks):
-        trouble = block_problems(block, blocks, attentions)
-        if trouble:
-            found.append(f"blocks.{i} {trouble}")
-            break
+        problems.append(f"{type(host).__name__} has its own {', '.join(overridden)}")
+    problems += first_block_problem(host, blocks, attentions)
     pool = host.attn_pool
     if host.global_pool == "map" and not (isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None):
-        found.append(f"its attention pooling is a {type(pool).__name__} that needs every patch in its place")
-    return found
+        problems.append(f"its attention pooling is a {type(pool).__name__} that needs every patch in its place")
+    return problems
 
 
-def block_problems(block: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> str | None:
-    """Why this block is not one of those that the recipe describes, or None."""
+def first_block_problem(host: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> list[str]:
+    """Return why the first unsupported block of a host cannot be reduced; empty if all blocks can."""
+    for i, block in enumerate(host.blocks):
+        problem = _block_problem(block, blocks, attentions)
+        if problem is not None:
+            return [f"blocks.{i} {problem}"]
+    return []
+
+
+def _block_problem(block: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> str | None:
+    """Return why the recipe does not describe this block, or None if it does."""
     if type(block) not in blocks:
-        return _unfit("is", block, blocks[0])
+        return _unsupported("is", block, blocks[0])
     extra = sorted(set(dict(block.named_children())) - _BLOCK_PARTS)
     if extra:
-        return f"has parts that this version does not know: {', '.join(extra)}"
+        return f"has parts that this version of ltmp does not support: {', '.join(extra)}"
     attn = block.attn
     if any(part._forward_hooks or part._forward_pre_hooks for part in (block, attn)):
         return "has forward hooks, which would no longer run: remove them"
     if type(attn) not in attentions:
-        return _unfit("uses", attn, attentions[0])
+        return _unsupported("uses", attn, attentions[0])
     extra = sorted(set(dict(attn.named_children())) - _ATTENTION_PARTS)
     if extra:
-        return f"has an attention with parts that this version does not know: {', '.join(extra)}"
+        return f"has an attention with parts that this version of ltmp does not support: {', '.join(extra)}"
     if attn.attn_drop.p > 0:
         return f"has attention dropout {attn.attn_drop.p}; build the model with attn_drop_rate=0"
     if not attn.fused_attn and has_own_scale(attn, attn.head_dim):
@@ -158,9 +169,9 @@ def block_problems(block: Any, blocks: tuple[type, ...], attentions: tuple[type,
     return None
 
 
-def _unfit(verb: str, part: nn.Module, standard: type) -> str:
+def _unsupported(verb: str, part: nn.Module, standard: type) -> str:
     name = type(part).__name__
-    why = f", which {_UNFIT[name]}" if name in _UNFIT else f", not timm's standard {standard.__name__}"
+    why = f", which {_UNSUPPORTED[name]}" if name in _UNSUPPORTED else f", not timm's standard {standard.__name__}"
     return f"{verb} {name}{why}"
 
 
@@ -176,17 +187,17 @@ _POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
 class SizedPool:
-    """timm's pooling over what is there, a merged token counting by its size. Stands in for the host's `method`."""
+    """timm's pooling over the tokens that are left, merged ones weighted by size; replaces the host's `method`."""
 
     def __init__(self, body: Body, method: str = "pool") -> None:
         self.body, self.method = body, method
 
-    def __call__(self, x: Tensor, pool_type: str | None = None, **others: Any) -> Tensor:
+    def __call__(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:
         host: Any = self.body.host
         kind = host.global_pool if pool_type is None else pool_type
         size = None if kind == "token" and host.attn_pool is None else sizes_of(x, self.body)
         if size is None:
-            return getattr(type(host), self.method)(host, x, pool_type, **others)
+            return getattr(type(host), self.method)(host, x, pool_type, **kwargs)
         if kind not in _POOLS:
             raise NotImplementedError(
                 f"global_pool={kind!r} needs every token, and a reduced image has fewer: call the model inside "
@@ -197,12 +208,12 @@ class SizedPool:
         if host.attn_pool is not None:
             return host.attn_pool(x, attn_mask=log_size(size).to(x.dtype)[:, None, None, :])
         mean = sized_mean(x, size)
-        top = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
-        return {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}[kind]
+        maximum = x.masked_fill((size == 0)[..., None], float("-inf")).amax(1)
+        return {"avg": mean, "max": maximum, "avgmax": 0.5 * (mean + maximum)}[kind]
 
 
 def _overrides(body: Any) -> dict[str, Any]:
-    # whatever the pooling is now: reset_classifier may change it
+    # unconditionally, since reset_classifier may change the pooling later
     return {"pool": SizedPool(body)}
 
 

@@ -34,8 +34,11 @@ def _parts(block: Any) -> Parts | None:
 
 
 def _problems(host: Any) -> list[str]:
-    blocks = host.encoder.layers.named_children()
-    return [p for name, block in blocks for p in mha.problems(name, block, EncoderBlock, block.self_attention)][:1]
+    for name, block in host.encoder.layers.named_children():
+        problems = mha.problems(name, block, EncoderBlock, block.self_attention)
+        if problems:
+            return problems
+    return []
 
 
 def _mlp_ratio(block: Any) -> float:

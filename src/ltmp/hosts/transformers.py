@@ -1,4 +1,7 @@
-"""Recipes for the vision encoders of Hugging Face transformers, version 5, alone and under its task heads."""
+"""Recipes for vision encoders of Hugging Face transformers, version 5, alone and under their task heads.
+
+The block functions are shared by all of them: `layouts` describes how each class of block names its parts.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +44,23 @@ from ..method.recipe import READS_TOKENS, Parts, Recipe, Rotary, activation_name
 from .forward import BlockForward
 from .layouts import LAYOUTS, Layout
 from .pooling import log_size, sized_mean, without_prefix
-from .rotary import turn_table, turned
+from .rotary import rotary_rows, rotated
 from .sizes import sizes_of
 
-_FOUND: dict[type, Layout] = {}
+_LAYOUT_OF: dict[type, Layout] = {}
+"""Cached layouts, by class of the block."""
 
 
 def _layout(block: nn.Module) -> Layout:
-    """The layout of a block that `_block_problems` had nothing against."""
-    kind = type(block)
-    if kind not in _FOUND:
-        _FOUND[kind] = next(layout for layout in LAYOUTS if layout.fits(block))
-    return _FOUND[kind]
+    """Return the layout of a supported block."""
+    cls = type(block)
+    if cls not in _LAYOUT_OF:
+        _LAYOUT_OF[cls] = next(layout for layout in LAYOUTS if layout.fits(block))
+    return _LAYOUT_OF[cls]
 
 
 def _apply(block: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
+    """Apply modules of a block in order; a parameter among them is a scale."""
     for name in names:
         part = attrgetter(name)(block)
         x = part * x if isinstance(part, Tensor) else part(x)
@@ -69,8 +74,8 @@ def _heads(attention: Any) -> int:
 def _qkv(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(block)
     x, attention = attrgetter(layout.norm)(block)(x), attrgetter(layout.attention)(block)
-    found = [attrgetter(name)(block)(x) for name in layout.qkv]
-    q, k, v = found if len(found) == 3 else found[0].chunk(3, -1)
+    projected = [attrgetter(name)(block)(x) for name in layout.qkv]
+    q, k, v = projected if len(projected) == 3 else projected[0].chunk(3, -1)
     if layout.qk_norm:
         q, k = (attrgetter(name)(block)(t) for name, t in zip(layout.qk_norm, (q, k), strict=True))
     if getattr(attention, "q_bias", None) is not None:
@@ -98,15 +103,15 @@ def _mlp_ratio(block: nn.Module) -> float:
     return sum(linear_ratio(layer, len(norm.weight)) for layer in layers if isinstance(layer, nn.Module))
 
 
-def _block_problems(block: nn.Module) -> str | None:
-    """Why this block is not one that a layout describes, or None."""
+def _block_problem(block: nn.Module) -> str | None:
+    """Return why this block cannot be reduced, or None if it can."""
     if not type(block).__module__.startswith("transformers.models."):
         return f"is a {type(block).__name__}, not a layer of transformers"
     layout = next((layout for layout in LAYOUTS if layout.fits(block)), None)
     if layout is None:
-        return f"({type(block).__name__}) has parts that this version does not know"
+        return f"({type(block).__name__}) has parts that this version of ltmp does not support"
     attention, mlp = attrgetter(layout.attention)(block), attrgetter(layout.mlp[1])(block)
-    if any(_is_changed(block.get_submodule(holder)) for holder in layout.holders):
+    if any(_is_patched(block.get_submodule(holder)) for holder in layout.holders):
         return "has forward hooks or a forward of its own, which would no longer run: remove them"
     if not type(mlp).__module__.startswith("transformers.models."):
         return f"has a {type(mlp).__name__}, which is not known to treat each token by itself"
@@ -117,15 +122,15 @@ def _block_problems(block: nn.Module) -> str | None:
     width = attrgetter(layout.qkv[-1])(block).out_features // (_heads(attention) * (1 if len(layout.qkv) == 3 else 3))
     if has_own_scale(attention, width):
         return f"scales its attention by something else than 1 / sqrt({width})"
-    _FOUND[type(block)] = layout
+    _LAYOUT_OF[type(block)] = layout
     return None
 
 
 _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Whether someone hooked a module or replaced its forward; transformers itself does, to record outputs."""
+def _is_patched(module: nn.Module) -> bool:
+    """Whether a module has hooks or a forward of its own, other than ours and transformers' recorders of outputs."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     forward = vars(module).get("forward")
     return not (forward is None or isinstance(forward, BlockForward)) or any(
@@ -135,14 +140,14 @@ def _is_changed(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Host:
-    """One class of transformers: a vision encoder, alone or with what reads its tokens.
+    """A class of transformers: a vision encoder, alone or with a head. Its methods are functions of its `Recipe`.
 
     Attributes:
-        encoder: dotted path of the encoder in the host; empty where it is the host.
+        encoder: dotted path of the encoder in the host; empty if the host is the encoder.
         blocks: dotted path of the blocks in the encoder.
         norm: name of the encoder's last norm.
-        prefix: tokens before the patches, registers left out.
-        reads: what the host reads of the tokens: only those of the `prefix`, the `mean` of the patches, too, or `all`.
+        prefix: number of tokens before the patches, without registers.
+        reads: which tokens the host's head reads: only those of the `prefix`, also the `mean` of the patches, or `all`.
     """
 
     encoder: str
@@ -165,15 +170,13 @@ class Host:
         return self.reads == "prefix"
 
     def describe(self, host: nn.Module) -> dict[str, Any]:
-        """The encoder's config, the same for all heads."""
-        inside = self.inside(host)
-        config = inside.config
+        """The encoder's architecture, width and input size, which are the same under any head."""
+        encoder = self.inside(host)
+        config, block = encoder.config, attrgetter(self.blocks)(encoder)[0]
         patch, size = (getattr(config, name, None) for name in ("patch_size", "image_size"))
         return {
             "architecture": f"{config.model_type}_patch{patch}",
-            "width": len(
-                attrgetter(f"{self.blocks}.0.{_layout(attrgetter(self.blocks)(inside)[0]).norm}")(inside).weight
-            ),
+            "width": len(attrgetter(_layout(block).norm)(block).weight),
             "input_size": [size, size] if isinstance(size, int) else size and list(size),
         }
 
@@ -183,28 +186,28 @@ class Host:
 
     def problems(self, host: nn.Module) -> list[str]:
         encoder = self.inside(host)
-        found = []
+        problems = []
         for i, block in enumerate(attrgetter(self.blocks)(encoder)):
-            trouble = _block_problems(block)
-            if trouble:
-                found.append(f"{self.blocks}.{i} {trouble}")
+            problem = _block_problem(block)
+            if problem is not None:
+                problems.append(f"{self.blocks}.{i} {problem}")
                 break
         if getattr(encoder.config, "mask_ratio", 0) and isinstance(encoder, ViTMAEModel):
-            found.append("it hides patches at random: set model.config.mask_ratio = 0")
+            problems.append("it hides patches at random: set model.config.mask_ratio = 0")
         if self.reads == "mean" and not getattr(encoder.config, "use_mean_pooling", True):
-            found.append("its head reads the first patch (use_mean_pooling=False), which may be gone")
-        return found
+            problems.append("its head reads the first patch (use_mean_pooling=False), which may have been removed")
+        return problems
 
     def final_norm(self, host: nn.Module) -> nn.Module | None:
         return getattr(self.inside(host), self.norm)
 
     def hooks(self, body: Body) -> list[RemovableHandle]:
-        """Let what reads the tokens know their sizes, and refuse what a reduced model cannot record."""
+        """Register hooks that pass token sizes to the host's pooling, and refuse what a reduced model cannot record."""
         encoder = self.inside(body.host)
         handles = [encoder.register_forward_pre_hook(partial(refuse_records, body), with_kwargs=True)]
         if isinstance(getattr(encoder, "head", None), nn.Module):
-            weigh = partial(weigh_by_size, body)
-            handles.append(encoder.head.attention.register_forward_pre_hook(weigh, with_kwargs=True))
+            hook = partial(weigh_by_size, body)
+            handles.append(encoder.head.attention.register_forward_pre_hook(hook, with_kwargs=True))
         if self.reads == "mean":
             handles.append(encoder.register_forward_hook(partial(pool_patches, body)))
         if isinstance(encoder, ViTMAEModel):
@@ -213,7 +216,7 @@ class Host:
 
 
 def refuse_records(body: Body, encoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-    """Forward hook before the encoder: what is recorded of each block would be short by what a reduced one lacks."""
+    """Forward pre-hook of the encoder: refuse attention masks, and outputs of each block, which would lack tokens."""
     body = running_body(body)
     if not body.reduces():
         return
@@ -223,20 +226,20 @@ def refuse_records(body: Body, encoder: Any, _args: Any, kwargs: dict[str, Any])
             "a reduced model does not take an attention_mask: call it inside `with ltmp.dense():`, or call "
             "ltmp.detach(model) for this"
         )
-    # hooks on blocks see grids
+    # transformers records hidden states by hooks on the blocks, which see complete features if they are grids
     names = ("output_attentions",) if body.grid else ("output_hidden_states", "output_attentions")
-    wanted = [name for name in names if kwargs.get(name, getattr(encoder.config, name, False))]
-    if wanted:
+    requested = [name for name in names if kwargs.get(name, getattr(encoder.config, name, False))]
+    if requested:
         raise NotImplementedError(
-            f"a reduced model has fewer tokens in each block and does not take {' and '.join(wanted)}: call it inside "
-            "`with ltmp.dense():`, or call ltmp.detach(model) for this"
+            f"a reduced model has fewer tokens in each block and does not take {' and '.join(requested)}: call it "
+            "inside `with ltmp.dense():`, or call ltmp.detach(model) for this"
         )
 
 
 def pool_patches(body: Body, _encoder: nn.Module, _args: Any, output: Any) -> None:
-    """Forward hook after the encoder, for heads that average the patches in their own code.
+    """Forward hook of the encoder, for heads that average the patches in their own code.
 
-    They get the prefix tokens and one more, the mean of the patches by size: its mean is itself.
+    Replaces the patches by a single token, their mean weighted by size, so that the head's average is that mean.
     """
     x, prefix = output.last_hidden_state, body.protected
     size = sizes_of(x, body)
@@ -246,7 +249,7 @@ def pool_patches(body: Body, _encoder: nn.Module, _args: Any, output: Any) -> No
 
 
 def weigh_by_size(body: Body, _attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward hook before attention pooling, whose keys are the tokens."""
+    """Forward pre-hook of attention pooling, whose keys are the tokens: add log(size) to their scores."""
     size = sizes_of(args[1], body)
     if size is None:
         return None
@@ -254,33 +257,36 @@ def weigh_by_size(body: Body, _attention: nn.Module, args: tuple[Any, ...], kwar
 
 
 def keep_order(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward hook before ViT-MAE's embeddings, which shuffle the patches: parity would pair others in each call."""
+    """Forward pre-hook of ViT-MAE's embeddings: keep them from shuffling the patches.
+
+    Merging pairs tokens of even and odd index, which would be other patches in each call.
+    """
     if kwargs.get("noise") is None:
-        images, (high, wide) = args[0], embeddings.patch_embeddings.patch_size
-        places = torch.arange(images.shape[-2] // high * (images.shape[-1] // wide), device=images.device)
-        kwargs = {**kwargs, "noise": places.expand(len(images), -1)}
+        images, (height, width) = args[0], embeddings.patch_embeddings.patch_size
+        order = torch.arange(images.shape[-2] // height * (images.shape[-1] // width), device=images.device)
+        kwargs = {**kwargs, "noise": order.expand(len(images), -1)}
     return args, kwargs
 
 
-def rotary_table(_host: nn.Module, given: tuple[Tensor, Tensor], tokens: int) -> Tensor:
-    cos, sin = given
-    return turn_table(sin, cos, tokens)
+def rotary_table(_host: nn.Module, embeddings: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+    cos, sin = embeddings
+    return rotary_rows(sin, cos, tokens)
 
 
 def rotate_halves(_block: nn.Module, q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows[..., None, :]
-    return turned(q, rows, half=True), turned(k, rows, half=True)
+    return rotated(q, rows, half=True), rotated(k, rows, half=True)
 
 
-def _path(model: type[nn.Module], marker: str, there: str, otherwise: str) -> str:
-    """Paths that moved between versions of transformers, told by a class that only some of them have."""
-    return there if hasattr(sys.modules[model.__module__], marker) else otherwise
+def _path_by_version(model: type[nn.Module], marker: str, with_marker: str, without: str) -> str:
+    """Return a path that depends on the version of transformers: on whether the model's file has the class `marker`."""
+    return with_marker if hasattr(sys.modules[model.__module__], marker) else without
 
 
-_VIT = _path(ViTModel, "ViTEncoder", "encoder.layer", "layers")
-_DINOV3 = _path(DINOv3ViTModel, "DINOv3ViTEncoder", "model.layer", "layer")
-_CLIP = _path(CLIPModel, "CLIPVisionTransformer", "vision_model", "")
-_SIGLIP = _path(SiglipModel, "SiglipVisionTransformer", "vision_model", "")
+_VIT = _path_by_version(ViTModel, "ViTEncoder", "encoder.layer", "layers")
+_DINOV3 = _path_by_version(DINOv3ViTModel, "DINOv3ViTEncoder", "model.layer", "layer")
+_CLIP = _path_by_version(CLIPModel, "CLIPVisionTransformer", "vision_model", "")
+_SIGLIP = _path_by_version(SiglipModel, "SiglipVisionTransformer", "vision_model", "")
 
 _TABLE: dict[type[nn.Module], Host] = {
     ViTModel: Host("", _VIT, "layernorm", 1),
@@ -313,9 +319,9 @@ _MLPS = {
         "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
     ),
 }  # fmt: skip
-"""The layers of a plain MLP, by what it is made of."""
+"""Paths of a plain MLP's two linear layers and activation, by the names of the MLP's children."""
 
-_SAME = nn.Identity()
+_IDENTITY = nn.Identity()
 
 
 def _parts(block: nn.Module) -> Parts | None:
@@ -333,16 +339,16 @@ def _parts(block: nn.Module) -> Parts | None:
         getattr(getattr(block, f"layer_scale{i}", None), "lambda1", getattr(block, f"lambda_{i}", None)) for i in (1, 2)
     )
     *qkv, proj = attrgetter(*layout.qkv, layout.out[0])(block)
-    return Parts(norm1, tuple(qkv), _heads(attention), _SAME, _SAME, proj, scale1, norm2, fc1, act, fc2, scale2)
+    return Parts(norm1, tuple(qkv), _heads(attention), _IDENTITY, _IDENTITY, proj, scale1, norm2, fc1, act, fc2, scale2)
 
 
 def _refuses_nothing(_value: Any) -> bool:
-    """`refuse_records` asked already, and under export some hosts give their blocks masks that hide nothing."""
+    """Accept every argument: `refuse_records` checked the call, and exported hosts may pass masks that hide nothing."""
     return False
 
 
 def recipe_of(cls: str, host: Host) -> Recipe:
-    """The recipe of a class of transformers."""
+    """Return the recipe of a class of transformers, by its name."""
     rotary = cls == DINOv3ViTModel.__name__
     clip = host.blocks == "encoder.layers"
     name, stack = f"transformers {cls}", f"{host.encoder}.{host.blocks}".lstrip(".")
@@ -359,12 +365,12 @@ def recipe_of(cls: str, host: Host) -> Recipe:
     )  # fmt: skip
 
 
-# before 5.10 there was an encoder of their own inside these two
-for _around, _name, _prefix in ((CLIPModel, "CLIPVisionTransformer", 1), (SiglipModel, "SiglipVisionTransformer", 0)):
-    _inner = getattr(sys.modules[_around.__module__], _name, None)
-    if _inner is not None:
-        _TABLE[_inner] = Host("", "encoder.layers", "post_layernorm", _prefix)
+# before transformers 5.10, these two held an encoder of another class
+for _model, _name, _prefix in ((CLIPModel, "CLIPVisionTransformer", 1), (SiglipModel, "SiglipVisionTransformer", 0)):
+    _encoder = getattr(sys.modules[_model.__module__], _name, None)
+    if _encoder is not None:
+        _TABLE[_encoder] = Host("", "encoder.layers", "post_layernorm", _prefix)
 
 HOSTS: dict[type[nn.Module], Recipe | str] = {cls: recipe_of(cls.__name__, host) for cls, host in _TABLE.items()}
-# any other model of transformers
+# any other model of transformers may read the tokens of an encoder inside it
 HOSTS[PreTrainedModel] = READS_TOKENS

@@ -1,4 +1,4 @@
-"""How names of reduced models begin in timm: `ltmp_vit_small_patch16_224`."""
+"""Prefixes of the names that reduced models have in timm: `ltmp_vit_small_patch16_224`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Teach timm the method's names without importing either: it is told when it is imported, and asks when one is used.
+"""Make timm find the method's model names, without importing timm or building anything before they are used.
 
-A name of ours is found where timm looks it up, and is in its lists only where a filter begins as our names do:
-`timm.list_models("ltmp_*")`. Nothing is registered, so that nobody else's lists change, and no time is lost.
+timm is patched when it is imported. Our names are then found in its look-ups, and listed only if a filter starts with
+one of our prefixes, as in `timm.list_models("ltmp_*")`. They are not registered, so other listings stay the same, and
+importing costs no time.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ _LISTED = ContextVar("_LISTED", default=False)
 
 
 class Entrypoints(dict[str, Callable[..., Any]]):
-    """timm's entrypoints by name, which also has ours; they are built when asked for, and listed only on request."""
+    """timm's entrypoints by name, and ours, which are created on look-up and listed only on request."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or self._ours(name) is not None
+        return super().__contains__(name) or self._find(name) is not None
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        found = self._ours(name)
-        if found is None:
+        entrypoint = self._find(name)
+        if entrypoint is None:
             raise KeyError(name)
-        return found
+        return entrypoint
 
     def keys(self) -> Any:
-        """All names while ours are listed, or else timm's."""
+        """timm's names, and ours inside `_listed(True)`."""
         if not _LISTED.get():
             return super().keys()
         from .timm_names import names
 
         return super().keys() | names(self)
 
-    def _ours(self, name: object) -> Callable[..., Any] | None:
+    def _find(self, name: object) -> Callable[..., Any] | None:
         if not (isinstance(name, str) and name.startswith(PREFIXES)):
             return None
         from .timm_names import entrypoint
@@ -50,27 +51,27 @@ class Entrypoints(dict[str, Callable[..., Any]]):
 
 
 def install() -> None:
-    """Teach timm if it is imported, or else as soon as it is; `import ltmp` alone imports no timm."""
+    """Patch timm now if it is imported, else when it will be; `import ltmp` alone does not import timm."""
     if "timm" in sys.modules:
-        _teach()
+        _patch()
     elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TimmFinder())
 
 
-def _teach() -> None:
+def _patch() -> None:
     import timm
     from timm.models import _registry
 
     if isinstance(_registry._model_entrypoints, Entrypoints):
         return
     _registry._model_entrypoints = Entrypoints(_registry._model_entrypoints)
-    plain = _registry.list_models
+    original = _registry.list_models
 
-    @wraps(plain)
+    @wraps(original)
     def list_models(filter: Any = "", *args: Any, **kwargs: Any) -> list[str]:
         filters = [filter] if isinstance(filter, str) else list(filter or ())
-        with _listed(any(one.startswith(PREFIXES) for one in filters)):
-            return plain(filter, *args, **kwargs)
+        with _listed(any(pattern.startswith(PREFIXES) for pattern in filters)):
+            return original(filter, *args, **kwargs)
 
     modules: tuple[Any, ...] = (timm, timm.models, _registry)
     for module in modules:
@@ -79,6 +80,7 @@ def _teach() -> None:
 
 @contextmanager
 def _listed(ours: bool) -> Iterator[None]:
+    """Inside, and in this thread only, list our names too if `ours`."""
     token = _LISTED.set(ours)
     try:
         yield
@@ -87,7 +89,7 @@ def _listed(ours: bool) -> Iterator[None]:
 
 
 class _TimmFinder(importlib.abc.MetaPathFinder):
-    """Finds timm as everybody else does, and has it taught right after it was imported."""
+    """Finds timm through the other finders, and patches it after it was imported."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
@@ -101,7 +103,7 @@ class _TimmFinder(importlib.abc.MetaPathFinder):
 
 
 class _TimmLoader(importlib.abc.Loader):
-    """timm's own loader, but for what happens afterwards."""
+    """timm's own loader, followed by `_patch`."""
 
     def __init__(self, loader: importlib.abc.Loader, finder: _TimmFinder) -> None:
         self.loader = loader
@@ -111,11 +113,11 @@ class _TimmLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # resources, source and pickling ask the module for its loader: leave no trace there
+        # resources, inspect.getsource and pickling use the module's loader: restore the original one
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        _teach()
+        _patch()

@@ -1,6 +1,7 @@
-"""The method's names in timm, as the paper's code has them: `timm.create_model("ltmp_deit_small_patch16_224", tau=0.1)`
+"""The method's model names in timm, as in the paper's code: `timm.create_model("ltmp_deit_small_patch16_224", tau=0.1)`
 
-Every timm name whose entrypoint builds a host that can be attached gets one for each variant, and an `inference_` one.
+Every timm model whose entrypoint builds a host that can be attached gets one name per variant, and an `inference_` name
+for each learned one.
 """
 
 from __future__ import annotations
@@ -20,26 +21,31 @@ from ..method.recipe import Recipe
 from .prefixes import INFERENCE, PREFIXES
 
 
-def entrypoint(full: str, registered: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module] | None:
-    """The builder of the model `full`, if it is one of our names and `registered` has the host it ends in."""
-    variant, name = parse_name(full)
-    if variant is None or (full.startswith(INFERENCE) and variant not in LEARNED):
+def entrypoint(name: str, registered: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module] | None:
+    """Return the entrypoint of the model `name`, or None if it is not one of our names for a host in `registered`."""
+    variant, host = parse_name(name)
+    if variant is None or (name.startswith(INFERENCE) and variant not in LEARNED):
         return None
-    return _entrypoint(full, name, variant) if _builds_a_host(registered.get(name)) else None
+    if not _builds_host(registered.get(host)):
+        return None
+    build = _learned(host, variant, name.startswith(INFERENCE)) if variant in LEARNED else _fixed(host, variant)
+    build.__name__ = build.__qualname__ = name
+    return build
 
 
 def names(registered: Mapping[str, Callable[..., nn.Module]]) -> set[str]:
-    """The names of every host in `registered`."""
-    return {prefix + name for name, build in registered.items() if _builds_a_host(build) for prefix in PREFIXES}
+    """Return our names for all hosts in `registered`."""
+    return {prefix + name for name, build in registered.items() if _builds_host(build) for prefix in PREFIXES}
 
 
-def _builds_a_host(build: Callable[..., nn.Module] | None) -> bool:
-    built = getattr(build, "__annotations__", {}).get("return")
-    return getattr(built, "__name__", built) in _hosts()
+def _builds_host(build: Callable[..., nn.Module] | None) -> bool:
+    """Whether a timm entrypoint is annotated to return a class that can be attached."""
+    returned = getattr(build, "__annotations__", {}).get("return")
+    return getattr(returned, "__name__", returned) in _host_classes()
 
 
 @cache
-def _hosts() -> set[str]:
+def _host_classes() -> set[str]:
     return {
         cls.__name__
         for cls, recipe in recipes("timm").items()
@@ -48,33 +54,34 @@ def _hosts() -> set[str]:
 
 
 def parse_name(name: str) -> tuple[str | None, str]:
-    """The variant and the host's name in a registered one: `inference_ltmp_X` is ("ltmp", "X"), `X` is (None, "X")."""
+    """Split a name into variant and timm's name: `inference_ltmp_X` is ("ltmp", "X"), and `X` is (None, "X")."""
     variant, _, host = name.removeprefix(INFERENCE).partition("_")
     return (variant, host) if variant in VARIANTS and host else (None, name)
 
 
-def _entrypoint(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
-    if variant not in LEARNED:
-        return _fixed(full, name, variant)
+def _learned(host: str, variant: str, inference: bool) -> Callable[..., nn.Module]:
+    """Return an entrypoint for timm's model `host` with learned thresholds."""
 
     def build(pretrained: bool = False, tau: float = LTMPConfig.tau, **kwargs: Any) -> nn.Module:
-        model = attach(_build_host(name, pretrained, kwargs), LTMPConfig(variant=variant, tau=tau))
+        model = attach(_build_host(host, pretrained, kwargs), LTMPConfig(variant=variant, tau=tau))
         thresholds = thresholds_of(model)
         set_paper_start(thresholds)
-        if full.startswith(INFERENCE):
-            # removes tokens for real from the start, whatever mode timm hands the model out in
+        if inference:
+            # remove tokens from the start, whichever mode timm returns the model in
             thresholds.eval()
         else:
-            # asked for by this name: whoever trains the model trains them
+            # training a model of this name trains its thresholds
             thresholds.requires_grad_(True)
         model.register_load_state_dict_pre_hook(_accept_seed_keys)
         return model
 
-    build.__doc__ = f"{name} with learned thresholds ({variant}); `tau` is the temperature of the merge gradient."
-    return _named(build, full)
+    build.__doc__ = f"{host} with learned thresholds ({variant}); `tau` is the temperature of the merge gradient."
+    return build
 
 
-def _fixed(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
+def _fixed(host: str, variant: str) -> Callable[..., nn.Module]:
+    """Return an entrypoint for timm's model `host` with fixed rates."""
+
     def build(
         pretrained: bool = False,
         r: Rate | Sequence[Rate] = 0,
@@ -82,17 +89,12 @@ def _fixed(full: str, name: str, variant: str) -> Callable[..., nn.Module]:
         schedule: str = LTMPConfig.schedule,
         **kwargs: Any,
     ) -> nn.Module:
-        # a list is as good as a tuple
+        # Any: LTMPConfig is annotated with tuples and accepts lists
         rates: dict[str, Any] = {"r": r, "r_prune": r_prune}
         config = LTMPConfig(variant=variant, schedule=schedule, **rates)
-        return attach(_build_host(name, pretrained, kwargs), config)
+        return attach(_build_host(host, pretrained, kwargs), config)
 
-    build.__doc__ = f"{name} reduced at a fixed rate ({variant}); `r` tokens go in each block, see LTMPConfig."
-    return _named(build, full)
-
-
-def _named(build: Callable[..., nn.Module], full: str) -> Callable[..., nn.Module]:
-    build.__name__ = build.__qualname__ = full
+    build.__doc__ = f"{host} reduced at a fixed rate ({variant}); each block removes `r` tokens, see LTMPConfig."
     return build
 
 
@@ -101,7 +103,7 @@ def _build_host(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
 
     try:
         return timm.model_entrypoint(name)(pretrained=pretrained, **kwargs)
-    # timm, the hub's client and the network each fail with a class of their own
+    # timm, the hub client and the network each raise their own exceptions
     except Exception as error:
         if not pretrained or isinstance(error, TypeError | AssertionError):
             raise
@@ -109,30 +111,31 @@ def _build_host(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
 
 
 def no_weights(name: str, error: Exception, instead: str) -> LTMPError:
-    """Message for when timm could not get `name`'s weights; `instead` is how to give a file of them."""
+    """Return the error for weights that timm could not get; `instead` is how to pass a file of them."""
     return LTMPError(
         f"cannot get the pretrained weights of {name} ({first_line(error)}): without a network, copy the checkpoint "
-        f"here and {instead}"
+        f"to this machine and {instead}"
     )
 
 
 def _accept_seed_keys(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before loading: `blocks.N.merge_masker.threshold` becomes an entry of `ltmp.merge`, and so for prune.
+    """Convert a state dict of the paper's code before loading: `blocks.N.merge_masker.threshold` to `ltmp.merge[N]`.
 
-    A variant's checkpoint has only what it uses; what it does not use stays as it is.
+    Pruning thresholds are converted likewise. A checkpoint has only the thresholds that its variant uses; the others
+    keep their values.
     """
     if not is_attached(model):
         return
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    found = split_seed_state(own)[0]
-    if found is None:
+    entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    loaded = split_seed_state(entries)[0]
+    if loaded is None:
         return
-    thresholds = thresholds_of(model)
-    for key in own:
+    current = thresholds_of(model)
+    for key in entries:
         if SEED_KEY.fullmatch(key):
             del state[prefix + key]
     for step in ("merge", "prune"):
-        learned = step in found.config.steps
-        if learned or step not in thresholds.config.steps:
-            value = getattr(found if learned else thresholds, step)
+        learned = step in loaded.config.steps
+        if learned or step not in current.config.steps:
+            value = getattr(loaded if learned else current, step)
             state[f"{prefix}ltmp.{step}"] = value.detach()
