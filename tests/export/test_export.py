@@ -21,7 +21,7 @@ from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
 from ltmp.export.layouts import FORMS
 from ltmp.export.onnx import read_metadata
 from ltmp.export.runtimes import OPENERS, Session
-from ltmp.export.verify import NOISES, Verification, check_share, expect, made_images, smooth_images, verify
+from ltmp.export.verify import NOISES, Verification, check_share, expect, smooth_images, synthetic_images, verify
 from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.method.thresholds import Thresholds
 
@@ -210,7 +210,7 @@ def test_images_of_another_size_are_refused(model):
         session(random_images(1, size=20))
 
 
-def test_made_images_differ_in_tokens(model):
+def test_synthetic_images_differ_in_tokens(model):
     images = smooth_images(model, 8)
     assert images.shape == (8, 3, 16, 16)
     _, kept = run_recorded(model, images)
@@ -319,18 +319,17 @@ def test_the_share_in_a_file_is_the_thresholds_own(model, tmp_path, monkeypatch)
     assert 0 < float(shares[2]) < 1
 
 
-def test_made_images_are_reduced_about_as_much_as_the_thresholds_say():
+def test_synthetic_images_are_reduced_about_as_much_as_the_thresholds_say():
     model = reduced_model()
-    first = expect(model, made_images(model, 8)).share.mean().item()
+    first = expect(model, synthetic_images(model, 8)).share.mean().item()
     for share in (0.5, 0.9):
-        found = expect(model, made_images(model, 8, share)).share.mean().item()
+        found = expect(model, synthetic_images(model, 8, share)).share.mean().item()
         assert abs(found - share) <= abs(first - share)
     assert len({expect(model, smooth_images(model, 8, noise=noise)).share.mean().item() for noise in NOISES}) > 2
 
 
 def test_images_that_are_reduced_otherwise_are_noted():
     found = Verification(8, 0, 3, 0.0, share=0.8)
-    assert check_share(found, 0.75, made=True) == check_share(found, None, made=True) == found
-    assert (
-        "made images keep a share of 0.80, but these thresholds are for 0.50" in check_share(found, 0.5, made=True).note
-    )
+    assert check_share(found, 0.75, synthetic=True) == check_share(found, None, synthetic=True) == found
+    note = check_share(found, 0.5, synthetic=True).note
+    assert "synthetic images keep a share of 0.80, but these thresholds are for 0.50" in note
