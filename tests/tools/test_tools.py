@@ -96,7 +96,7 @@ def test_the_papers_own_training_reports_both_shares(images: Path, weights: Path
 
 
 def test_options_of_timms_script_are_refused_by_name(images: Path) -> None:
-    for option, why in (("--opt=adamw", "SGD with neither"), ("--epochs", "--views counts images")):
+    for option, why in (("--opt=adamw", "SGD with neither"), ("--epochs", "--views is a number of images")):
         done = tool("train.py", images, *MODEL, option, "3")
         assert done.returncode == 2
         assert f"{option.partition('=')[0]} is not supported here: " in done.stderr
