@@ -54,10 +54,10 @@ def small_digits() -> Parts:
     """1,797 digits of 8 x 8 pixels, scaled like those of the demo."""
     from sklearn.datasets import load_digits as load
 
-    digits = load()
-    pixels = F.interpolate(torch.from_numpy(digits.images).float()[:, None] / 16, 32, mode="bicubic").clamp(0, 1)
+    dataset = load()
+    pixels = F.interpolate(torch.from_numpy(dataset.images).float()[:, None] / 16, 32, mode="bicubic").clamp(0, 1)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    images, labels = ((pixels - MEAN) / STD)[order], torch.from_numpy(digits.target).long()[order]
+    images, labels = ((pixels - MEAN) / STD)[order], torch.from_numpy(dataset.target).long()[order]
     cuts = (slice(0, 900), slice(900, 1200), slice(1200, None))
     first, second, third = (TensorDataset(images[cut], labels[cut]) for cut in cuts)
     return first, second, third
