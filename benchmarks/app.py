@@ -1,4 +1,4 @@
-"""Time the app in headless Chromium: start, first paint, and one step of the budget slider until the page has changed.
+"""Time the app in headless Chromium: start, first paint, and from a step of the budget slider to the updated page.
 
 python benchmarks/app.py --demo-out ltmp-demo [--screenshots FOLDER]
 """
@@ -26,6 +26,7 @@ CHANGED = "old => document.querySelector('#figures').innerText != old"
 
 @contextmanager
 def say(text: str, total: int | None) -> Iterator[Any]:
+    """Print the name of a step instead of a progress bar."""
     print(text, flush=True)
     yield lambda *_: None
 
@@ -39,12 +40,13 @@ def slide(tab: Page, share: float) -> float:
     number.press("Enter")
     tab.wait_for_function(CHANGED, arg=before, polling=10)
     took = perf_counter() - start
-    # a late picture of this step must not be taken for the next one's
+    # otherwise a late image of this step would count as the next one's update
     tab.wait_for_timeout(1000)
     return took
 
 
 def drive(tab: Page, url: str, shares: list[float]) -> dict[str, float]:
+    """Open the page, choose a sample and set each budget; the times in seconds."""
     tab.goto(url)
     tab.wait_for_selector("#samples img")
     paint = tab.evaluate(PAINT) / 1000
@@ -67,12 +69,12 @@ def main() -> None:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme, width in (("light", 1280), ("light", 390), ("dark", 1280), ("dark", 390)):
             tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
-            found = drive(tab, page.local_url, [0.55, 0.65, 0.7, 0.85, 1.0])
-            figures |= {f"{name}, {scheme} {width}": value for name, value in found.items()}
+            times = drive(tab, page.local_url, [0.55, 0.65, 0.7, 0.85, 1.0])
+            figures |= {f"{name}, {scheme} {width}": value for name, value in times.items()}
             slide(tab, 0.62)
             tab.wait_for_timeout(1500)
             if arguments.screenshots:
-                # the browser loads a picture when it is nearly in sight
+                # the browser loads images lazily, when they are about to become visible
                 tab.locator("#strip").scroll_into_view_if_needed()
                 tab.wait_for_timeout(1000)
                 arguments.screenshots.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What attaching costs while nothing is selected: an attached model with off thresholds against the same model without.
+"""Overhead of attaching: an attached model with all thresholds off against the same model without thresholds.
 
     python benchmarks/attach_overhead.py --model deit_small_patch16_224 --batch 1 8
 
-The two are timed in turn; the medians and their ratio are printed.
+Both are timed interleaved; prints the medians and the median ratio.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import ltmp
 
 
 def interleaved(calls: Sequence[Callable[[], object]], repeats: int, device: str) -> list[list[float]]:
-    """Seconds of each call, one after the other in each round, so that a drift of the machine meets all alike."""
+    """Seconds of each call in each round, interleaved so that a drift of the machine affects all calls alike."""
     seconds: list[list[float]] = [[] for _ in calls]
     for round_ in range(-2, repeats):
-        for call, found in zip(calls, seconds, strict=True):
+        for call, times in zip(calls, seconds, strict=True):
             _wait(device)
             start = time.perf_counter()
             call()
             _wait(device)
             if round_ >= 0:
-                found.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
     return seconds
 
 
@@ -54,9 +54,9 @@ def main() -> None:
         images = torch.randn(batch, *plain.pretrained_cfg["input_size"], device=args.device)
         with torch.inference_mode():
             times = interleaved([lambda: plain(images), lambda: attached(images)], args.repeats, args.device)  # noqa: B023
-        dense, off = (statistics.median(found) for found in times)
-        rounds = statistics.median(b / a for a, b in zip(*times, strict=True))
-        print(f"batch {batch}: dense {1e3 * dense:.2f} ms, attached {1e3 * off:.2f} ms, ratio {rounds:.3f}")
+        dense, off = (statistics.median(seconds) for seconds in times)
+        ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+        print(f"batch {batch}: dense {1e3 * dense:.2f} ms, attached {1e3 * off:.2f} ms, ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

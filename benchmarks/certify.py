@@ -4,11 +4,11 @@
     python benchmarks/certify.py --amp --model vit_small_patch14_dinov2 --img-size 224 --num-classes 200 \
         --weights vit.safetensors --thresholds dial.safetensors --val val.tar --out certify
 
-Each image goes once through the dense model and through every budget; the losses are kept in losses.npz, and a second
-run simulates from them. A split certifies on n images and looks up the risk on all others; a draw certifies on n images
-drawn with replacement from all of them, whose risk is then known exactly, as the certificate's promise has it. --demo
-takes the model that `ltmp demo` left in a folder, makes a dial on 500 digits, and reports on 3,000 others.
-Lower resolution and fixed-rate merging are certified as dials on the same images. Writes certify.csv.
+Each image goes once through the dense model and through the model at every budget. The losses are kept in losses.npz,
+so that a second run only simulates. A split certifies on n images and measures the risk on all others. A draw certifies
+on n images drawn with replacement from all images, for which the risk that the certificate bounds is known exactly.
+--demo uses the model that `ltmp demo` left in a folder, makes a dial on 500 digits, and evaluates on 3,000 others. With
+--others, lower resolution and fixed-rate merging are certified as dials on the same images. Writes certify.csv.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ SIZES = (300, 1000)
 CONFIDENCE = 0.95
 
 Way = tuple[str, float, nn.Module, Callable[[], Any]]
-"""A dial's name, a share, the model, and what to be inside of while it runs."""
+"""Name of the dial, FLOPs share, the model, and a function that returns the context to run the model in."""
 
 
 def subject(options: argparse.Namespace) -> tuple[nn.Module, Loader]:
-    """The model with a dial, and images that nothing was learned from."""
+    """The model with a dial, and images that the dial was not learned from."""
     if options.demo:
         from ltmp.demo import Setup, trained_model
 
@@ -68,16 +68,16 @@ def subject(options: argparse.Namespace) -> tuple[nn.Module, Loader]:
 
 
 def ways(model: nn.Module, images: torch.Tensor, options: argparse.Namespace) -> list[Way]:
-    """Every budget of every dial, mildest first."""
-    made = attachment(model)
-    own = made.thresholds
-    dial = own.dial
+    """Every budget of every dial, the largest first."""
+    attached = attachment(model)
+    thresholds = attached.thresholds
+    dial = thresholds.dial
     assert dial is not None
     grid = np.arange(0.95, 0.1, -options.step).round(4).tolist()
     shares = [share for share in grid if dial.lowest <= share <= dial.highest]
 
     def at(share: float) -> Any:
-        own.set_budget(share)
+        thresholds.set_budget(share)
         return nullcontext()
 
     found: list[Way] = [("dial", share, model, lambda share=share: at(share)) for share in shares]
@@ -86,14 +86,13 @@ def ways(model: nn.Module, images: torch.Tensor, options: argparse.Namespace) ->
         found += [("lower resolution", share, one, nullcontext) for share, one in small]
         for share in shares[:: options.others]:
             rates = rates_for(model, images[:1], "m", share)
-            found.append(
-                ("fixed-rate merging", share, model, lambda rates=rates: running(body=replace(made.body, policy=rates)))
-            )
+            body = replace(attached.body, policy=rates)
+            found.append(("fixed-rate merging", share, model, lambda body=body: running(body=body)))
     return found
 
 
 def measure(model: nn.Module, loader: Loader, options: argparse.Namespace) -> dict[str, Any]:
-    """Names [K], shares [K], whether each answer differs [K, N], whether it is right [K, N], and dense ones [N]."""
+    """Names and shares [K], whether predictions differ from dense and are correct [K, N], and for dense correct [N]."""
     device = torch.device(options.device)
     model.to(device)
     every = ways(model, next(iter(loader))[0].to(device), options)
@@ -108,7 +107,7 @@ def measure(model: nn.Module, loader: Loader, options: argparse.Namespace) -> di
                 plain.append(model(images).argmax(-1).cpu())
             labels.append(targets)
             for found, (_, _, one, inside) in zip(answers, every, strict=True):
-                # recorded calls are reduced even where that does not pay
+                # recorded calls are always reduced, even if reduction does not pay off
                 with inside(), ltmp.record():
                     found.append(one(images).argmax(-1).cpu())
             bar(len(images))
@@ -121,7 +120,7 @@ def measure(model: nn.Module, loader: Loader, options: argparse.Namespace) -> di
 
 
 def passes(losses: np.ndarray, level: float, exact: bool) -> int:
-    """Budgets certified, of losses [K, n]: tested in order, up to the first that fails."""
+    """How many budgets are certified from losses [K, n]: they are tested in order, until one fails."""
     p_value: PValue = betting_p_value
     for k, row in enumerate(losses):
         p = binomial_tail(int(row.sum()), len(row), level) if exact else p_value(row, level, CONFIDENCE)
@@ -131,7 +130,7 @@ def passes(losses: np.ndarray, level: float, exact: bool) -> int:
 
 
 def simulate(losses: np.ndarray, shares: np.ndarray, n: int, level: float, exact: bool, turns: int) -> dict[str, Any]:
-    """How often a certified budget breaks its promise, and how far it is from the best."""
+    """How often a certified budget exceeds the risk level, and how far it is from the best budget."""
     rng = np.random.default_rng(0)
     whole = losses.mean(1)
     broken_split = broken_draw = none = 0
@@ -156,18 +155,20 @@ def simulate(losses: np.ndarray, shares: np.ndarray, n: int, level: float, exact
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, help="folder of `ltmp demo`: its model and digits")
+    parser.add_argument("--demo", type=Path, help="output folder of `ltmp demo`: use its model and digits")
     parser.add_argument("--model")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--img-size", type=int)
-    parser.add_argument("--thresholds", type=Path, help="a dial; certified on images that it was not learned on")
+    parser.add_argument("--thresholds", type=Path, help="file with a dial, not learned on the images of --val")
     parser.add_argument("--val", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--low", type=float, default=0.35, help="of the dial made for --demo")
+    parser.add_argument("--low", type=float, default=0.35, help="lowest share of the dial made for --demo")
     parser.add_argument("--high", type=float, default=0.95)
-    parser.add_argument("--step", type=float, default=0.05, help="between budgets")
-    parser.add_argument("--others", type=int, default=0, help="also other dials; fixed rates at every OTHERS-th budget")
+    parser.add_argument("--step", type=float, default=0.05, help="step between budgets")
+    parser.add_argument(
+        "--others", type=int, default=0, help="also lower resolutions, and fixed rates at every OTHERS-th budget"
+    )
     parser.add_argument("--turns", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true")

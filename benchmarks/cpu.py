@@ -1,14 +1,15 @@
-"""Reduced models on a CPU against the fastest dense torch: one process, in turns, paired ratios.
+"""Reduced models on a CPU against the fastest dense model in torch: one process, interleaved, paired ratios.
 
     python benchmarks/cpu.py --threads 2
     python benchmarks/cpu.py --threads 2 --scores best
     python benchmarks/cpu.py --threads 2 --model vit_small_patch14_dinov2 --img-size 518 --target 0.5 --batch-sizes 1
 
-Dense is eager with fused attention, eager without, and compiled by torch.compile; the ratio is against whichever has
-the best median. A row is printed only after the reduced model agreed with the masked reference: same token counts,
-logits within 1e-4. Weights are random; thresholds are calibrated on smooth random images, so that token counts differ
-between images. Every call gets images that no other call of its round has, as in use: what a library prepares for a
-number of rows that it has just seen does not count. `ops` is operator calls of a reduced forward, nested ones counted.
+Dense is eager with fused attention, eager without, and compiled by torch.compile; the ratio is against the one with the
+best median. A row is printed only if the reduced model agrees with the masked reference: same token counts, logits
+within 1e-4. Weights are random; thresholds are calibrated on smooth random images, so that token counts differ between
+images. Each round runs another batch, as in deployment, so that no way profits from what a library has prepared for the
+same number of rows in the round before. `ops` is the number of operator calls of a reduced forward, including nested
+ones.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ Call = Callable[[Tensor], object]
 
 
 def smooth_images(count: int, size: int) -> Tensor:
-    """[count, 3, size, size] of blobs on noise: neighbouring patches resemble each other, as in photographs."""
+    """[count, 3, size, size], blobs with noise: neighbouring patches are similar, as in photographs."""
     blobs = nn.functional.interpolate(torch.randn(count, 3, 28, 28), size=size, mode="bicubic")
     return blobs + 0.1 * torch.randn(count, 3, size, size)
 
 
 def random_probe(depth: int, width: int) -> Tensor:
-    """[L, C + 1, WIDTH + 2], a probe of the size and scale of a learned one."""
+    """[L, C + 1, WIDTH + 2], a random probe of the size and scale of a learned one."""
     probe = 0.02 * torch.randn(depth, width + 1, WIDTH + 2)
     probe[:, -1, 0] += 1
     return probe
@@ -54,7 +55,7 @@ def random_probe(depth: int, width: int) -> Tensor:
 
 @contextmanager
 def fused(model: nn.Module, on: bool) -> Iterator[None]:
-    """Dense, with or without torch's fused attention."""
+    """Run dense inside, with or without torch's fused attention."""
     attentions = [block.attn for block in attachment(model).body.blocks]
     before = [attention.fused_attn for attention in attentions]
     try:
@@ -68,7 +69,7 @@ def fused(model: nn.Module, on: bool) -> Iterator[None]:
 
 
 def ways(model: nn.Module, dense: nn.Module | None) -> dict[str, Call]:
-    """Every way to run a batch, by name. `dense` is the same model with nothing attached, to be compiled, or None."""
+    """Every way to run a batch, by name. `dense` is the same model without thresholds, to be compiled, or None."""
 
     def eager(on: bool) -> Call:
         def call(images: Tensor) -> object:
@@ -93,14 +94,14 @@ def ways(model: nn.Module, dense: nn.Module | None) -> dict[str, Call]:
 
 
 def elapsed(call: Call, images: Tensor) -> tuple[float, float]:
-    """Seconds on the wall and of the processor."""
+    """Wall-clock and processor seconds of a call."""
     start, used = perf_counter(), process_time()
     call(images)
     return perf_counter() - start, process_time() - used
 
 
 def check(model: nn.Module, images: Tensor) -> float:
-    """Mean share of `images`, after packed and masked agreed."""
+    """Mean FLOPs share of `images`, after checking that the packed and the masked engine agree."""
     with ltmp.record() as calls:
         packed = model(images)
         model.ltmp.train().requires_grad_(True)
@@ -112,14 +113,14 @@ def check(model: nn.Module, images: Tensor) -> float:
 
 
 def operators(call: Call, images: Tensor) -> int:
-    """Calls of torch's operators in one forward."""
+    """Number of operator calls of torch in one forward."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call(images)
     return sum(event.name.startswith(("aten::", "mkldnn::")) for event in profiler.events())
 
 
 def row(model: nn.Module, calls: dict[str, Call], images: Tensor, batch: int, seconds: float) -> dict[str, object]:
-    """Time every way on batches of `images` in turn, for about `seconds` each."""
+    """Time every way on batches of `images`, interleaved, for about `seconds` each."""
     batches = cycle(images.split(batch))
     share = sum(check(model, part) for part in images.split(batch)) / (len(images) // batch)
     once = {name: elapsed(call, next(batches))[0] for name, call in calls.items()}
@@ -154,21 +155,21 @@ def row(model: nn.Module, calls: dict[str, Call], images: Tensor, batch: int, se
 
 
 def processor() -> str:
-    """Its name."""
+    """Name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def options() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224")
-    parser.add_argument("--img-size", type=int, help="default: the model's own")
+    parser.add_argument("--img-size", type=int, help="default: the model's default")
     parser.add_argument("--scores", choices=SCORES, default="paper")
     parser.add_argument("--target", type=float, default=0.56, help="share of the dense FLOPs")
-    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
+    parser.add_argument("--every", type=int, default=1, help="one of this many blocks removes tokens")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--images", type=int, default=32, help="different ones, at least a batch")
+    parser.add_argument("--images", type=int, default=32, help="number of different images; at least one batch is used")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=6.0, help="about how long to time each way")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -178,31 +179,29 @@ def options() -> argparse.Namespace:
 
 @torch.inference_mode()
 def main() -> None:
-    given = options()
-    torch.set_num_threads(given.threads)
+    args = parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    size = {} if given.img_size is None else {"img_size": given.img_size}
-    model = timm.create_model(given.model, **size).eval()
+    size = {} if args.img_size is None else {"img_size": args.img_size}
+    model = timm.create_model(args.model, **size).eval()
     dense = None
-    if not given.no_compile:
-        dense = timm.create_model(given.model, **size).eval()
+    if not args.no_compile:
+        dense = timm.create_model(args.model, **size).eval()
         dense.load_state_dict(model.state_dict())
-    images = smooth_images(max(given.images, *given.batch_sizes), model.patch_embed.img_size[0])
-    ltmp.attach(model, ltmp.LTMPConfig(engine="packed", scores=given.scores))
+    images = smooth_images(max(args.images, *args.batch_sizes), model.patch_embed.img_size[0])
+    ltmp.attach(model, ltmp.LTMPConfig(engine="packed", scores=args.scores))
     if model.ltmp.config.needs_probe:
         model.ltmp.set_probe(random_probe(len(attachment(model).body.blocks), model.embed_dim))
-    calibrate(model, images, given.target, given.every)
+    calibrate(model, images, args.target, args.every)
     calls, rows = ways(model, dense), []
-    if not given.json:
-        print(
-            f"{given.model}, {given.scores} scores, {given.threads} threads of {processor()}, torch {torch.__version__}"
-        )
-    for batch in given.batch_sizes:
-        rows.append(row(model, calls, images[: len(images) // batch * batch], batch, given.seconds))
-        if not given.json:
+    if not args.json:
+        print(f"{args.model}, {args.scores} scores, {args.threads} threads of {processor()}, torch {torch.__version__}")
+    for batch in args.batch_sizes:
+        rows.append(row(model, calls, images[: len(images) // batch * batch], batch, args.seconds))
+        if not args.json:
             cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
             print("  ".join(cells), flush=True)
-    if given.json:
+    if args.json:
         print(json.dumps({"processor": processor(), "torch": torch.__version__, "rows": rows}, indent=2))
 
 

@@ -1,18 +1,18 @@
-"""Dense tasks on grids of patches: reduced against dense, lower resolution and fixed-rate merging.
+"""Segmentation and correspondence on grids of patches: reduced, dense, lower resolution and fixed-rate merging.
 
     python benchmarks/dense_tasks.py --weights vit.safetensors --threads 1
 
-Both are made of the photographs that scikit-image and scikit-learn ship, and of the last features, head left out.
+Both tasks use the photographs shipped with scikit-image and scikit-learn, and the features before the head.
 
-- Segmentation: collages of pieces of ten photographs; which photograph is each patch of? A linear classifier is fitted
-  to dense features of some collages and judges those of others, cut from the other halves of the photographs: mean
-  intersection over union, in %.
-- Correspondence: two views of a photograph, cut at other places, in other sizes and colours, half of them mirrored.
-  Every patch of the first that lies in the second looks for the most similar one there: % found within 1.5 patches.
+- Segmentation: in collages of pieces of ten photographs, predict the photograph that each patch comes from. A linear
+  classifier is fitted to dense features of some collages and evaluated on others, cut from the other halves of the
+  photographs: mean intersection over union, in %.
+- Correspondence: two views of a photograph differ in position, size and colour, and half of the views are mirrored. For
+  each patch of the first view that lies in the second, find the most similar patch there: % within 1.5 patches of the
+  correct place.
 
-Thresholds are those of a dial that learned from the backbone's features of the collages that the classifier is fitted
-to, without labels. At lower resolution features are interpolated onto the grid. Shares of FLOPs are those of the
-collages that are judged.
+The dial is learned without labels, from the backbone's features of the collages that the classifier is fitted to. At
+lower resolution, features are interpolated to the original grid. FLOPs shares are measured on the evaluated collages.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ FILES = {
     "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
 }  # fmt: skip
 NEAR = 1.5
-"""Patches between the place that was found and the right one, at most."""
+"""Largest distance in patches between the predicted and the correct place of a match."""
 
 Features = Callable[[Tensor], Tensor]
-"""Images [B, 3, S, S] to features [B, C, h, w]."""
+"""From images [B, 3, S, S] to features [B, C, h, w]."""
 
 
 def pictures() -> Iterator[Image.Image]:
     for package, names in FILES.items():
         found = find_spec(package)
         if found is None or found.origin is None:
-            raise SystemExit(f"{package} is not installed: its photographs are looked at")
+            raise SystemExit(f"{package} is not installed: this benchmark uses its photographs")
         for name in names:
             yield read_image(Path(found.origin).parent / name, "RGB")
 
 
 def view(picture: Image.Image, size: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A part of a picture [3, size, size] in [0, 1], and where its pixels are: [left, top, scale, mirrored]."""
+    """A random crop [3, size, size] in [0, 1] of a picture, and its place: [left, top, scale, mirrored]."""
     side = min(picture.size) * draw.uniform(0.5, 0.9)
     left, top = (draw.uniform(0, whole - side) for whole in picture.size)
     part = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
@@ -74,7 +74,7 @@ def view(picture: Image.Image, size: int, draw: np.random.Generator) -> tuple[Te
 
 
 def places(at: Tensor, size: int, patches: int) -> Tensor:
-    """[patches^2, 2], where the middles of a view's patches are in its picture."""
+    """[patches^2, 2], the centres of a view's patches in the coordinates of its picture."""
     middle = (torch.arange(patches) + 0.5) * size / patches
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     x = size - x if at[3] else x
@@ -82,7 +82,7 @@ def places(at: Tensor, size: int, patches: int) -> Tensor:
 
 
 def right(ours: Tensor, theirs: Tensor, at: tuple[Tensor, Tensor], size: int) -> Tensor:
-    """bool, whether each patch of the first view [C, h, h] that lies in the second one is found there."""
+    """bool, whether each patch of the first view [C, h, h] that lies in the second one is matched correctly."""
     patches = ours.shape[-1]
     one, other = (places(place, size, patches) for place in at)
     step = at[1][2] * size / patches
@@ -90,35 +90,33 @@ def right(ours: Tensor, theirs: Tensor, at: tuple[Tensor, Tensor], size: int) ->
     inside = ((one >= low) & (one <= high)).all(-1)
     a, b = (F.normalize(features.flatten(1), dim=0) for features in (ours, theirs))
     similar = a.T[inside] @ b
-    # patches that are one token are alike: the middle of them is meant
+    # patches of one token have equal features: their mean position is the match
     best = (similar >= similar.amax(-1, keepdim=True) - 1e-6).float()
-    found = best @ other / best.sum(-1, keepdim=True)
-    return (found - one[inside]).norm(dim=-1) <= NEAR * step
+    matched = best @ other / best.sum(-1, keepdim=True)
+    return (matched - one[inside]).norm(dim=-1) <= NEAR * step
 
 
 class Collages:
-    """Pieces of photographs [N, 3, size, size] in [0, 1], and the photograph that each patch is of: int64 [N, h, h].
+    """Collages `images` [N, 3, size, size] in [0, 1], and `labels` int64 [N, h, h], the photograph of each patch.
 
     Args:
-        half: of each photograph that pieces come from, 0 or 1.
+        half: the half of each photograph that pieces are cut from, 0 (top) or 1 (bottom).
     """
 
     def __init__(self, count: int, size: int, patches: int, half: int, seed: int) -> None:
         draw = np.random.default_rng(seed)
-        whole = [*pictures()]
-        sides = [(0, half * p.height // 2, p.width, (half + 1) * p.height // 2) for p in whole]
-        parts = [p.crop(side) for p, side in zip(whole, sides, strict=True)]
-        made = [self._made(parts, size, draw) for _ in range(count)]
-        self.images = torch.stack([image for image, _ in made])
-        owners = torch.stack([owner for _, owner in made])
-        # the photograph of most of a patch
+        parts = [p.crop((0, half * p.height // 2, p.width, (half + 1) * p.height // 2)) for p in pictures()]
+        collages = [self._collage(parts, size, draw) for _ in range(count)]
+        self.images = torch.stack([image for image, _ in collages])
+        owners = torch.stack([owner for _, owner in collages])
+        # the photograph that covers most of a patch
         votes = F.one_hot(owners, len(parts)).permute(0, 3, 1, 2).float()
         self.labels = F.adaptive_avg_pool2d(votes, patches).argmax(1)
 
     @staticmethod
-    def _made(parts: list[Image.Image], size: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _collage(parts: list[Image.Image], size: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
         chosen = draw.choice(len(parts), 5, replace=False)
-        # every pixel belongs to the nearest of five points
+        # five photographs, and each pixel is of the one whose random point is nearest
         points = torch.from_numpy(draw.uniform(0, size, (5, 2))).float()
         y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
         nearest = (torch.stack([y, x], -1).float()[:, :, None] - points).norm(dim=-1).argmin(-1)
@@ -135,28 +133,30 @@ def classifier(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def flat(features: Tensor) -> Tensor:
-    """[N * h * h, C + 1], normed, and a column of ones."""
+    """[N * h * h, C + 1], normalised features and a column of ones."""
     x = features.permute(0, 2, 3, 1).flatten(0, 2)
     return F.pad(F.normalize(x, dim=1) * x.shape[1] ** 0.5, (0, 1), value=1.0)
 
 
-def overlap(found: Tensor, labels: Tensor) -> float:
+def mean_iou(predicted: Tensor, labels: Tensor) -> float:
     """Mean intersection over union of the classes, in %."""
-    classes = range(int(labels.max()) + 1)
-    each = [float(((found == k) & (labels == k)).sum() / ((found == k) | (labels == k)).sum()) for k in classes]
-    return 100 * sum(each) / len(each)
+    ious = []
+    for k in range(int(labels.max()) + 1):
+        a, b = predicted == k, labels == k
+        ious.append(float((a & b).sum() / (a | b).sum()))
+    return 100 * sum(ious) / len(ious)
 
 
 def grid_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """[B, C, h, w] of tokens [B, N, C]."""
+    """The patch tokens of [B, N, C] as [B, C, h, w]."""
     patches = tokens[:, model.num_prefix_tokens :]
     side = round(patches.shape[1] ** 0.5)
     return patches.transpose(1, 2).unflatten(2, (side, side))
 
 
-def ways(model: nn.Module, images: Tensor, given: argparse.Namespace) -> Iterator[tuple[str, Features]]:
-    """Every method at every setting, as what to call."""
-    made = attachment(model)
+def ways(model: nn.Module, images: Tensor, args: argparse.Namespace) -> Iterator[tuple[str, Features]]:
+    """Name and feature function of every method at every setting."""
+    attached = attachment(model)
 
     def plain(x: Tensor) -> Tensor:
         return grid_of(model, model.forward_features(x))
@@ -166,22 +166,22 @@ def ways(model: nn.Module, images: Tensor, given: argparse.Namespace) -> Iterato
             return plain(x)
 
     yield "dense", dense
-    for share in given.shares:
+    for share in args.shares:
 
         def ours(x: Tensor, share: float = share) -> Tensor:
             model.ltmp.set_budget(share)
             return plain(x)
 
-        yield f"{given.variant} {share:g}", ours
-    for share in given.shares:
+        yield f"{args.variant} {share:g}", ours
+    for share in args.shares:
         rates = rates_for(model, images[:1], "m", share)
 
         def fixed(x: Tensor, rates: Any = rates) -> Tensor:
-            with running(body=replace(made.body, policy=rates)), ltmp.unmerge():
+            with running(body=replace(attached.body, policy=rates)), ltmp.unmerge():
                 return plain(x)
 
         yield f"fixed-rate merging {share:g}", fixed
-    for size in given.sizes:
+    for size in args.sizes:
         smaller = at_resolution(model, size, images[:1])
 
         def shrunk(x: Tensor, smaller: Any = smaller) -> Tensor:
@@ -191,58 +191,59 @@ def ways(model: nn.Module, images: Tensor, given: argparse.Namespace) -> Iterato
         yield f"{size} pixels, share {smaller.share:.3f}", shrunk
 
 
-def options() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch14_dinov2")
     parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--num-classes", type=int, default=200, help="of the checkpoint; its head is left out")
+    parser.add_argument("--num-classes", type=int, default=200, help="of the checkpoint, whose head is not used")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--scores", default="best")
-    parser.add_argument("--variant", default="ltmp", help="ltm merges only")
+    parser.add_argument("--variant", default="ltmp", help="ltmp, or e.g. ltm to merge only")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[196, 182, 168, 154, 140])
     parser.add_argument("--views", type=int, default=20, help="pairs of views of each photograph")
-    parser.add_argument("--collages", type=int, default=128, help="to fit the classifier to, and again to judge it on")
+    parser.add_argument("--collages", type=int, default=128, help="number of collages to fit, and to evaluate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
-    given = options()
-    torch.set_num_threads(given.threads)
-    model = build_model(
-        given.model, weights=given.weights, num_classes=given.num_classes, image_size=given.img_size
-    ).eval()
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    model = build_model(args.model, weights=args.weights, num_classes=args.num_classes, image_size=args.img_size).eval()
     model.reset_classifier(0)
-    ltmp.attach(model, ltmp.LTMPConfig(given.variant, scores=given.scores, tokens="grid", engine="packed"))
+    ltmp.attach(model, ltmp.LTMPConfig(args.variant, scores=args.scores, tokens="grid", engine="packed"))
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    size, patches, draw = given.img_size, model.patch_embed.grid_size[0], np.random.default_rng(0)
-    pairs = [[view(picture, size, draw) for _ in range(2)] for picture in pictures() for _ in range(given.views)]
+    size, patches, draw = args.img_size, model.patch_embed.grid_size[0], np.random.default_rng(0)
+    pairs = [[view(picture, size, draw) for _ in range(2)] for picture in pictures() for _ in range(args.views)]
     at = [(one[1], other[1]) for one, other in pairs]
     first, second = (torch.stack([(pair[i][0] - mean) / std for pair in pairs]) for i in range(2))
-    fitted, judged = (Collages(given.collages, size, patches, half, half) for half in range(2))
+    fitted, tested = (Collages(args.collages, size, patches, half, half) for half in range(2))
     learning = ((fitted.images - mean) / std).split(32)
-    ltmp.learn_dial(model, learning, min(given.shares) - 0.05, 0.9, views=0, knots=8, calibration=given.collages)
+    ltmp.learn_dial(model, learning, min(args.shares) - 0.05, 0.9, views=0, knots=8, calibration=args.collages)
     rows, linear = [], None
-    for name, features in ways(model, first, given):
+    for name, features in ways(model, first, args):
 
-        def read(images: Tensor, features: Features = features) -> Tensor:
+        def compute(images: Tensor, features: Features = features) -> Tensor:
             with torch.inference_mode():
                 return torch.cat([features(part) for part in images.split(32)])
 
         # the dense model comes first
-        linear = classifier(read((fitted.images - mean) / std), fitted.labels) if linear is None else linear
+        linear = classifier(compute((fitted.images - mean) / std), fitted.labels) if linear is None else linear
         with ltmp.record() as calls:
-            found = flat(read((judged.images - mean) / std))
-        segmented = overlap((found @ linear).argmax(1), judged.labels.flatten())
-        each = [right(*both, places, size) for *both, places in zip(read(first), read(second), at, strict=True)]
-        matched = 100 * float(torch.stack([there.float().mean() for there in each if len(there)]).mean())
+            x = flat(compute((tested.images - mean) / std))
+        segmented = mean_iou((x @ linear).argmax(1), tested.labels.flatten())
+        correct = [
+            right(one, other, place, size)
+            for one, other, place in zip(compute(first), compute(second), at, strict=True)
+        ]
+        matched = 100 * float(torch.stack([pair.float().mean() for pair in correct if len(pair)]).mean())
         share = float(calls.share().mean()) if calls.kept else None
         rows.append({"way": name, "share": share, "mIoU": segmented, "matched": matched})
         print(f"{name:32} {'' if share is None else f'{share:.3f}':6} {segmented:.1f} {matched:.1f}", flush=True)
-    if given.json:
-        tables.write_json({"collages": given.collages, "pairs": len(pairs), "rows": rows}, given.json)
+    if args.json:
+        tables.write_json({"collages": args.collages, "pairs": len(pairs), "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

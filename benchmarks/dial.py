@@ -1,7 +1,7 @@
-"""How long turning the dial takes: `set_budget` at a thousand budgets, for models of a few depths.
+"""How long `set_budget` takes, over a thousand budgets, for models of several depths.
 
 python benchmarks/dial.py
-python benchmarks/dial.py --device cuda     # while the device is busy: nothing is waited for
+python benchmarks/dial.py --device cuda     # while the device is busy: set_budget must not wait for it
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KNOTS = 16
 
 
 def turns(depth: int, device: str) -> list[float]:
-    """Microseconds of each turn; on a GPU with work queued before it, so that a turn that waited would be seen."""
+    """Microseconds of each call, sorted; on a GPU with work queued first, so that synchronising would show."""
     own = Thresholds(depth, ltmp.LTMPConfig()).to(device)
     share = torch.linspace(0.3, 0.95, KNOTS)
     tables = (torch.rand(KNOTS, depth) * 0.9, torch.rand(KNOTS, depth) * 0.01 + 1e-6, torch.rand(KNOTS, depth) + 1)

@@ -1,9 +1,9 @@
-"""Learning and evaluation on several ranks against one process: how far thresholds and figures are apart, and the time.
+"""Learning and evaluation on several ranks against one process: differences of thresholds and results, and time.
 
     python benchmarks/distributed.py --ranks 2 --batch-size 16 -- --data images/ --val val/ \
         --model deit_small_patch16_224 --pretrained --views 640 --calibration 128
 
-What follows `--` are options of `ltmp learn`. One process gets batches as large as all ranks' together.
+Options after `--` are those of `ltmp learn`. The batch size of the single process is that of all ranks together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
 
 
 def learn(ranks: int, batch: int, options: list[str], out: Path) -> dict[str, Any]:
-    """Learn on some ranks; what `ltmp learn --json` says, its thresholds and its seconds."""
+    """Run `ltmp learn` on some ranks; returns its JSON results, its thresholds and the seconds it took."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "ltmp", "learn", *options, "--batch-size", str(batch)]
     start = perf_counter()
@@ -52,12 +52,12 @@ def main() -> None:
     rows = [
         {
             "ranks": ranks,
-            "share": found["share"],
-            **{name: found.get(name) for name in ("top1_dense", "top1")},
-            "loss of the last step": found["history"][-1]["loss"],
-            "seconds": found["seconds"],
+            "share": result["share"],
+            **{name: result.get(name) for name in ("top1_dense", "top1")},
+            "loss of the last step": result["history"][-1]["loss"],
+            "seconds": result["seconds"],
         }
-        for ranks, found in ((1, one), (args.ranks, many))
+        for ranks, result in ((1, one), (args.ranks, many))
     ]
     tables.show(rows, "1 process and several ranks")
     for name in ("merge", "prune"):

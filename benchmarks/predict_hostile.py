@@ -1,10 +1,10 @@
-"""`ltmp predict` over 200 files, and over as many members and rows, that mean harm: memory, time, none of them lost.
+"""`ltmp predict` on 200 malicious files, and on as many members and rows of archives: memory, time, nothing lost.
 
     python benchmarks/predict_hostile.py
 
-Among them stand a few good images. Each has to be scored or listed by its name with a reason, in one run that ends by
-itself. The memory is the largest process's peak (VmHWM), and the highest that all processes take together, asked for
-every 20 ms: with pages that they share counted once (PSS), and as the sum of what is resident in each. Linux only.
+Some good images are mixed in. Every image must be scored, or listed with its name and a reason, in one run that ends by
+itself. Memory is the largest peak of a single process (VmHWM), and the largest total of all processes, sampled every
+20 ms: with shared pages counted once (PSS), and as the sum of resident memory. Linux only.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ from predict import jpeg, tiny_model
 Bytes = Callable[[random.Random], bytes]
 
 
-def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of an image file."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **how)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG of rows that are all zero, half a gigabyte of them at most."""
+    """A PNG of black rows, of which it holds at most half a gigabyte."""
     packer, row = zlib.compressobj(), bytes(3 * width + 1)
     rows = b"".join(packer.compress(row) for _ in range(min(height, 520_000_000 // len(row)))) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -56,24 +58,25 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 def png_of_texts() -> bytes:
-    """A small PNG with a comment that unpacks to 200 MB."""
+    """A small PNG with a comment that decompresses to 200 MB."""
     plain = saved(Image.new("RGB", (8, 8)), "PNG")
     return plain[:33] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)) + plain[33:]
 
 
 def tiff_of_tags(draw: random.Random) -> bytes:
-    """A TIFF whose tags say that they hold 2^31 values."""
+    """A TIFF whose tags claim to hold 2^31 values."""
     tags = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 2**31, 8), (273, 4, 2**31, draw.randrange(2**31))]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
 
 
 def cut(whole: bytes) -> Bytes:
+    """The file, truncated at a random place."""
     return lambda draw: whole[: draw.randrange(1, len(whole))]
 
 
 def flipped(whole: bytes) -> Bytes:
-    """With 20 bytes of others."""
+    """The file, with 20 random bytes overwritten."""
 
     def make(draw: random.Random) -> bytes:
         data = bytearray(whole)
@@ -86,7 +89,7 @@ def flipped(whole: bytes) -> Bytes:
 
 @cache
 def hostile_bytes() -> dict[str, Bytes]:
-    """Kinds of bytes that are no image, or one that costs too much, by what is wrong with them."""
+    """Kinds of data that are no valid image, or one that is too expensive, by what is wrong with them."""
     small, comment = Image.effect_noise((64, 64), 50).convert("RGB"), PngImagePlugin.PngInfo()
     comment.add_text("x", "y" * 100_000)
     frames = [Image.new("P", (64, 64), color) for color in range(200)]
@@ -125,7 +128,7 @@ NAMES = (
 
 
 def named(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` hostile images under names of every kind, and a good one after every tenth."""
+    """`count` hostile images with hostile names, and a good image after every tenth."""
     draw, kinds = random.Random(seed), list(hostile_bytes().values())
     for number in range(count):
         yield NAMES[number % len(NAMES)].format(n=f"{number:04d}"), kinds[number % len(kinds)](draw)
@@ -134,7 +137,7 @@ def named(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
 
 
 def write_folder(root: Path, count: int) -> tuple[Path, int]:
-    """A folder of hostile files, devices and links; how many images have to be in the answer."""
+    """Write a folder of hostile files, devices and links; also returns how many images must be reported."""
     folder = root / "images"
     folder.mkdir()
     for name, data in named(count):
@@ -150,7 +153,7 @@ def write_folder(root: Path, count: int) -> tuple[Path, int]:
 
 
 def write_tar(path: Path, count: int, seed: int) -> int:
-    """A tar of hostile members with damaged headers in between; how many members say that they are images."""
+    """Write a tar of hostile members and damaged headers; returns how many members have the name of an image."""
     with path.open("wb") as file:
         members = 0
         for name, data in named(count, seed):
@@ -171,7 +174,7 @@ def write_tar(path: Path, count: int, seed: int) -> int:
 
 
 def write_shards(root: Path, count: int) -> tuple[list[Path], int]:
-    """Two tars and a Parquet file of hostile members and rows, and files that are neither."""
+    """Write two tars and a Parquet file of hostile members and rows, and files that are neither."""
     tars = [root / "a.tar", root / "b.tar"]
     members = sum(write_tar(path, count // 3, seed) for seed, path in enumerate(tars))
     rows = list(named(count - 2 * (count // 3), seed=2)) + [(f"zeros{n}", bytes(20_000_000)) for n in range(32)]
@@ -184,7 +187,7 @@ def write_shards(root: Path, count: int) -> tuple[list[Path], int]:
 
 
 def processes(pid: int) -> list[int]:
-    """A process and what it started."""
+    """A process and its descendants."""
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -194,7 +197,7 @@ def processes(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> tuple[int, int, int]:
-    """Bytes of a process: its peak, its part of what is resident (of a page that two share a half), and all of it."""
+    """Bytes of a process: peak, proportional share of resident memory (half of a page shared by two), and resident."""
     try:
         text = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/smaps_rollup").read_text()
         lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -205,19 +208,19 @@ def memory(pid: int) -> tuple[int, int, int]:
 
 
 def run(sources: list[Path], out: Path, options: list[str]) -> dict[str, Any]:
-    """One run of the command, watched."""
+    """Run `ltmp predict` and monitor its memory."""
     start, largest, together, resident = time.perf_counter(), 0, 0, 0
     command = [sys.executable, "-m", "ltmp.cli", "predict", *map(str, sources), "--out", str(out), *options]
-    with tempfile.TemporaryFile() as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told)
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         while process.poll() is None:
-            found = [memory(pid) for pid in processes(process.pid)]
-            largest = max([largest, *(peak for peak, _, _ in found)])
-            together = max(together, sum(part for _, part, _ in found))
-            resident = max(resident, sum(whole for _, _, whole in found))
+            used = [memory(pid) for pid in processes(process.pid)]
+            largest = max([largest, *(peak for peak, _, _ in used)])
+            together = max(together, sum(part for _, part, _ in used))
+            resident = max(resident, sum(whole for _, _, whole in used))
             time.sleep(0.02)
-        told.seek(0)
-        text = told.read().decode()
+        output.seek(0)
+        text = output.read().decode()
     if process.returncode:
         raise SystemExit(f"ltmp predict ended with {process.returncode}: {text}")
     with (out / "_errors.csv").open(newline="") as file:
@@ -238,22 +241,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--most", type=float, default=1500, help="megabytes that all processes may take")
+    parser.add_argument("--most", type=float, default=1500, help="most megabytes that all processes may use together")
     args = parser.parse_args()
     results = {}
-    with tempfile.TemporaryDirectory() as made:
-        root = Path(made)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         options = [*tiny_model(root), "--workers", str(args.workers)]
         for what, write in (("files", write_folder), ("members and rows", write_shards)):
-            found, images = write(root, args.count)
-            sources = [found] if isinstance(found, Path) else found
+            written, images = write(root, args.count)
+            sources = [written] if isinstance(written, Path) else written
             results[what] = {"images": images, **run(sources, root / what, options)}
     print(json.dumps(results, indent=2))
     for what, result in results.items():
         if result["scored"] + result["listed"] < result["images"]:
-            raise SystemExit(f"{what}: some were neither scored nor listed")
+            raise SystemExit(f"{what}: some images were neither scored nor listed")
         if result["all processes MB"] > args.most:
-            raise SystemExit(f"{what}: took more memory than {args.most:g} MB")
+            raise SystemExit(f"{what}: used more memory than {args.most:g} MB")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""`ltmp serve` under load and under abuse, from a second process, over 127.0.0.1 only.
+"""`ltmp serve` under load and with malformed requests, from a second process, over 127.0.0.1 only.
 
     python benchmarks/serve.py load --seconds 60 --connections 32
     python benchmarks/serve.py malformed --requests 1000
 
 `load` keeps every connection busy with generated JPEGs and compares images/s with calling the same model directly, in
-batches as large as the service's, with and without decoding. `malformed` sends broken requests, by hand and by
-Schemathesis, and watches statuses and the server's memory. Both build the named model with random weights and
-thresholds calibrated for the target share; what an image costs does not depend on what the weights know.
+batches of the service's size, with and without decoding. `malformed` sends broken requests, generated here and by
+Schemathesis, and reports statuses and the server's memory. Both build the model with random weights and thresholds
+calibrated for the target share; the cost of an image does not depend on how good the weights are.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def png(body: bytes) -> bytes:
 
 
 def build(args: argparse.Namespace, folder: Path, bodies: list[bytes]) -> Any:
-    """The attached model, whose weights and thresholds are left in `folder`."""
+    """The attached model; its weights and thresholds are saved in `folder`."""
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval()
     save_file(model.state_dict(), folder / "model.safetensors")
@@ -78,9 +78,9 @@ def build(args: argparse.Namespace, folder: Path, bodies: list[bytes]) -> Any:
 
 @contextmanager
 def server(args: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[str, int, int]]:
-    """Host, port and process of `ltmp serve`, which must end with 0 when asked to."""
+    """Run `ltmp serve`; yields host, port and process id. It must exit with 0 when terminated."""
     files = ["--weights", folder / "model.safetensors", "--thresholds", folder / "thresholds.safetensors"]
-    # what is left unfinished by its client is waited for, which need not take long here
+    # a short timeout, because malformed requests make the server wait for the rest of them
     options = ["--port", "0", "--device", args.device, "--read-timeout", "1" if args.what == "malformed" else "10"]
     command = [sys.executable, "-m", "ltmp.cli", "serve", *options, *more, *map(str, files)]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
@@ -89,7 +89,7 @@ def server(args: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple
         try:
             assert process.stdout is not None
             host, port = process.stdout.readline().split("http://")[1].split(" ")[0].split(":")
-            # answered when the model has run its first batches
+            # answers once the model has run its first batches
             with urllib.request.urlopen(f"http://{host}:{port}/readyz", timeout=300):
                 yield host, int(port), process.pid
             process.terminate()
@@ -106,31 +106,31 @@ def post(body: bytes, content_type: str = "image/jpeg") -> bytes:
 
 
 async def client(host: str, port: int, requests: list[bytes], end: float) -> list[tuple[int, float]]:
-    """Status and seconds of each request of one connection, which is kept alive."""
+    """Status and seconds of each request of one kept-alive connection."""
     reader, writer = await asyncio.open_connection(host, port)
-    found = []
+    results = []
     while (start := time.perf_counter()) < end:
-        writer.write(requests[len(found) % len(requests)])
+        writer.write(requests[len(results) % len(requests)])
         head = await reader.readuntil(b"\r\n\r\n")
         length = head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
         await reader.readexactly(int(length))
-        found.append((int(head.split(b" ")[1]), time.perf_counter() - start))
+        results.append((int(head.split(b" ")[1]), time.perf_counter() - start))
     writer.close()
-    return found
+    return results
 
 
 async def load(host: str, port: int, args: argparse.Namespace, bodies: list[bytes]) -> dict[str, Any]:
-    """Every connection sends its next image as soon as it has the answer to the last."""
+    """Throughput and latency, with every connection sending its next image as soon as the last is answered."""
     requests = [post(body) for body in bodies]
     orders = [random.Random(seed).sample(requests, len(requests)) for seed in range(args.connections)]
     start = time.perf_counter()
-    found = await asyncio.gather(*(client(host, port, order, start + args.seconds) for order in orders))
+    results = await asyncio.gather(*(client(host, port, order, start + args.seconds) for order in orders))
     seconds = time.perf_counter() - start
-    times = sorted(1e3 * elapsed for one in found for _, elapsed in one)
+    times = sorted(1e3 * elapsed for connection in results for _, elapsed in connection)
     return {
         "connections": args.connections,
         "seconds": round(seconds, 1),
-        "statuses": dict(Counter(status for one in found for status, _ in one)),
+        "statuses": dict(Counter(status for connection in results for status, _ in connection)),
         "images/s": round(len(times) / seconds, 1),
         "p50 ms": round(statistics.median(times), 1),
         "p99 ms": round(times[int(0.99 * len(times))], 1),
@@ -139,7 +139,7 @@ async def load(host: str, port: int, args: argparse.Namespace, bodies: list[byte
 
 
 def directly(model: Any, bodies: list[bytes], args: argparse.Namespace) -> dict[str, float]:
-    """Images per second of the model in batches, from tensors and from JPEGs decoded in the same thread."""
+    """Images per second of direct calls in batches, from tensors and from JPEGs decoded in the same thread."""
     torch.set_num_threads(args.threads)
     deployment, pixels = Deployment(model, device=args.device), Limits().max_pixels
     bodies = (bodies * (Limits().max_batch // len(bodies) + 1))[: Limits().max_batch]
@@ -164,10 +164,10 @@ def directly(model: Any, bodies: list[bytes], args: argparse.Namespace) -> dict[
 
 
 def malformed(seed: int, good: bytes) -> bytes:
-    """One broken request, the same for the same seed; none of them reaches the model."""
+    """One broken request, determined by the seed; it never reaches the model."""
     pick = random.Random(seed)
     bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + pick.randbytes(8) + b"\x08\x02\0\0\0" + pick.randbytes(40)
-    # a PNG has checksums; of a JPEG many bytes can be other ones
+    # a PNG, because its checksums detect any change; a JPEG with changed bytes may still decode
     flipped = bytearray(png(good))
     for _ in range(pick.randint(1, 200)):
         flipped[pick.randrange(len(flipped))] = pick.randrange(256)
@@ -199,7 +199,7 @@ def malformed(seed: int, good: bytes) -> bytes:
 
 
 def send(host: str, port: int, request: bytes) -> str:
-    """The status of a request that is all there will be, or what happened instead."""
+    """Send a request and nothing more; returns the status, "reset" or "closed"."""
     with socket.create_connection((host, port), timeout=60) as connection:
         try:
             connection.sendall(request)
@@ -210,34 +210,34 @@ def send(host: str, port: int, request: bytes) -> str:
 
 
 def resident(pid: int) -> float:
-    """MiB of a process in memory."""
+    """Resident memory of a process in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 def abuse(host: str, port: int, pid: int, args: argparse.Namespace, good: bytes) -> dict[str, Any]:
-    """Statuses, and memory after each quarter; the first round only warms the allocator up."""
+    """Statuses, and memory after each quarter of the requests; an extra first round only warms up the allocator."""
     statuses: Counter[str] = Counter()
     memory = []
     for quarter in range(-1, 4):
         requests = [malformed(quarter * args.requests + number, good) for number in range(args.requests // 4)]
         with ThreadPoolExecutor(16) as pool:
-            found = Counter(pool.map(lambda request: send(host, port, request), requests))
+            counts = Counter(pool.map(lambda request: send(host, port, request), requests))
         if quarter >= 0:
-            statuses += found
+            statuses += counts
         memory.append(round(resident(pid), 1))
     url = f"http://{host}:{port}/openapi.json"
     options = ["--max-examples", "50", "--exclude-checks", "positive_data_acceptance", "--no-color"]
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", url, *options]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    said = [line.strip("= ") for line in done.stdout.splitlines() if "generated" in line or "issues" in line]
+    report = [line.strip("= ") for line in done.stdout.splitlines() if "generated" in line or "issues" in line]
     after = send(host, port, post(good))
     return {
         "statuses": dict(sorted(statuses.items())),
         "5xx": sum(count for status, count in statuses.items() if status.startswith("5")),
         "MiB after warming up and each quarter": memory,
-        "schemathesis": said,
+        "schemathesis": report,
         "MiB after schemathesis": round(resident(pid), 1),
         "a good request afterwards": after,
     }
@@ -247,14 +247,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("load", "malformed"))
     parser.add_argument("--model", default="deit_small_patch16_224")
-    parser.add_argument("--share", type=float, default=0.55, help="of the dense model's FLOPs")
+    parser.add_argument("--share", type=float, default=0.55, help="share of the dense FLOPs")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=7, help="of the direct calls; medians are reported")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of direct calls, for medians")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="of the JPEGs, in pixels")
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the JPEGs in pixels")
     args = parser.parse_args()
     bodies = [jpeg(seed, tuple(args.size)) for seed in range(16)]
     with tempfile.TemporaryDirectory() as name:

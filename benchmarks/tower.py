@@ -1,12 +1,12 @@
-"""A vision tower of Qwen3-VL's geometry on a CPU, reduced as a grid: time against dense, and what of it plans take.
+"""A vision tower of Qwen3-VL's size on a CPU, reduced to a grid: time against dense, and the part taken by decisions.
 
     python benchmarks/tower.py --patches 1024 4096 --depth 4 --threads 2
 
-Weights are random and the depth is cut; thresholds are calibrated to the share on one smooth random image, and times
-are of others, in turns, medians of paired rounds. A row is printed only after the grid agreed with that of another
-engine within 1e-4 of its largest number and had the same token counts: the masked reference up to 1,024 patches, plans
-in plain torch beyond (masks would take gigabytes). `plans` is the part of the reduced processor time that is spent
-on scores, matching, decisions and folding; attention and what it reads off for them are not in it.
+Weights are random and the depth is cut. Thresholds are calibrated to the share on one smooth random image; times are
+medians of paired, interleaved rounds on other images. A row is printed only if another engine gives the same token
+counts and the same grid within 1e-4 of its largest value: the masked reference up to 1,024 patches, plans in plain
+torch beyond (masks would take gigabytes). `plans` is the part of the reduced processor time that is spent on scores,
+matching, decisions and folding, without attention and the quantities that attention computes for them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from ltmp.learning import calibrate
 
 PATCH, FRAMES, UNIT = 16, 2, 2
 MASKED = 1024
-"""Patches up to which the masked reference is run."""
+"""Largest number of patches for which the masked reference is run."""
 
 
 class Tower(nn.Module):
-    """The tower with images [B, 3, H, W] as its input, and the grid behind its blocks as its output."""
+    """The tower, from images [B, 3, H, W] to the grid after its blocks."""
 
     def __init__(self, depth: int, hidden: int, heads: int) -> None:
         super().__init__()
@@ -49,37 +49,37 @@ class Tower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         count, _, height, width = images.shape
         high, wide = height // PATCH, width // PATCH
-        # squares of patches one after the other, as the model's processor has them
+        # ordered by squares of patches, as from the model's processor
         grid = images.reshape(count, 3, high // UNIT, UNIT, PATCH, wide // UNIT, UNIT, PATCH)
         patches = grid.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(count * high * wide, 3, 1, PATCH, PATCH)
         pixels = patches.expand(-1, -1, FRAMES, -1, -1).flatten(1)
         sizes = torch.tensor([[1, high, wide]] * count)
-        found: Tensor = self.tower(pixels, grid_thw=sizes).last_hidden_state
-        return found
+        grid_features: Tensor = self.tower(pixels, grid_thw=sizes).last_hidden_state
+        return grid_features
 
 
-class Plans:
-    """Stands in for a function, and adds up the processor time that it takes."""
+class Timed:
+    """Wraps a function and adds up its processor time."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, *args: object) -> object:
         begin = thread_time()
-        found = self.function(*args)
+        result = self.function(*args)
         self.seconds += thread_time() - begin
-        return found
+        return result
 
 
 def check(model: Tower, images: Tensor, masked: bool) -> float:
-    """Mean share of `images`, after two engines agreed."""
+    """Mean FLOPs share of `images`, after checking that two engines agree."""
     with ltmp.record() as calls:
-        found = model(images)
+        grid = model(images)
         model.tower.ltmp.train(masked).requires_grad_(masked)
         with nullcontext() if masked else patch.object(compiled, "applies", return_value=False):
             expected = model(images)
         model.tower.ltmp.eval().requires_grad_(False)
-    if not torch.equal(*calls.kept) or (found - expected).abs().max() > 1e-4 * expected.abs().max():
+    if not torch.equal(*calls.kept) or (grid - expected).abs().max() > 1e-4 * expected.abs().max():
         raise SystemExit("two engines disagree: no speed is reported")
     return float(calls.share().mean())
 
@@ -95,7 +95,7 @@ def row(model: Tower, patches: int, target: float, rounds: int) -> dict[str, obj
         image = images[1 + turn % 3 : 2 + turn % 3]
         with ltmp.dense():
             dense = elapsed(model, image)
-        with patch.object(compiled, "reduce_rows", Plans(compiled.reduce_rows)) as plans:
+        with patch.object(compiled, "reduce_rows", Timed(compiled.reduce_rows)) as plans:
             reduced = elapsed(model, image)
         wall.append((dense[0], reduced[0]))
         used.append((dense[1], reduced[1]))
@@ -111,9 +111,9 @@ def row(model: Tower, patches: int, target: float, rounds: int) -> dict[str, obj
     }  # fmt: skip
 
 
-def options() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patches", type=int, nargs="+", default=[1024, 4096], help="of a square image")
+    parser.add_argument("--patches", type=int, nargs="+", default=[1024, 4096], help="patches of a square image")
     parser.add_argument("--depth", type=int, default=4, help="blocks; the model has 27")
     parser.add_argument("--hidden", type=int, default=1152)
     parser.add_argument("--heads", type=int, default=16)
@@ -127,20 +127,20 @@ def options() -> argparse.Namespace:
 
 @torch.inference_mode()
 def main() -> None:
-    given, rows = options(), []
-    torch.set_num_threads(given.threads)
+    args, rows = parse_args(), []
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = Tower(given.depth, given.hidden, given.heads).eval()
-    ltmp.attach(model.tower, ltmp.LTMPConfig(engine="packed", scores=given.scores))
+    model = Tower(args.depth, args.hidden, args.heads).eval()
+    ltmp.attach(model.tower, ltmp.LTMPConfig(engine="packed", scores=args.scores))
     if model.tower.ltmp.config.needs_probe:
-        model.tower.ltmp.set_probe(random_probe(given.depth, given.hidden))
-    if not given.json:
-        print(f"{given.depth} blocks, {given.scores} scores, {given.threads} threads of {processor()}")
-    for patches in given.patches:
-        rows.append(row(model, patches, given.target, given.rounds))
-        if not given.json:
+        model.tower.ltmp.set_probe(random_probe(args.depth, args.hidden))
+    if not args.json:
+        print(f"{args.depth} blocks, {args.scores} scores, {args.threads} threads of {processor()}")
+    for patches in args.patches:
+        rows.append(row(model, patches, args.target, args.rounds))
+        if not args.json:
             print("  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
-    if given.json:
+    if args.json:
         print(json.dumps({"processor": processor(), "torch": torch.__version__, "rows": rows}, indent=2))
 
 

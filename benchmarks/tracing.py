@@ -1,12 +1,12 @@
-"""What following patches costs: `trace()` and `tokens="grid"` against the same reduced model, in turns.
+"""Overhead of following patches: `trace()` and `unmerge()` against the same reduced model, interleaved.
 
     python benchmarks/tracing.py --threads 1 --batch 1 8 32
 
 Weights are random; thresholds are calibrated on smooth random images, so that token counts differ between images.
-Ratios are medians of paired rounds, of processor time and, in brackets, of time on the wall; `least` is the ratio of
-the least processor times. `ops` are calls of torch's operators, nested ones counted. A grid is checked first: every
-patch has the features of the row that `trace()` says it is part of. `--memory` prints what a batch needs above what the
-process had, at most, by Linux's high-water mark.
+Ratios are medians of paired rounds, of processor time and, in brackets, of wall-clock time; `least` is the ratio of the
+least processor times. `ops` is the number of operator calls of torch, including nested ones. A grid is checked first:
+each patch must have the features of the token that `trace()` assigns it to. `--memory` prints the peak of a batch above
+the memory that the process had before, by Linux's high-water mark.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ltmp.learning import calibrate
 
 
 def traced(model: nn.Module, every_block: bool) -> Callable[[Tensor], ltmp.Trace]:
-    """`model.forward_features`, followed."""
+    """`model.forward_features` inside `trace()`."""
 
     def call(images: Tensor) -> ltmp.Trace:
         with ltmp.trace(every_block=every_block) as calls:
@@ -39,7 +39,7 @@ def traced(model: nn.Module, every_block: bool) -> Callable[[Tensor], ltmp.Trace
 
 
 def unmerged(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`model.forward_features` as a grid."""
+    """`model.forward_features` inside `unmerge()`, as a grid."""
 
     def call(images: Tensor) -> Tensor:
         with ltmp.unmerge():
@@ -49,23 +49,23 @@ def unmerged(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def check(model: nn.Module, images: Tensor) -> float:
-    """Mean share of `images`, after the grid was found to be the reduced rows."""
+    """Mean FLOPs share of `images`, after checking that the grid holds the features of the reduced tokens."""
     with ltmp.record() as calls, ltmp.trace() as followed:
         rows = model.forward_features(images)
     grid, source = unmerged(model)(images), followed.sources[0].long()
     for image in range(len(images)):
-        there = source[image] >= 0
-        if (grid[image, there] - rows[image, source[image, there]]).abs().max() > 1e-4:
+        live = source[image] >= 0
+        if (grid[image, live] - rows[image, source[image, live]]).abs().max() > 1e-4:
             raise SystemExit("a grid is not what the reduced model computes: no speed is reported")
     return float(calls.share().mean())
 
 
 def peak(call: Callable[[Tensor], object], images: Tensor) -> float:
-    """MiB above those of the process, at most, the median of five calls."""
+    """Peak memory of a call above that of the process, in MiB, the median of five calls."""
 
     def resident(line: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(found.split()[1]) for found in lines if found.startswith(line)) / 1024
+        return next(int(entry.split()[1]) for entry in lines if entry.startswith(line)) / 1024
 
     needed = []
     for _ in range(5):
@@ -85,12 +85,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", action="store_true", help="peaks instead of times")
-    parser.add_argument("--plain", action="store_true", help="plans in torch, as where numba is not installed")
+    parser.add_argument("--memory", action="store_true", help="print peak memory instead of times")
+    parser.add_argument("--plain", action="store_true", help="decide in plain torch, as without numba")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    # patches are read behind the last block, so that none of the ways may drop all of them there
+    # average pooling reads the patches after the last block, so that no way may drop all of them there
     model = timm.create_model(args.model, global_pool="avg").eval()
     images = smooth_images(max(args.batch), model.patch_embed.img_size[0])
     ltmp.attach(model, ltmp.LTMPConfig(engine="packed"))
@@ -111,7 +111,10 @@ def main() -> None:
             cells += [f"{name} {peak(call, batch):.0f}" for name, call in ways.items() if name != "again"]
             print(f"batch {size}: MiB: " + ", ".join(cells), flush=True)
             continue
-        times = {name: [elapsed(call, batch) for _ in range(2)][:0] for name, call in ways.items()}
+        for call in ways.values():
+            for _ in range(2):
+                call(batch)  # warm-up
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(args.repeats):
             for name, call in ways.items():
                 times[name].append(elapsed(call, batch))

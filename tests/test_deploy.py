@@ -1,4 +1,4 @@
-"""A deployment answers as its model does, for models of any host library, and leaves nothing half set."""
+"""A deployment gives the outputs of its model, for models of any host library, and restores every mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ltmp.method.rates import Rates
 
 
 @torch.inference_mode()
-def test_an_output_is_the_models_with_what_it_cost():
+def test_output_is_the_models_with_its_cost():
     images = random_images(4)
     model = attach_reducing(tiny_vit(), images)
     found = Deployment(model)(images)
@@ -33,7 +33,7 @@ def test_a_model_without_thresholds_costs_everything():
 
 
 class Wrapped(nn.Module):
-    """Answers as models of transformers do."""
+    """Returns an object with logits, as models of transformers do."""
 
     def __init__(self, model):
         super().__init__()
@@ -56,7 +56,7 @@ def test_names_must_be_as_many_as_classes():
     assert [deployment.name(index) for index in (1, 2)] == ["b", "class 2"]
 
 
-def test_what_is_no_classifier_is_said():
+def test_a_model_without_classes_is_refused():
     features = tiny_vit(num_classes=0, global_pool="")
     with pytest.raises(LTMPError, match="not give one row of class scores"):
         _ = Deployment(features).classes
@@ -68,7 +68,7 @@ def test_greyscale_models_get_greyscale_images():
     assert deployment.view(Image.new("RGB", (30, 20)), 32).shape == (3, 32, 32)
 
 
-def test_modes_come_back():
+def test_modes_are_restored():
     model = tiny_vit().train()
     model.blocks[0].eval()
     before = [module.training for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Fixed-rate methods: equal to a few independent lines of torch, in every engine, and what they refuse."""
+"""Fixed-rate methods: they equal a short independent implementation in every engine; invalid settings are refused."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ CASES = [
 
 @pytest.mark.parametrize(("variant", "host", "rates"), CASES)
 @torch.no_grad()
-def test_equals_independent_lines(variant: str, host: str, rates: str) -> None:
+def test_equals_the_independent_implementation(variant: str, host: str, rates: str) -> None:
     images = random_images(3)
     logits, counts = expected(tiny_vit(**HOSTS[host]), images, variant, **RATES[rates])
     model = attached(variant, host, **RATES[rates])
-    assert min(map(min, counts)) < counts[0][0] + 2, "nothing goes: the test tests little"
+    assert min(map(min, counts)) < counts[0][0] + 2, "nothing is removed: the test tests little"
     for mode in ("packed", "masked"):
         model.ltmp.train(mode == "masked").requires_grad_(mode == "masked")
         found, kept = run_recorded(model, images)
@@ -75,7 +75,7 @@ def test_equals_independent_lines(variant: str, host: str, rates: str) -> None:
 
 @pytest.mark.parametrize("variant", ["mp", "pm"])
 @torch.no_grad()
-def test_steps_may_have_rates_of_their_own(variant: str) -> None:
+def test_steps_may_have_separate_rates(variant: str) -> None:
     images, rates = random_images(2), {"r": 3, "r_prune": (0, 2, 1)}
     logits, counts = expected(tiny_vit(), images, variant, **rates)
     found, kept = run_recorded(attached(variant, **rates), images)
@@ -93,7 +93,7 @@ def test_steps_may_have_rates_of_their_own(variant: str) -> None:
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
-def test_masked_packed_and_one_by_one_are_one(variant: str, r: Any, size: int, batch: int, seed: int) -> None:
+def test_masked_packed_and_single_images_agree(variant: str, r: Any, size: int, batch: int, seed: int) -> None:
     model = ltmp.attach(tiny_vit(img_size=size, seed=seed), LTMPConfig(variant=variant, r=r, seed=seed))
     images = random_images(batch, size=size, seed=seed)
     packed, kept = run_recorded(model, images)
@@ -139,7 +139,7 @@ def test_saves_loads_copies_and_detaches(variant: str, tmp_path: Any) -> None:
     assert_close(ltmp.detach(model)(images), tiny_vit()(images), 0)
 
 
-def test_saved_rates_do_not_land_in_a_model_with_thresholds(tmp_path: Any) -> None:
+def test_saved_rates_are_refused_by_a_model_with_other_settings(tmp_path: Any) -> None:
     ltmp.save(attached("m", r=2), tmp_path / "fixed.safetensors")
     with pytest.raises(LTMPError, match="variant m, but the model was attached as ltmp"):
         ltmp.load(ltmp.attach(tiny_vit()), tmp_path / "fixed.safetensors")
@@ -205,7 +205,7 @@ def test_floor_and_ceiling_hold_for_every_image(variant: str) -> None:
         model.ltmp.config = LTMPConfig(variant=variant, floor=low, ceiling=high)
         kept = run_recorded(model, images)[1]
         assert kept.min() >= low
-        # merging alone removes no more than half of what there is
+        # although merging alone removes at most half of the tokens
         assert kept.max() <= high
         model.ltmp.config = LTMPConfig(variant=variant)
 

@@ -1,4 +1,4 @@
-"""`ltmp.summary` and the repr of `model.ltmp` tell the state of an attached model."""
+"""`ltmp.summary` and the repr of `model.ltmp` give the state of an attached model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers import attach_reducing, make_dial, random_images, tiny_vit
 from ltmp.hosts.attach import thresholds_of
 
 
-def test_summary_tells_settings_budget_and_tokens() -> None:
+def test_summary_gives_settings_budget_and_tokens() -> None:
     images = random_images(4)
     model = attach_reducing(tiny_vit(), images)
     dial = make_dial(3)
@@ -31,7 +31,7 @@ def test_summary_tells_settings_budget_and_tokens() -> None:
     assert lines[-1].split()[0] == "3"
 
 
-def test_repr_tells_what_is_known_and_forgets_what_no_longer_holds(tmp_path) -> None:
+def test_repr_shows_metadata_until_the_thresholds_change(tmp_path) -> None:
     model = attach_reducing(tiny_vit(), random_images(4))
     ltmp.save(model, tmp_path / "t.safetensors", target=0.6, share=0.598)
     ltmp.load(model, tmp_path / "t.safetensors")

@@ -1,4 +1,4 @@
-"""What the two command lines of the paper's code share: options, the model, its data, and how a failure is told."""
+"""Shared by train.py and validate_timm.py, the command lines of the paper's code: options, model, data and errors."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ltmp.zoo.timm_names import parse_name
 
 
 def add_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Options of both command lines, under the names they have in timm's scripts."""
+    """Add the options of both command lines, named as in timm's scripts."""
     parser.add_argument("data_dir", help="folder of class folders, or one with train/ and val/")
     parser.add_argument("--model", required=True, help="timm model name, e.g. ltmp_deit_small_patch16_224")
-    parser.add_argument("--pretrained", action="store_true", help="take timm's weights")
-    parser.add_argument("--initial-checkpoint", "--weights", dest="weights", type=Path, help="the model's weights")
+    parser.add_argument("--pretrained", action="store_true", help="use timm's pretrained weights")
+    parser.add_argument("--initial-checkpoint", "--weights", dest="weights", type=Path, help="weights of the model")
     parser.add_argument("-b", "--batch-size", type=int, default=batch_size)
     parser.add_argument("-j", "--workers", type=int, default=0)
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--class-map", type=Path, help="text file of class names, one a line, in the head's order")
+    parser.add_argument("--class-map", type=Path, help="text file of class names, one per line, in head order")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
 
 
 def build(args: argparse.Namespace, weights: Path | None) -> nn.Module:
-    """The model behind an `ltmp_*` name, dense, with its weights."""
+    """The dense model behind an `ltmp_*` name, with its weights."""
     name = parse_name(args.model)[1]
     options = ModelOptions(
         weights=weights,
@@ -45,7 +45,7 @@ def build(args: argparse.Namespace, weights: Path | None) -> nn.Module:
 
 
 def variant(args: argparse.Namespace) -> str:
-    """The variant that the model's name says; a plain timm name means merge, then prune."""
+    """The variant in the model's name; a plain timm name means merging, then pruning."""
     return parse_name(args.model)[0] or "ltmp"
 
 
@@ -58,19 +58,19 @@ def open_images(
     return options.open(args.data_dir, model, split=split, shuffle=shuffle, seed=seed, augment=augment)
 
 
-def tell(message: str) -> None:
-    """Progress goes to stderr, results to stdout."""
+def log(message: str) -> None:
+    """Print progress or an error to stderr; results go to stdout."""
     print(message, file=sys.stderr, flush=True)
 
 
 def run(job: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """The exit code of `job`; a failure the user can act on is one sentence."""
+    """Run `job` and return its exit code; errors that the user can act on are printed as one sentence."""
     try:
         job(args)
     except LTMPError as error:
-        tell(f"error: {error}")
+        log(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        tell("interrupted")
+        log("interrupted")
         return 130
     return 0

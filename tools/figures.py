@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write the tables of figures in README.md and docs/ from benchmarks/*.csv; --check only compares.
+"""Write the tables of results in README.md and docs/ from benchmarks/*.csv; --check only reports stale pages.
 
-A table stands between `<!-- figures:NAME -->` and `<!-- /figures -->`; NAME is a key of `TABLES`. Means over seeds are
-computed here: a row of the file is one run, or, where only a mean was recorded, the mean of the seeds in its column.
+A table is between `<!-- figures:NAME -->` and `<!-- /figures -->`, where NAME is a key of `TABLES`. Means over seeds
+are computed here: a row of a file is one run or, if only a mean was recorded, the mean over the seeds in its column.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ def read(name: str) -> list[Row]:
 
 
 class Runs(list[Row]):
-    """Rows of one file."""
+    """Rows of a CSV file, one per run."""
 
     def where(self, **values: str) -> Runs:
-        """The rows that have these values; a table without rows is a mistake in its query."""
-        found = Runs(row for row in self if all(row[column] == value for column, value in values.items()))
-        if not found:
+        """The rows that have these values; exits if there are none, as the query must be wrong."""
+        runs = Runs(row for row in self if all(row[column] == value for column, value in values.items()))
+        if not runs:
             raise SystemExit(f"no row has {values}")
-        return found
+        return runs
 
     def mean(self, column: str) -> Decimal | None:
-        """The mean of the cells that are not empty, None without any."""
+        """Mean of the cells that are not empty, None if all are."""
         cells = [Decimal(row[column]) for row in self if row[column]]
         return sum(cells, Decimal()) / len(cells) if cells else None
 
     def shown(self, column: str, digits: int = 2) -> str:
-        """The mean, rounded."""
+        """The mean as text, rounded."""
         return rounded(self.mean(column), digits)
 
     def drop(self) -> str:
-        """Points of top-1 below the dense model of the same runs."""
+        """Percentage points of top-1 below the dense model of the same runs."""
         top1, dense = self.mean("top1"), self.mean("dense_top1")
         return rounded(None if top1 is None or dense is None else dense - top1, 2)
 
@@ -61,12 +61,12 @@ class Runs(list[Row]):
 def rounded(value: Decimal | None, digits: int) -> str:
     if value is None:
         return ""
-    shown = str(value.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
-    return shown.removeprefix("-") if not float(shown) else shown
+    text = str(value.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+    return text.removeprefix("-") if not float(text) else text
 
 
 def main_runs() -> Runs:
-    """Frozen weights in float32: the runs that the first table of every page shows."""
+    """The main experiment: frozen weights, float32, on the validation images."""
     return Runs(read("accuracy")).where(**VALIDATION, dtype="float32")
 
 
@@ -83,7 +83,7 @@ def dense() -> str:
 
 
 def accuracy() -> Table:
-    """Budgets against dense and fixed-rate merging, with what each seed gave."""
+    """Accuracy by budget against dense and fixed-rate merging, with the result of each seed."""
     table = [
         ["budget", "share", "top-1, mean of three seeds (each)", "below dense", "fixed-rate merging", "above it"],
         ["dense", "1", dense(), "", "", ""],
@@ -100,7 +100,7 @@ def accuracy() -> Table:
 
 
 def results() -> Table:
-    """Accuracy and speed in one table, for the first screen."""
+    """Summary of accuracy and speed, for the README."""
     table = [["", "FLOPs", "dense", "ltmp", "fixed-rate merging"]]
     for budget in BUDGETS:
         top1 = (dense(), dial(budget).shown("top1"), fixed(budget).shown("top1"))
@@ -141,8 +141,9 @@ def ablation() -> Table:
     for name, query in ABLATION:
         line = [name]
         for budget in BUDGETS[1:]:
-            there = Runs(row for row in runs.where(**query) if row["budget"] == budget)
-            line += [there.drop(), there.shown("agreement", 1)]
+            # a method need not have runs at every budget
+            at_budget = Runs(row for row in runs.where(**query) if row["budget"] == budget)
+            line += [at_budget.drop(), at_budget.shown("agreement", 1)]
         table.append(line)
     return table
 
@@ -167,14 +168,14 @@ def tuning() -> Table:
         )
         seeds = max(1, len({row["seed"] for row in tuned if row["top1"] and row["seed"]}))
         frozen = runs.where(method="dial", scores=scores, budget=budget)
-        found = re.match(r"--labels (\S+), (\d+)", note)
-        how = f"{found[1]}, {found[2]}" if found else "none, 4000"
+        labelled = re.match(r"--labels (\S+), (\d+)", note)
+        labels = f"{labelled[1]}, {labelled[2]}" if labelled else "none, 4000"
         name = f"`--scores {scores}`" if "," not in scores else "heads, mutual, size power 0.3 *"
         table.append(
             [
                 name,
                 budget,
-                how,
+                labels,
                 str(seeds),
                 tuned.shown("share", 3),
                 frozen.drop(),
@@ -186,23 +187,23 @@ def tuning() -> Table:
 
 
 def generality() -> Table:
-    """Drops on models that the usual shapes were not found on."""
+    """Drops of top-1 on models that the usual shapes were not found on."""
     runs = Runs(row for row in read("accuracy") if "benchmarks/generality.py" in row["notes"])
     table = [["model", "top-1, dense", "shapes", "scores", *BUDGETS[:3]]]
-    told = ""
+    previous = ""
     for model, method, scores in dict.fromkeys((row["model"], row["method"], row["scores"]) for row in runs):
-        found = runs.where(model=model, method=method, scores=scores)
-        about = [model, found.shown("dense_top1", 1)] if model != told else ["", ""]
-        how = method.removeprefix("dial, ").removesuffix(" shapes")
-        at = [found.where(budget=budget) for budget in BUDGETS[:3]]
+        selected = runs.where(model=model, method=method, scores=scores)
+        head = [model, selected.shown("dense_top1", 1)] if model != previous else ["", ""]
+        shapes = method.removeprefix("dial, ").removesuffix(" shapes")
+        at = [selected.where(budget=budget) for budget in BUDGETS[:3]]
         drops = [f"{one.drop()} ({one.shown('agreement', 1)}) at {one.shown('share')}" for one in at]
-        table.append([*about, how, f"`{scores}`" if scores else "", *drops])
-        told = model
+        table.append([*head, shapes, f"`{scores}`" if scores else "", *drops])
+        previous = model
     return table
 
 
 def compare() -> Table:
-    """Methods at about equal shares, calibrated only."""
+    """Methods at about equal shares, calibrated and not learned."""
     runs = Runs(row for row in read("accuracy") if row["method"].startswith("compare, "))
     table = [["method", "share", "top-1", "agrees with dense"]]
     for row in runs:
@@ -212,7 +213,7 @@ def compare() -> Table:
 
 
 def int8() -> Table:
-    """Top-1 of exported models, float and quantised."""
+    """Top-1 of exported models, in float and quantised."""
     runs = Runs(read("accuracy"))
     return [["", "dense", "reduced"]] + [
         [name, *(runs.where(method=f"export, {form}", dtype=dtype).shown("top1", 1) for form in ("dense", "reduced"))]
@@ -233,7 +234,7 @@ NAMES = {
 
 
 def gpu_runs(case: str) -> tuple[Row, Row, Row]:
-    """The newest fastest dense form, form of exact sizes and single graph of one case of benchmarks/gpu.py."""
+    """The newest rows of a case of benchmarks/gpu.py: fastest dense way, Triton engine, graph engine."""
     newest = {row["way"]: row for row in read("results") if row["case"] == case}
     best = max((row for way, row in newest.items() if way.startswith("dense")), key=speed)
     return best, newest["triton"], newest["graph"]
@@ -256,7 +257,7 @@ def thousands(row: Row) -> str:
 
 
 def gpu() -> Table:
-    """Images per second on one H100, against the fastest dense form."""
+    """Images per second on one H100, against the fastest dense way."""
     table = [["model, batch", "best dense, images/s", "exact sizes", "one graph", "share", "ideal", "ratio"]]
     for case, name in NAMES.items():
         best, exact, graph = gpu_runs(case)
@@ -267,22 +268,22 @@ def gpu() -> Table:
 
 
 def cpu_runs() -> Runs:
-    """DeiT-S on two cores, each processor."""
+    """Runs of DeiT-S on two cores of each processor, with the paper's scores."""
     return Runs(read("cpu")).where(model="deit_small_patch16_224", threads="2", scores="paper")
 
 
 def cpu() -> Table:
     """Speed over dense on each processor."""
-    names = ["processor", "`--every`", "batch", "share", "ideal", "ratio", "with the host's own linear layers"]
-    table = [names]
+    table = [["processor", "`--every`", "batch", "share", "ideal", "ratio", "with the host's own linear layers"]]
     for row in cpu_runs():
-        ideal, where = rounded(1 / Decimal(row["share"]), 2), [row[key] for key in ("processor", "every", "batch")]
-        table.append([*where, row["share"], ideal, row["ratio"], row["ratio_host_linear"]])
+        ideal = rounded(1 / Decimal(row["share"]), 2)
+        keys = (row[key] for key in ("processor", "every", "batch"))
+        table.append([*keys, row["share"], ideal, row["ratio"], row["ratio_host_linear"]])
     return table
 
 
 def scores() -> Table:
-    """Speed over dense by the scores, on one processor."""
+    """Speed over dense by scores, on one processor."""
     table = [["scores", "share", "ratio"]]
     for row in Runs(read("cpu")).where(model="vit_small_patch14_dinov2, 224 px"):
         table.append([f"`--scores {row['scores']}`", row["share"], row["ratio"]])
@@ -302,7 +303,7 @@ def markdown(table: Table) -> str:
 
 
 def rewrite(text: str) -> str:
-    """The page with all its tables as the files have them."""
+    """The text of a page with its tables rewritten from the CSV files."""
 
     def block(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
@@ -318,19 +319,19 @@ def pages() -> Iterator[Path]:
 
 
 def stale() -> list[Path]:
-    """Pages that differ from the files."""
+    """Pages whose tables differ from the CSV files."""
     return [page for page in pages() if rewrite(page.read_text()) != page.read_text()]
 
 
 def main(arguments: Iterable[str]) -> int:
-    found = stale()
+    outdated = stale()
     if "--check" not in arguments:
-        for page in found:
+        for page in outdated:
             page.write_text(rewrite(page.read_text()))
         return 0
-    for page in found:
+    for page in outdated:
         print(f"{page.relative_to(ROOT)} is stale: run python tools/figures.py", file=sys.stderr)
-    return bool(found)
+    return bool(outdated)
 
 
 if __name__ == "__main__":

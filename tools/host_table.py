@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write the tables of hosts in docs/hosts.md from the cases of the tests (tests/hosts/cases.py and towers.py); --check
-only looks.
+"""Write the tables of hosts in docs/hosts.md from the test cases in tests/hosts/cases.py and towers.py.
 
-The table of a library stands between `<!-- begin: python tools/host_table.py LIBRARY -->` and `<!-- end -->`.
+The table of a library is between `<!-- begin: python tools/host_table.py LIBRARY -->` and `<!-- end -->`. With --check,
+only fail if the page is stale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = re.compile(BEGIN + r".*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def tables() -> dict[str, str]:
-    """For each library one row a case, in the registry's order."""
+    """Markdown table of each library, with one row per case, in the order of the registry."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "hosts")]
     from cases import CASES
     from towers import READERS
@@ -39,11 +39,11 @@ def tables() -> dict[str, str]:
 
 def page() -> str:
     """docs/hosts.md as it should be."""
-    text, found = PAGE.read_text(), tables()
-    missing = found.keys() - {match["library"] for match in BLOCK.finditer(text)}
+    text, by_library = PAGE.read_text(), tables()
+    missing = by_library.keys() - {match["library"] for match in BLOCK.finditer(text)}
     if missing:
         raise SystemExit(f"{PAGE} has no table for {', '.join(sorted(missing))}")
-    return BLOCK.sub(lambda match: f"{match['begin']}\n{found[match['library']]}\n{match['end']}", text)
+    return BLOCK.sub(lambda match: f"{match['begin']}\n{by_library[match['library']]}\n{match['end']}", text)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""A host library's own tests, on its plain models and on attached ones with thresholds off: what fails on these alone?
+"""Run a host library's own tests on plain and on attached models (thresholds off), and list what only fails attached.
 
-Every model that a test builds is attached as soon as the test gets it; tests that build no known host are not counted.
-The libraries' wheels hold no tests, their source distributions do:
+Every model that a test builds is attached before the test gets it. Tests that build no supported host are not counted.
+Tests are in the libraries' source distributions, not in their wheels:
 
     pip download --no-deps --no-binary timm timm && tar xf timm-*.tar.gz
     python tools/host_tests.py timm-*/tests/test_models.py -k 'vit_tiny or deit_tiny'
 
-transformers' distribution holds the tests that all of its models share, and not the modules that run them:
-`transformers_tests.py` beside this file stands in for those of the hosts.
+The source distribution of transformers has the tests that all models share, but not the modules that run them;
+`transformers_tests.py` beside this file replaces these modules for the supported hosts.
 
     python tools/host_tests.py --transformers transformers-*/
 
-Everything unknown goes to pytest. The exit code is 1 where attached models fail where plain ones do not. Three kinds
-are counted apart: tracers (torch.fx, TorchScript) are refused; tests that ask every parameter for a gradient find none
-at the thresholds, which are frozen; and the state dict of an attached model holds thresholds, which a factory finds
-unexpected that loads it strictly before anything is attached.
+Unknown options are passed to pytest. The exit code is 1 if a test fails with attached models but not with plain ones.
+Three kinds of expected failures are counted separately: tracers (torch.fx, TorchScript) are refused; tests that require
+a gradient of every parameter find none for the thresholds, which are frozen; and the state dict of an attached model
+has thresholds, which are unexpected keys for a factory that loads it strictly before anything is attached.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ from torch import nn
 import ltmp
 
 REPORT, MODE = "LTMP_HOST_TESTS", "LTMP_HOST_TESTS_MODE"
-"""Environment variables by which the command line tells the plugin where its report goes, and whether to attach."""
+"""Environment variables that pass the report's path, and whether to attach, from the command line to the plugin."""
 
 FACTORIES = {
     "timm": (("timm", "timm.models", "timm.models._factory"), "create_model"),
     "open_clip": (("open_clip", "open_clip.factory", "open_clip_train.main"), "create_model"),
 }
-"""Library to the modules that hold the function that builds its models."""
+"""From library to the modules that expose its factory function, and the name of that function."""
 
-APART = {
+EXPECTED = {
     "refused tracers": ("torch.jit", "torch.fx", "create_feature_extractor"),
     "thresholds in the state dict of a model that is built plain": ('Unexpected key(s) in state_dict: "ltmp.',),
     "frozen thresholds": ("No gradient for ltmp.", "Some parameters are missing gradients", "ltmp.merge in "),
 }
-"""Kinds of failures that are meant, and what their messages hold."""
+"""Kinds of expected failures, and parts of their messages."""
 
 
 class Attaching:
-    """Attaches what a test builds: the outermost call of a factory or of a host's class; hosts inside come with it."""
+    """Attaches models as tests build them: after the outermost factory or constructor call, hosts inside included."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled, self.depth, self.count = enabled, 0, 0
 
     def outermost(self, build: Callable[..., Any], *, in_place: bool) -> Callable[..., Any]:
-        """`build`, whose result (or first argument, of an `__init__`) is attached."""
+        """Wrap `build` to attach its result or, for an `__init__` (`in_place`), its first argument."""
 
         @functools.wraps(build)
         def built(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ class Attaching:
         return built
 
     def attach(self, model: Any) -> None:
-        """Attach, where there is a known host inside; the number of those is counted in plain runs, too."""
+        """Attach a model with a supported host inside. Such models are counted in plain runs, too."""
         if not isinstance(model, nn.Module):
             return
         try:
@@ -90,7 +90,7 @@ class Attaching:
             ltmp.detach(model)
 
     def install(self) -> None:
-        """Stand in for the factories and the constructors of the libraries that are installed."""
+        """Patch the factories and constructors of the installed libraries."""
         for library, (modules, name) in FACTORIES.items():
             for module in map(_imported, modules):
                 if module is not None and hasattr(module, name):
@@ -116,12 +116,12 @@ def _hosts(library: str) -> Iterator[type[nn.Module]]:
     from ltmp.hosts.attach import recipes
 
     if _imported(library) is not None:
-        # those known by name alone are of libraries' newer versions, or subclasses of these
+        # recipes by name only are for newer versions of a library, or for subclasses of these hosts
         yield from (kind for kind in recipes(library) if isinstance(kind, type))
 
 
 def _pretrained() -> Iterator[Any]:
-    """Every model of transformers in a module that defines a host."""
+    """Every model class of transformers in a module that defines a supported host."""
     transformers = _imported("transformers")
     modules = {sys.modules[kind.__module__] for kind in _hosts("transformers")}
     for module in sorted(modules, key=lambda module: module.__name__):
@@ -131,28 +131,28 @@ def _pretrained() -> Iterator[Any]:
 
 
 class Plugin:
-    """Notes the outcome of every test, and whether it built a host."""
+    """Records the outcome of every test, and how many hosts it built."""
 
     def __init__(self, attaching: Attaching) -> None:
-        self.attaching, self.found = attaching, {}
+        self.attaching, self.outcomes = attaching, {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         report = yield
         if call.when == "call" or not report.passed:
             outcome, text = report.outcome, str(report.longrepr or "")
-            self.found[item.nodeid] = {"outcome": outcome, "hosts": self.attaching.count, "text": text[-4000:]}
+            self.outcomes[item.nodeid] = {"outcome": outcome, "hosts": self.attaching.count, "text": text[-4000:]}
         return report
 
     def pytest_runtest_setup(self) -> None:
         self.attaching.count = self.attaching.depth = 0
 
     def pytest_sessionfinish(self) -> None:
-        Path(os.environ[REPORT]).write_text(json.dumps(self.found))
+        Path(os.environ[REPORT]).write_text(json.dumps(self.outcomes))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """pytest loads this file as a plugin, in a process of its own for each mode."""
+    """Hook of pytest, which loads this file as a plugin, in a separate process for each mode."""
     if REPORT not in os.environ:
         return
     attaching = Attaching(os.environ[MODE] == "attached")
@@ -161,7 +161,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def run(mode: str, arguments: list[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """The outcome of every test with plain or with attached models."""
+    """Run pytest with plain or attached models; returns the outcome of every test."""
     report = folder / f"{mode}.json"
     here = str(Path(__file__).parent)
     environment = {
@@ -175,23 +175,23 @@ def run(mode: str, arguments: list[str], folder: Path) -> dict[str, dict[str, An
     done = subprocess.run([*command, *arguments], env=environment, check=False)
     if not report.exists():
         raise SystemExit(f"pytest ended with {done.returncode} and ran no test")
-    found: dict[str, dict[str, Any]] = json.loads(report.read_text())
-    return found
+    outcomes: dict[str, dict[str, Any]] = json.loads(report.read_text())
+    return outcomes
 
 
 def compare(plain: dict[str, dict[str, Any]], attached: dict[str, dict[str, Any]]) -> list[str]:
-    """Print the counts; the tests that fail on attached models alone, what is meant apart."""
+    """Print counts, and the tests that fail only with attached models; returns those that are not expected to."""
     counted = [name for name, test in attached.items() if test["hosts"] and name in plain]
-    for mode, found in (("plain", plain), ("attached", attached)):
-        counts = Counter(found[name]["outcome"] for name in counted)
+    for mode, outcomes in (("plain", plain), ("attached", attached)):
+        counts = Counter(outcomes[name]["outcome"] for name in counted)
         print(f"{mode:9}" + ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")))
     worse = [n for n in counted if attached[n]["outcome"] == "failed" and plain[n]["outcome"] != "failed"]
     left = list(worse)
-    for kind, parts in APART.items():
-        meant = [name for name in left if any(part in attached[name]["text"] for part in parts)]
-        left = [name for name in left if name not in meant]
-        print(f"{kind}: {len(meant)}")
-    print(f"failed on attached models alone: {len(left)}")
+    for kind, parts in EXPECTED.items():
+        expected = [name for name in left if any(part in attached[name]["text"] for part in parts)]
+        left = [name for name in left if name not in expected]
+        print(f"{kind}: {len(expected)}")
+    print(f"failed only with attached models: {len(left)}")
     for name in left:
         print(f"\n{name}\n{attached[name]['text']}")
     return left
@@ -199,14 +199,14 @@ def compare(plain: dict[str, dict[str, Any]], attached: dict[str, dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transformers", type=Path, metavar="FOLDER", help="its source distribution, unpacked")
+    parser.add_argument("--transformers", type=Path, metavar="FOLDER", help="its unpacked source distribution")
     options, arguments = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         if options.transformers:
             os.environ["LTMP_HOST_TESTS_TRANSFORMERS"] = str(options.transformers.resolve())
             module = Path(__file__).with_name("transformers_tests.py")
-            # not by the settings of this repository
+            # ignore the pytest settings of this repository
             arguments = ["-c", os.devnull, f"--rootdir={module.parent}", str(module), *arguments]
         return bool(compare(*(run(mode, arguments, folder) for mode in ("plain", "attached"))))
 

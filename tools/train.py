@@ -1,4 +1,4 @@
-"""Learn thresholds by the command line of the paper's code; a thin door to `ltmp.learn`.
+"""Learn thresholds with the command line of the paper's code; a thin wrapper around `ltmp.learn`.
 
     python tools/train.py /path/to/imagenet --model ltmp_deit_small_patch16_224 --pretrained -b 128 \
         --lr 0.000005 0.005 --reduction-target 0.75
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_options, build, open_images, run, tell, variant
+from common import add_options, build, log, open_images, run, variant
 from torch import nn
 
 import ltmp
@@ -27,69 +27,71 @@ from ltmp.learning.paper import HELD_OUT, TAU
 
 VIEWS = 16_000
 SEED_RATES = (5e-6, 5e-3)
-INSTEAD = {
-    "--epochs": "--views counts images; --recipe paper looks at each once",
-    "--resume": "the same command goes on from the run in --output",
-    "--experiment": "--output names the folder",
-    "--validation-batch-size": "-b is the batch of both",
+"""The paper code's learning rates of the prune and the merge thresholds."""
+
+UNSUPPORTED = {
+    "--epochs": "--views is a number of images; --recipe paper trains on each once",
+    "--resume": "the same command continues the run in --output",
+    "--experiment": "--output is the folder",
+    "--validation-batch-size": "-b is the batch size of both",
     "--smoothing": "it is 0.1 with --recipe paper",
     **dict.fromkeys(("--opt", "--momentum", "--weight-decay"), "SGD with neither is --recipe paper"),
     **dict.fromkeys(("--sched", "--warmup-epochs", "--warmup-lr", "--min-lr"), "--recipe paper has constant rates"),
     **dict.fromkeys(("--scale", "--ratio", "--hflip", "--color-jitter"), "--recipe paper augments as the paper does"),
     **dict.fromkeys(
         ("--aa", "--mixup", "--cutmix", "--reprob", "--drop", "--drop-path", "--model-ema", "--sync-bn"),
-        "two numbers a block need none of it",
+        "two numbers per block need none of it",
     ),
     **dict.fromkeys(("--native-amp", "--apex-amp"), "--amp computes in bfloat16"),
     **dict.fromkeys(("--log-wandb", "--log-interval"), "`ltmp learn --log` writes logs"),
 }
-"""Options of timm's training script, which the paper's code extends, that are not taken, and why."""
+"""Unsupported options of timm's training script, which the paper's code extends, and what to use instead."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, batch_size=128)
-    parser.add_argument("--reduction-target", type=float, default=0.75, help="share of the dense FLOPs to end at")
+    parser.add_argument("--reduction-target", type=float, default=0.75, help="target share of the dense FLOPs")
     parser.add_argument(
         "--lr",
         type=float,
         nargs="+",
         default=list(SEED_RATES),
         metavar="RATE",
-        help="the paper code's SGD rates for the prune and the merge thresholds. Our optimiser works on other scales "
-        "(the logarithm of the prune threshold) and has its own rates: the pair only scales them, by the geometric "
-        "mean of its ratios to the paper's 5e-6 and 5e-3",
+        help="SGD rates of the paper's code for the prune and the merge thresholds. ltmp's optimiser uses other scales "
+        "(the logarithm of the prune threshold) and its own rates: the pair only scales these, by the geometric mean "
+        "of its ratios to the paper's 5e-6 and 5e-3",
     )
     parser.add_argument(
         "--recipe",
         default="ltmp",
         choices=("ltmp", "paper"),
-        help="paper: the training of the paper's code itself (SGD, one epoch, augmented images, label smoothing)",
+        help="paper: train as the paper's code does (SGD, one epoch, augmented images, label smoothing)",
     )
     parser.add_argument("--tau", type=float, help="temperature of the gradients; default 0.1, with --recipe paper 0.5")
-    parser.add_argument("--views", type=int, help="images to look at; default 16,000, with --recipe paper one epoch")
+    parser.add_argument("--views", type=int, help="images to train on; default 16,000, with --recipe paper one epoch")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="output folder; default: output/MODEL-TARGET")
     args, rest = parser.parse_known_args(arguments)
-    for given in rest:
-        name = given.partition("=")[0]
-        if name in INSTEAD:
-            parser.error(f"{name} is not taken here: {INSTEAD[name]}")
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if name in UNSUPPORTED:
+            parser.error(f"{name} is not supported here: {UNSUPPORTED[name]}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
 def rate_factor(rates: list[float], recipe: str = "ltmp") -> float:
-    """The pair of rates as `ltmp.learn` takes it: a factor on its own rates.
+    """Convert --lr to the `lr` of `ltmp.learn`, a factor on its own rates.
 
     Raises:
-        UsageError: a rate that is not positive, or with the paper's recipe a pair that is no multiple of the paper's.
+        UsageError: a rate is not positive or, with the paper's recipe, the pair is no multiple of the paper's.
     """
     if len(rates) > 2 or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise UsageError(f"--lr {' '.join(map(str, rates))}: expected two positive rates, for prune and merge")
     pair = rates if len(rates) == 2 else [SEED_RATES[0] * rates[0] / SEED_RATES[1], rates[0]]
-    factors = [rate / usual for rate, usual in zip(pair, SEED_RATES, strict=True)]
+    factors = [rate / seed_rate for rate, seed_rate in zip(pair, SEED_RATES, strict=True)]
     if recipe == "paper" and not math.isclose(*factors, rel_tol=1e-6):
         raise UsageError(f"--lr {pair[0]:g} {pair[1]:g}: --recipe paper takes multiples of {SEED_RATES[0]:g} "
                          f"{SEED_RATES[1]:g}")  # fmt: skip
@@ -103,8 +105,8 @@ def train(args: argparse.Namespace) -> None:
     tau = args.tau or (TAU if paper else ltmp.LTMPConfig.tau)
     model = ltmp.attach(build(args, args.weights), ltmp.LTMPConfig(variant=variant(args), tau=tau))
     loader = open_images(args, model, "train", shuffle=True, augment=paper)
-    apart = {"calibration": max(2, round(HELD_OUT * loader.images))} if paper else {}
-    views = args.views or (views_of(loader, 1, apart["calibration"]) if paper else VIEWS)
+    held_out = {"calibration": max(2, round(HELD_OUT * loader.images))} if paper else {}
+    views = args.views or (views_of(loader, 1, held_out["calibration"]) if paper else VIEWS)
     run_file = folder / "run.pt"
     try:
         result = ltmp.learn(
@@ -114,7 +116,7 @@ def train(args: argparse.Namespace) -> None:
             views=views,
             recipe=args.recipe,
             lr=lr,
-            **apart,
+            **held_out,
             seed=args.seed,
             device=device,
             amp=amp,
@@ -123,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
             progress=False,
         )
     except KeyboardInterrupt:
-        tell(f"the run is saved in {run_file}: the same command goes on from there")
+        log(f"the run is saved in {run_file}: the same command continues it")
         raise
     evaluation = None
     if any((Path(args.data_dir) / name).is_dir() for name in ("val", "validation")):
@@ -140,11 +142,11 @@ def train(args: argparse.Namespace) -> None:
 def show_step(step: Step) -> None:
     if step.step % 10 == 0 or step.step == step.steps:
         left = step.seconds / step.step * (step.steps - step.step)
-        tell(f"step {step.step}/{step.steps}  loss {step.loss:.4f}  share {step.share:.4f}  {left:.0f} s left")
+        log(f"step {step.step}/{step.steps}  loss {step.loss:.4f}  share {step.share:.4f}  {left:.0f} s left")
 
 
 def write(model: nn.Module, name: str, folder: Path, result: LearnResult, evaluation: Evaluation | None) -> None:
-    """The thresholds alone, and a whole checkpoint with the paper code's keys, as its own training wrote them."""
+    """Save a thresholds file, and a full checkpoint with the keys of the paper's code, as its training writes."""
     measured = {"top1": evaluation.top1, "top1_dense": evaluation.dense_top1} if evaluation else {}
     ltmp.save(
         model,
@@ -159,7 +161,7 @@ def write(model: nn.Module, name: str, folder: Path, result: LearnResult, evalua
 
 
 def seed_state(model: nn.Module) -> dict[str, Any]:
-    """The host's weights, and the thresholds as `blocks.N.merge_masker.threshold` and so for prune."""
+    """The weights of the host, and its thresholds as `blocks.N.merge_masker.threshold` and likewise for prune."""
     thresholds = thresholds_of(model)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("ltmp.")}
     for step in thresholds.config.steps:

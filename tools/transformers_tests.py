@@ -1,7 +1,7 @@
-"""The tests that all models of transformers share, for those that are hosts; `host_tests.py --transformers` runs this.
+"""The tests that all models of transformers share, for the supported hosts; run by `host_tests.py --transformers`.
 
-transformers' source distribution holds `tests/test_modeling_common.py` and neither the modules of the models nor what
-it imports beside it: those two mixins are left empty. The package `parameterized` has to be installed.
+The source distribution of transformers has `tests/test_modeling_common.py`, but neither the test modules of its models
+nor two mixins that it imports, which are replaced by empty classes. Requires the package `parameterized`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ for missing, name in (
 ):
     package, _, module = missing.rpartition(".")
     sys.modules[f"tests.{package}"] = types.ModuleType(f"tests.{package}")
-    sys.modules[f"tests.{missing}"] = found = types.ModuleType(f"tests.{missing}")
-    setattr(found, name, type(name, (), {}))
+    sys.modules[f"tests.{missing}"] = stub = types.ModuleType(f"tests.{missing}")
+    setattr(stub, name, type(name, (), {}))
 common = importlib.import_module("tests.test_modeling_common")
 
 SIZES: dict[str, Any] = {
@@ -45,11 +45,11 @@ FAMILIES = {
     "SiglipVision": (16, ("Model",)),
     "ViTMAE": (5, ("Model",)),
 }
-"""Prefix of the classes to the number of tokens of an image and the models with which each is tested."""
+"""From prefix of the class names to the number of tokens per image, and the models to test."""
 
 
 class Tester:
-    """What the shared tests ask of a model: its configuration and inputs."""
+    """What the shared tests require of a model: its configuration and inputs."""
 
     is_training = True
     batch_size, num_channels = 3, 3
@@ -72,7 +72,7 @@ class Tester:
 
 
 def _tests(family: str, tokens: int, kinds: tuple[str, ...]) -> type:
-    """A test case of the shared tests for one family."""
+    """The test case with the shared tests for one family."""
 
     def prepare(self: Any) -> None:
         self.model_tester = Tester(family, tokens)

@@ -1,4 +1,4 @@
-"""Check the accuracy of learned thresholds by the command line of the paper's code, at any batch size.
+"""Evaluate learned thresholds with the command line of the paper's code, at any batch size.
 
 python tools/validate_timm.py /path/to/imagenet --model ltmp_deit_small_patch16_224 --checkpoint FILE -b 1
 """
@@ -27,11 +27,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         required=True,
-        help="whole checkpoint or thresholds alone, of the paper's code or of ltmp; "
-        "thresholds alone need --pretrained or --weights, too",
+        help="full checkpoint or thresholds only, of the paper's code or of ltmp; "
+        "thresholds only also need --pretrained or --weights",
     )
-    parser.add_argument("--engine", default="auto", help="what runs the reduced model: auto, packed, triton or graph")
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--engine", default="auto", help="engine of the reduced model: auto, packed, triton or graph")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
 
 
@@ -39,7 +39,7 @@ def validate(args: argparse.Namespace) -> None:
     file = read(args.checkpoint)
     weights = args.weights or (args.checkpoint if holds_weights(args.checkpoint) else None)
     if weights is None and not args.pretrained:
-        raise UsageError(f"{args.checkpoint} holds thresholds alone: add --pretrained, or --weights FILE")
+        raise UsageError(f"{args.checkpoint} holds thresholds only: add --pretrained, or --weights FILE")
     model = ltmp.attach(build(args, weights), ltmp.LTMPConfig(variant=variant(args), engine=args.engine))
     apply(model, file, source=str(args.checkpoint))
     images = open_images(args, model, "validation")
@@ -50,7 +50,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether a file with thresholds is a whole checkpoint; a thresholds file of ours says what it was made for."""
+    """Whether a file with thresholds is a full checkpoint. Thresholds files of ltmp are not: they have metadata."""
     return not read(path).metadata and bool(split_thresholds(read_state_dict(path))[1])
 
 

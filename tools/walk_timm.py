@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Every architecture that timm knows: does it attach, and does it still give the dense output with thresholds off?
+"""For every architecture in timm: does it attach, and does it still give the dense output with thresholds off?
 
-Each is built without weights on the meta device, where nothing is computed; what attaches is built once more with two
-blocks and random weights and run on one image. Nothing is downloaded.
+Each is built on the meta device, without weights and computation. Those that attach are built again, with two blocks
+and random weights, and run on one image. Nothing is downloaded.
 
-    python tools/walk_timm.py --out timm.json     # some 20 minutes on one core
+    python tools/walk_timm.py --out timm.json     # about 20 minutes on one core
     python tools/walk_timm.py 'vit_tiny*' 'eva*'
 """
 
@@ -30,31 +30,31 @@ TOLERANCE = 1e-5
 
 
 def names(patterns: list[str]) -> list[str]:
-    """timm's own architectures, those of this package left out."""
+    """Architectures of timm that match a pattern, without those that this package registers."""
     own = [name for name in timm.list_models() if parse_name(name)[0] is None]
     return [name for name in own if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
 def walk(name: str) -> dict[str, Any]:
-    """`status` is "matches", "differs", "refused" or "no host"; `reason` says why not, `host` is timm's class."""
+    """Name, timm's class (`host`), `status` ("matches", "differs", "refused", "no host") and `reason` of a model."""
     with torch.device("meta"):
         model = timm.create_model(name)
-    found = {"name": name, "host": type(model).__name__}
+    facts = {"name": name, "host": type(model).__name__}
     try:
         ltmp.attach(model)
     except ltmp.LTMPError as error:
         reason = str(error)
         unknown = "none of the known hosts" in reason
-        return {**found, "status": "no host" if unknown else "refused", "reason": "" if unknown else reason}
+        return {**facts, "status": "no host" if unknown else "refused", "reason": "" if unknown else reason}
     difference = off_difference(name)
-    return {**found, "status": "matches" if difference <= TOLERANCE else "differs", "reason": f"{difference:.1e}"}
+    return {**facts, "status": "matches" if difference <= TOLERANCE else "differs", "reason": f"{difference:.1e}"}
 
 
 @torch.no_grad()
 def off_difference(name: str) -> float:
-    """How far the attached model, thresholds off but masked, is from the dense one, at two blocks."""
+    """Relative difference of an attached model of two blocks, masked with thresholds off, from dense."""
     torch.manual_seed(0)
-    # the patches of some do not fit 112 pixels, or not in pairs; some have a list with an entry a block
+    # for some, 112 pixels are no multiple of the patch size (or of two patches); some have one list entry per block
     for i, less in enumerate(({"img_size": 112}, {}, {"num_kv_heads": 1})):
         try:
             model, images, dense = small(name, **less)
@@ -67,11 +67,11 @@ def off_difference(name: str) -> float:
 
 
 def small(name: str, **less: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """The model at two blocks, an image, and what it makes of it."""
+    """The model with two blocks, an image, and its output."""
     model = timm.create_model(name, depth=2, **less).eval()
     for parameter in model.parameters():
         if parameter.ndim < 2 and not parameter.any():
-            parameter.normal_(0, 0.02)  # a bias of zero would hide that it was left out
+            parameter.normal_(0, 0.02)  # a missing bias would go unnoticed if it were zero
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None) or timm.data.resolve_model_data_config(model)["input_size"][1:]
     images = torch.randn(1, 3, *size)
@@ -79,30 +79,32 @@ def small(name: str, **less: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def quick(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """Random weights; timm's truncated normal distribution takes most of the time otherwise."""
+    """Fast random initialisation; timm's truncated normal would take most of the time."""
     return tensor.data.normal_(0, 0.02)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", help="only architectures that match one of these")
-    parser.add_argument("--out", type=Path, help="write all findings here, as JSON")
+    parser.add_argument("--out", type=Path, help="write all results to this file, as JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.Tensor.erfinv_ = quick
-    wanted = names(arguments.patterns)
-    found = []
-    for i, name in enumerate(wanted, 1):
+    selected = names(arguments.patterns)
+    results = []
+    for i, name in enumerate(selected, 1):
         try:
-            found.append(walk(name))
-        except Exception as error:  # a model that cannot be built is a finding, too
-            found.append({"name": name, "host": "?", "status": "failed", "reason": f"{type(error).__name__}: {error}"})
-        print(f"\r{i}/{len(wanted)} {name:60}", end="", file=sys.stderr, flush=True)
+            results.append(walk(name))
+        except Exception as error:
+            # a model that cannot be built is a result, too
+            reason = f"{type(error).__name__}: {error}"
+            results.append({"name": name, "host": "?", "status": "failed", "reason": reason})
+        print(f"\r{i}/{len(selected)} {name:60}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    for (status, host), count in sorted(Counter((f["status"], f["host"]) for f in found).items()):
+    for (status, host), count in sorted(Counter((r["status"], r["host"]) for r in results).items()):
         print(f"{count:5} {status:8} {host}")
     if arguments.out:
-        arguments.out.write_text(json.dumps({"timm": timm.__version__, "torch": torch.__version__, "found": found}))
+        arguments.out.write_text(json.dumps({"timm": timm.__version__, "torch": torch.__version__, "found": results}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Every model of transformers with patches in its config: does it attach, and does its tower match dense when off?
+"""For every model of transformers with image patches: does it attach, and does its tower match dense when off?
 
-Each class is built without weights on the meta device, a few blocks deep, where nothing is computed; towers that attach
-are built once more, small and with random weights, and run masked with thresholds off, then masked and packed with
-thresholds on. Nothing is downloaded. Writes the section of docs/hosts.md between
-`<!-- begin: python tools/walk_transformers.py -->` and `<!-- end -->`; --check only looks whether it is so already.
+Each class is built on the meta device, a few blocks deep, without weights and computation. Towers that attach are built
+again, small and with random weights, and run masked with thresholds off, then masked and packed with thresholds on.
+Nothing is downloaded. Writes the section of docs/hosts.md between `<!-- begin: python tools/walk_transformers.py -->`
+and `<!-- end -->`; with --check, only fails if it is stale.
 
-    python tools/walk_transformers.py     # some minutes on one core
+    python tools/walk_transformers.py     # a few minutes on one core
     python tools/walk_transformers.py --list 'Llava*' 'Dinov2*'
 """
 
@@ -48,7 +48,10 @@ _SMALL = {
 
 
 class Finding(NamedTuple):
-    """Of one class: `status` is "matches", "attaches" (its tower was not run), "differs", "refused" or "no host"."""
+    """Result for one class.
+
+    `status` is "matches", "attaches" (its tower was not run), "differs", "refused", "not built" or "no host".
+    """
 
     name: str
     status: str
@@ -57,15 +60,15 @@ class Finding(NamedTuple):
 
 
 def classes() -> dict[str, type[Any]]:
-    """Names of classes, with a head or without, each with its config class, of models whose images are in patches."""
-    found: dict[str, type[Any]] = {}
+    """From class name to config class, for all models that take images in patches, with or without a head."""
+    configs: dict[str, type[Any]] = {}
     mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
     for kind, names in (row for mapping in mappings for row in mapping.items()):
         config = getattr(transformers, configuration_auto.CONFIG_MAPPING_NAMES.get(kind, "?"), None)
         if config is not None and _has_patches(config):
-            found |= dict.fromkeys([names] if isinstance(names, str) else names, config)
-    known = (name for name in sorted(found) if not name.endswith(("Config", "Processor", "ProcessorFast", "Tokenizer")))
-    return {name: found[name] for name in known}
+            configs |= dict.fromkeys([names] if isinstance(names, str) else names, config)
+    no_models = ("Config", "Processor", "ProcessorFast", "Tokenizer")
+    return {name: configs[name] for name in sorted(configs) if not name.endswith(no_models)}
 
 
 @cache
@@ -77,7 +80,7 @@ def _has_patches(config: type[Any]) -> bool:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A config and those inside it."""
+    """A config and the configs nested in it."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, transformers.PretrainedConfig):
@@ -85,7 +88,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def walk(name: str, config: type[Any]) -> Finding:
-    """Build it and attach."""
+    """Build a class, attach it and compare its tower with dense."""
     try:
         settings = config()
         for part in _parts(settings):
@@ -116,7 +119,10 @@ _MEASURED: dict[type[nn.Module], float | None] = {}
 
 
 def off_difference(host: Any) -> float | None:
-    """How far a small tower is from dense, off and masked, or masked from packed; None if it did not run."""
+    """Relative difference of a small tower from dense with thresholds off, or of masked from packed with thresholds on.
+
+    None if the tower could not be run.
+    """
     kind = type(host)
     if kind not in _MEASURED:
         try:
@@ -136,8 +142,8 @@ def _measure(host: Any) -> float:
         if isinstance(vars(part).get("patch_size"), int) and isinstance(vars(part).get("image_size"), int):
             part.image_size = 4 * part.patch_size
     if hasattr(config, "stage_names"):
-        said = {name: value for name, value in config.to_dict().items() if name not in _STAGES}
-        config = type(config)(**said, out_features=["stage1", "stage2"])
+        settings = {name: value for name, value in config.to_dict().items() if name not in _STAGES}
+        config = type(config)(**settings, out_features=["stage1", "stage2"])
     if hasattr(config, "fullatt_block_indexes"):
         config.fullatt_block_indexes = [1]
     if getattr(config, "mask_ratio", 0):
@@ -173,14 +179,14 @@ def _inputs(config: Any) -> dict[str, Any]:
 
 def _tensor(output: Any) -> Tensor:
     for name in ("last_hidden_state", "logits", "feature_maps", "image_embeds"):
-        found = getattr(output, name, None)
-        if found is not None:
-            return found[-1] if isinstance(found, tuple) else found
+        value = getattr(output, name, None)
+        if value is not None:
+            return value[-1] if isinstance(value, tuple) else value
     raise ValueError("nothing to compare")
 
 
-def section(found: list[Finding]) -> str:
-    """The section of the page."""
+def section(findings: list[Finding]) -> str:
+    """The section of the page, in Markdown."""
     kinds = {
         "matches": f"attaches; its tower matches dense when off, and packed when masked, within {TOLERANCE:.0e}",
         "attaches": "attaches; its tower needs more than pixels, and is compared by the tests",
@@ -189,43 +195,44 @@ def section(found: list[Finding]) -> str:
         "no host": "no plain vision transformer inside (windows, stages, convolutions, no tower)",
     }  # fmt: skip
     lines = [
-        f"transformers {transformers.__version__}: {len(found)} classes.",
+        f"transformers {transformers.__version__}: {len(findings)} classes.",
         "",
         "| outcome | classes |",
         "| --- | --- |",
     ]
     for status, what in kinds.items():
-        names = [finding.name for finding in found if finding.status == status]
+        names = [finding.name for finding in findings if finding.status == status]
         if names:
             listed = f": {', '.join(names)}" if status in ("matches", "attaches", "differs") else ""
             lines.append(f"| {what} | {len(names)}{listed} |")
-    for reason in dict.fromkeys(finding.reason for finding in found if finding.status == "refused"):
-        names = [finding.name for finding in found if finding.reason == reason and finding.status == "refused"]
+    refused = [finding for finding in findings if finding.status == "refused"]
+    for reason in dict.fromkeys(finding.reason for finding in refused):
+        names = [finding.name for finding in refused if finding.reason == reason]
         lines.append(f"| refused: {reason.replace('|', '/')} | {len(names)}: {', '.join(names)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="*", help="only classes that match one of these; with --list")
-    parser.add_argument("--list", action="store_true", help="write what was found to stdout, one class a line")
+    parser.add_argument("patterns", nargs="*", help="only classes that match one of these; implies --list")
+    parser.add_argument("--list", action="store_true", help="print the results, one class per line")
     parser.add_argument("--check", action="store_true", help="fail if the page is stale")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    wanted = classes()
+    selected = classes()
     if arguments.patterns:
-        wanted = {n: c for n, c in wanted.items() if any(fnmatch.fnmatch(n, p) for p in arguments.patterns)}
-    found = []
-    for i, (name, config) in enumerate(wanted.items(), 1):
-        print(f"\r{i}/{len(wanted)} {name:60}", end="", file=sys.stderr, flush=True)
-        found.append(walk(name, config))
+        selected = {n: c for n, c in selected.items() if any(fnmatch.fnmatch(n, p) for p in arguments.patterns)}
+    findings = []
+    for i, (name, config) in enumerate(selected.items(), 1):
+        print(f"\r{i}/{len(selected)} {name:60}", end="", file=sys.stderr, flush=True)
+        findings.append(walk(name, config))
     print(file=sys.stderr)
     if arguments.list or arguments.patterns:
-        print("\n".join("\t".join(finding) for finding in found))
+        print("\n".join("\t".join(finding) for finding in findings))
         return 0
     text = PAGE.read_text()
-    page = BLOCK.sub(lambda match: f"{match['begin']}\n{section(found)}\n{match['end']}", text)
+    page = BLOCK.sub(lambda match: f"{match['begin']}\n{section(findings)}\n{match['end']}", text)
     if arguments.check:
         return int(text != page)
     PAGE.write_text(page)

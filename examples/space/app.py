@@ -1,4 +1,4 @@
-"""A Space that shows which patches survive: the demo's digits, until MODEL is set to a model of your own."""
+"""A Space that shows which patches survive: on the demo's digits, or with your own model if MODEL is set."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ltmp.app import Budgets, Explorer, build_page, serving_options
 from ltmp.app.default import demo_explorer
 from ltmp.data import class_names
 
-MODEL = ""  # for example "deit_small_patch16_224", with its files in thresholds/
+MODEL = ""  # for example "deit_small_patch16_224", with its thresholds files in thresholds/
 THRESHOLDS = sorted(Path("thresholds").glob("*.safetensors"))
 
 
 @contextmanager
 def say(text: str, total: int | None):
-    """A line in the Space's log for each long step."""
+    """Print each long step to the Space's log."""
     print(text, flush=True)
     yield lambda *_: None
 

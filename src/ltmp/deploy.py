@@ -22,12 +22,12 @@ from .hosts.attach import is_attached
 from .hosts.outputs import logits_of
 
 Forward = Callable[[Tensor], Tensor]
-"""Images [B, C, H, W] to what is wanted of them, [B, K]."""
+"""From images [B, C, H, W] to an output [B, K]."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module gets its own mode back."""
+    """Put the model in evaluation mode; on exit, restore the train or eval mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -39,7 +39,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def deployed(model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None) -> Iterator[None]:
-    """Evaluation mode without gradients on `device` inside, with autocast to `amp`; modules get their own mode back."""
+    """Run the model on `device` in evaluation mode, without gradients and with autocast to `amp`.
+
+    On exit, the mode of every module is restored; the model stays on `device`.
+    """
     model.to(device)
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
         yield
@@ -51,8 +54,8 @@ class Output:
 
     Attributes:
         logits: float32 [B, K].
-        share: float32 [B], FLOPs share of each image; 1 where nothing is attached.
-        kept: [B, L], tokens after each block; None where nothing is attached.
+        share: float32 [B], FLOPs share of each image; 1 if nothing is attached.
+        kept: [B, L], number of tokens after each block; None if nothing is attached.
     """
 
     logits: Tensor
@@ -61,10 +64,10 @@ class Output:
 
 
 def run(model: nn.Module, images: Tensor, forward: Forward | None = None) -> Output:
-    """Call a model, attached or not, on images [B, C, H, W] of its device, and note what each of them cost.
+    """Call a model, attached or not, on images [B, C, H, W] on its device, and record the cost of each image.
 
     Args:
-        forward: what to call instead of the model for its logits; its result takes their place.
+        forward: called instead of the model; its result is returned as the logits.
 
     Raises:
         LTMPError: the model returns no logits.
@@ -77,10 +80,10 @@ def run(model: nn.Module, images: Tensor, forward: Forward | None = None) -> Out
 
 
 class Deployment:
-    """A model ready to answer: what predict, serve, show and the app have in common.
+    """A model with its preprocessing and class names, as predict, serve, show and the app use it.
 
-    The model is moved to `device` and put in evaluation mode, and stays so. `prepare` may run in any thread, calls in
-    one at a time.
+    The model is moved to `device` and put in evaluation mode, and stays so. `prepare` is thread-safe; the model itself
+    must be called from one thread at a time.
 
     >>> deployment = Deployment(model)
     >>> image = deployment.prepare(deployment.read("cat.jpg"))
@@ -88,11 +91,11 @@ class Deployment:
 
     Args:
         model: a classifier of any host library, attached or not.
-        transform: from a Pillow image to [C, H, W] as the model takes it; None is `eval_transform` with `options`.
+        transform: from a Pillow image to the model's input [C, H, W]; None is `eval_transform` with `options`.
         options: how images are resized, cropped and normalised, as in `eval_transform`.
-        device: where to run; None is where the model lies.
-        amp: autocast type, e.g. `torch.bfloat16`.
-        names: class names in the order of the outputs; empty or None where nobody knows them.
+        device: where to run; None is the model's device.
+        amp: autocast dtype, e.g. `torch.bfloat16`.
+        names: class names in the order of the outputs; empty or None if unknown.
     """
 
     def __init__(
@@ -115,12 +118,12 @@ class Deployment:
 
     @property
     def attached(self) -> bool:
-        """Whether the model is reduced."""
+        """Whether thresholds are attached to the model."""
         return is_attached(self.model)
 
     @cached_property
     def blank(self) -> Tensor:
-        """[C, H, W], a black image as the model takes it."""
+        """[C, H, W], a black image after preprocessing."""
         return self.transform(Image.new(self.mode, (64, 64)))
 
     @cached_property
@@ -128,8 +131,8 @@ class Deployment:
         """The number of classes, from a call on a blank image.
 
         Raises:
-            LTMPError: the output is not one row of class scores an image.
-            UsageError: there is another number of names.
+            LTMPError: the output is not one row of class scores per image.
+            UsageError: the number of names differs from the number of classes.
         """
         logits = self(self.blank[None]).logits
         if logits.ndim != 2:
@@ -138,19 +141,19 @@ class Deployment:
         return logits.shape[1]
 
     def name(self, index: int) -> str:
-        """The name of a class, or its number where nobody knows it."""
+        """The name of a class, or "class" and its number if it has none."""
         return self.names[index] if index < len(self.names) else f"class {index}"
 
     def read(self, path: str | Path) -> Image.Image:
-        """The image in a file; raises like `read_image`."""
+        """Read an image file; raises like `read_image`."""
         return read_image(path, self.mode)
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """[C, H, W], an image as the model takes it."""
+        """[C, H, W], an image after preprocessing."""
         return self.transform(self._in_mode(image))
 
     def view(self, image: Image.Image, width: int) -> Tensor:
-        """float32 [3, H, W] in [0, 1], what the model sees of an image, for people; see `sharp_view`."""
+        """float32 [3, H, W] in [0, 1], the part of an image that the model sees, for display; see `sharp_view`."""
         return sharp_view(self.model, self._in_mode(image), width, **self.options)
 
     def _in_mode(self, image: Image.Image) -> Image.Image:
@@ -158,11 +161,11 @@ class Deployment:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """No gradients, and autocast; a thread that stays inside casts the weights once instead of in each call."""
+        """Inference mode with autocast. A thread that stays inside casts the weights once instead of on every call."""
         with torch.inference_mode(), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             yield
 
     def __call__(self, images: Tensor, forward: Forward | None = None) -> Output:
-        """`run` on images [B, C, H, W] from any device; waits for the device only where the engine needs to."""
+        """`run` on images [B, C, H, W] from any device, without synchronising unless the engine has to."""
         with self.running():
             return run(self.model, images.to(self.device, non_blocking=True), forward)

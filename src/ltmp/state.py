@@ -1,8 +1,8 @@
-"""The state of an attached model in one value: what it was learned for, what it is set to, and what each block does."""
+"""Summary of an attached model: what its thresholds were learned for, current settings, and what each block does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +17,18 @@ from .method.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """The result of `ltmp.summary`; None where unknown. Its text is a short table.
+    """The result of `ltmp.summary`; unknown fields are None. `str()` gives a short table.
 
     Attributes:
-        model, library: of what is attached.
-        variant, scores, engine: how it is attached; scores are None of fixed rates.
-        target: the FLOPs share it was learned for; share: the one measured.
-        budget: what the dial is set to; dial: its ends.
-        certified: what its certificate guarantees, in a sentence.
-        merge, prune: the thresholds of each block.
-        tokens: mean tokens after each block.
+        model, library: name or architecture of the model, and the library it comes from.
+        variant, scores, engine: settings of its reduction; scores is None for fixed rates.
+        target: FLOPs share that the thresholds were learned for.
+        share: measured FLOPs share.
+        budget: FLOPs share that the dial is set to.
+        dial: lowest and highest share of the dial.
+        certified: what the certificate guarantees, in a sentence.
+        merge, prune: thresholds of each block.
+        tokens: mean number of tokens after each block.
     """
 
     model: str | None
@@ -44,65 +46,66 @@ class ModelSummary:
     tokens: tuple[float, ...] | None
 
     def __str__(self) -> str:
-        rows = [(name, getattr(self, name)) for name in self.__dataclass_fields__ if name not in _BLOCKS]
-        lines = [f"{name:<10}{_shown(value)}" for name, value in rows if value is not None]
-        columns = {name: getattr(self, name) for name in _BLOCKS if getattr(self, name) is not None}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        known = {name: value for name, value in values.items() if value is not None}
+        lines = [f"{name:<10}{_format(value)}" for name, value in known.items() if name not in _PER_BLOCK]
+        columns = {name: known[name] for name in _PER_BLOCK if name in known}
         if columns:
             lines.append("".join(f"{name:>10}" for name in ("block", *columns)))
-            for block, values in enumerate(zip(*columns.values(), strict=True), 1):
+            for block, row in enumerate(zip(*columns.values(), strict=True), 1):
                 cells = (
                     f"{value:.1f}" if name == "tokens" else f"{value:.4g}"
-                    for name, value in zip(columns, values, strict=True)
+                    for name, value in zip(columns, row, strict=True)
                 )
                 lines.append(f"{block:>10}" + "".join(f"{cell:>10}" for cell in cells))
         return "\n".join(lines)
 
 
-_BLOCKS = ("merge", "prune", "tokens")
+_PER_BLOCK = ("merge", "prune", "tokens")
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " to ".join(map(_format, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def summary(model: nn.Module, images: Tensor | None = None) -> ModelSummary:
-    """The state of an attached model.
+    """Summarise the state of an attached model.
 
     >>> print(ltmp.summary(model))
 
     Args:
         model: attached.
-        images: [B, C, H, W] on the model's device, to measure share and tokens on; without any they are what was noted
-            when the thresholds were learned, as far as it still holds, and what the dial knows.
+        images: [B, C, H, W] on the model's device, to measure share and tokens on. Without images, the share is the
+            one recorded when the thresholds were learned, if they have not changed since, and the tokens are the
+            dial's estimate for its budget.
 
     Raises:
         LTMPError: nothing is attached.
     """
-    made = attachment(model)
-    policy, config = made.policy, made.policy.config
-    about, facts = metadata_of(model), facts_of(model)
-    learned = isinstance(policy, Thresholds)
-    kept = kept_at_budget(policy)
-    share = about.share
+    policy = attachment(model).policy
+    thresholds = policy if isinstance(policy, Thresholds) else None
+    metadata, facts = metadata_of(model), facts_of(model)
+    kept, share = kept_at_budget(policy), metadata.share
     if images is not None:
         with deployed(model, images.device), record() as calls:
             model(images)
         kept, share = calls.kept[0].float().mean(0).tolist(), float(calls.share().mean())
-    values: dict[str, Any] = {name: getattr(policy, name) if learned else None for name in ("merge", "prune", "dial")}
-    dial, certificate = values.pop("dial"), getattr(policy, "certificate", None)
+    dial = thresholds.dial if thresholds else None
+    certificate = thresholds.certificate if thresholds else None
     return ModelSummary(
         model=facts.get("model_name") or facts.get("architecture"),
         library=facts.get("library"),
-        variant=config.variant,
-        scores=str(config.scores) if learned else None,
-        engine=config.engine,
-        target=about.target,
+        variant=policy.config.variant,
+        scores=str(policy.config.scores) if thresholds else None,
+        engine=policy.config.engine,
+        target=metadata.target,
         share=share,
-        budget=getattr(policy, "budget", None),
+        budget=thresholds.budget if thresholds else None,
         dial=None if dial is None else (dial.lowest, dial.highest),
         certified=None if certificate is None else certificate.sentence(),
+        merge=tuple(thresholds.merge.tolist()) if thresholds else None,
+        prune=tuple(thresholds.prune.tolist()) if thresholds else None,
         tokens=None if kept is None else tuple(kept),
-        **{name: None if value is None else tuple(value.detach().cpu().tolist()) for name, value in values.items()},
     )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " to ".join(map(_shown, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The figures of an evaluation against counts made by hand."""
+"""The results of an evaluation against independent counts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_progress_and_timing_do_not_change_the_result(reducing):
     assert timed.share == evaluate(reducing, batches(), speed=False).share
 
 
-def test_modes_are_given_back(reducing):
+def test_modes_are_restored(reducing):
     reducing.train()
     reducing.blocks.eval()
     before = [module.training for module in reducing.modules()]
@@ -128,7 +128,7 @@ def test_nothing_attached(model):
         evaluate(ltmp.detach(model), batches())
 
 
-def test_throughput_times_both_in_turns(reducing):
+def test_throughput_interleaves_both(reducing):
     calls = []
 
     def watched(images):

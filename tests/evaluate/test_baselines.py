@@ -1,4 +1,4 @@
-"""Lower resolution and smaller models as baselines: what they cost, and that they take part like everything else."""
+"""Lower resolution and smaller models as baselines: their cost, and that they are evaluated like other methods."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_hosts_of_transformers_resample_when_asked() -> None:
     assert found.run(found.prepared(images)).logits.shape == (1, 2)
 
 
-def test_a_smaller_model_has_to_know_the_same_classes() -> None:
+def test_a_smaller_model_must_have_the_same_classes() -> None:
     model, images = ltmp.attach(tiny_vit()), random_images(1)
     found = instead_of(model, tiny_vit(depth=1), "small", images)
     assert found.share == pytest.approx(1 / 3)
@@ -88,7 +88,7 @@ def test_baselines_are_evaluated_in_the_same_pass() -> None:
     assert results["resize:12"].tokens == 10
 
 
-def test_bench_times_what_is_brought() -> None:
+def test_bench_times_the_callers_ways() -> None:
     model, images = ltmp.attach(tiny_vit()), random_images(2)
     model.ltmp.set([0.5] * 3, [0.04] * 3)
     found = at_resolution(model, 12, images)
@@ -106,7 +106,7 @@ def test_bench_times_what_is_brought() -> None:
     assert named["auto"].share == named["packed"].share
 
 
-def test_bench_says_where_auto_chose_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_shows_that_auto_chose_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "MARGIN", 0.0)
     model = ltmp.attach(tiny_vit())
     model.ltmp.set([0.5] * 3, [0.04] * 3)

@@ -1,4 +1,4 @@
-"""The benchmark checks before it times, and a red check has no speed."""
+"""The benchmark checks each way before timing it; a way that fails has no speed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_way_is_timed_and_compared() -> None:
         assert rows["triton"].logits < 1e-4
 
 
-def test_fixed_rate_that_cannot_go_so_low_is_named() -> None:
+def test_fixed_rate_that_cannot_reach_the_share_is_noted() -> None:
     model = attach_reducing(tiny_vit(depth=2), random_images(6), at=0.05)
     *_, last = Bench(model, random_images(3), compiled=False).run(seconds=0.01)
     assert last.way == "fixed-rate merge"
@@ -101,7 +101,7 @@ def test_train_mode_is_refused() -> None:
         Bench(reduced_model().train(), random_images(2)).check()
 
 
-def test_table_leaves_red_rows_empty() -> None:
+def test_table_has_no_speed_for_failed_rows() -> None:
     rows = [Row("dense", 100.0, 1, 1, 1.0, None, 0.0), Row("graph", None, 0.5, 2, None, 0.98, 0.3, "red")]
     lines = table(rows).splitlines()
     assert lines[1].split() == ["dense", "100", "1.000", "1.00", "1.00", "0.0000"]

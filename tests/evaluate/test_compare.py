@@ -24,13 +24,13 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("variant", FIXED)
-def test_rates_come_as_close_to_a_budget_as_they_can(variant: str) -> None:
+def test_rates_are_as_close_to_a_budget_as_possible(variant: str) -> None:
     model, images = ltmp.attach(tiny_vit(depth=6)), random_images(1)
     for target in (0.9, 0.7):
         policy = rates_for(model, images, variant, target)
         with record() as calls, running(body=replace(attachment(model).body, policy=policy)):
             model(images)
-        # a token more or less by each step, of 17
+        # within one of 17 tokens per step
         assert abs(calls.share().item() - target) < 0.02 * len(policy.config.steps)
         assert max(policy.rates["merge"]) - min(policy.rates["merge"]) <= 1
 
@@ -40,7 +40,7 @@ def test_a_budget_out_of_reach_is_refused() -> None:
         rates_for(ltmp.attach(tiny_vit()), random_images(1), "m", 0.2)
 
 
-def test_one_pass_finds_what_single_evaluations_find() -> None:
+def test_one_pass_equals_single_evaluations() -> None:
     model = ltmp.attach(tiny_vit())
     entries = [fixed_entry(model, Wanted.parse(text), random_images(1), 0.7) for text in ("m:3", "p:2", "topk", "mp")]
     results = compare(model, batches(), entries, speed=False)

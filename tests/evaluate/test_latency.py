@@ -1,4 +1,4 @@
-"""A budget in milliseconds: what is predicted, which share is taken, and what is said where none will do."""
+"""A budget in milliseconds: predicted times, the share that is chosen, and errors if no share is fast enough."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGES = 4
 
 
 def linear_costs(reduces: tuple[bool, ...] = (True, True, True), **other: Any) -> Costs:
-    """Ten tokens take 1 ms before the reduction, 0.5 in it and 2 after it; the host's own block takes 4."""
+    """Ten tokens take 1 ms before the reduction, 0.5 ms in it and 2 ms after it; the host's own block takes 4 ms."""
     tokens = np.array([1.0, 10.0, 20.0])
     block = BlockCosts(tokens, tokens * 1e-4, tokens * 5e-5, tokens * 2e-4, 4e-3)
     return Costs(**{
@@ -109,7 +109,7 @@ def test_a_time_or_a_speed_turns_the_dial(model: Any) -> None:
         ({"images_per_second": float("inf")}, "give a positive time"),
     ],
 )
-def test_what_is_no_target_is_refused(model: Any, target: dict[str, float], fragment: str) -> None:
+def test_invalid_targets_are_refused(model: Any, target: dict[str, float], fragment: str) -> None:
     with pytest.raises(UsageError, match=fragment):
         set_latency(model, linear_costs(), **target)
 
@@ -125,7 +125,7 @@ def test_a_dial_is_needed() -> None:
 
 
 def counted(ways: dict[str, Callable[[], Any]], images: int, seconds: float) -> dict[str, float]:
-    """Stands in for the clock: a multiply-add takes a nanosecond, on any machine."""
+    """Replaces the clock: every floating-point operation takes a nanosecond, on any machine."""
     found = {}
     for name, call in ways.items():
         with FlopCounterMode(display=False) as counter:
@@ -149,12 +149,12 @@ def real_dial(model: Any, images: torch.Tensor) -> Dial:
 
 @torch.no_grad()
 def test_blocks_measured_alone_predict_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that counts: at budgets that were not measured, by the tokens that there are, within 1 %."""
+    """With operations as time: within 1 % at budgets that were not measured, given the token counts."""
     monkeypatch.setattr(costing, "timed", counted)
     images = random_images(8, size=32).double()
     model = tiny_vit(img_size=32, embed_dim=32)
     dial = real_dial(model, images.float())
-    # the counter does not know oneDNN's operator, which is for float32
+    # float64, because the counter does not support oneDNN's float32 operator
     model = model.double()
     model.ltmp.set_dial(dial)
     costs = measure_costs(model, images)
@@ -167,11 +167,11 @@ def test_blocks_measured_alone_predict_the_model(monkeypatch: pytest.MonkeyPatch
     assert costs.dense == pytest.approx(1 / counted({"model": lambda: model(images)}, 1, 0)["model"])
 
 
-# rows past the end hold anything, and NumPy says so
+# NumPy warns about the undefined rows past the end
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @torch.inference_mode()
 def test_pieces_of_the_triton_engine_run() -> None:
-    """In its interpreter, and not recorded: what a GPU is to time."""
+    """The calls that are timed on a GPU, here in the interpreter and without CUDA graphs."""
     pytest.importorskip("triton")
     from ltmp.engines.select import unavailable
 
@@ -204,7 +204,7 @@ def test_measuring_leaves_the_model_as_it_was(model: Any) -> None:
     assert costs.rest >= 0
 
 
-def test_blocks_of_other_shapes_are_measured_apart() -> None:
+def test_blocks_of_other_shapes_are_measured_separately() -> None:
     model = tiny_vit()
     model.blocks[1].mlp = type(model.blocks[1].mlp)(16, 128)
     ltmp.attach(model).ltmp.set_dial(dial_of_three())

@@ -1,4 +1,4 @@
-"""Results on screen, as JSON and as CSV."""
+"""Results on the terminal, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ HOSTILE = "o[/red]\x1b]0;title\x07\x9b31m\u202egnp.exe"
 
 
 @pytest.mark.parametrize("rich", [True, False])
-def test_text_of_others_is_shown_and_not_obeyed(rich, monkeypatch):
+def test_untrusted_text_is_escaped(rich, monkeypatch):
     if not rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)
     screen = io.StringIO()
@@ -97,7 +97,7 @@ def test_titles_are_one_line():
     assert screen.getvalue().splitlines()[0].endswith("a long name ")
 
 
-def test_csv_holds_no_formulas_and_json_stays_exact(tmp_path):
+def test_csv_has_no_formulas_and_json_stays_exact(tmp_path):
     values = ["=HYPERLINK(1)", "+1", "-1", "@x", "\tx", "fine", -1.5, None]
     tables.write_csv([{"a": value} for value in values], tmp_path / "a.csv")
     rows = [row["a"] for row in csv.DictReader((tmp_path / "a.csv").open(newline=""))]

@@ -1,4 +1,4 @@
-"""Exports are what the model is, in every runtime, or there is no file."""
+"""Exports reproduce the model in every runtime, or no file is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ltmp.export import ExportedModel, Plan, export, in_runtime, job, program
 from ltmp.export.layouts import FORMS
 from ltmp.export.onnx import read_metadata
 from ltmp.export.runtimes import OPENERS, Session
-from ltmp.export.verify import NOISES, Verification, check_share, expect, made_images, smooth_images, verify
+from ltmp.export.verify import NOISES, Verification, check_share, expect, smooth_images, synthetic_images, verify
 from ltmp.hosts.attach import attachment, thresholds_of
 from ltmp.method.thresholds import Thresholds
 
@@ -69,7 +69,7 @@ def test_onnx_is_the_model_in_every_runtime(form, runtime, model, files):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scores_beyond_the_paper_are_exported_too(form, tmp_path):
-    """A probe goes along as weights of the graph."""
+    """The probe becomes weights of the graph."""
     pytest.importorskip("openvino", reason="needs the extra 'export'")
     model = reduced_model()
     thresholds = thresholds_of(model)
@@ -96,7 +96,7 @@ def test_graphs_scatter_nothing_and_static_ones_depend_on_no_data(files):
         assert ("NonZero" in used) == (form != "static")
 
 
-def test_file_says_what_it_is(files):
+def test_file_has_metadata(files):
     import onnx
 
     about = read_metadata(files["batch"])
@@ -183,14 +183,14 @@ def test_undecided_images_are_left_out():
 
 
 class Watching(Thresholds):
-    """Thresholds that remember what they were asked."""
+    """Thresholds that record the scores they decide on."""
 
     def decide(self, step, block, score, free):
         vars(self).setdefault("scores", []).append(score)
         return super().decide(step, block, score, free)
 
 
-def test_fixed_batch_is_filled_up_and_cut():
+def test_fixed_batch_is_padded_and_cut():
     sizes = []
 
     def call(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +210,7 @@ def test_images_of_another_size_are_refused(model):
         session(random_images(1, size=20))
 
 
-def test_made_images_differ_in_tokens(model):
+def test_synthetic_images_differ_in_tokens(model):
     images = smooth_images(model, 8)
     assert images.shape == (8, 3, 16, 16)
     _, kept = run_recorded(model, images)
@@ -233,7 +233,7 @@ def test_settings_are_checked(settings, expected):
         Plan(**settings)
 
 
-def test_what_cannot_be_exported_is_said(model, tmp_path):
+def test_invalid_exports_are_refused(model, tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(LTMPError, match="nothing to export"):
         export(tiny_vit(), path)
@@ -271,7 +271,7 @@ def test_missing_extra_is_named(package, plan, model, monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_missing_compiler_is_said(model, monkeypatch, tmp_path):
+def test_missing_compiler_is_reported(model, monkeypatch, tmp_path):
     monkeypatch.setattr(program.shutil, "which", lambda name: None)
     with pytest.raises(LTMPError, match=r"C\+\+ compiler"):
         export(model, tmp_path / "model.pt2", Plan("aoti", "static"), images=IMAGES)
@@ -319,18 +319,17 @@ def test_the_share_in_a_file_is_the_thresholds_own(model, tmp_path, monkeypatch)
     assert 0 < float(shares[2]) < 1
 
 
-def test_made_images_are_reduced_about_as_much_as_the_thresholds_say():
+def test_synthetic_images_are_reduced_about_as_much_as_the_thresholds_say():
     model = reduced_model()
-    first = expect(model, made_images(model, 8)).share.mean().item()
+    first = expect(model, synthetic_images(model, 8)).share.mean().item()
     for share in (0.5, 0.9):
-        found = expect(model, made_images(model, 8, share)).share.mean().item()
+        found = expect(model, synthetic_images(model, 8, share)).share.mean().item()
         assert abs(found - share) <= abs(first - share)
     assert len({expect(model, smooth_images(model, 8, noise=noise)).share.mean().item() for noise in NOISES}) > 2
 
 
-def test_images_that_are_reduced_otherwise_are_noted():
+def test_images_with_another_share_are_noted():
     found = Verification(8, 0, 3, 0.0, share=0.8)
-    assert check_share(found, 0.75, made=True) == check_share(found, None, made=True) == found
-    assert (
-        "made images keep a share of 0.80, but these thresholds are for 0.50" in check_share(found, 0.5, made=True).note
-    )
+    assert check_share(found, 0.75, synthetic=True) == check_share(found, None, synthetic=True) == found
+    note = check_share(found, 0.5, synthetic=True).note
+    assert "synthetic images keep a share of 0.80, but these thresholds are for 0.50" in note

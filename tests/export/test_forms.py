@@ -1,4 +1,4 @@
-"""Each exported form is the method, for any tokens and thresholds; in eager mode, where many can be tried."""
+"""Each exported form equals the reference for any tokens and thresholds, tested in eager mode, which is fast."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_every_host_and_variant(form, host, variant):
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "single"])
 @given(kept=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_places_without_a_token_show_one_of_their_image(form, kept):
-    # what they are masked with hides them only beside that one
+def test_places_without_a_token_hold_one_of_their_image(form, kept):
+    # their attention bias is finite, and hides them only beside a token of their own image
     keep = torch.tensor(kept)
     keep[:, 0] = True
     source, layout = FORMS[form](keep, keep.shape[1])

@@ -47,6 +47,6 @@ def test_what_fails_on_attached_models_alone_is_told(capsys: pytest.CaptureFixtu
     assert compare(plain, attached) == ["worse"]
     told = capsys.readouterr().out
     assert "plain    4 passed, 1 failed, 0 skipped\nattached 1 passed, 4 failed, 0 skipped\n" in told
-    for line in ("refused tracers: 1", "frozen thresholds: 1", "failed on attached models alone: 1"):
+    for line in ("refused tracers: 1", "frozen thresholds: 1", "failed only with attached models: 1"):
         assert line in told.splitlines()
     assert "another answer" in told

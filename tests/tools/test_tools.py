@@ -96,10 +96,10 @@ def test_the_papers_own_training_reports_both_shares(images: Path, weights: Path
 
 
 def test_options_of_timms_script_are_refused_by_name(images: Path) -> None:
-    for option, why in (("--opt=adamw", "SGD with neither"), ("--epochs", "--views counts images")):
+    for option, why in (("--opt=adamw", "SGD with neither"), ("--epochs", "--views is a number of images")):
         done = tool("train.py", images, *MODEL, option, "3")
         assert done.returncode == 2
-        assert f"{option.partition('=')[0]} is not taken here: " in done.stderr
+        assert f"{option.partition('=')[0]} is not supported here: " in done.stderr
         assert why in done.stderr
     done = tool("train.py", images, *MODEL, "--recipe", "paper", "--lr", "0.1", "0.2")
     assert done.returncode == 2
@@ -136,7 +136,7 @@ def test_validate_takes_thresholds_alone_with_weights(trained: Path, images: Pat
     assert tool("validate_timm.py", images, *MODEL, "--checkpoint", file, "--weights", weights).returncode == 0
     done = tool("validate_timm.py", images, *MODEL, "--checkpoint", file)
     assert done.returncode == 2
-    assert "holds thresholds alone: add --pretrained, or --weights FILE" in done.stderr
+    assert "holds thresholds only: add --pretrained, or --weights FILE" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whether two engines decide alike."""
+"""Whether the Triton engine makes the same decisions as the reference."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ from ..method.scores import attended_for, score
 from ..method.tokens import Tokens
 
 DECISIONS = 0.999
-"""Share of decisions that must equal the reference's, block by block on the same inputs."""
+"""Least fraction of decisions that must equal the reference's, block by block on the same inputs."""
 
 
 def under(policy: Policy, **settings: Any) -> Policy:
-    """A policy with the same thresholds, shared and not copied, that has other settings, such as its engine."""
-    other = copy.copy(policy)
-    other.config = replace(policy.config, **settings)
-    return other
+    """A copy of a policy with other settings, such as its engine; it shares the thresholds of the original."""
+    changed = copy.copy(policy)
+    changed.config = replace(policy.config, **settings)
+    return changed
 
 
 def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None]:
     """The input of an attached model's first block, [B, N, C], and the positions of its tokens."""
-    found: list[tuple[Tensor, Positions | None]] = []
+    inputs: list[tuple[Tensor, Positions | None]] = []
 
-    def keep(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
-        found.append((x, positions))
+    def capture(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
+        inputs.append((x, positions))
         return body.all_whole(x, positions)
 
     body = attachment(model).body
-    # in one pass through all blocks, whatever form the host gets
-    with running(keep, body=replace(body, policy=under(body.policy, tokens="reduced"))):
+    # tokens="reduced" makes all blocks run in one call of the engine
+    with running(capture, body=replace(body, policy=under(body.policy, tokens="reduced"))):
         model(images)
-    return found[0]
+    return inputs[0]
 
 
 @torch.no_grad()
 def decisions_agree(body: Body, x: Tensor) -> float:
-    """Share of equal decisions of the Triton engine and the method's definition, each block on the engine's own inputs.
+    """Fraction of the Triton engine's decisions that equal the reference's on the engine's own inputs to each block.
 
     Args:
-        x: [B, N, C] embedded tokens.
+        x: [B, N, C], embedded tokens.
 
     Returns:
-        Of all live tokens of all blocks that reduce, how many are kept, dropped or merged into the same partner alike.
+        Among the live tokens of all blocks that reduce, the fraction for which both decide alike: keep, drop, or merge
+        into the same partner. 1 if no block reduces.
     """
     from ..engines import triton
     from ..ops.norm.triton import add_norm
@@ -69,8 +70,8 @@ def decisions_agree(body: Body, x: Tensor) -> float:
             planned = self.plans[i]
             if planned is not None:
                 live = int(rows.cu[-1])
-                wanted = _reference_slots(body, i, active, rows, self.attended[:live], q[:live], k[:live], v[:live])
-                equal.append(planned.slot[:live].clamp(max=0) == wanted)
+                slots = _reference_slots(body, i, active, rows, self.attended[:live], q[:live], k[:live], v[:live])
+                equal.append(planned.slot[:live].clamp(max=0) == slots)
             return after
 
         def _reduce(self, i: int, steps: Any, rows: triton.Rows, y: Any, *rest: Any) -> triton.Rows:
@@ -84,18 +85,19 @@ def decisions_agree(body: Body, x: Tensor) -> float:
 def _reference_slots(
     body: Body, block: int, active: Any, rows: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """The reference decision for each row: 0 kept, -1 dropped, -2 - i merged into the token at place i.
+    """The reference decision for each row: 0 kept, -1 dropped, -2 - i merged into the token at position i.
 
     Args:
-        x: [T, C], what the block's attention left; q, k, v: [T, H, D].
+        x: [T, C], tokens after the block's attention.
+        q, k, v: [T, H, D].
     """
     from ..engines.planned import slots
 
     counts = rows.cu.diff().tolist()
     pad, live = partial(packed.pad, counts=counts), sum(counts)
     size, origin = (pad(t[:live]) for t in (rows.size, rows.origin.long()))
-    there = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
-    tokens = Tokens(torch.where(there, size, 1.0), there.float(), origin)
+    present = torch.arange(size.shape[1], device=size.device) < rows.cu.diff()[:, None]
+    tokens = Tokens(torch.where(present, size, 1.0), present.float(), origin)
     weight = body.policy.weight(block, tokens.size)
     _, received = packed.attend_to(q, k, v, weight, tokens.keep, counts, True)
     assert received is not None

@@ -1,4 +1,4 @@
-"""Token-reduction methods on equal terms: one model, one data set, the same engine and the same counting of FLOPs."""
+"""Compare token reduction methods on equal terms: same model, data set, engine and FLOPs counting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import record
+from ..calls import Record, record
 from ..config import LEARNED, VARIANTS, LTMPConfig
 from ..engines.body import running
 from ..errors import UsageError
@@ -20,16 +20,16 @@ from .accuracy import Batches, Evaluation, evaluate_policies
 from .baselines import Baseline
 
 RESIZE = "resize"
-"""The method of lower resolution, no variant of ours."""
+"""The dense model at lower resolution: a method of the comparison, but not one of `VARIANTS`."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A method that takes part.
+    """A requested method.
 
     Attributes:
-        variant: see `ltmp.config.VARIANTS`, or `resize`, the dense model at lower resolution.
-        r: its fixed rate, or its pixels a side; None for a rate that meets each budget.
+        variant: one of `ltmp.config.VARIANTS`, or `resize`, the dense model at lower resolution.
+        r: its fixed rate, or pixels per side for `resize`; None to meet each budget.
     """
 
     variant: str
@@ -45,10 +45,10 @@ class Wanted:
 
     @classmethod
     def parse(cls, text: str) -> Wanted:
-        """`"ltmp"`, `"m"`, `"m:16"`, `"m:0.12"` or `"resize:168"`.
+        """Parse `"ltmp"`, `"m"`, `"m:16"`, `"m:0.12"` or `"resize:168"`.
 
         Raises:
-            UsageError: no such method, or no such rate.
+            UsageError: the method is unknown, or the rate is invalid for it.
         """
         variant, colon, rate = text.partition(":")
         if variant == RESIZE:
@@ -71,10 +71,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Entry:
-    """A policy that takes part, and how it came about.
+    """A policy in the comparison.
 
     Attributes:
-        name: unique; method: its variant; target: the budget it was made for, None where a rate was given.
+        name: unique name.
+        method: its variant.
+        target: the budget it was made for, None if its rate was given.
     """
 
     name: str
@@ -84,10 +86,11 @@ class Entry:
 
 
 def rates_for(model: nn.Module, images: Tensor, variant: str, target: float) -> Rates:
-    """Fixed rates whose FLOPs share is closest to `target`: so many tokens a block on average, spread evenly.
+    """Fixed rates whose FLOPs share is closest to `target`, spread evenly over the blocks.
 
     Args:
-        model: attached; images: [B, 3, H, W] on its device, one is enough.
+        model: attached.
+        images: [B, 3, H, W] on the model's device; one is enough.
 
     Raises:
         UsageError: `variant` cannot remove that much.
@@ -95,12 +98,12 @@ def rates_for(model: nn.Module, images: Tensor, variant: str, target: float) -> 
     depth = attachment(model).body.depth
     tokens = _run(model, images, _rates(model, variant, (0,) * depth)).geometry[0].tokens
 
-    def rates(average: int) -> tuple[int, ...]:
-        # in units of 1 / depth tokens: 16.5 a block is 16, 17, 16, 17, ...
-        return tuple((i + 1) * average // depth - i * average // depth for i in range(depth))
+    def rates(total: int) -> tuple[int, ...]:
+        # spread over the blocks: an average of 16.5 tokens per block is 16, 17, 16, 17, ...
+        return tuple((i + 1) * total // depth - i * total // depth for i in range(depth))
 
-    def share(average: int) -> float:
-        return _run(model, images, _rates(model, variant, rates(average))).share().mean().item()
+    def share(total: int) -> float:
+        return _run(model, images, _rates(model, variant, rates(total))).share().mean().item()
 
     low, high = 0, tokens * depth
     if share(high) > target:
@@ -110,34 +113,34 @@ def rates_for(model: nn.Module, images: Tensor, variant: str, target: float) -> 
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if share(middle) > target else (low, middle)
-    best = min((low, high), key=lambda average: abs(share(average) - target))
+    best = min((low, high), key=lambda total: abs(share(total) - target))
     return _rates(model, variant, rates(best))
 
 
-def _rates(model: nn.Module, variant: str, r: Any) -> Rates:
-    mine = attachment(model).policy
-    config = LTMPConfig(variant=variant, r=r, engine=mine.config.engine)
-    return Rates(mine.depth, config).to(next(model.parameters()).device).eval()
-
-
 def fixed_entry(model: nn.Module, wanted: Wanted, images: Tensor, target: float | None) -> Entry:
-    """A fixed-rate method at its own rate, or at the one that meets `target`.
+    """A fixed-rate method at its own rate or, if it has none, at the rates that meet `target`.
 
     Raises:
-        UsageError: not for this model, or not down to `target`.
+        UsageError: the method does not work for this model, or cannot reach `target`.
     """
-    made = attachment(model)
-    if LTMPConfig(wanted.variant).needs_class_attention and not made.recipe.class_first(made.host):
+    attached = attachment(model)
+    if LTMPConfig(wanted.variant).needs_class_attention and not attached.recipe.class_first(attached.host):
         raise UsageError(f"method {wanted.variant} needs a class token's attention, and this model has no class token")
     if wanted.r is not None:
         return Entry(f"{wanted.variant}:{wanted.r}", wanted.variant, None, _rates(model, wanted.variant, wanted.r))
     assert target is not None
-    return Entry(
-        f"{wanted.variant} {target:g}", wanted.variant, target, rates_for(model, images, wanted.variant, target)
-    )
+    rates = rates_for(model, images, wanted.variant, target)
+    return Entry(f"{wanted.variant} {target:g}", wanted.variant, target, rates)
 
 
-def _run(model: nn.Module, images: Tensor, policy: Policy) -> Any:
+def _rates(model: nn.Module, variant: str, r: Any) -> Rates:
+    """Fixed rates for `model`, on its device and its engine."""
+    policy = attachment(model).policy
+    config = LTMPConfig(variant=variant, r=r, engine=policy.config.engine)
+    return Rates(policy.depth, config).to(next(model.parameters()).device).eval()
+
+
+def _run(model: nn.Module, images: Tensor, policy: Policy) -> Record:
     body = replace(attachment(model).body, policy=policy)
     with torch.inference_mode(), record() as calls, running(body=body):
         model(images)
@@ -150,19 +153,19 @@ def compare(
     entries: Sequence[Entry | Baseline],
     *,
     progress: Callable[[int], None] | None = None,
-    **how: Any,
+    **options: Any,
 ) -> dict[str, Evaluation]:
-    """Evaluate all entries in one pass over the data; see `evaluate_policies` for `how`."""
+    """Evaluate all entries in one pass over the data; `options` are those of `evaluate_policies`."""
     policies = {entry.name: entry.policy for entry in entries if isinstance(entry, Entry)}
     baselines = [entry for entry in entries if isinstance(entry, Baseline)]
-    return evaluate_policies(model, loader, policies, progress=progress, baselines=baselines, **how)
+    return evaluate_policies(model, loader, policies, progress=progress, baselines=baselines, **options)
 
 
 def rows(entries: Iterable[Entry | Baseline], results: dict[str, Evaluation]) -> list[dict[str, Any]]:
-    """The dense model and each entry, a row each: for tables, CSV and plots; accuracies in percent."""
+    """One row for the dense model and one per entry, for tables, CSV and plots; accuracies in percent."""
     first = next(iter(results.values()))
     speed = first.throughput
-    found: list[dict[str, Any]] = [
+    table: list[dict[str, Any]] = [
         {
             "method": "dense", "name": "dense", "target": None, "share": 1.0, "ideal": 1.0, "top1": first.dense_top1,
             "top5": first.dense_top5, "agreement": 100.0, "images_per_second": speed.dense if speed else None,
@@ -172,16 +175,16 @@ def rows(entries: Iterable[Entry | Baseline], results: dict[str, Evaluation]) ->
     for entry in entries:
         result = results[entry.name]
         speed = result.throughput
-        found.append({
+        table.append({
             "method": entry.method, "name": entry.name, "target": entry.target, "share": result.share,
             "ideal": 1 / result.share, "top1": result.top1, "top5": result.top5, "agreement": result.agreement,
             "images_per_second": speed.reduced if speed else None, "speedup": speed.speedup if speed else None,
         })  # fmt: skip
-    return found
+    return table
 
 
 def as_json(entries: Iterable[Entry | Baseline], results: dict[str, Evaluation], **about: Any) -> dict[str, Any]:
-    """Everything that was measured as plain values."""
+    """All measurements as plain values, after the values in `about`."""
     entries = list(entries)
     configs = {entry.name: entry.policy.config.to_dict() for entry in entries if isinstance(entry, Entry)}
     details = {entry.name: {"config": configs.get(entry.name), **asdict(results[entry.name])} for entry in entries}

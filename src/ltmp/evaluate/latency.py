@@ -1,4 +1,4 @@
-"""A budget in milliseconds: what a batch costs by the tokens that its blocks have, and the share that meets a time."""
+"""A budget in milliseconds: predict the time of a batch from its token counts, and find the share that meets a time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """Seconds of one shape of block for a batch, by tokens an image; [P] each.
+    """Seconds that a block of one shape takes for a batch, at several numbers of tokens per image.
 
     Attributes:
-        tokens: rising.
-        attention: of what comes before the reduction, by tokens that enter.
-        reduction: of the reduction, by tokens that enter.
-        mlp: of what comes after it, by tokens that leave.
-        whole: of the host's own block with all tokens, a number.
+        tokens: [P], the numbers of tokens, ascending.
+        attention: [P], time before the reduction, by tokens entering the block.
+        reduction: [P], time of the reduction, by tokens entering the block.
+        mlp: [P], time after the reduction, by tokens leaving the block.
+        whole: time of the host's own block with all tokens.
     """
 
     tokens: Floats
@@ -36,7 +36,7 @@ class BlockCosts:
     whole: float
 
     def seconds(self, entering: Floats, leaving: Floats, reduces: bool) -> Floats:
-        """Seconds of a block for a batch, like `entering`."""
+        """Seconds that the block takes for a batch, in the shape of `entering`."""
         before = self.attention + self.reduction if reduces else self.attention
         return np.interp(entering, self.tokens, before) + np.interp(leaving, self.tokens, self.mlp)
 
@@ -46,10 +46,11 @@ class Costs:
     """Time for a batch on one device and engine.
 
     Attributes:
-        images: of the batch that was measured.
-        tokens: that enter the first block.
-        blocks: for each block the costs of its shape; `reduces` says which of them reduce.
-        factor, rest: seconds of the model = factor * those of its blocks + rest.
+        images: size of the measured batch.
+        tokens: number of tokens entering the first block.
+        blocks: for each block, the costs of its shape.
+        reduces: for each block, whether it reduces.
+        factor, rest: seconds of the model = factor * seconds of its blocks + rest.
         dense: seconds with all reduction off.
     """
 
@@ -62,15 +63,15 @@ class Costs:
     dense: float
 
     def predict_seconds(self, kept: Tensor) -> Tensor:
-        """float64 [...], seconds for a batch.
+        """Predict the seconds for a batch, float64 [...].
 
         Args:
-            kept: [..., L], mean tokens after each block, as `Dial.kept_at` gives them.
+            kept: [..., L], mean number of tokens after each block, as `Dial.kept_at` returns.
         """
         return torch.from_numpy(np.asarray(self.factor * self.blocks_alone(kept) + self.rest))
 
     def blocks_alone(self, kept: Tensor) -> Floats:
-        """[...], seconds of all blocks as each took alone."""
+        """Sum of the seconds that each block takes when it is timed alone, [...]."""
         left = kept.double().numpy()
         total, entering, reduced = np.zeros(left.shape[:-1]), np.full(left.shape[:-1], float(self.tokens)), False
         for i, (block, reduces) in enumerate(zip(self.blocks, self.reduces, strict=True)):
@@ -80,11 +81,11 @@ class Costs:
         return total
 
     def share_for(self, dial: Dial, seconds: float) -> float:
-        """The largest share of `dial` that is predicted to take at most `seconds` a batch; 1 where dense does.
+        """The largest share of `dial` predicted to take at most `seconds` per batch; 1 if dense is fast enough.
 
         Raises:
-            UsageError: not a time.
-            LTMPError: the dial's lowest share takes longer; the message says what can be reached.
+            UsageError: `seconds` is not positive and finite.
+            LTMPError: every share of the dial takes longer; the message gives the range that can be reached.
         """
         if not (np.isfinite(seconds) and seconds > 0):
             raise UsageError(f"a batch cannot take {1e3 * seconds:g} ms: give a positive time or speed")
@@ -99,40 +100,41 @@ class Costs:
                 f"{speed(seconds, self.images)} are out of reach: for batches of {self.images} this model takes "
                 f"between {speed(first, self.images)} and {speed(last, self.images)} here"
             )
-        # a round number, rather a little faster
+        # rounded down, which is a little faster
         return max(dial.lowest, int(1e4 * shares[fast[-1]]) / 1e4)
 
 
 def speed(seconds: float, images: int) -> str:
-    """A batch's time in words: 9.53 ms (839 images/s)."""
-    return f"{_three(1e3 * seconds)} ms ({_three(images / seconds)} images/s)"
+    """The time of a batch as text: 9.53 ms (839 images/s)."""
+    return f"{_three_digits(1e3 * seconds)} ms ({_three_digits(images / seconds)} images/s)"
 
 
-def _three(value: float) -> str:
-    """Three digits, or the whole number."""
+def _three_digits(value: float) -> str:
+    """Three significant digits, or the integer part if that is longer."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def set_latency(
     model: nn.Module, costs: Costs, *, milliseconds: float | None = None, images_per_second: float | None = None
 ) -> float:
-    """Turn a model's dial to the largest budget that is predicted to be fast enough; all off where dense is.
+    """Set a model's dial to the largest budget predicted to be fast enough; all reduction off if dense is fast enough.
 
     >>> costs = ltmp.measure_costs(model, images)
     >>> ltmp.set_latency(model, costs, milliseconds=12)
 
     Args:
         model: attached, with a dial.
-        costs: measured on this model, device and batch size.
-        milliseconds: for a batch of `costs.images`; or
-        images_per_second: at that batch size.
+        costs: measured for this model, device and batch size.
+        milliseconds: target time for a batch of `costs.images`. Give either this or
+        images_per_second: target speed at that batch size.
 
     Returns:
-        The share.
+        The FLOPs share that was set.
 
     Raises:
-        UsageError: no dial, or not exactly one target.
-        LTMPError: out of reach; the message says what can be reached, and the thresholds stay as they are.
+        UsageError: the model has no dial, or not exactly one target is given.
+        LTMPError: the target is out of reach; the message gives the range that can be reached, and the thresholds are
+            left unchanged.
     """
     if (milliseconds is None) == (images_per_second is None):
         raise UsageError("how fast? give either milliseconds a batch or images per second")
@@ -140,20 +142,20 @@ def set_latency(
         seconds = costs.images / images_per_second if images_per_second else float("nan")
     else:
         seconds = milliseconds / 1e3
-    own = thresholds_of(model)
-    share = costs.share_for(dial_of(own), seconds)
-    own.set_budget(share)
+    thresholds = thresholds_of(model)
+    share = costs.share_for(dial_of(thresholds), seconds)
+    thresholds.set_budget(share)
     return share
 
 
-def dial_of(own: Thresholds) -> Dial:
-    """The dial that a time is met with.
+def dial_of(thresholds: Thresholds) -> Dial:
+    """The dial of these thresholds.
 
     Raises:
-        UsageError: there is none.
+        UsageError: they have none.
     """
-    if own.dial is None:
+    if thresholds.dial is None:
         raise UsageError(
             "a time is met by turning the dial, and these thresholds have none: `ltmp dial` makes one (docs/dial.md)"
         )
-    return own.dial
+    return thresholds.dial

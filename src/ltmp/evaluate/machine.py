@@ -1,4 +1,4 @@
-"""Where something was measured."""
+"""The machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ops.compiled import unavailable
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, threads and devices here."""
+    """Versions, number of threads and devices of this machine."""
     import timm
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

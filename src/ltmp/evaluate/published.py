@@ -1,4 +1,4 @@
-"""Figures of other papers on ImageNet, to stand beside measured ones; each names the table that it is from."""
+"""Published ImageNet results of other methods, to compare with measured ones; each row cites paper and table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Published:
     """A row of a paper's table.
 
     Attributes:
-        model: timm's name; method: with what was trained.
-        top1, dense: percent on ImageNet's validation images, reduced and not.
-        gmacs, dense_gmacs: 10^9 multiply-adds of the whole model, as the paper rounds them.
+        model: name in timm.
+        method: name of the method, and what was trained.
+        top1, dense: top-1 accuracy on the ImageNet validation set in percent, reduced and dense.
+        gmacs, dense_gmacs: 10^9 multiply-adds of the entire model, rounded as in the paper.
         source: paper and table.
     """
 
@@ -30,12 +31,12 @@ class Published:
 
     @property
     def share(self) -> float:
-        """FLOPs over the dense model's, embedding and head included."""
+        """FLOPs relative to the dense model, embedding and head included."""
         return self.gmacs / self.dense_gmacs
 
 
 def published(model: str) -> list[Published]:
-    """What is known of a timm model, with or without the tag of its weights."""
+    """Published results for a timm model, named with or without its pretrained tag."""
     with FILE.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["model"] == model.partition(".")[0]]
     return [

@@ -1,4 +1,4 @@
-"""Weights and images that stand in for real ones where only speed is asked for."""
+"""Synthetic weights and images for measuring speed without real ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def lively(model: Model) -> Model:
-    """Random weights whose attention is not flat, so that importance and similarity have a spread to decide by."""
+    """Give the model random weights whose attention is not flat, so that importance and similarity vary by token."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -23,11 +23,13 @@ def lively(model: Model) -> Model:
 
 
 def smooth(count: int, size: int | tuple[int, int], channels: int = 3, seed: int = 0) -> Tensor:
-    """[count, channels, height, width] noise whose neighbouring patches are alike, as in photographs."""
+    """[count, channels, height, width], noise whose neighbouring patches are similar, as in photographs.
+
+    Some images are plain and some busy, so that token counts differ.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, channels, max(1, height // 16), max(1, width // 16), generator=generator)
-    # one image in an even mix of plain and busy ones
     busy = torch.rand(count, 1, 1, 1, generator=generator)
     images = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
     return images + 0.5 * busy * torch.randn(images.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Results as a table on screen, JSON and CSV."""
+"""Results as a table on the terminal, in Markdown, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = Mapping[str, object]
 
 
 def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
-    """The dense model and the reduced one, a row each, as they are shown and written to CSV; accuracies in percent."""
+    """Rows for the dense and the reduced model, for the terminal and for CSV; accuracies in percent."""
     speed = evaluation.throughput
     dense: Row = {
         "model": "dense",
@@ -45,12 +45,12 @@ def comparison(evaluation: Evaluation, name: str = "reduced") -> list[Row]:
 
 
 def tokens_line(evaluation: Evaluation) -> str:
-    """Tokens that enter and, as a mean over images, those that leave each block."""
+    """One line with the number of tokens entering the model and the mean number after each block."""
     return f"tokens after each block: {evaluation.tokens} -> {', '.join(f'{kept:.1f}' for kept in evaluation.kept)}"
 
 
 def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> None:
-    """Print rows as a table under a title, with rich where it is installed."""
+    """Print rows as a table under a title, using rich if it is installed."""
     file = file or sys.stdout
     columns, cells = _cells(rows)
     try:
@@ -58,9 +58,9 @@ def show(rows: Sequence[Row], title: str = "", file: TextIO | None = None) -> No
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        print(_plain(columns, cells, title), file=file)
+        print(_plain_table(columns, cells, title), file=file)
         return
-    # text of others is no markup, and a title is not as narrow as its table
+    # Text(): file and class names must not be parsed as markup. soft_wrap: a title may be wider than its table.
     table, console = Table(), Console(file=file)
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=number == 0)
@@ -79,12 +79,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write_json(values: Any, path: str | Path) -> None:
-    """Write JSON to a file, or to the screen where `path` is "-" or a name of it."""
+    """Write JSON to a file, or to stdout if `path` is "-" or another name for it."""
     _write(json.dumps(values, indent=2) + "\n", path)
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """Write rows to a CSV file with a header, or to the screen as `write_json` does; text is never a formula."""
+    """Write rows with a header as CSV, like `write_json`; text that a spreadsheet would run as a formula is escaped."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -93,7 +93,7 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def as_json(evaluation: Evaluation, **about: Any) -> dict[str, Any]:
-    """An evaluation as plain values, with what it was made from in front."""
+    """An evaluation as plain values, after the values in `about`."""
     return {**about, **asdict(evaluation)}
 
 
@@ -106,12 +106,13 @@ def _write(text: str, path: str | Path) -> None:
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Column names and formatted cells, safe to print."""
     columns = list(rows[0])
     return [*map(printable, columns)], [[format_value(row.get(column)) for column in columns] for row in rows]
 
 
 def format_value(value: object) -> str:
-    """A cell of a table."""
+    """Format a value as the cell of a table."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -119,7 +120,7 @@ def format_value(value: object) -> str:
     return printable(value)
 
 
-def _plain(columns: list[str], cells: list[list[str]], title: str) -> str:
+def _plain_table(columns: list[str], cells: list[list[str]], title: str) -> str:
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [columns, *cells]

@@ -1,4 +1,4 @@
-"""Images per second, dense and reduced in turns, so that whatever else the machine does hits both alike."""
+"""Images per second. Timed calls are interleaved, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from ..calls import dense
 from .baselines import Baseline
 
+Call = Callable[[], Any]
+
 
 @dataclass(frozen=True)
 class Throughput:
-    """Median images per second of `rounds` turns, after a warm-up, at one batch size.
+    """Median images per second over `rounds` rounds, after a warm-up, at one batch size.
 
     Attributes:
-        speedup: median over the turns of dense time over reduced time.
+        speedup: median over the rounds of dense time / reduced time.
     """
 
     batch_size: int
@@ -40,50 +42,52 @@ def measure(
     warmup: int = 1,
     seconds: float = 20.0,
 ) -> Throughput:
-    """Time an attached model on one batch [B, C, H, W], dense and reduced, or a baseline in its place, in turns.
+    """Time an attached model on one batch [B, C, H, W]: dense, interleaved with reduced or with a baseline.
 
-    Stops after `rounds` turns, or after 3 once `seconds` are over.
-
-    The caller has put the model in evaluation mode, where gradients, autocast and the device are as deployed.
+    Stops after `rounds` rounds, or after 3 once `seconds` have passed. The caller sets evaluation mode, inference mode,
+    autocast and the device as deployed.
     """
-    times: dict[bool, list[float]] = {True: [], False: []}
+    dense_seconds: list[float] = []
+    reduced_seconds: list[float] = []
     reduced = (lambda: model(images)) if baseline is None else partial(baseline.run, baseline.prepared(images))
     start = perf_counter()
-    for turn in range(warmup + rounds):
-        if turn >= warmup + 3 and perf_counter() - start > seconds:
+    for done in range(warmup + rounds):
+        if done >= warmup + 3 and perf_counter() - start > seconds:
             break
         with dense():
-            times[True].append(_seconds(lambda: model(images), images.device))
-        times[False].append(_seconds(reduced, images.device))
-    slow, fast = times[True][warmup:], times[False][warmup:]
+            dense_seconds.append(_seconds(lambda: model(images), images.device))
+        reduced_seconds.append(_seconds(reduced, images.device))
+    del dense_seconds[:warmup], reduced_seconds[:warmup]
     return Throughput(
         batch_size=len(images),
-        rounds=len(slow),
-        dense=len(images) / median(slow),
-        reduced=len(images) / median(fast),
-        speedup=median(a / b for a, b in zip(slow, fast, strict=True)),
+        rounds=len(dense_seconds),
+        dense=len(images) / median(dense_seconds),
+        reduced=len(images) / median(reduced_seconds),
+        speedup=median(a / b for a, b in zip(dense_seconds, reduced_seconds, strict=True)),
     )
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+def _seconds(call: Call, device: torch.device) -> float:
+    """Wall-clock seconds of one call, including the GPU work that it launches."""
+    _synchronize(device)
     start = perf_counter()
     call()
-    _wait(device)
+    _synchronize(device)
     return perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
-    """A CUDA call returns before its work is done."""
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-Call = Callable[[], Any]
-
-
 def timed(ways: dict[str, Call], images: int, seconds: float) -> dict[str, float]:
-    """Images per second of each way: medians over rounds in which every way has its turn."""
+    """Images per second of each call in `ways`, the median over rounds that run each of them.
+
+    Args:
+        images: number of images that one call processes.
+        seconds: roughly how long to time each call.
+    """
     cuda = torch.cuda.is_available()
     once = {name: min(_elapsed(call, 1, cuda) for _ in range(2)) for name, call in ways.items()}
     repeats = {name: max(1, round(seconds / 10 / max(took, 1e-6))) for name, took in once.items()}
@@ -92,17 +96,17 @@ def timed(ways: dict[str, Call], images: int, seconds: float) -> dict[str, float
     for _ in range(rounds):
         for name, call in ways.items():
             times[name].append(_elapsed(call, repeats[name], cuda))
-    return {name: images / median(found) for name, found in times.items()}
+    return {name: images / median(elapsed) for name, elapsed in times.items()}
 
 
 def _elapsed(call: Call, repeats: int, cuda: bool) -> float:
-    """Seconds a call, on the device's own clock where it has one."""
+    """Seconds per call; on a GPU by CUDA events."""
     if not cuda:
         begin = perf_counter()
         for _ in range(repeats):
             call()
         return (perf_counter() - begin) / repeats
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin_event.record()
     for _ in range(repeats):
         call()

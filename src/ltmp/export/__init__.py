@@ -1,4 +1,4 @@
-"""From an attached model to a verified file for another runtime."""
+"""Export an attached model to a verified file for another runtime."""
 
 from .job import FORMATS as FORMATS
 from .job import Plan as Plan

@@ -1,4 +1,4 @@
-"""One call from an attached model to a verified file, and from there to something that `evaluate` takes."""
+"""Export an attached model to a verified file, and run exported files as a model that `evaluate` accepts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .onnx import OPSET, check_opset, read_metadata, write_onnx
 from .program import check, check_form, learned_thresholds, trace, write_package, write_program
 from .quantize import quantize
 from .runtimes import OPENERS, ExportedModel, Session, open_onnx, open_package, open_program
-from .verify import Verification, check_share, expect, made_images, verify, verify_quantised
+from .verify import Verification, check_share, expect, synthetic_images, verify, verify_quantised
 
 FORMATS = {"onnx": ".onnx", "program": ".pt2", "aoti": ".pt2"}
-"""What is written, and how such a file is called."""
+"""Formats and their file name extensions."""
 
 IMAGES = 8
-"""How many images an export is verified on where none are given."""
+"""How many images an export is verified on if the caller gives none."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Plan:
     Args:
         format: `onnx`, `program` (`torch.export`) or `aoti` (AOTInductor, compiled for this machine's CPU).
         form: `single`, `batch` or `static`, see `trace`.
-        opset: of ONNX.
-        int8: quantise linear layers, ONNX only.
-        dense: the model as if nothing were attached.
-        batch_size: images of the static form.
+        opset: ONNX opset.
+        int8: quantise linear layers; ONNX only.
+        dense: export the model as if nothing were attached.
+        batch_size: number of images of the static form.
 
     Raises:
-        UsageError: a setting is unknown, out of range, or does not go with another.
+        UsageError: a setting is unknown, out of range, or cannot be combined with another.
     """
 
     format: str = "onnx"
@@ -72,38 +72,38 @@ def export(
     metadata: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Verification:
-    """Write an attached model as `path`, after checking that the file gives what the model gives.
+    """Write an attached model to `path`, after verifying that the file reproduces the model's outputs.
 
     Args:
-        model: attached, float32, on the CPU; left as it is.
-        path: `.onnx`, or `.pt2` for the formats of torch; replaced whole or left alone.
-        images: [B, C, H, W] to verify on; None makes some that are reduced about as much as `share` says.
-        share: the thresholds' own mean FLOPs share, which the file names; None is the budget that their dial is set to,
-            or else that of `images`.
-        metadata: more to say in the file, JSON types.
+        model: attached, float32, on the CPU; left unchanged.
+        path: ending in `.onnx`, or in `.pt2` for the formats of torch. Replaced only if the export succeeds.
+        images: [B, C, H, W] to verify on; None generates images with about the FLOPs share `share`.
+        share: mean FLOPs share of the thresholds, stored in the file. None is the budget that their dial is set to or,
+            without one, the mean share of `images`.
+        metadata: further metadata for the file, JSON types.
         progress: called before each stage with its name.
 
-    Returns:
-        What the verification found.
-
     Raises:
-        UsageError: `path` is not called as its format is.
-        LTMPError: the model cannot be exported, or the export differs from it; `path` is as it was.
+        UsageError: `path` does not have the extension of the format.
+        LTMPError: the model cannot be exported, or the export differs from it; `path` is left untouched.
         MissingExtraError: a package that this format needs is not installed.
     """
     plan = plan or Plan()
     path = Path(path)
     if path.suffix != FORMATS[plan.format]:
-        raise UsageError(f"{path.name} is not called as {plan.format} files are: end it in {FORMATS[plan.format]}")
+        raise UsageError(f"{path.name} has the wrong ending for format {plan.format}: expected {FORMATS[plan.format]}")
     check(model)
-    own = 1.0 if plan.dense else share if share is not None else learned_thresholds(model).budget
-    made = images is None
-    images = made_images(model, IMAGES, own) if images is None else images
+    if plan.dense:
+        share = 1.0
+    elif share is None:
+        share = learned_thresholds(model).budget
+    synthetic = images is None
+    images = synthetic_images(model, IMAGES, share) if images is None else images
     expected = expect(model, images, dense=plan.dense)
-    about = {**describe_export(model, plan), **(metadata or {})}
-    if own is not None or not made:
-        about = {"share": expected.share.mean().item() if own is None else own, **about}
-    text = {f"ltmp.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+    facts = {**describe_export(model, plan), **(metadata or {})}
+    if share is not None or not synthetic:
+        facts = {"share": expected.share.mean().item() if share is None else share, **facts}
+    text = {f"ltmp.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
     with staged(path) as temporary:
         progress("tracing")
         program = trace(
@@ -120,17 +120,17 @@ def export(
         else:
             (write_program if plan.format == "program" else write_package)(program, temporary, text)
         progress("verifying")
-        found = verify(_open(temporary, plan, images), expected)
+        verification = verify(_open(temporary, plan, images), expected)
         if plan.int8:
             progress("quantising")
             quantize(temporary, temporary)
-            found = verify_quantised(open_onnx(temporary), expected)
-    return check_share(found, own, made)
+            verification = verify_quantised(open_onnx(temporary), expected)
+    return check_share(verification, share, synthetic)
 
 
 def describe_export(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """Metadata for an exported file."""
-    about = {
+    facts = {
         "version": __version__,
         "model": attachment(model).describe().get("architecture", type(model).__name__),
         "form": plan.form,
@@ -138,11 +138,12 @@ def describe_export(model: nn.Module, plan: Plan) -> dict[str, Any]:
         "precision": "int8" if plan.int8 else "float32",
         "reduced": not plan.dense,
     }
-    # other libraries keep it beside the model
-    return {**about, "preprocessing": eval_settings(model)} if hasattr(model, "pretrained_cfg") else about
+    # only timm keeps its preprocessing on the model
+    return {**facts, "preprocessing": eval_settings(model)} if hasattr(model, "pretrained_cfg") else facts
 
 
 def _open(path: Path, plan: Plan, images: Tensor) -> Session:
+    """Open a file that was exported with `plan` for `images`."""
     if plan.format == "aoti":
         fixed = {"single": 1, "static": plan.batch_size}.get(plan.form)
         return open_package(path, fixed, tuple(images.shape[1:]))
@@ -159,17 +160,20 @@ def in_runtime(
     images: Tensor | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ExportedModel:
-    """An attached model's exports, reduced and dense, in a runtime.
+    """Run an attached model in another runtime: its reduced export, and its dense export for comparison.
 
     Args:
         engine: `onnx` (ONNX Runtime) or `openvino`.
-        exported: the reduced model's file; None exports it, too, for this call only.
-        plan: how to export; with `exported`, form and precision are the file's.
-        threads: of the runtime; None is as many as torch uses.
+        exported: file of the reduced model; None exports it to a temporary file. The dense model is always exported to
+            a temporary file.
+        plan: how to export; with `exported`, the settings are read from that file.
+        threads: number of threads of the runtime; None is as many as torch uses.
+        images: [B, C, H, W] to verify on, as for `export`.
+        progress: called before each stage with its name.
 
     Raises:
-        UsageError: no such engine.
-        LTMPError: `exported` is no export of ltmp or of another model, or the dense export fails.
+        UsageError: the engine is unknown.
+        LTMPError: `exported` was not written by `export`, or from another model; or an export fails.
     """
     if engine not in OPENERS:
         raise UsageError(f"unknown runtime {engine!r}: expected one of {', '.join(OPENERS)}")
@@ -187,15 +191,17 @@ def in_runtime(
 
 
 def plan_of(path: str | os.PathLike[str]) -> Plan:
-    """How an ONNX file was exported.
+    """The plan that an ONNX file was exported with, read from its metadata.
 
     Raises:
-        LTMPError: not a file that `export` wrote.
+        LTMPError: `export` did not write this file.
     """
-    about = read_metadata(path)
+    metadata = read_metadata(path)
     try:
         return Plan(
-            form=about["ltmp.form"], int8=about["ltmp.precision"] == "int8", batch_size=int(about["ltmp.batch_size"])
+            form=metadata["ltmp.form"],
+            int8=metadata["ltmp.precision"] == "int8",
+            batch_size=int(metadata["ltmp.batch_size"]),
         )
     except KeyError as error:
         raise LTMPError(f"{path} does not say how it was exported: give a file that `ltmp export` wrote") from error

@@ -1,4 +1,4 @@
-"""Where the rows of a batch lie in an exported graph, and how each form compacts them: the rest is alike (`forms`)."""
+"""Layout of a batch of tokens in an exported graph, and how each form compacts it; `forms` is what they share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the rows of a batch, [T] one image after the other, lie in a padded batch [B, N].
+    """Mapping between packed rows [T, ...], one image after the other, and a padded batch [B, N, ...].
 
     Attributes:
         images, length: B and N.
-        live: bool [B, N], or None where every place holds a token.
-        fill: int64 [B * N], the row that each place shows, one of the same image where there is none; None where rows
-            are places.
-        place, image: int64 [T], the place in [B * N] and the image of each row, or None likewise.
+        live: bool [B, N], which places hold a token; None if all do.
+        fill: int64 [B * N], the row to copy to each place; places without a token get one of the same image. None if
+            T = B * N and row i belongs to place i.
+        place, image: int64 [T], the place in [B * N] and the image of each row; None as for `fill`.
     """
 
     images: int
@@ -31,11 +31,11 @@ class PackedLayout:
 
     @property
     def alone(self) -> bool:
-        """Whether there is one image, and never more."""
+        """Whether the batch is statically a single image."""
         return isinstance(self.images, int) and self.images == 1
 
     def pad(self, rows: Tensor) -> Tensor:
-        """[T, ...] to [B, N, ...]; what places without a token hold means nothing, but is finite."""
+        """From [T, ...] to [B, N, ...]. Values of places without a token are meaningless, but finite."""
         rows = rows if self.fill is None else rows.index_select(0, self.fill)
         return rows.unflatten(0, (self.images, self.length))
 
@@ -45,15 +45,16 @@ class PackedLayout:
         return flat if self.place is None else flat.index_select(0, self.place)
 
     def heads(self, rows: Tensor) -> Tensor:
-        """[T, H, D] padded to [B, H, N, D] by one gather; of one image [H, N, D], a view, as ONNX Runtime reads it."""
+        """From [T, H, D] to the padded [B, H, N, D] in one gather; of one image a view, [H, N, D]."""
         if self.fill is None:
+            # ONNX Runtime reads the transposed view without a copy
             return rows.transpose(0, 1) if self.alone else self.pad(rows).transpose(1, 2)
         heads = rows.shape[1]
         at = self.fill.view(self.images, 1, self.length) * heads + torch.arange(heads, device=rows.device)[:, None]
         return rows.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
 
     def from_heads(self, y: Tensor) -> Tensor:
-        """The inverse of `heads`, with the heads of a row side by side: [T, H * D]."""
+        """The inverse of `heads`, with the heads of a row concatenated: [T, H * D]."""
         if self.place is None or self.image is None:
             return y.transpose(-3, -2).flatten(-2).flatten(0, -2)
         heads = y.shape[1]
@@ -63,25 +64,25 @@ class PackedLayout:
 
 
 Compact = Callable[[Tensor, int], tuple[Tensor, PackedLayout]]
-"""(keep bool [B, M], N before) to the places [T] in [B * M] that stay, in order, and the layout that they then have."""
+"""From (keep bool [B, M], N before) to the places [T] in [B * M] that stay, in order, and their new layout."""
 
 
 def single(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
-    """One image: what is left is all there is."""
+    """One image: its kept tokens, without padding."""
     source = keep.flatten().nonzero().flatten()
     return source, PackedLayout(1, source.shape[0])
 
 
 _PLACES = 3
-"""The fewest that the batch form pads an image to: a product of one place, or of half of two, is one of vectors."""
+"""Least length that the batch form pads to: with one place, or half of two, matrix products would be with vectors."""
 
 
 def batch(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
-    """Any number of images: linear layers over the rows that are left, attention padded to the longest image."""
+    """Any number of images: linear layers run on the kept rows only, attention is padded to the longest image."""
     images, places = keep.shape
     source = keep.flatten().nonzero().flatten()
     counts = keep.sum(1)
-    # AOTInductor has to know which products are of vectors
+    # AOTInductor must be able to rule out products with vectors
     longest: Any = counts.max().clamp(min=_PLACES).item()
     torch._check(longest >= _PLACES)
     first = counts.cumsum(0) - counts
@@ -93,7 +94,7 @@ def batch(keep: Tensor, _length: int) -> tuple[Tensor, PackedLayout]:
 
 
 def static(keep: Tensor, length: int) -> tuple[Tensor, PackedLayout]:
-    """Nothing shrinks: places behind the live tokens are masked. Unique keys make any sort a stable one."""
+    """Constant size: places after the live tokens are masked. The sort keys are unique, so any sort is a stable one."""
     images, places = keep.shape
     place = torch.arange(places, device=keep.device)
     order = (keep * places - place).to(torch.float32).topk(length, dim=1).indices

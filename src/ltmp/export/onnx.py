@@ -1,4 +1,4 @@
-"""From a program to ONNX, through torch's dynamo exporter."""
+"""Write a program as ONNX with torch's dynamo exporter."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..errors import LTMPError, MissingExtraError, UsageError, first_line
 from .program import INPUT, OUTPUTS
 
 OPSET = 20
-"""The first with a GELU of its own; LayerNormalization came with 17."""
+"""The first opset with a Gelu operator; LayerNormalization came with 17."""
 
 OPSETS = range(18, 24)
-"""What torch's exporter writes."""
+"""Opsets that torch's exporter writes."""
 
 _INLINE = 1_900_000_000
-"""Bytes of weights that still fit into one file of protocol buffers (2 GB)."""
+"""Most bytes of weights that are stored in the file itself: a protocol buffer is limited to 2 GB."""
 
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str], *, opset: int = OPSET) -> None:
-    """Write `program` as ONNX; weights beyond 2 GB go to a second file, `path` + ".data".
+    """Write `program` as ONNX. If the weights exceed 2 GB, they go to a second file, `path` + ".data".
 
     Raises:
         UsageError: the opset is not one that the exporter writes.
@@ -47,7 +47,7 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str], *
             exported: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, input_names=[INPUT], output_names=list(OUTPUTS)
             )
-    # the exporter has an error class for each of its steps
+    # each step of the exporter has its own error class
     except Exception as error:
         raise LTMPError(f"torch.onnx cannot export this program: {first_line(error)}") from error
     model = exported.model
@@ -59,7 +59,7 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str], *
 
 
 def check_opset(opset: int) -> None:
-    """Refuse an opset that the exporter does not write."""
+    """Raise UsageError if the exporter does not write this opset."""
     if opset not in OPSETS:
         raise UsageError(
             f"opset {opset}: torch's exporter writes {OPSETS[0]} to {OPSETS[-1]}, and {OPSET} is the default"
@@ -71,7 +71,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Raises:
         MissingExtraError: onnx is not installed.
-        LTMPError: no such file, or not ONNX.
+        UsageError: there is no such file.
+        LTMPError: it is not an ONNX file.
     """
     try:
         import onnx
@@ -88,7 +89,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own report on its progress, whatever it warns of: the result is verified."""
+    """Suppress the exporter's progress report and warnings; the result is verified anyway."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

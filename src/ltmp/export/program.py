@@ -26,12 +26,12 @@ INPUT, OUTPUTS = "images", ("logits", "counts")
 
 
 class Exportable(nn.Module):
-    """The traced module: images [B, C, H, W] to logits [B, K] and tokens after each block, int64 [B, L].
+    """The module to trace, from images [B, C, H, W] to logits [B, K] and the number of tokens after each block [B, L].
 
     Args:
         model: attached, in evaluation mode.
         form: one of `FORMS`.
-        dense: the model as if nothing were attached, for comparisons.
+        dense: run as if nothing were attached, for comparison.
     """
 
     def __init__(self, model: nn.Module, form: str, dense: bool = False) -> None:
@@ -57,18 +57,19 @@ def trace(
     batch_size: int = 1,
     compiled: bool = False,
 ) -> ExportedProgram:
-    """The program of an attached model in one form.
+    """Trace an attached model in one form.
 
     Args:
-        model: attached, float32, on the CPU; left as it is.
-        form: `single` (one image, tokens data-dependent), `batch` (any number of images, tokens data-dependent) or
-            `static` (`batch_size` images, nothing data-dependent).
-        shape: [C, H, W] of an image; None is what the model was built for.
-        dense: the model as if nothing were attached.
-        compiled: for AOTInductor, which takes one image only as a batch of one.
+        model: attached, float32, on the CPU; left unchanged.
+        form: `single` (one image, data-dependent number of tokens), `batch` (any number of images, data-dependent
+            numbers of tokens) or `static` (`batch_size` images, nothing data-dependent).
+        shape: [C, H, W] of an image; None is the shape that the model was built for.
+        dense: trace the model as if nothing were attached.
+        batch_size: number of images of the static form.
+        compiled: whether AOTInductor will compile the program, for which `single` is traced as a batch of one.
 
     Raises:
-        UsageError: no such form.
+        UsageError: the form is unknown, or the batch size does not fit it.
         LTMPError: nothing is attached, or the model cannot be traced.
     """
     check_form(form, batch_size)
@@ -79,13 +80,13 @@ def trace(
     with evaluating(model), torch.no_grad():
         try:
             return torch.export.export(Exportable(model, layout, dense), (images,), dynamic_shapes=shapes, strict=False)
-        # whatever a host does that the tracer does not follow
+        # a model may contain anything that the tracer does not support
         except Exception as error:
             raise LTMPError(f"torch.export cannot trace this {type(model).__name__}: {first_line(error)}") from error
 
 
 def check_form(form: str, batch_size: int) -> None:
-    """Refuse a form that is not known, or a batch size that it does not take."""
+    """Raise UsageError if the form is unknown or does not allow the batch size."""
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}: expected one of {', '.join(FORMS)}")
     if batch_size < 1:
@@ -95,7 +96,7 @@ def check_form(form: str, batch_size: int) -> None:
 
 
 def check(model: nn.Module) -> None:
-    """Refuse a model that cannot be exported."""
+    """Raise LTMPError if the model cannot be exported."""
     if not is_attached(model):
         raise LTMPError("nothing to export: attach thresholds first (ltmp.load(model, file) or ltmp.attach(model))")
     learned_thresholds(model)
@@ -111,7 +112,7 @@ def learned_thresholds(model: nn.Module) -> Thresholds:
     """The thresholds of an attached model.
 
     Raises:
-        LTMPError: it runs at fixed rates, or with a floor or a ceiling, which the exported forms do not know.
+        LTMPError: the model runs at fixed rates, or with a floor or a ceiling, which exported forms do not support.
     """
     policy = attachment(model).policy
     if not isinstance(policy, Thresholds):
@@ -127,16 +128,15 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     """[C, H, W] that the model was built for.
 
     Raises:
-        LTMPError: the host does not say.
+        LTMPError: the host does not report it.
     """
     host: Any = attachment(model).host
-    places = (
-        (getattr(host, "patch_embed", None), "img_size"),
-        (host, "image_size"),
-        (host.__dict__.get("config"), "image_size"),
+    size = (
+        getattr(getattr(host, "patch_embed", None), "img_size", None)
+        or getattr(host, "image_size", None)
+        or getattr(host.__dict__.get("config"), "image_size", None)
     )
-    size = next((found for holder, name in places if (found := getattr(holder, name, None))), None)
-    if size is None:
+    if not size:
         raise LTMPError(f"this {type(host).__name__} does not say what images it takes: give images to verify it on")
     height, width = (size, size) if isinstance(size, int) else size
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
@@ -144,12 +144,12 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
 
 
 def write_program(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    """A `.pt2` file for `torch.export.load`; the metadata are its extra files."""
+    """Write a `.pt2` file for `torch.export.load`, with the metadata as extra files."""
     torch.export.save(program, path, extra_files=dict(metadata))
 
 
 def write_package(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    """Compile with AOTInductor; a `.pt2` file for `torch._inductor.aoti_load_package`, also from C++.
+    """Compile with AOTInductor and write a `.pt2` file for `torch._inductor.aoti_load_package`, or for C++.
 
     Raises:
         LTMPError: there is no C++ compiler, or compiling fails.

@@ -1,4 +1,4 @@
-"""INT8 linear layers by ONNX Runtime's dynamic quantisation."""
+"""INT8 linear layers with ONNX Runtime's dynamic quantisation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ..errors import LTMPError, MissingExtraError, first_line
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Write `source` with 8-bit weights, a scale for each output channel; activations are scaled batch by batch.
+    """Write `source` with 8-bit weights, one scale per output channel; activations are quantised dynamically per batch.
 
-    Products of two activations stay in float32: attention maps, cosines and merging decide what is kept.
+    Products of two activations stay in float32, because attention maps, cosine similarities and merging decide which
+    tokens are kept.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -38,5 +39,5 @@ def quantize(source: Path, target: Path) -> None:
 
 
 def _no_advice(record: logging.LogRecord) -> bool:
-    """It tells everyone to pre-process a model that the exporter has optimised already."""
+    """Filter out the advice to pre-process the model, which the exporter has optimised already."""
     return "pre-processing" not in record.getMessage()

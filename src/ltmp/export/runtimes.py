@@ -1,4 +1,4 @@
-"""Exported files in the runtimes that run them, and as a model that `evaluate` takes."""
+"""Open exported files in their runtimes, and wrap them as a model that `evaluate` accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..method.flops import Geometry
 from .program import INPUT
 
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""images [B, C, H, W] to logits [B, K] and tokens after each block [B, L]."""
+"""From images [B, C, H, W] to logits [B, K] and the number of tokens after each block [B, L]."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Session:
     """An exported model, ready to run on the CPU.
 
     Attributes:
-        call: runs one batch of the size it was made for.
-        batch: that size, or None for any.
+        call: runs one batch, of size `batch` if that is fixed.
+        batch: the fixed batch size, or None for any.
         shape: [C, H, W] of an image.
     """
 
@@ -39,10 +39,10 @@ class Session:
     shape: tuple[int, ...]
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and counts of any number of images; a fixed batch is filled up with the last image.
+        """Logits and token counts of any number of images; a fixed batch is padded with copies of the last image.
 
         Raises:
-            LTMPError: the images have another shape than the model's.
+            LTMPError: the images do not have the shape `shape`.
         """
         if tuple(images.shape[1:]) != self.shape:
             raise LTMPError(
@@ -51,12 +51,12 @@ class Session:
             )
         if self.batch is None:
             return self.call(images)
-        parts = [self._filled(part) for part in images.split(self.batch)]
+        parts = [self._call_padded(part, self.batch) for part in images.split(self.batch)]
         logits, counts = (torch.cat(values) for values in zip(*parts, strict=True))
         return logits, counts
 
-    def _filled(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        missing = (self.batch or 0) - len(images)
+    def _call_padded(self, images: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        missing = batch - len(images)
         if missing == 0:
             return self.call(images)
         logits, counts = self.call(torch.cat([images, images[-1:].expand(missing, *self.shape)]))
@@ -64,11 +64,12 @@ class Session:
 
 
 def open_onnx(path: str | os.PathLike[str], threads: int | None = None) -> Session:
-    """In ONNX Runtime, with `threads` of them (None: as many as torch uses).
+    """Open an ONNX file in ONNX Runtime, with `threads` threads (None: as many as torch uses).
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        LTMPError: not an ONNX file, or one that the runtime refuses.
+        UsageError: there is no such file.
+        LTMPError: it is not an ONNX file, or the runtime cannot load it.
     """
     try:
         import onnxruntime
@@ -77,9 +78,9 @@ def open_onnx(path: str | os.PathLike[str], threads: int | None = None) -> Sessi
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # errors only: it warns of shape computations that it keeps on the CPU
+    # errors only: it warns about shape computations that stay on the CPU
     options.log_severity_level = 3
-    with _readable(path):
+    with _opening(path):
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     batch, *shape = session.get_inputs()[0].shape
 
@@ -91,11 +92,14 @@ def open_onnx(path: str | os.PathLike[str], threads: int | None = None) -> Sessi
 
 
 def open_openvino(path: str | os.PathLike[str], threads: int | None = None) -> Session:
-    """In OpenVINO on the CPU, in float32: its default on newer processors is bfloat16, which moves decisions.
+    """Open an ONNX file in OpenVINO on the CPU, with `threads` threads (None: as many as torch uses).
+
+    It runs in float32: OpenVINO's default on newer processors is bfloat16, which changes decisions.
 
     Raises:
         MissingExtraError: openvino is not installed.
-        LTMPError: not an ONNX file, or one that OpenVINO refuses.
+        UsageError: there is no such file.
+        LTMPError: it is not an ONNX file, or OpenVINO cannot load it.
     """
     try:
         import openvino
@@ -106,7 +110,7 @@ def open_openvino(path: str | os.PathLike[str], threads: int | None = None) -> S
         "INFERENCE_PRECISION_HINT": "f32",
         "NUM_STREAMS": 1,
     }
-    with _readable(path):
+    with _opening(path):
         compiled = openvino.Core().compile_model(os.fspath(path), "CPU", settings)
     batch, *shape = compiled.inputs[0].partial_shape
     request = compiled.create_infer_request()
@@ -119,70 +123,73 @@ def open_openvino(path: str | os.PathLike[str], threads: int | None = None) -> S
     return Session(call, None if batch.is_dynamic else batch.get_length(), tuple(side.get_length() for side in shape))
 
 
-def open_program(path: str | os.PathLike[str], threads: int | None = None) -> Session:
-    """A `torch.export` program, run by torch; `threads` is torch's own affair."""
-    with _readable(path):
+def open_program(path: str | os.PathLike[str]) -> Session:
+    """Open a `torch.export` program, which torch runs."""
+    with _opening(path):
         program = torch.export.load(os.fspath(path))
-    shape = program.graph_signature.user_inputs[0]
-    batch, *sides = next(n for n in program.graph.nodes if n.name == shape).meta["val"].shape
-    return Session(program.module(), batch if isinstance(batch, int) else None, tuple(sides))
+    name = program.graph_signature.user_inputs[0]
+    batch, *shape = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape
+    return Session(program.module(), batch if isinstance(batch, int) else None, tuple(shape))
 
 
 def open_package(path: str | os.PathLike[str], batch: int | None, shape: tuple[int, ...]) -> Session:
-    """An AOTInductor package, which does not say what it takes."""
-    with _readable(path):
+    """Open an AOTInductor package for images of `shape`; a package does not record its batch size and input shape."""
+    with _opening(path):
         package = torch._inductor.aoti_load_package(os.fspath(path))
     return Session(package, batch, shape)
 
 
 OPENERS: dict[str, Callable[..., Session]] = {"onnx": open_onnx, "openvino": open_openvino}
-"""What `ltmp eval --engine` runs exported files with."""
+"""Runtimes of `ltmp eval --engine`."""
 
 
 @contextmanager
-def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+def _opening(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the errors of opening an exported file into one sentence."""
     if not Path(path).is_file():
         raise UsageError(f"no exported model {path}: give the file that `ltmp export` wrote")
     try:
         yield
-    # each runtime has error classes of its own
+    # each runtime has its own error classes
     except Exception as error:
         raise LTMPError(f"{path} cannot be opened: {first_line(error)}") from error
 
 
 class ExportedModel(nn.Module):
-    """A reduced and a dense session that answer as the attached model does, so that `evaluate` and `measure` take them.
+    """The reduced and the dense export of an attached model, with its interface, so that `evaluate` and `measure` work.
 
     Args:
         model: the attached model that was exported.
         reduced, dense: its two exports in the same runtime.
+
+    Raises:
+        LTMPError: an export is of another model.
     """
 
     def __init__(self, model: nn.Module, reduced: Session, dense: Session) -> None:
-        """Raises LTMPError where a session is of another model."""
         super().__init__()
-        # `evaluate` knows an attached model by its thresholds, and finds its blocks inside
+        # as on an attached model: `ltmp` is its policy, and `attachment` finds the blocks inside `model`
         self.ltmp, self.model = attachment(model).policy, model
         self.reduced, self.dense_model = reduced, dense
         self.geometry = self._geometry(model)
 
     def _geometry(self, model: nn.Module) -> Geometry:
-        """Geometry of an image, after checking that the sessions are of this model."""
+        """The geometry of an image, after checking that both sessions are exports of this model."""
         blank = torch.zeros(1, *self.reduced.shape)
         with deployed(model, blank.device), record() as calls, run_dense():
-            wanted = (tuple(logits_of(model(blank)).shape), attachment(model).body.depth)
+            expected = (tuple(logits_of(model(blank)).shape), attachment(model).body.depth)
         for session in (self.reduced, self.dense_model):
             logits, counts = session(blank)
-            found = (tuple(logits.shape), counts.shape[1])
-            if found != wanted:
+            actual = (tuple(logits.shape), counts.shape[1])
+            if actual != expected:
                 raise LTMPError(
-                    f"this export gives {found[0][-1]} logits after {found[1]} blocks, but the model gives "
-                    f"{wanted[0][-1]} after {wanted[1]}: give the export of this model"
+                    f"this export gives {actual[0][-1]} logits after {actual[1]} blocks, but the model gives "
+                    f"{expected[0][-1]} after {expected[1]}: give the export of this model"
                 )
         return calls.geometry[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; tokens go to the record as with any attached model."""
+        """Logits; token counts are recorded as for any attached model."""
         logits, counts = (self.dense_model if is_dense() else self.reduced)(images)
         calls = recording()
         if calls is not None:

@@ -1,4 +1,4 @@
-"""An export counts as done when it gives what the model gives: the same tokens in every block, the same logits."""
+"""Verify that an export reproduces its model: the same number of tokens after every block, and the same logits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from .program import image_shape
 from .runtimes import Session
 
 LOGITS = 1e-4
-"""How far logits may be from eager, as a share of the largest one: both compute in float32, in another order."""
+"""Allowed difference of logits from eager mode, relative to the largest one. Both compute in float32, but in different
+order.
+"""
 
 NUDGE = 1e-5
-"""Standard deviation of the noise by which an undecided image is told, in units of normalised pixels."""
+"""Standard deviation of the noise that detects undecided images, in units of normalised pixels."""
 
 AGREE = 0.25
-"""How far the logits of a quantised model may be, as a share of their norm, in the median image."""
+"""Allowed distance of a quantised model's logits, relative to their norm, for the median image."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Verification:
     """Result of a check on `images` images.
 
     Attributes:
-        undecided: images that the model itself decides otherwise when their pixels move by 1e-5, and which are not
-            judged; of a quantised export those that keep other tokens than in float.
-        counts: different token counts (all blocks together) among the images.
-        difference: largest difference of a logit.
-        share: mean FLOPs share of these images.
-        note: what is to be known about the check, or nothing.
+        undecided: number of images for which the model itself keeps other tokens when pixels move by 1e-5; they are not
+            compared. For a quantised export, the number of images that keep other tokens than in float.
+        counts: number of distinct token counts (of all blocks together) among the images.
+        difference: largest absolute difference of a logit.
+        share: mean FLOPs share of the images.
+        note: a caveat about the check, or empty.
     """
 
     images: int
@@ -51,13 +53,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class Expected:
-    """The model's own results for some images.
+    """The model's own outputs for some images.
 
     Attributes:
         images: [B, C, H, W].
         logits: [B, K].
-        kept: int64 [B, L].
-        share: [B].
+        kept: int64 [B, L], number of tokens after each block.
+        share: [B], FLOPs share.
         steady: bool [B], False for images whose decisions are within rounding of a threshold.
     """
 
@@ -69,13 +71,13 @@ class Expected:
 
 
 def expect(model: nn.Module, images: Tensor, *, dense: bool = False) -> Expected:
-    """Run an attached model, or the one beneath, on images [B, C, H, W].
+    """Run an attached model on images [B, C, H, W], reduced or dense.
 
-    A decision within rounding of its threshold may fall either way in another runtime. Such images are told by a nudge
-    of their pixels.
+    A score within rounding of its threshold may be decided either way in another runtime. Such images are detected by
+    adding a little noise to their pixels.
 
     Raises:
-        LTMPError: no image is left to judge by.
+        LTMPError: the noise changes the decisions for every image, so that none can be compared.
     """
     logits, kept, share = _run(model, images, dense)
     noise = NUDGE * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -89,16 +91,16 @@ def expect(model: nn.Module, images: Tensor, *, dense: bool = False) -> Expected
 
 def _run(model: nn.Module, images: Tensor, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
     with deployed(model, images.device), run_dense() if dense else nullcontext():
-        found = run(model, images)
-    assert found.kept is not None
-    return found.logits, found.kept.long(), found.share
+        output = run(model, images)
+    assert output.kept is not None
+    return output.logits, output.kept.long(), output.share
 
 
 def verify(session: Session, expected: Expected) -> Verification:
     """Compare an export with its model.
 
     Raises:
-        LTMPError: counts or logits differ.
+        LTMPError: token counts or logits differ.
     """
     logits, counts = session(expected.images)
     steady = expected.steady
@@ -111,17 +113,17 @@ def verify(session: Session, expected: Expected) -> Verification:
         )
     difference = (logits - expected.logits)[steady].abs().max().item()
     allowed = LOGITS * max(1.0, expected.logits.abs().max().item())
-    # NaN is not within anything
+    # negated, so that NaN fails, too
     if not difference <= allowed:
         raise LTMPError(f"the export's logits differ from the model's by {difference:.1e}, allowed {allowed:.1e}")
-    return _found(expected, int((~steady).sum()), difference)
+    return _verification(expected, int((~steady).sum()), difference)
 
 
 def verify_quantised(session: Session, expected: Expected) -> Verification:
-    """Compare a quantised export with its model: it decides a little differently, but must not be broken.
+    """Compare a quantised export with its model. Its decisions may differ a little, but its logits must be close.
 
     Raises:
-        LTMPError: logits are not finite, or far from the model's.
+        LTMPError: the logits are not finite, or too far from the model's.
     """
     logits, counts = session(expected.images)
     error = logits - expected.logits
@@ -131,31 +133,49 @@ def verify_quantised(session: Session, expected: Expected) -> Verification:
             f"quantised, this model's logits are {distance:.2f} of their norm from float, allowed {AGREE}: export it "
             "in float, without --int8"
         )
-    return _found(expected, int((counts != expected.kept).any(1).sum()), error.abs().max().item())
+    return _verification(expected, int((counts != expected.kept).any(1).sum()), error.abs().max().item())
 
 
-def _found(expected: Expected, undecided: int, difference: float) -> Verification:
-    kinds = len(expected.kept.unique(dim=0))
-    return Verification(len(expected.images), undecided, kinds, difference, expected.share.mean().item())
+def _verification(expected: Expected, undecided: int, difference: float) -> Verification:
+    distinct = len(expected.kept.unique(dim=0))
+    return Verification(len(expected.images), undecided, distinct, difference, expected.share.mean().item())
 
 
 NOISES = (0.1, 0.03, 0.3, 0.01, 1.0)
-"""Noise on made images, in standard deviations of their blobs, in the order in which it is tried."""
+"""Amounts of noise on synthetic images, in standard deviations of their blobs, in the order they are tried."""
 
 FAR = 0.1
-"""How far the share of the images may be from the thresholds' own before it is noted."""
+"""How far the share of the images may be from that of the thresholds before `Verification.note` mentions it."""
 
 
-def made_images(model: nn.Module, count: int, share: float | None = None) -> Tensor:
-    """`smooth_images` that an attached model reduces about as much as what its thresholds were learned on.
+def check_share(verification: Verification, share: float | None, synthetic: bool) -> Verification:
+    """Add a note if the images' FLOPs share is far from `share`, that of the thresholds.
 
     Args:
-        share: the thresholds' own FLOPs share; None takes the first images.
+        synthetic: whether the images were generated and not given by the user.
+    """
+    if share is None or abs(verification.share - share) <= FAR:
+        return verification
+    kind = "synthetic images" if synthetic else "the images given"
+    note = (
+        f"{kind} keep a share of {verification.share:.2f}, but these thresholds are for {share:.2f}: verify on images "
+        "like those they were learned on (--data)"
+    )
+    return replace(verification, note=note)
+
+
+def synthetic_images(model: nn.Module, count: int, share: float | None = None) -> Tensor:
+    """`smooth_images` with the amount of noise for which an attached model comes closest to a FLOPs share.
+
+    Args:
+        share: the FLOPs share of the thresholds; None is `smooth_images` with its default noise.
     """
     best, distance = smooth_images(model, count), float("inf")
-    for noise in NOISES if share is not None else ():
+    if share is None:
+        return best
+    for noise in NOISES:
         images = smooth_images(model, count, noise=noise)
-        far = abs(_run(model, images, dense=False)[2].mean().item() - (share or 0.0))
+        far = abs(_run(model, images, dense=False)[2].mean().item() - share)
         if far < distance:
             best, distance = images, far
         if far < FAR / 2:
@@ -163,23 +183,11 @@ def made_images(model: nn.Module, count: int, share: float | None = None) -> Ten
     return best
 
 
-def check_share(found: Verification, share: float | None, made: bool) -> Verification:
-    """The same, with a note where the images were reduced much more, or less, than the thresholds' own share."""
-    if share is None or abs(found.share - share) <= FAR:
-        return found
-    kind = "made images" if made else "the images given"
-    note = (
-        f"{kind} keep a share of {found.share:.2f}, but these thresholds are for {share:.2f}: verify on images like "
-        "those they were learned on (--data)"
-    )
-    return replace(found, note=note)
-
-
 def smooth_images(model: nn.Module, count: int, seed: int = 0, noise: float = NOISES[0]) -> Tensor:
-    """[count, C, H, W] of blobs on noise as `model` takes them, where no photographs are at hand.
+    """[count, C, H, W], images of blobs with noise, of the size that `model` takes, for use without photographs.
 
-    Neighbouring patches resemble each other, the less the more noise, and some images are busier than others, so that
-    token counts differ.
+    Neighbouring patches are similar, less so with more noise, and some images are busier than others, so that token
+    counts differ.
     """
     channels, height, width = image_shape(model)
     generator = torch.Generator().manual_seed(seed)
