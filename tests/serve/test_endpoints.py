@@ -261,7 +261,7 @@ def test_what_cannot_be_served_is_said(tmp_path):
         create_app(Deployment(tiny_vit()))
     with pytest.raises(UsageError, match="2 class names for a model with 5 classes"):
         create_app(Deployment(ltmp.attach(tiny_vit()), names=["ant", "bee"]))
-    with pytest.raises(UsageError, match="one class name a line"):
+    with pytest.raises(UsageError, match="one class name per line"):
         read_names(tmp_path / "none.txt")
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     assert read_names(tmp_path / "names.txt") == ["ant", "bee"]
