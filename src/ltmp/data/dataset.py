@@ -315,9 +315,10 @@ def _open_timm(
             f"{name} does not exist: give a folder, a .tar, or a dataset name that starts with "
             f"{', '.join(prefix + '/' for prefix in TIMM_PREFIXES)}"
         )
-    options: dict[str, Any] = {"root": str(root) if root else None, "split": split, "class_map": _load_class_map(class_map)}
-    if name.lower().startswith("torch/"):
-        del options["class_map"]
+    options: dict[str, Any] = {"root": str(root) if root else None, "split": split}
+    class_to_index = _load_class_map(class_map)
+    if not name.lower().startswith("torch/"):  # torchvision's datasets accept no class map
+        options["class_map"] = class_to_index
     try:
         dataset = create_dataset(name, **options)
     # Each of timm's backends raises its own errors; the user can act on the dataset's name and the reason.
