@@ -257,7 +257,7 @@ def test_nothing_is_written_through_links_or_waited_for(folder, tmp_path, name, 
         (out / name).symlink_to(mine if name == "_errors" else mine / "00000.csv")
     else:
         os.mkfifo(out / name)
-    with pytest.raises(UsageError, match=rf"out/{name} is no plain (file|folder), .*: remove it, or choose another"):
+    with pytest.raises(UsageError, match=rf"out/{name} is not a regular (file|folder), .*: remove it, or choose"):
         predict([folder], out, scoring(), overwrite=overwrite)
     assert (mine / "00000.csv").read_text() == "precious"
 
