@@ -19,9 +19,7 @@ _PIECE = 1024
 _FREE_LINES, _BYTES_PER_LINE = 100, 64
 """A chunked body may have this many lines, and one more for each so many bytes; each chunk takes two lines."""
 
-_SERVICE_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
-)
+_SERVICE_FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 _TINY_CHUNKS = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
