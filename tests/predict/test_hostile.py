@@ -190,7 +190,7 @@ def test_what_unpacks_to_far_more_than_images_do_is_not_unpacked(tmp_path, monke
 
 
 def test_small_shared_memory_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "shared_room", lambda: 0)
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: 0)
     predict([folder], tmp_path / "pipe", scoring(workers=2), shard_size=4)
     predict([folder], tmp_path / "here", scoring(), shard_size=4)
     for path in (tmp_path / "here").glob("*.parquet"):

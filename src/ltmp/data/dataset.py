@@ -98,7 +98,7 @@ def open_dataset(
         source: folder or .tar of class folders, flat folder or .tar of unlabelled images, or a dataset name for
             `timm.data.create_dataset` ("hfds/...", "torch/cifar10", "wds/...").
         split: for a folder, "train" or "validation": reads PATH/train, or PATH/val or PATH/validation, or PATH itself
-            if it has no split folders. For a timm dataset, its name of the split.
+            if it has no split folders. For a timm dataset, the name of its split.
         transform: maps a Pillow image to the model's input; see `eval_transform`.
         mode: "RGB", or "L" for a single-channel model.
         labelled: whether to return labels; False ignores existing ones.
@@ -139,15 +139,15 @@ def check_classes(dataset: Dataset, num_classes: int, class_map: ClassMap | None
         return
     if class_map is not None and not isinstance(class_map, Mapping):
         check_names(classes, num_classes)
-    highest = max(classes.values()) + 1
-    if highest > num_classes or (class_map is None and len(classes) != num_classes):
-        what = f"{len(classes)} classes" if class_map is None else f"class indices up to {highest - 1}"
+    highest = max(classes.values())
+    if highest >= num_classes or (class_map is None and len(classes) != num_classes):
+        what = f"{len(classes)} classes" if class_map is None else f"class indices up to {highest}"
         root = getattr(getattr(dataset, "source", None), "root", None)
-        where = "the data have" if root is None else f"{root} has"
+        subject = "the data have" if root is None else f"{root} has"
         raise LTMPError(
-            f"{where} {what} but the model's head has {num_classes} (the folders are {_first_few(list(classes))}): use "
-            "the model fine-tuned on these classes, or give a class map (a .txt file with the model's class names, one "
-            "per line, in the order of its outputs)"
+            f"{subject} {what} but the model's head has {num_classes} (the folders are {_first_few(list(classes))}): "
+            "use the model fine-tuned on these classes, or give a class map (a .txt file with the model's class names, "
+            "one per line, in the order of its outputs)"
         )
 
 

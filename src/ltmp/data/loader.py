@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from ..errors import LTMPError, UsageError
 from .dataset import Broken
-from .workers import handed_over, naming_lost_workers, received, start_worker
+from .workers import detect_lost_workers, pack_batch, start_worker, unpack_batch
 
 
 class ViewOrder(Sampler[int]):
@@ -154,7 +154,7 @@ class Loader:
                 self.skipped[broken.name] = broken.reason
             if len(batch.broken) < batch.size:
                 any_read = True
-                yield received(batch.images), received(batch.labels)
+                yield unpack_batch(batch.images), unpack_batch(batch.labels)
         if check_empty and not any_read and self.skipped:
             name, reason = next(iter(self.skipped.items()))
             raise LTMPError(f"none of the {len(self.skipped)} images could be read; the first was {name} ({reason})")
@@ -162,10 +162,10 @@ class Loader:
 
 def _unless_lost(batches: Iterable[_Batch]) -> Iterator[_Batch]:
     """Yield the batches; raise LostWorkerError for errors in reading them, but not for those of the caller's code."""
-    with naming_lost_workers():
+    with detect_lost_workers():
         iterator = iter(batches)
     while True:
-        with naming_lost_workers():
+        with detect_lost_workers():
             batch = next(iterator, None)
         if batch is None:
             return
@@ -191,7 +191,7 @@ def _collate(samples: list[Any]) -> _Batch:
         images, labels = default_collate(readable)
     else:
         images, labels = torch.empty(0), torch.empty(0)
-    return _Batch(handed_over(images), handed_over(labels), broken, len(samples))
+    return _Batch(pack_batch(images), pack_batch(labels), broken, len(samples))
 
 
 make_loader = Loader

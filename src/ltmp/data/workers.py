@@ -44,23 +44,25 @@ def _exit(_error: BaseException, _batch: Any) -> None:
     os._exit(1)
 
 
-def handed_over(batch: Tensor) -> Tensor | np.ndarray:
+def pack_batch(batch: Tensor) -> Tensor | np.ndarray:
     """Prepare a batch to leave its worker: unchanged for shared memory, or an array for a pipe if that is too small.
 
     Containers have 64 MB of shared memory by default: two batches of 64 images of 224 pixels.
     """
     worker = get_worker_info()
-    if worker is None or not isinstance(batch, Tensor) or shared_room() > 2 * (worker.num_workers + 1) * batch.nbytes:
+    if worker is None or not isinstance(batch, Tensor):
         return batch
-    return batch.numpy()
+    # torch prefetches two batches per worker.
+    needed = 2 * (worker.num_workers + 1) * batch.nbytes
+    return batch if free_shared_memory() > needed else batch.numpy()
 
 
-def received(batch: Tensor | np.ndarray) -> Tensor:
-    """Return the result of `handed_over` as a tensor."""
+def unpack_batch(batch: Tensor | np.ndarray) -> Tensor:
+    """Return the result of `pack_batch` as a tensor."""
     return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 
-def shared_room() -> float:
+def free_shared_memory() -> float:
     """Return the free shared memory in bytes; infinite on systems without `/dev/shm`."""
     try:
         stats = os.statvfs(SHARED)
@@ -70,7 +72,7 @@ def shared_room() -> float:
 
 
 @contextmanager
-def naming_lost_workers() -> Iterator[None]:
+def detect_lost_workers() -> Iterator[None]:
     """Raise `LostWorkerError` if a worker of a DataLoader that is used inside was lost.
 
     torch reports a killed process by a signal, which raises RuntimeError wherever the main process happens to be. Or

@@ -25,6 +25,58 @@ MANIFEST = "_run.json"
 _NAMES = {"batch_size": "batch size", "class_names": "class names", "amp": "--amp", "top": "--top"}
 
 
+def prepare(out: Path, sources: Sequence[str | Path], shards: Sequence[Shard]) -> None:
+    """Create the output folder before any work is done, and remove unfinished files that a killed run has left.
+
+    Raises:
+        UsageError: `out` is a file, is inside the source, or holds anything but a run, or links in place of its files.
+        LTMPError: `out` cannot be written.
+    """
+    real = out.resolve()
+    for source in map(Path, sources):
+        if source.is_dir() and source.resolve() in (real, *real.parents):
+            raise UsageError(f"{out} lies inside the source {source}: choose an --out beside it")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: --out is a folder")
+    names = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
+    if names and MANIFEST not in names:
+        raise UsageError(f"{out} holds other files, but no run to continue: choose an empty or a new folder")
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_regular(out, {MANIFEST, f"{ERRORS}.csv", *(f"{shard.name}.parquet" for shard in shards)}, ERRORS)
+    if (out / ERRORS).exists():
+        _check_regular(out / ERRORS, {f"{shard.name}.csv" for shard in shards})
+        sweep(out / ERRORS)
+
+
+def _check_regular(folder: Path, files: set[str], subfolder: str | None = None) -> None:
+    """Refuse links and the like under the names that a run writes, as it would write through a link."""
+    for entry in list(os.scandir(folder)):
+        if entry.name in files and not entry.is_file(follow_symlinks=False):
+            raise UsageError(f"{entry.path} is not a regular file, as runs write: remove it, or choose another --out")
+        if entry.name == subfolder and not entry.is_dir(follow_symlinks=False):
+            raise UsageError(f"{entry.path} is not a regular folder, as runs make: remove it, or choose another --out")
+
+
+def clear(out: Path, shards: Sequence[Shard]) -> None:
+    """Remove a run and nothing else; the manifest goes last, so that an interrupted call can be repeated."""
+    for name in _names_of(out, shards):
+        for path in (out / f"{name}.parquet", out / ERRORS / f"{name}.csv"):
+            path.unlink(missing_ok=True)
+    for path in (out / f"{ERRORS}.csv", out / MANIFEST):
+        path.unlink(missing_ok=True)
+
+
+def _names_of(out: Path, shards: Sequence[Shard]) -> list[str]:
+    """Return the names of the shards in the manifest of `out`, or of this run if the manifest cannot be read."""
+    try:
+        names = [str(name) for name in read_json(out / MANIFEST)["source"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        names = [shard.name for shard in shards]
+    # A forged manifest must not reach other folders.
+    return [name for name in names if name == os.path.basename(name)]
+
+
 def settings_of(predictor: Predictor) -> dict[str, Any]:
     """Return the settings that determine the results down to rounding, except the device.
 
@@ -102,55 +154,3 @@ def _difference(before: dict[str, str], now: dict[str, str], shards: Sequence[Sh
         return f"{len(before)} shards then, {len(now)} now"
     changed = next(shard for shard in shards if before.get(shard.name) != shard.fingerprint)
     return f"{changed.source} has changed since"
-
-
-def prepare(out: Path, sources: Sequence[str | Path], shards: Sequence[Shard]) -> None:
-    """Create the output folder before any work is done, and remove unfinished files that a killed run has left.
-
-    Raises:
-        UsageError: `out` is a file, is inside the source, or holds anything but a run, or links in place of its files.
-        LTMPError: `out` cannot be written.
-    """
-    real = out.resolve()
-    for source in map(Path, sources):
-        if source.is_dir() and source.resolve() in (real, *real.parents):
-            raise UsageError(f"{out} lies inside the source {source}: choose an --out beside it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: --out is a folder")
-    names = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
-    if names and MANIFEST not in names:
-        raise UsageError(f"{out} holds other files, but no run to continue: choose an empty or a new folder")
-    check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    _check_regular(out, {MANIFEST, f"{ERRORS}.csv", *(f"{shard.name}.parquet" for shard in shards)}, ERRORS)
-    if (out / ERRORS).exists():
-        _check_regular(out / ERRORS, {f"{shard.name}.csv" for shard in shards})
-        sweep(out / ERRORS)
-
-
-def _check_regular(folder: Path, files: set[str], subfolder: str | None = None) -> None:
-    """Refuse links and the like under the names that a run writes, as it would write through a link."""
-    for entry in list(os.scandir(folder)):
-        if entry.name in files and not entry.is_file(follow_symlinks=False):
-            raise UsageError(f"{entry.path} is not a regular file, as runs write: remove it, or choose another --out")
-        if entry.name == subfolder and not entry.is_dir(follow_symlinks=False):
-            raise UsageError(f"{entry.path} is not a regular folder, as runs make: remove it, or choose another --out")
-
-
-def clear(out: Path, shards: Sequence[Shard]) -> None:
-    """Remove a run and nothing else; the manifest goes last, so that an interrupted call can be repeated."""
-    for name in _names_of(out, shards):
-        for path in (out / f"{name}.parquet", out / ERRORS / f"{name}.csv"):
-            path.unlink(missing_ok=True)
-    for path in (out / f"{ERRORS}.csv", out / MANIFEST):
-        path.unlink(missing_ok=True)
-
-
-def _names_of(out: Path, shards: Sequence[Shard]) -> list[str]:
-    """Return the names of the shards in the manifest of `out`, or of this run if the manifest cannot be read."""
-    try:
-        names = [str(name) for name in read_json(out / MANIFEST)["source"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        names = [shard.name for shard in shards]
-    # A forged manifest must not reach other folders.
-    return [name for name in names if name == os.path.basename(name)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import class_names
-from ..data.workers import LostWorkerError, naming_lost_workers
+from ..data.workers import LostWorkerError, detect_lost_workers
 from ..deploy import Deployment
 from ..errors import LTMPError, UsageError
 from ..hosts.outputs import embeddings_of
@@ -129,7 +129,7 @@ class Predictor:
             LTMPError: a file cannot be written, the model's output is NaN or infinite, or a decoding process was
                 killed.
         """
-        with naming_lost_workers():
+        with detect_lost_workers():
             yield from self._score(shards, on_batch)
 
     def _score(self, shards: Iterable[Shard], on_batch: OnBatch | None) -> Iterator[Written]:

@@ -16,7 +16,7 @@ from ..data import Broken
 from ..data.dataset import Transform
 from ..data.images import decode, reason
 from ..data.tars import open_content
-from ..data.workers import handed_over, received, start_worker
+from ..data.workers import pack_batch, start_worker, unpack_batch
 from .shards import Item, Shard
 
 AHEAD = 2**24
@@ -55,7 +55,7 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        return received(self.pixels)
+        return unpack_batch(self.pixels)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _collate(samples: list[Any]) -> Batch | End:
     readable = [(item, image) for item, image in samples if not isinstance(image, Broken)]
     broken = [Unreadable(item.row, item.key, image.reason) for item, image in samples if isinstance(image, Broken)]
     return Batch(
-        pixels=handed_over(torch.stack([image for _, image in readable])) if readable else torch.empty(0),
+        pixels=pack_batch(torch.stack([image for _, image in readable])) if readable else torch.empty(0),
         rows=[item.row for item, _ in readable],
         keys=[item.key for item, _ in readable],
         broken=broken,
