@@ -53,6 +53,11 @@ class Loader:
     Broken images are left out of their batches, which become smaller.
 
     Args:
+        dataset: map-style or iterable dataset of (image, label) or `Broken`, such as `Images`.
+        batch_size: images per batch.
+        shuffle: whether to permute the images in each epoch; without effect on a streaming source.
+        seed: seed of the permutations.
+        workers: number of worker processes; 0 reads in the main process.
         strict: raise LTMPError with the name of a broken image instead of skipping it.
 
     Attributes:

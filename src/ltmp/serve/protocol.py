@@ -24,11 +24,11 @@ _TINY_CHUNKS = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length
 
 
 class LimitedProtocol(H11Protocol):
-    """A connection that is closed if it is too expensive, for one of these reasons.
+    """A connection that is closed for any of these reasons.
 
     - There are more than `max_connections`.
     - Headers take longer than `read_timeout` seconds. The limit also applies to a body that is still being sent after
-      an early refusal; bodies that the application reads are limited there.
+      an early refusal; bodies that the application reads have a time limit of their own.
     - The client does not take its answers within twice `read_timeout`.
     - A body arrives in chunks of a few bytes.
     """
