@@ -237,7 +237,7 @@ def test_what_is_given_goes_before_what_the_folder_says(folder: Path, caplog: py
         eval_transform(model, crop_mode="squash", mean=(0.1, 0.2, 0.3))
     assert [record.getMessage() for record in caplog.records] == [
         f"image_size 48 overrides 32 from {folder}",
-        "crop_pct 0.95 goes before 0.8, with which the thresholds were made",
+        "crop_pct 0.95 overrides 0.8, with which the thresholds were made",
     ]
 
 
@@ -293,11 +293,11 @@ def test_verbs_open_a_folder_with_one_argument(
 
 def test_options_go_before_the_folder_and_say_so(packed: Path, images: Path, caplog: pytest.LogCaptureFixture) -> None:
     # it is said once in a process
-    transforms._say.cache_clear()
+    transforms._warn_once.cache_clear()
     evaluate = ["eval", "--data", images, "--thresholds", packed, "--device", "cpu", "--no-speed"]
     assert run(*evaluate, "--crop-pct", 0.9, "--weights", "own.safetensors") == 0
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "crop_pct 0.9 goes before 0.8" in said
+    assert "crop_pct 0.9 overrides 0.8" in said
     assert "the weights in own.safetensors override those in" in said
 
 

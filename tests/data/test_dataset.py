@@ -175,7 +175,7 @@ def test_class_map_numbers_the_classes(class_folders, tmp_path):
         with pytest.raises(UsageError, match=f"4 class names for a model with {classes} classes"):
             check_classes(data, classes, class_map=names)
     names.write_text("cow\nfly\nfly\nant\n")
-    with pytest.raises(UsageError, match=r"classes\.txt: 'fly' is there twice"):
+    with pytest.raises(UsageError, match=r"classes\.txt: 'fly' is listed twice"):
         open_dataset(class_folders, class_map=names)
     with pytest.raises(LTMPError, match="no images of the classes in the class map"):
         open_dataset(class_folders, class_map={"fly": 0})

@@ -118,5 +118,5 @@ def test_streaming_source_without_images_is_an_error():
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(LTMPError, match="gave no images"):
+    with pytest.raises(LTMPError, match="returned no images"):
         list(make_loader(Empty(), 2).stream(0, 4))

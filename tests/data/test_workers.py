@@ -24,7 +24,7 @@ def small_files_only(image) -> torch.Tensor:
 
 @pytest.mark.parametrize("room", [0, float("inf")])
 def test_small_shared_memory_changes_no_batch(room, class_folders, monkeypatch):
-    monkeypatch.setattr(workers, "shared_room", lambda: room)
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: room)
     data = open_dataset(class_folders, transform=pixels)
     for (here, labels), (there, same) in zip(make_loader(data, 5), make_loader(data, 5, workers=1), strict=True):
         assert torch.equal(here, there)
@@ -32,9 +32,9 @@ def test_small_shared_memory_changes_no_batch(room, class_folders, monkeypatch):
 
 
 def test_room_is_asked_of_the_system(monkeypatch):
-    assert workers.shared_room() > 0
+    assert workers.free_shared_memory() > 0
     monkeypatch.setattr(workers, "SHARED", "/nowhere")
-    assert workers.shared_room() == float("inf")
+    assert workers.free_shared_memory() == float("inf")
 
 
 def test_a_batch_that_cannot_be_handed_over_is_an_error_not_a_wait(class_folders):

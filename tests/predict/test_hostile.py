@@ -190,7 +190,7 @@ def test_what_unpacks_to_far_more_than_images_do_is_not_unpacked(tmp_path, monke
 
 
 def test_small_shared_memory_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "shared_room", lambda: 0)
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: 0)
     predict([folder], tmp_path / "pipe", scoring(workers=2), shard_size=4)
     predict([folder], tmp_path / "here", scoring(), shard_size=4)
     for path in (tmp_path / "here").glob("*.parquet"):
@@ -257,7 +257,7 @@ def test_nothing_is_written_through_links_or_waited_for(folder, tmp_path, name, 
         (out / name).symlink_to(mine if name == "_errors" else mine / "00000.csv")
     else:
         os.mkfifo(out / name)
-    with pytest.raises(UsageError, match=rf"out/{name} is no plain (file|folder), .*: remove it, or choose another"):
+    with pytest.raises(UsageError, match=rf"out/{name} is not a regular (file|folder), .*: remove it, or choose"):
         predict([folder], out, scoring(), overwrite=overwrite)
     assert (mine / "00000.csv").read_text() == "precious"
 

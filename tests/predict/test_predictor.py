@@ -20,7 +20,7 @@ from PIL import Image
 import ltmp
 from helpers import tiny_vit
 from ltmp.data import eval_transform
-from ltmp.data.workers import naming_lost_workers
+from ltmp.data.workers import detect_lost_workers
 from ltmp.errors import LTMPError, UsageError
 from ltmp.predict import Predictor, find_shards, predictor
 from ltmp.predict.reading import read_batches
@@ -205,7 +205,7 @@ def test_signal_of_a_killed_process_that_comes_late_is_the_same_loss():
     before = signal.signal(signal.SIGALRM, late)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(LTMPError, match="a process that decodes images was killed"), naming_lost_workers():
+        with pytest.raises(LTMPError, match="a process that decodes images was killed"), detect_lost_workers():
             raise EOFError
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "the signal is still to come"
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from ltmp.errors import LTMPError
 from ltmp.predict import RayOptions, predict
-from ltmp.predict.ray import _explain, _import
+from ltmp.predict.ray import _explain, _import_ray
 
 from .conftest import build_slowly, scoring
 from .test_run import break_some, results
@@ -83,7 +83,7 @@ def test_the_handlers_of_others_keep_their_level():
     logger, handler = logging.getLogger("ray.data"), logging.StreamHandler()
     logger.addHandler(handler)
     try:
-        _import()
+        _import_ray()
         assert handler.level == logging.NOTSET
     finally:
         logger.removeHandler(handler)

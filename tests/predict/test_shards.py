@@ -91,7 +91,7 @@ def test_damaged_header_costs_its_own_member(tmp_path):
 def test_what_is_no_tar_is_told(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"garbage" * 1000)
     (item,) = find_shards([tmp_path / "a.tar"])[0].items()
-    assert "no plain .tar" in item.content.reason
+    assert "not an uncompressed .tar" in item.content.reason
 
 
 def test_parquet_of_bytes_structs_and_paths(tmp_path, folder):
@@ -133,7 +133,7 @@ def test_damaged_parquet_gives_what_is_whole(tmp_path):
 
     path.write_bytes(data[: len(data) // 2])
     (item,) = find_shards([path])[0].items()
-    assert "not a whole Parquet file" in item.content.reason
+    assert "not a complete Parquet file" in item.content.reason
 
 
 def test_local_paths():

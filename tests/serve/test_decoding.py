@@ -135,7 +135,7 @@ def test_a_service_that_is_stopped_gives_decoding_seconds_not_minutes(deployment
     with ThreadPoolExecutor(2) as pool:
         with serving(slow, Limits(timeout=60, decode_timeout=60)) as (host, port, service):
             sent = [pool.submit(send, host, port, picture()) for _ in range(2)]
-            while service.inside < 2:
+            while service.in_flight < 2:
                 time.sleep(0.01)
             start = time.perf_counter()
         assert time.perf_counter() - start < 5

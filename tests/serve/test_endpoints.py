@@ -167,7 +167,7 @@ def test_a_full_queue_says_when_to_come_back(deployment):
     with TestClient(create_app(held, Limits(max_queue=2, max_batch=1))) as client, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(post, client) for _ in range(2)]
         assert held.began.wait(5)
-        while client.app.state.service.inside < 2:
+        while client.app.state.service.in_flight < 2:
             pass
         answer = post(client)
         problem(answer, 429, "queue-full")
@@ -184,7 +184,7 @@ def test_an_answer_that_takes_too_long(deployment):
         both = [pool.submit(post, client) for _ in range(2)]
         for answer in both:
             problem(answer.result(5), 504, "timeout")
-        assert client.app.state.service.inside == 0
+        assert client.app.state.service.in_flight == 0
         held.go.set()
         assert post(client).status_code == 200
     # of the two, the one that had begun went on; the other was never run
@@ -261,7 +261,7 @@ def test_what_cannot_be_served_is_said(tmp_path):
         create_app(Deployment(tiny_vit()))
     with pytest.raises(UsageError, match="2 class names for a model with 5 classes"):
         create_app(Deployment(ltmp.attach(tiny_vit()), names=["ant", "bee"]))
-    with pytest.raises(UsageError, match="one class name a line"):
+    with pytest.raises(UsageError, match="one class name per line"):
         read_names(tmp_path / "none.txt")
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     assert read_names(tmp_path / "names.txt") == ["ant", "bee"]

@@ -164,10 +164,10 @@ def test_clients_that_leave_free_their_places(deployment):
             connections = [socket.create_connection((host, port)) for _ in range(4)]
             for connection in connections:
                 connection.sendall(request)
-            wait_until(lambda: service.inside == 4)
+            wait_until(lambda: service.in_flight == 4)
             for connection in connections:
                 connection.close()
-            wait_until(lambda: service.inside == 0)
+            wait_until(lambda: service.in_flight == 0)
         text = service.metrics.text().decode()
         assert 'ltmp_requests_total{path="/v1/predict",status="499"} 12.0' in text
         still_fine((host, port))

@@ -1,4 +1,4 @@
-"""Data for learning and evaluation: folders, tars, timm's datasets, and the demo's digits."""
+"""Datasets for learning and evaluation: folders, tars, timm's datasets, and the demo's digits."""
 
 from .dataset import Broken as Broken
 from .dataset import Images as Images

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and which classes they are of: one rule for every verb and for Python."""
+"""Images and class folders below a folder: one rule for every command and for Python."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .images import is_image_name
 
 @dataclass(frozen=True)
 class Listing:
-    """The contents of a folder; hidden files and folders (`.ipynb_checkpoints`) are skipped.
+    """The files below a folder, except hidden ones and those in hidden folders (`.ipynb_checkpoints`).
 
     Attributes:
-        images: paths in the folder, sorted, with their sizes in bytes; a size of -1 is that of a file out of reach.
-        others: paths of what is no image by its name.
+        images: (path within the folder, size in bytes) of each image, sorted; the size is -1 if it cannot be read.
+        others: paths of files that are not images by name, sorted.
     """
 
     images: list[tuple[str, int]]
@@ -28,7 +28,7 @@ class Listing:
 
 
 def list_images(folder: str | os.PathLike[str]) -> Listing:
-    """Everything below a folder.
+    """List all files below a folder.
 
     Raises:
         LTMPError: a folder in it cannot be listed.
@@ -44,35 +44,37 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Folders below `folder`, as paths in it, with their files; links are followed, but no folder is entered twice.
+    """Yield (path prefix within `folder`, files) of the folder and of each folder below it.
+
+    Links are followed, but no folder is entered twice.
 
     Raises:
         LTMPError: a folder cannot be listed.
     """
     seen = set()
-    waiting: list[str] = [""]
+    pending: list[str] = [""]
     linked: list[str] = []
-    while waiting or linked:
-        # what links to a folder comes after all folders themselves, so that it is they who are entered
-        inside = waiting.pop() if waiting else linked.pop()
+    while pending or linked:
+        # Links come after all real folders, so that a folder is listed under its own path rather than that of a link.
+        path = pending.pop() if pending else linked.pop()
         try:
-            with os.scandir(folder / inside) as entries:
-                found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
-            real = os.path.realpath(folder / inside)
+            with os.scandir(folder / path) as scan:
+                entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
+            real = os.path.realpath(folder / path)
         except OSError as error:
-            raise LTMPError(f"cannot list {folder / inside}: {error.strerror}; its images would be missing") from error
+            raise LTMPError(f"cannot list {folder / path}: {error.strerror}; its images would be missing") from error
         if real in seen:
             continue
         seen.add(real)
-        prefix = f"{inside}/" if inside else ""
-        yield prefix, [entry for entry in found if not _is_dir(entry)]
-        for entry in reversed(found):
+        prefix = f"{path}/" if path else ""
+        yield prefix, [entry for entry in entries if not _is_dir(entry)]
+        for entry in reversed(entries):
             if _is_dir(entry):
-                (linked if entry.is_symlink() else waiting).append(prefix + entry.name)
+                (linked if entry.is_symlink() else pending).append(prefix + entry.name)
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder; a link that leads nowhere, or round in a circle, is a file that cannot be read."""
+    """Whether an entry is a folder. A dangling or circular link counts as a file, one that cannot be read."""
     try:
         return entry.is_dir()
     except OSError:
@@ -87,10 +89,10 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def class_folders(names: Sequence[str]) -> list[str]:
-    """The class of each image by its path: the folder that it lies in; "" for one that lies in none.
+    """Return the class of each image path: the folder that the image is in, or "" if it is in none.
 
-    Where every image lies in a folder of the same name, and the folders above tell them apart, the class is the one
-    above: `n01443537/images/0.jpg` of Tiny-ImageNet is of class `n01443537`.
+    If all images are in folders of the same name and the folders above differ, the folder above is the class:
+    `n01443537/images/0.jpg` of Tiny-ImageNet is of class `n01443537`.
     """
     folders = [name.split("/")[:-1] for name in names]
     while all(len(parts) > 1 for parts in folders) and len({parts[-1] for parts in folders}) == 1:
@@ -101,14 +103,14 @@ def class_folders(names: Sequence[str]) -> list[str]:
 
 
 def natural_key(text: str) -> list[str | int]:
-    """Sorts names as people (and timm) do: numbers in them by their value."""
+    """Return a sort key that orders numbers in names by value, as timm does."""
     return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", text.lower()))]
 
 
 def describe_others(others: Sequence[str], most: int = 4) -> str:
-    """The files that are left out, in a few words: how many, of which endings, and one of them."""
-    endings = Counter(os.path.splitext(name)[1].lower() or "without ending" for name in others)
-    kinds = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(most))
-    more = ", ..." if len(endings) > most else ""
+    """Summarise the files that are left out: their number, the `most` common extensions, and one example."""
+    extensions = Counter(os.path.splitext(name)[1].lower() or "without extension" for name in others)
+    kinds = ", ".join(f"{count} {extension}" for extension, count in extensions.most_common(most))
+    more = ", ..." if len(extensions) > most else ""
     files = "1 file that is no image" if len(others) == 1 else f"{len(others)} files that are no images"
     return f"{files} by name ({kinds}{more}), such as {printable(others[0])}"

@@ -1,4 +1,4 @@
-"""Reading one image, whatever its format: greyscale, palette, alpha, CMYK, 16-bit, rotated by EXIF, very large."""
+"""Read one image of any kind: greyscale, palette, alpha, CMYK, 16-bit, rotated by EXIF, very large, or hostile."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from PIL import Image
 from ..errors import LTMPError, UsageError
 from ..files.text import open_regular
 
-# From here on an image is reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels a side.
+# Images of more pixels are reduced, JPEGs while they are decoded: a ViT sees a few hundred pixels per side.
 LARGE_PIXELS = 50_000_000
 DRAFT_SIZE = (2048, 2048)
-# Decoded images beyond this many bytes are not read; a process of bulk scoring has that much for one.
+# Images that take more bytes than this to decode are refused; it is the memory that bulk scoring has for one image.
 MAX_DECODED = 2**29
-# Conversions are done piece by piece of about this many pixels: each is a copy, or several.
+# Images are converted in pieces of about this many pixels, as each conversion makes at least one copy.
 PIECE = 2**20
-# What decoders take for a pixel of their own, whatever size is asked for; measured on Pillow 12.
+# Bytes per pixel that decoders allocate themselves, whatever size is requested; measured on Pillow 12.
 _DECODERS = {"WEBP": 16, "JPEG2000": 20, "AVIF": 10}
-# Longer side over shorter: resizing the shorter one to a model's makes the longer one grow with it, to gigabytes.
+# Longer side over shorter side: resizing the shorter side to the model's makes the longer one grow, to gigabytes.
 MAX_ASPECT = 50
-# Encoded images beyond this are not read: nothing that a ViT sees needs as much, and sparse files cost nothing to make.
+# Files of more bytes are not read: no useful image is as large, and sparse files cost nothing to create.
 MAX_BYTES = 2**30
-# Those beyond this are decoded from where they lie, which reads no more of them than it takes.
+# Files of more bytes are decoded from disk, which reads no more of them than the decoder needs.
 LARGE_BYTES = 2**26
 # Each scan of a JPEG is a pass over all of its pixels, however few bytes it has; encoders write about ten.
 MAX_SCANS = 100
-# Before its pixels a JPEG tells of its camera and its colours, in megabytes at most; Pillow reads it a byte at a time
-# between segments, and copies what it has of some at each further one, which takes minutes for many.
+# JPEG metadata before the pixels (camera, colour profile) takes a few megabytes at most. Pillow reads what lies
+# between segments byte by byte, and copies what it has of some segments at each further one: minutes for many.
 MAX_HEADER, MAX_FILL, MAX_SEGMENTS = 2**24 + 2**22, 2**16, 2000
-# Seconds of processor time for one image: some of Pillow's formats are read in Python, byte by byte.
+# Seconds of processor time for one image: Pillow reads some formats in Python, byte by byte.
 MAX_SECONDS = 60.0
-# Pillow reads these by starting other programs.
+# Formats that Pillow reads by starting other programs.
 _UNSAFE = {"EPS", "WMF"}
-# What counts as an image among other files, by its name; whether it is one shows when it is decoded.
+# Files with these extensions count as images; whether they are shows when they are decoded.
 EXTENSIONS = frozenset(
     (
         ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -53,19 +53,19 @@ EXTENSIONS = frozenset(
 
 
 class UnfitImageError(ValueError):
-    """An image that Pillow could read, perhaps, and we do not; the message says why."""
+    """An image that is refused, although Pillow might read it; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands where an image should be that could not be read."""
+    """Takes the place of an image that could not be read."""
 
     name: str
     reason: str
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image; what is hidden, or lies in a hidden folder, is not."""
+    """Whether a path is that of an image by its extension; hidden files and those in hidden folders are not."""
     *folders, file = name.split("/")
     if any(part.startswith(".") and part not in (".", "..") for part in (*folders, file)):
         return False
@@ -73,11 +73,11 @@ def is_image_name(name: str) -> bool:
 
 
 def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> IO[bytes]:
-    """The bytes of a file from `offset` on, `size` of them or all: in memory, or where they lie if that is much.
+    """Open `size` bytes of a file from `offset` on, or all of them: in memory, or on disk if they are many.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file, empty, or over 1 GB.
+        OSError: the file cannot be read.
+        ValueError: it is not a regular file, or the part is empty or over 1 GB.
     """
     file = open_regular(path)
     try:
@@ -98,10 +98,10 @@ def open_part(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
 
 
 class Part(RawIOBase):
-    """Part of an open file, read where it lies."""
+    """Part of an open file as a file of its own."""
 
     def __init__(self, file: BufferedReader, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.at = file, offset, size, 0
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -109,15 +109,15 @@ class Part(RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        self.at = max(0, start + at)
-        return self.at
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = max(0, start + offset)
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.offset + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])
-        self.at += count
+        self.file.seek(self.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.position)])
+        self.position += count
         return count
 
     def close(self) -> None:
@@ -126,38 +126,52 @@ class Part(RawIOBase):
 
 
 def decode(source: IO[bytes] | Image.Image, mode: str = "RGB") -> Image.Image:
-    """The image in `source`, upright, as `mode` ("RGB" or "L").
+    """Decode an image, upright by its EXIF orientation, in `mode` ("RGB" or "L").
 
-    Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not
-    clipped; what is over 50 megapixels comes at reduced size. Raises what Pillow raises for bytes that are
-    no image, and `UnfitImageError` for floating-point pixels, whose range no file states, for stripes, for JPEGs of
-    hundreds of scans, which take minutes, and in a main thread for whatever else takes over a minute.
+    Alpha is dropped and CMYK converted as Pillow (and timm) do it; 16-bit images are scaled to 8 bits, not clipped;
+    images of over 50 megapixels are reduced in size.
+
+    Raises:
+        UnfitImageError: floating-point pixels, whose range no file states; one side over 50 times the other; a JPEG
+            header or number of scans that takes minutes to read; over 0.5 GB to decode; or, in the main thread,
+            anything else that takes over a minute.
+        Exception: whatever Pillow raises for bytes that are not an image.
     """
-    with _within(MAX_SECONDS):
+    with _time_limit(MAX_SECONDS):
         return _decode(source, mode)
 
 
-def _decode(source: IO[bytes] | Image.Image, mode: str) -> Image.Image:
-    if not isinstance(source, Image.Image):
-        _check_header(source)
-    image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
-    _check_scans(image)
-    _check_memory(image, mode)
-    if image.width * image.height > LARGE_PIXELS:
-        image.draft(mode, DRAFT_SIZE)
-    image.load()
-    turn = _turn(image)
-    times, pixels = _times(image), image.width * image.height
-    whole = times == 1 and (image.mode == mode or pixels <= PIECE)
-    image = _converted(image, mode) if whole else _reduced(image, mode, times)
-    return image if turn is None else image.transpose(turn)
+def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
+    """Read an image file with `decode`.
+
+    Raises:
+        UsageError: there is no such file.
+        LTMPError: the file cannot be read as an image; the message gives the reason.
+    """
+    try:
+        with open_part(path) as file:
+            return decode(file, mode)
+    except FileNotFoundError as error:
+        raise UsageError(f"no image {path}: check the path") from error
+    # What Pillow raises for broken files depends on the format.
+    except Exception as error:
+        raise LTMPError(f"cannot read {path}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Return in a few words why an image could not be read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombError):
+        return f"over the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or in a format Pillow does not know"
+    return f"{error}" or type(error).__name__
 
 
 @contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """Raise `UnfitImageError` after so much processor time; signals reach the main thread alone."""
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise `UnfitImageError` after `seconds` of processor time, in the main thread; other threads get no signals."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -174,59 +188,24 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _times(image: Image.Image) -> int:
-    """How many times smaller an image comes; at least by two where it is large, however short its shorter side is."""
-    return max(2, min(image.size) // max(DRAFT_SIZE)) if image.width * image.height > LARGE_PIXELS else 1
-
-
-def _reduced(image: Image.Image, mode: str, times: int) -> Image.Image:
-    """`_converted` and so many times smaller, piece by piece: whole copies of this many pixels take gigabytes."""
-    small = Image.new(mode, (image.width // times, image.height // times))
-    rows = max(1, PIECE // (times * image.width))
-    for top in range(0, small.height, rows):
-        bottom = min(top + rows, small.height)
-        strip = image.crop((0, times * top, times * small.width, times * bottom))
-        small.paste(_converted(strip, mode).reduce(times), (0, top))
-    return small
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise UnfitImageError("floating-point pixels: convert the image to 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    if image.mode == "P":
-        # Straight to RGB, Pillow warns about palettes with transparency.
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
-
-
-def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
-    """`decode` of a file.
-
-    Raises:
-        UsageError: no such file.
-        LTMPError: it cannot be read as an image; the message says why.
-    """
-    try:
-        with open_part(path) as file:
-            return decode(file, mode)
-    except FileNotFoundError as error:
-        raise UsageError(f"no image {path}: check the path") from error
-    # what Pillow raises for broken files depends on the format
-    except Exception as error:
-        raise LTMPError(f"cannot read {path}: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """Why an image could not be read, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, Image.DecompressionBombError):
-        return f"over the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or in a format Pillow does not know"
-    return f"{error}" or type(error).__name__
+def _decode(source: IO[bytes] | Image.Image, mode: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        _check_header(source)
+        image = Image.open(source, formats=_formats())
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise UnfitImageError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times longer than wide")
+    _check_scans(image)
+    _check_memory(image, mode)
+    if image.width * image.height > LARGE_PIXELS:
+        image.draft(mode, DRAFT_SIZE)
+    image.load()
+    orientation = _orientation(image)
+    factor, pixels = _reduction(image), image.width * image.height
+    at_once = factor == 1 and (image.mode == mode or pixels <= PIECE)
+    image = _convert(image, mode) if at_once else _convert_reduced(image, mode, factor)
+    return image if orientation is None else image.transpose(orientation)
 
 
 @cache
@@ -235,7 +214,133 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.OPEN if name not in _UNSAFE)
 
 
-_TURNS = {
+_START_OF_IMAGE = b"\xff\xd8"
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_START_OF_SCAN, _END, _WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
+
+
+def _check_header(file: IO[bytes]) -> None:
+    """Refuse a JPEG whose header alone takes minutes to read; raises `UnfitImageError`."""
+    if file.read(2) == _START_OF_IMAGE:
+        _check_segments(file)
+    file.seek(0)
+
+
+def _check_segments(file: IO[bytes]) -> None:
+    position, fill, segments = 2, 0, 0
+    while True:
+        file.seek(position)
+        chunk = file.read(MAX_FILL)
+        found = _MARKER.search(chunk)
+        if found is None and len(chunk) < MAX_FILL:  # the end of the file
+            return
+        if found:
+            position += found.end()
+            fill += found.start()
+            segments += 1
+        if found is None or fill >= MAX_FILL or position > MAX_HEADER or segments > MAX_SEGMENTS:
+            raise UnfitImageError("a header of more bytes than any camera or program writes")
+        marker = chunk[found.end() - 1]
+        if marker in (_START_OF_SCAN, _END):
+            return
+        if marker not in _WITHOUT_LENGTH:
+            position += int.from_bytes(chunk[found.end() : found.end() + 2], "big")
+
+
+def _check_scans(image: Image.Image) -> None:
+    """Refuse a JPEG whose number of scans takes minutes to decode; raises `UnfitImageError`."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or file is None:
+        return
+    position = file.tell()
+    file.seek(0)
+    # No JPEG within the other limits is larger.
+    data = file.read(4 * LARGE_BYTES)
+    file.seek(position)
+    # Parsed only if there may be too many scans: thumbnails, and videos after the image, contain such bytes as well.
+    if data.count(b"\xff\xda") > MAX_SCANS and _count_scans(data) > MAX_SCANS:
+        raise UnfitImageError(f"over {MAX_SCANS} scans, which no camera or program writes")
+
+
+def _count_scans(data: bytes) -> int:
+    """Count the scans of a JPEG up to its end marker, or up to one more than allowed; other segments are skipped."""
+    scans, position = 0, 2
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, position)):
+        marker, position = data[found.start() + 1], found.end()
+        if marker == _END:
+            break
+        scans += marker == _START_OF_SCAN
+        if marker not in _WITHOUT_LENGTH:
+            position += int.from_bytes(data[position : position + 2], "big")
+    return scans
+
+
+def _check_memory(image: Image.Image, mode: str) -> None:
+    """Refuse an image whose header shows that decoding would take over `MAX_DECODED`; raises `UnfitImageError`."""
+    factor, pixels = _reduction(image), image.width * image.height
+    # All in bytes per pixel: what is stored, what the decoder needs beside it, and the converted result.
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    decoder = 0
+    if image.format in ("JPEG", "MPO"):
+        # Progressive JPEGs keep all coefficients, others a few rows.
+        decoder = 6 if image.info.get("progressive") else 0
+        stored = 1 if pixels > LARGE_PIXELS and min(image.size) >= 2 * max(DRAFT_SIZE) else stored
+    result = 0 if image.mode == mode and factor == 1 else 4 / factor**2
+    per_pixel = max(_DECODERS.get(image.format or "", 0), decoder + stored, stored + result)
+    needed = per_pixel * pixels + _tiff_piece(image)
+    if needed > MAX_DECODED:
+        raise UnfitImageError(
+            f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e9:.1f} GB to decode: over the "
+            f"limit of {MAX_DECODED / 1e9:.1f} GB"
+        )
+
+
+def _tiff_piece(image: Image.Image) -> int:
+    """Return the bytes of one strip or tile of a TIFF, which is decompressed as a whole; a strip may hold all rows."""
+    tags = getattr(image, "tag_v2", {})
+    if image.format != "TIFF" or image.info.get("compression", "raw") == "raw":
+        return 0
+    width, rows = tags.get(322, image.width), tags.get(323, min(tags.get(278, image.height), image.height))
+    return int(width * rows * sum(tags.get(258, (8,))) // 8)
+
+
+def _reduction(image: Image.Image) -> int:
+    """Return the factor by which an image is reduced: at least 2 if it is large, even if its shorter side is not."""
+    return max(2, min(image.size) // max(DRAFT_SIZE)) if image.width * image.height > LARGE_PIXELS else 1
+
+
+def _convert_reduced(image: Image.Image, mode: str, factor: int) -> Image.Image:
+    """`_convert` and reduce by `factor`, piece by piece, as full-size copies of a large image take gigabytes."""
+    small = Image.new(mode, (image.width // factor, image.height // factor))
+    rows = max(1, PIECE // (factor * image.width))
+    for top in range(0, small.height, rows):
+        bottom = min(top + rows, small.height)
+        strip = image.crop((0, factor * top, factor * small.width, factor * bottom))
+        small.paste(_convert(strip, mode).reduce(factor), (0, top))
+    return small
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "F":
+        raise UnfitImageError("floating-point pixels: convert the image to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.mode == "P":
+        # Pillow warns about palettes with transparency if they are converted directly to RGB.
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit pixels to 8 bits; Pillow's own conversion clips them at 255."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise UnfitImageError("integer pixels outside 0 to 65,535: convert the image to 8 or 16 bits")
+    return Image.fromarray((pixels // 257).astype(np.uint8))
+
+
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -244,102 +349,13 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientations, and how to undo them."""
+"""EXIF orientations, and the transpositions that undo them."""
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The transposition that makes the image upright by its EXIF orientation; unlike Pillow's it never writes EXIF."""
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """Return the transposition that makes an image upright; unlike `ImageOps.exif_transpose` it never writes EXIF."""
     try:
-        return _TURNS.get(image.getexif().get(0x0112, 1))
-    # damaged EXIF is no reason to lose the pixels
+        return _TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    # Damaged EXIF is no reason to lose the pixels.
     except Exception:
         return None
-
-
-def _check_memory(image: Image.Image, mode: str) -> None:
-    """Refuse what takes gigabytes to decode, by the header; raises `UnfitImageError`."""
-    times, pixels = _times(image), image.width * image.height
-    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
-    decoder = 0
-    if image.format in ("JPEG", "MPO"):
-        # all coefficients of a progressive one are kept, of others a few rows
-        decoder = 6 if image.info.get("progressive") else 0
-        stored = 1 if pixels > LARGE_PIXELS and min(image.size) >= 2 * max(DRAFT_SIZE) else stored
-    # the result is another copy, or a part of one
-    result = 0 if image.mode == mode and times == 1 else 4 / times**2
-    each = max(_DECODERS.get(image.format or "", 0), decoder + stored, stored + result)
-    needed = each * pixels + _piece_of_tiff(image)
-    if needed > MAX_DECODED:
-        raise UnfitImageError(
-            f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e9:.1f} GB to decode: over the "
-            f"limit of {MAX_DECODED / 1e9:.1f} GB"
-        )
-
-
-def _piece_of_tiff(image: Image.Image) -> int:
-    """Bytes of a strip or tile, which is decompressed whole; a strip may hold all rows."""
-    tags = getattr(image, "tag_v2", {})
-    if image.format != "TIFF" or image.info.get("compression", "raw") == "raw":
-        return 0
-    width, rows = tags.get(322, image.width), tags.get(323, min(tags.get(278, image.height), image.height))
-    return int(width * rows * sum(tags.get(258, (8,))) // 8)
-
-
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_START_OF_SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
-
-
-def _check_header(file: IO[bytes]) -> None:
-    """Refuse a JPEG whose header alone takes minutes to read; raises `UnfitImageError`."""
-    at, fill, segments, head = 2, 0, 0, file.read(2)
-    while head == b"\xff\xd8":
-        file.seek(at)
-        found = _MARKER.search(chunk := file.read(MAX_FILL))
-        if found is None and len(chunk) < MAX_FILL:
-            break
-        at += found.end() if found else MAX_FILL
-        fill += found.start() if found else MAX_FILL
-        segments += 1
-        if found is None or fill >= MAX_FILL or at > MAX_HEADER or segments > MAX_SEGMENTS:
-            raise UnfitImageError("a header of more bytes than any camera or program writes")
-        if chunk[found.end() - 1] in (_START_OF_SCAN, _END):
-            break
-        if chunk[found.end() - 1] not in _ALONE:
-            at += int.from_bytes(chunk[found.end() : found.end() + 2], "big")
-    file.seek(0)
-
-
-def _check_scans(image: Image.Image) -> None:
-    """Refuse a JPEG whose decoding would take minutes; raises `UnfitImageError`."""
-    file = getattr(image, "fp", None)
-    if image.format not in ("JPEG", "MPO") or file is None:
-        return
-    place = file.tell()
-    file.seek(0)
-    # no image of a size that is decoded takes more
-    data = file.read(4 * LARGE_BYTES)
-    file.seek(place)
-    # counted properly only where there may be too many: thumbnails and videos behind the image hold such bytes, too
-    if data.count(b"\xff\xda") > MAX_SCANS and _count_scans(data) > MAX_SCANS:
-        raise UnfitImageError(f"over {MAX_SCANS} scans, which no camera or program writes")
-
-
-def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end, or to one more than are allowed; segments of other kinds are passed over."""
-    scans, at = 0, 2
-    while scans <= MAX_SCANS and (found := _MARKER.search(data, at)):
-        marker, at = data[found.start() + 1], found.end()
-        if marker == _END:
-            break
-        scans += marker == _START_OF_SCAN
-        if marker not in _ALONE:
-            at += int.from_bytes(data[at : at + 2], "big")
-    return scans
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips integers above 255 when it converts; the high byte is what is wanted."""
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise UnfitImageError("integer pixels outside 0 to 65,535: convert the image to 8 or 16 bits")
-    return Image.fromarray((pixels // 257).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed and the position alone, so that a killed run can go on exactly."""
+"""Batches in an order that depends on seed and position alone, so that a killed run can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from ..errors import LTMPError, UsageError
 from .dataset import Broken
-from .workers import handed_over, naming_lost_workers, received, start_worker
+from .workers import detect_lost_workers, pack_batch, start_worker, unpack_batch
 
 
 class ViewOrder(Sampler[int]):
-    """Dataset indices of the views `start` to `stop`; view v is image v % N of epoch v // N.
+    """Dataset indices of views `start` to `stop`; view v is image v % N of epoch v // N.
 
-    Each epoch has its own shuffle, a function of (seed, epoch).
+    Each epoch has its own permutation, a function of (seed, epoch).
     """
 
     def __init__(self, length: int, start: int, stop: int, *, shuffle: bool, seed: int) -> None:
@@ -47,10 +47,21 @@ class ViewOrder(Sampler[int]):
 
 
 class Loader:
-    """Iterates over (images [B, C, H, W], labels [B]); `skipped` says afterwards which images could not be read.
+    """Iterate over (images [B, C, H, W], labels [B]) of a dataset, skipping images that cannot be read.
 
-    Iterating goes once through the dataset; `stream` gives any range of views of the endless sequence of epochs.
-    A batch that had broken images is smaller by them.
+    Iterating makes one pass over the dataset; `stream` returns any range of views of an endless sequence of epochs.
+    Broken images are left out of their batches, which become smaller.
+
+    Args:
+        dataset: map-style or iterable dataset of (image, label) or `Broken`, such as `Images`.
+        batch_size: images per batch.
+        shuffle: whether to permute the images in each epoch; without effect on a streaming source.
+        seed: seed of the permutations.
+        workers: number of worker processes; 0 reads in the main process.
+        strict: raise LTMPError with the name of a broken image instead of skipping it.
+
+    Attributes:
+        skipped: the images that could not be read so far, by name, with the reason.
     """
 
     def __init__(
@@ -74,12 +85,12 @@ class Loader:
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Batches in one pass."""
+        """Number of batches in one pass."""
         return -(-self.images // self.batch_size)
 
     @property
     def images(self) -> int:
-        """Images in one pass, broken ones included; 0 where a streaming source does not say."""
+        """Number of images in one pass, including broken ones; 0 for a streaming source of unknown length."""
         return len(self.dataset) if hasattr(self.dataset, "__len__") else 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,18 +99,20 @@ class Loader:
         return self.stream(0, self.images)
 
     def stream(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the views `start` to `stop`, whatever was iterated before; of `world` turns, those of `rank`.
+        """Return the batches of views `start` to `stop`, independently of earlier iteration.
 
-        A streaming source is read from its beginning and the batches before `start` are dropped; a short last batch
-        of an epoch counts as a whole one, so that batch b begins at view b * batch_size there, too.
+        In distributed runs, each of `world` ranks gets every `world`-th batch, starting with batch `rank`.
+
+        A streaming source is read from its beginning and the batches before `start` are dropped. The short last batch
+        of its epochs counts as a full one, so that batch b always begins at view b * batch_size.
         """
         if isinstance(self.dataset, IterableDataset):
             batches: Iterable[_Batch] = islice(self._stream(self.dataset, start, stop), rank, None, world)
         else:
             order = ViewOrder(self.images, start, stop, shuffle=self.shuffle, seed=self.seed)
-            turns = islice(BatchSampler(order, self.batch_size, drop_last=False), rank, None, world)
-            batches = self._batches(self.dataset, turns)
-        return self._take(batches, whole=world == 1)
+            indices = islice(BatchSampler(order, self.batch_size, drop_last=False), rank, None, world)
+            batches = self._batches(self.dataset, indices)
+        return self._take(batches, check_empty=world == 1)
 
     def _stream(self, dataset: IterableDataset, start: int, stop: int) -> Iterator[_Batch]:
         view, epoch = 0, 0
@@ -114,25 +127,29 @@ class Loader:
                 if view >= stop:
                     return
             if view == before:
-                raise LTMPError("the streaming dataset gave no images: check its name and split")
+                raise LTMPError("the streaming dataset returned no images: check its name and split")
             epoch += 1
 
-    def _batches(self, dataset: Dataset, batches: Iterable[list[int]] | None = None) -> DataLoader:
+    def _batches(self, dataset: Dataset, indices: Iterable[list[int]] | None = None) -> DataLoader:
         return DataLoader(
             dataset,
-            1 if batches else self.batch_size,
-            batch_sampler=batches,
+            1 if indices else self.batch_size,
+            batch_sampler=indices,
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
-            # Its own generator: starting the workers must not move the global random state of the run.
+            # A generator of its own: starting workers must not advance the global random state of the run.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _take(self, batches: Iterable[_Batch], whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand on what could be read; refuse or count the rest. `whole`: nobody else has more of these images."""
-        found = False
+    def _take(self, batches: Iterable[_Batch], check_empty: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images that could be read; record broken ones in `skipped`, or raise with `strict`.
+
+        Args:
+            check_empty: raise LTMPError if no image at all could be read; not if other ranks have more of the images.
+        """
+        any_read = False
         for batch in _unless_lost(batches):
             for broken in batch.broken:
                 if self.strict:
@@ -141,20 +158,20 @@ class Loader:
                     )
                 self.skipped[broken.name] = broken.reason
             if len(batch.broken) < batch.size:
-                found = True
-                yield received(batch.images), received(batch.labels)
-        if whole and not found and self.skipped:
-            name, why = next(iter(self.skipped.items()))
-            raise LTMPError(f"none of the {len(self.skipped)} images could be read; the first was {name} ({why})")
+                any_read = True
+                yield unpack_batch(batch.images), unpack_batch(batch.labels)
+        if check_empty and not any_read and self.skipped:
+            name, reason = next(iter(self.skipped.items()))
+            raise LTMPError(f"none of the {len(self.skipped)} images could be read; the first was {name} ({reason})")
 
 
 def _unless_lost(batches: Iterable[_Batch]) -> Iterator[_Batch]:
-    """The batches; only what goes wrong in getting them is a lost worker, not what is done with them."""
-    with naming_lost_workers():
-        waiting = iter(batches)
+    """Yield the batches; raise LostWorkerError for errors in reading them, but not for those of the caller's code."""
+    with detect_lost_workers():
+        iterator = iter(batches)
     while True:
-        with naming_lost_workers():
-            batch = next(waiting, None)
+        with detect_lost_workers():
+            batch = next(iterator, None)
         if batch is None:
             return
         yield batch
@@ -168,19 +185,19 @@ class _Batch(NamedTuple):
 
 
 def _collate(samples: list[Any]) -> _Batch:
-    """Runs in the worker: broken images travel beside the batch, because a worker's counters stay there."""
+    """Collate in the worker; broken images are part of the batch, as counters in a worker never leave it."""
     broken = [sample for sample in samples if isinstance(sample, Broken)]
     readable = [sample for sample in samples if not isinstance(sample, Broken)]
     if readable and all(isinstance(image, Tensor) for image, _ in readable):
-        # default_collate would take shared memory without asking whether there is any
-        images, labels = (
-            torch.stack([image for image, _ in readable]),
-            torch.as_tensor([label for _, label in readable]),
-        )
+        # default_collate would use shared memory without checking that there is enough.
+        images = torch.stack([image for image, _ in readable])
+        labels = torch.as_tensor([label for _, label in readable])
+    elif readable:
+        images, labels = default_collate(readable)
     else:
-        images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0))
-    return _Batch(handed_over(images), handed_over(labels), broken, len(samples))
+        images, labels = torch.empty(0), torch.empty(0)
+    return _Batch(pack_batch(images), pack_batch(labels), broken, len(samples))
 
 
 make_loader = Loader
-"""Broken images are skipped and counted, or with `strict` refused by name (LTMPError)."""
+"""Alias of `Loader`. Broken images are skipped and counted, or with `strict` raise LTMPError with their name."""

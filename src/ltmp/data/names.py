@@ -1,4 +1,4 @@
-"""Names of a model's classes that people can read."""
+"""Human-readable names of a model's classes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _WORDNET = re.compile(r"n\d{8}")
 def class_names(
     model: nn.Module, dataset: Any = None, file: str | Path | None = None, *, pretrained: bool = True
 ) -> list[str]:
-    """Class names in the order of the model's outputs; empty where nobody knows them.
+    """Return class names in the order of the model's outputs, or an empty list if they are unknown.
+
+    The first of these sources that has names is used: `file`, the folders of `dataset`, the model's metadata, the
+    `id2label` of a transformers model, and timm's names for its pretrained weights.
 
     Args:
-        model: its thresholds may bring names; one of transformers brings its `id2label`, one of timm the names of
-            ImageNet's classes or of its own.
-        dataset: its folder names go before the model's; those of ImageNet are put into words.
-        file: a text file with one name a line, which goes before everything.
-        pretrained: whether a model of timm has timm's weights: the names belong to these, not to the architecture.
+        model: the classifier, with or without thresholds attached.
+        dataset: its class folders name the classes; ImageNet's folders are replaced by words.
+        file: a text file with one name per line.
+        pretrained: whether a timm model has timm's weights: timm's names belong to these, not to the architecture.
 
     Raises:
         UsageError: the file cannot be read, or does not hold one name for each of the model's classes.
@@ -33,21 +35,22 @@ def class_names(
         names = read_names(file)
         check_names(names, classes_of(model))
         return names
-    own = metadata_of(model).class_names or labels_of(model)
     labelled = getattr(dataset, "labelled", True)
-    return (folder_names(dataset) if labelled else []) or list(own) or (_timms(model) if pretrained else [])
+    from_folders = folder_names(dataset) if labelled else []
+    from_model = metadata_of(model).class_names or labels_of(model)
+    return from_folders or list(from_model) or (_timm_names(model) if pretrained else [])
 
 
 def folder_names(dataset: Any) -> list[str]:
-    """Names of a dataset's class folders in the order of their labels, those of ImageNet in words."""
-    known = getattr(dataset, "class_to_index", None) or {}
-    found = {index: name for name, index in known.items()}
-    names = [found.get(index, f"class {index}") for index in range(1 + max(found, default=-1))]
+    """Return the names of a dataset's class folders in the order of their labels, with words for ImageNet's folders."""
+    class_to_index = getattr(dataset, "class_to_index", None) or {}
+    by_index = {index: name for name, index in class_to_index.items()}
+    names = [by_index.get(index, f"class {index}") for index in range(1 + max(by_index, default=-1))]
     return _in_words(names) if any(map(_WORDNET.fullmatch, names)) else names
 
 
-def _timms(model: Any) -> list[str]:
-    """Names that timm knows of its own weights; none for a head of another size."""
+def _timm_names(model: Any) -> list[str]:
+    """Return timm's class names for its own weights; none if the head has another number of classes."""
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if not config or config.get("num_classes") != getattr(model, "num_classes", None):
         return []
@@ -60,7 +63,7 @@ def _timms(model: Any) -> list[str]:
 
 
 def _in_words(names: list[str]) -> list[str]:
-    """ImageNet's folder names (n01443537) as words (goldfish), without the synonyms; others as they are."""
+    """Replace ImageNet's folder names (n01443537) by words (goldfish) without synonyms; keep other names."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()

@@ -1,4 +1,4 @@
-"""A few images of a dataset that stand for all of it."""
+"""A representative sample of a dataset."""
 
 from __future__ import annotations
 
@@ -17,42 +17,27 @@ from .dataset import Images, log
 def sampled(
     images: Images | IterableDataset, limit: int, seed: int = 0, *, evenly: bool = True
 ) -> Images | IterableDataset:
-    """At most `limit` images, in the order that they had.
+    """Return a dataset of at most `limit` images, in their original order.
 
-    Which ones depends on the seed alone. The first `limit` of a folder would be those of its first classes; of a
-    source that streams they are taken all the same, and a warning says so.
+    The choice depends on the seed alone. The first `limit` images of a folder would all be of its first classes; from
+    a streaming source the first ones are taken nevertheless, with a warning.
 
     Args:
-        evenly: as evenly over the classes as these allow; otherwise all images are drawn alike.
+        evenly: sample as evenly across classes as their sizes allow; otherwise every image is equally likely.
     """
     if isinstance(images, IterableDataset):
-        log.warning("the source streams, so the first %d images are taken: they need not be of all classes", limit)
+        log.warning("streaming source: the first %d images are taken, which may not cover all classes", limit)
         return _First(images, limit)
     if limit >= len(images):
         return images
     labels = _labels(images.source) if evenly else [0] * len(images)
-    few = copy.copy(images)
-    few.source = _Few(images.source, _chosen(labels, limit, seed))
-    return few
-
-
-def _chosen(labels: Sequence[int], limit: int, seed: int) -> list[int]:
-    """Positions of `limit` labels: one of each class in turn, at random within a class."""
-    draw = random.Random(seed)
-    classes: dict[int, list[int]] = defaultdict(list)
-    for position, label in enumerate(labels):
-        classes[label].append(position)
-    turns = list(classes.values())
-    draw.shuffle(turns)
-    for positions in turns:
-        draw.shuffle(positions)
-    # the i-th of every class comes before the next of any
-    in_turn = sorted((i, k, position) for k, turn in enumerate(turns) for i, position in enumerate(turn))
-    return sorted(position for _, _, position in in_turn[:limit])
+    sample = copy.copy(images)
+    sample.source = _Subset(images.source, _choose(labels, limit, seed))
+    return sample
 
 
 def _labels(source: Any) -> Sequence[int]:
-    """Of each image, without reading it; all the same where the source does not say."""
+    """Return the label of each image without reading it, or all zeros if the source does not list labels."""
     for name in ("labels", "targets"):
         if getattr(source, name, None) is not None:
             return [int(label) for label in getattr(source, name)]
@@ -60,8 +45,23 @@ def _labels(source: Any) -> Sequence[int]:
     return [0] * len(source) if samples is None else [int(sample[1]) for sample in samples]
 
 
-class _Few:
-    """Some images of a reader or dataset, which says everything else itself."""
+def _choose(labels: Sequence[int], limit: int, seed: int) -> list[int]:
+    """Choose `limit` positions round-robin over the classes, at random within each class; return them sorted."""
+    draw = random.Random(seed)
+    classes: dict[int, list[int]] = defaultdict(list)
+    for position, label in enumerate(labels):
+        classes[label].append(position)
+    groups = list(classes.values())
+    draw.shuffle(groups)
+    for positions in groups:
+        draw.shuffle(positions)
+    # Sorted by round first: the i-th image of every class comes before the next image of any class.
+    rounds = sorted((i, k, position) for k, group in enumerate(groups) for i, position in enumerate(group))
+    return sorted(position for _, _, position in rounds[:limit])
+
+
+class _Subset:
+    """Some images of a timm reader or torchvision dataset."""
 
     def __init__(self, source: Any, indices: Sequence[int]) -> None:
         self.source = source
@@ -73,14 +73,14 @@ class _Few:
     def __getitem__(self, index: int) -> Any:
         return self.source[self.indices[index]]
 
-    def filename(self, index: int, **how: Any) -> str | None:
-        """Where an image comes from, if the source says so."""
-        named = getattr(self.source, "filename", None)
-        return named(self.indices[index], **how) if named else None
+    def filename(self, index: int, **kwargs: Any) -> str | None:
+        """Return the source's name of an image, if it has one."""
+        filename = getattr(self.source, "filename", None)
+        return filename(self.indices[index], **kwargs) if filename else None
 
 
 class _First(IterableDataset):
-    """The first images of each pass of a source that streams, which says everything else itself."""
+    """The first images of each pass over a streaming dataset; other attributes are those of the dataset."""
 
     def __init__(self, source: IterableDataset, limit: int) -> None:
         self.source = source
@@ -88,10 +88,10 @@ class _First(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return islice(iter(self.source), self.limit // count + (number < self.limit % count))
+        rank, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return islice(iter(self.source), self.limit // count + (rank < self.limit % count))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "source":  # not there before a copy has its state
+        if name == "source":  # not set yet while a copy is being restored
             raise AttributeError(name)
         return getattr(self.source, name)

@@ -1,4 +1,4 @@
-"""Images in an uncompressed tar, found without unpacking; a damaged member costs itself and no other."""
+"""Images in an uncompressed tar, read without unpacking it; a damaged member affects no other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import IO, Any, NamedTuple
 from .images import Broken, is_image_name, open_part
 
 _CHUNK = 1 << 20
-# Of one member: what its headers say beside its data, long names above all, is read into memory.
+# Limits per member: its headers, mostly long names, are read into memory.
 MAX_HEADERS, MAX_HEADER_BYTES = 16, 1 << 20
-# Records that hold for every member behind them, each of which copies them all.
+# Records that apply to every later member; each member copies them all.
 MAX_GLOBAL = 256
-# Python's parser takes hours for a million digits; no number has more than these.
+# Python takes hours to parse a number of a million digits; no real number in a header has this many.
 _DIGITS = re.compile(rb"[0-9]{100}")
+# Types of headers that only extend the next one, with a long name for example.
 _EXTENSIONS = b"LKxgX"
 
 
@@ -31,16 +32,16 @@ class Slice(NamedTuple):
 
 
 Content = str | Slice | bytes
-"""An encoded image: a file, a part of one, or the bytes themselves."""
+"""An encoded image: the path of a file, a slice of a file, or the bytes themselves."""
 
 
 class Member(NamedTuple):
-    """One image of a tar, or what became of one.
+    """An image in a tar, or damage found in its place.
 
     Attributes:
-        name: in the tar; empty where damage has destroyed it.
-        content: where its bytes are, or why they cannot be had.
-        offset: bytes of the tar that lie before it.
+        name: path in the tar; empty if it was destroyed by damage.
+        content: the location of the image's bytes, or why they cannot be read.
+        offset: byte offset in the tar.
     """
 
     name: str
@@ -49,11 +50,11 @@ class Member(NamedTuple):
 
 
 def open_content(content: Content) -> IO[bytes]:
-    """The encoded image. A tar is opened anew for each: a position in a file cannot be shared by several processes.
+    """Open an encoded image. A tar is opened for each image, as processes cannot share the position in an open file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no regular file, too large, empty, or ends inside the image.
+        ValueError: it is not a regular file, too large, empty, or ends within the image.
     """
     if isinstance(content, Slice):
         if content.offset + content.size > os.path.getsize(content.path):
@@ -67,12 +68,12 @@ def open_content(content: Content) -> IO[bytes]:
 
 
 def tar_images(path: str) -> Iterator[Member]:
-    """The images of a tar in its own order, by their names; links to other members are followed.
+    """Yield the members of a tar that are images by name, in their order; links to other members are followed.
 
-    What is damaged is one `Broken` in its place, and whatever can be found behind it comes after.
+    A damaged part yields one `Broken` in its place, followed by the members that can be found after it.
 
     Raises:
-        tarfile.TarError, OSError: no plain tar at all, or it cannot be read.
+        tarfile.TarError, OSError: the file is not an uncompressed tar, or cannot be read.
     """
     targets: dict[str, Slice | str] | None = None
     for member in _members(path):
@@ -81,7 +82,7 @@ def tar_images(path: str) -> Iterator[Member]:
         elif is_image_name(member.name):
             content: Slice | Broken
             if member.islnk() or member.issym():
-                targets = _targets(path) if targets is None else targets
+                targets = _link_targets(path) if targets is None else targets
                 content = _follow(member, targets)
             elif member.issparse():
                 content = Broken(member.name, "a sparse member of the .tar, which is not read")
@@ -92,90 +93,123 @@ def tar_images(path: str) -> Iterator[Member]:
             yield Member(member.name, content, member.offset_data)
 
 
+def _link_targets(path: str) -> dict[str, Slice | str]:
+    """Return what each name in a tar stands for: the slice of a regular member, or the name that a link points to."""
+    targets: dict[str, Slice | str] = {}
+    for member in _members(path):
+        if isinstance(member, tarfile.TarInfo):
+            name = posixpath.normpath(member.name)
+            if member.islnk() or member.issym():
+                targets[name] = _link_target(member)
+            elif member.isreg() and not member.issparse():
+                targets[name] = Slice(path, member.offset_data, member.size)
+    return targets
+
+
+def _link_target(link: tarfile.TarInfo) -> str:
+    """Return the name that a link points to; symbolic links are relative to their own folder."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
+
+
+def _follow(link: tarfile.TarInfo, targets: dict[str, Slice | str], max_links: int = 16) -> Slice | Broken:
+    target: Slice | str | None = _link_target(link)
+    for _ in range(max_links):
+        if not isinstance(target, str):
+            break
+        target = targets.get(target)
+    if isinstance(target, Slice):
+        return target
+    return Broken(link.name, f"a link to {link.linkname}, which is no image in the .tar")
+
+
 def _members(path: str) -> Iterator[tarfile.TarInfo | Member]:
-    """Everything in a tar but folders, in order; a `Member` tells of damage, once for all that is behind each other."""
+    """Yield all members of a tar except folders, in order, and one `Member` for each run of consecutive damage."""
     length = os.path.getsize(path)
     with open(path, "rb") as file:
-        archive = _empty_archive()
-        start, following, damage = 0, None, None
+        archive = _header_parser()
+        start, next_start, damage = 0, None, None
         while True:
             file.seek(start)
-            headers: Any = _Headers(file)
-            archive.fileobj = headers
+            header_file: Any = _HeaderFile(file)
+            archive.fileobj = header_file
             try:
                 member = archive.tarinfo.fromtarfile(archive)
             except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-                following, member = None, None
-            # headers fail in as many ways as there are numbers in them
+                next_start, member = None, None
+            # Damaged headers raise errors of many types, depending on the field.
             except Exception as error:
-                following, member = _next_header(file, start + tarfile.BLOCKSIZE, length, not headers.spent), None
-                if start == 0 and following is None and isinstance(error, tarfile.HeaderError):
+                # After a chain of headers over the limits, go on at the next member, not within the chain.
+                extensions = not header_file.exceeded
+                next_start, member = _next_header(file, start + tarfile.BLOCKSIZE, length, extensions), None
+                if start == 0 and next_start is None and isinstance(error, tarfile.HeaderError):
                     raise tarfile.ReadError(f"{error}") from error
                 damage = damage or (start, error)
                 if len(archive.pax_headers) > MAX_GLOBAL:
                     archive.pax_headers = {}
-            if damage and (member or following is None):
-                at, why = damage
-                yield Member("", Broken(path, _damage(at, length, start if member else None, why)), at)
+            if damage and (member or next_start is None):
+                damaged_at, cause = damage
+                reason = _describe_damage(damaged_at, length, start if member else None, cause)
+                yield Member("", Broken(path, reason), damaged_at)
                 damage = None
             if member:
-                following = archive.offset
-                if member.size < 0 or not start < following < length + tarfile.BLOCKSIZE:
-                    following = _next_header(file, member.offset_data, length)
+                next_start = archive.offset
+                if member.size < 0 or not start < next_start < length + tarfile.BLOCKSIZE:
+                    next_start = _next_header(file, member.offset_data, length)
                 if not member.isdir():
                     yield member
-                if following is None:
-                    yield Member("", Broken(path, _damage(length, length, None, None)), length)
-            if following is None:
+                if next_start is None:
+                    yield Member("", Broken(path, _describe_damage(length, length, None, None)), length)
+            if next_start is None:
                 return
-            start = following
+            start = next_start
 
 
-class _Headers:
-    """A tar's file as the headers of one member may read it: little of it, and few times.
-
-    Attributes:
-        spent: whether they wanted more.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.left, self.count, self.spent = file, MAX_HEADER_BYTES, 0, False
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def read(self, size: int) -> bytes:
-        self.left -= size
-        data = self.file.read(size) if self.left >= 0 else b""
-        self.check(self.left >= 0 and not _DIGITS.search(data), "its header is larger than any that is written")
-        return data
-
-    def check(self, fine: bool, why: str) -> None:
-        if not fine:
-            self.spent = True
-            raise tarfile.HeaderError(why)
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header, or one that says more of the next, which then is read inside."""
-
-    @classmethod
-    def fromtarfile(cls, archive: Any) -> _Header:
-        headers = archive.fileobj
-        headers.count += 1
-        headers.check(headers.count <= MAX_HEADERS, f"over {MAX_HEADERS} headers for one member")
-        headers.check(len(archive.pax_headers) <= MAX_GLOBAL, f"over {MAX_GLOBAL} records for every member")
-        return super().fromtarfile(archive)
-
-
-def _empty_archive() -> tarfile.TarFile:
-    """A parser of headers. Opened on the tar itself it would read the first one, and fail with it."""
+def _header_parser() -> tarfile.TarFile:
+    """Return an empty archive to parse headers with; one opened on the tar itself fails on a damaged first header."""
     archive = tarfile.TarFile(fileobj=BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
     archive.tarinfo = _Header
     return archive
 
 
-def _damage(start: int, length: int, following: int | None, error: Exception | None) -> str:
+class _Header(tarfile.TarInfo):
+    """The header of a member; tarfile calls `fromtarfile` recursively if a header only extends the next one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> _Header:
+        file: _HeaderFile = archive.fileobj
+        file.headers += 1
+        file.check(file.headers <= MAX_HEADERS, f"over {MAX_HEADERS} headers for one member")
+        file.check(len(archive.pax_headers) <= MAX_GLOBAL, f"over {MAX_GLOBAL} records for every member")
+        return super().fromtarfile(archive)
+
+
+class _HeaderFile:
+    """A tar file that limits what the headers of one member may read.
+
+    Attributes:
+        exceeded: whether they tried to read more.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.bytes_left, self.headers, self.exceeded = file, MAX_HEADER_BYTES, 0, False
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def read(self, size: int) -> bytes:
+        self.bytes_left -= size
+        data = self.file.read(size) if self.bytes_left >= 0 else b""
+        self.check(self.bytes_left >= 0 and not _DIGITS.search(data), "its header is larger than any that is written")
+        return data
+
+    def check(self, within_limits: bool, message: str) -> None:
+        if not within_limits:
+            self.exceeded = True
+            raise tarfile.HeaderError(message)
+
+
+def _describe_damage(start: int, length: int, following: int | None, error: Exception | None) -> str:
     if following is not None:
         return f"the .tar is damaged at byte {start} ({error}): what lies before byte {following} is lost"
     if length - start < tarfile.BLOCKSIZE:
@@ -184,23 +218,24 @@ def _damage(start: int, length: int, following: int | None, error: Exception | N
 
 
 def _next_header(file: IO[bytes], start: int, length: int, extensions: bool = True) -> int | None:
-    """Where the next block from `start` on begins that is a header by its magic word and its checksum.
+    """Return the offset of the first block from `start` on that is a header by its magic word and checksum.
 
-    With `extensions` also one that only says more of the next.
+    Args:
+        extensions: whether a header that only extends the next one counts.
     """
     start, size = -(-start // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, 8 * tarfile.BLOCKSIZE
     while start < length:
         file.seek(start)
         chunk = file.read(size)
-        at = chunk.find(b"ustar")
-        while at >= 0:
-            block = at - 257
+        magic = chunk.find(b"ustar")
+        while magic >= 0:
+            block = magic - 257
             header = chunk[block : block + tarfile.BLOCKSIZE] if block >= 0 else b""
-            fits = block % tarfile.BLOCKSIZE == 0 and _is_header(header)
-            if fits and (extensions or header[156] not in _EXTENSIONS):
+            valid = block % tarfile.BLOCKSIZE == 0 and _is_header(header)
+            if valid and (extensions or header[156] not in _EXTENSIONS):
                 return start + block
-            at = chunk.find(b"ustar", at + 1)
-        # little at first: where much is damaged, the next one is near
+            magic = chunk.find(b"ustar", magic + 1)
+        # Chunks start small: if there is much damage, the next header is near.
         start, size = start + size, min(2 * size, _CHUNK)
     return None
 
@@ -211,33 +246,3 @@ def _is_header(block: bytes) -> bool:
     except Exception:
         return False
     return True
-
-
-def _targets(path: str) -> dict[str, Slice | str]:
-    """The targets of links: every regular member by its name, and every link by that of its target."""
-    found: dict[str, Slice | str] = {}
-    for member in _members(path):
-        if isinstance(member, tarfile.TarInfo):
-            name = posixpath.normpath(member.name)
-            if member.islnk() or member.issym():
-                found[name] = _target(member)
-            elif member.isreg() and not member.issparse():
-                found[name] = Slice(path, member.offset_data, member.size)
-    return found
-
-
-def _target(link: tarfile.TarInfo) -> str:
-    """The name that a link stands for: a symbolic one is relative to its own folder."""
-    folder = posixpath.dirname(link.name) if link.issym() else ""
-    return posixpath.normpath(posixpath.join(folder, link.linkname))
-
-
-def _follow(link: tarfile.TarInfo, targets: dict[str, Slice | str], most: int = 16) -> Slice | Broken:
-    at: Slice | str | None = _target(link)
-    for _ in range(most):
-        if not isinstance(at, str):
-            break
-        at = targets.get(at)
-    if isinstance(at, Slice):
-        return at
-    return Broken(link.name, f"a link to {link.linkname}, which is no image in the .tar")

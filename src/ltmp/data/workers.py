@@ -1,4 +1,4 @@
-"""Processes that decode images: how batches leave them, and how their end is noticed."""
+"""Worker processes that decode images: how batches leave them, and how a lost worker is detected."""
 
 from __future__ import annotations
 
@@ -18,77 +18,81 @@ from torch.utils.data import get_worker_info
 from ..errors import LTMPError
 
 SHARED = "/dev/shm"
-"""Where Linux keeps the memory through which torch hands tensors over."""
+"""Linux's shared memory, through which torch passes tensors between processes."""
 
 SIGNAL_WITHIN = 1.0
-"""Seconds in which the signal of a killed process comes after whatever else shows that it is gone."""
+"""Seconds within which the signal of a killed process follows any other symptom of its death."""
 
 
 class LostWorkerError(LTMPError):
-    """A process that decodes has ended; nothing is wrong with the images."""
+    """A worker process has ended; nothing is wrong with the images."""
 
 
 def start_worker(_worker: int) -> None:
-    """Set up a DataLoader's worker process.
+    """Set up a DataLoader's worker process, so that it ends if a batch cannot be handed over.
 
-    It hands batches over from a thread, and where that fails (no room in /dev/shm, a limit on the size or number of
-    files) Python prints the error and goes on: the batch would be waited for without end. So the process ends instead,
-    which torch notices. Errors elsewhere torch hands on itself; its hook would print that a stopped run is gone.
+    A worker hands batches over from a thread. If that fails (no room in /dev/shm, a limit on the size or number of
+    files), Python prints the error and continues, and the main process would wait for the batch forever. torch does
+    notice a process that ends. Other errors are passed on by torch; the exception hook would only print tracebacks of
+    workers whose run was stopped.
     """
     sys.excepthook = lambda *_: None
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit)  # type: ignore[attr-defined]
 
 
-def _end(_error: BaseException, _batch: Any) -> None:
+def _exit(_error: BaseException, _batch: Any) -> None:
     os._exit(1)
 
 
-def handed_over(batch: Tensor) -> Tensor | np.ndarray:
-    """A batch as it leaves its process: through shared memory, or through a pipe where that is too small.
+def pack_batch(batch: Tensor) -> Tensor | np.ndarray:
+    """Prepare a batch to leave its worker: unchanged for shared memory, or an array for a pipe if that is too small.
 
-    Containers have 64 MB of it by default, two batches of 64 images of 224 pixels.
+    Containers have 64 MB of shared memory by default: two batches of 64 images of 224 pixels.
     """
     worker = get_worker_info()
-    if worker is None or not isinstance(batch, Tensor) or shared_room() > 2 * (worker.num_workers + 1) * batch.nbytes:
+    if worker is None or not isinstance(batch, Tensor):
         return batch
-    return batch.numpy()
+    # torch prefetches two batches per worker.
+    needed = 2 * (worker.num_workers + 1) * batch.nbytes
+    return batch if free_shared_memory() > needed else batch.numpy()
 
 
-def received(batch: Tensor | np.ndarray) -> Tensor:
-    """The result of `handed_over` as a tensor."""
+def unpack_batch(batch: Tensor | np.ndarray) -> Tensor:
+    """Return the result of `pack_batch` as a tensor."""
     return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 
-def shared_room() -> float:
-    """Bytes that shared memory has left."""
+def free_shared_memory() -> float:
+    """Return the free shared memory in bytes; infinite on systems without `/dev/shm`."""
     try:
-        about = os.statvfs(SHARED)
+        stats = os.statvfs(SHARED)
     except (OSError, AttributeError):
         return float("inf")
-    return about.f_bavail * about.f_frsize
+    return stats.f_bavail * stats.f_frsize
 
 
 @contextmanager
-def naming_lost_workers() -> Iterator[None]:
-    """Around the use of a DataLoader: torch tells of a killed process by a signal, wherever this one just is.
+def detect_lost_workers() -> Iterator[None]:
+    """Raise `LostWorkerError` if a worker of a DataLoader that is used inside was lost.
 
-    Or a tensor that is being handed over ends in the middle, or the socket that it should come through is gone.
+    torch reports a killed process by a signal, which raises RuntimeError wherever the main process happens to be. Or
+    a tensor that is being received ends half-way, or the socket through which it would arrive is gone.
 
     Raises:
-        LostWorkerError: one has ended.
+        LostWorkerError: a worker has ended.
     """
     try:
         try:
             yield
         except (EOFError, ConnectionError, FileNotFoundError):
-            # What a death breaks may show before its signal: left to come later, that would raise in code elsewhere.
+            # The signal may arrive after these symptoms; unless waited for, it would raise in unrelated code.
             sleep(SIGNAL_WITHIN)
             raise
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise LostWorkerError(
-            "a process that decodes images was killed or could not hand its images over, for lack of memory, of room "
-            f"in {SHARED} or by a limit on files perhaps: the same command goes on, if it happens again with fewer "
-            "--workers or a smaller --batch-size"
+            "a process that decodes images was killed or could not hand its images over, perhaps for lack of memory or "
+            f"of room in {SHARED}, or by a limit on files: repeat the same command to continue; if it fails again, use "
+            "fewer --workers or a smaller --batch-size"
         ) from error

@@ -1,4 +1,4 @@
-"""Bulk scoring: every image of a folder, of tars or of Parquet to labels or embeddings; a killed run goes on."""
+"""Bulk scoring: labels or embeddings for every image in a folder, tars or Parquet files; killed runs can be resumed."""
 
 from .predictor import Predictor as Predictor
 from .predictor import Scoring as Scoring

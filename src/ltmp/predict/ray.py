@@ -1,4 +1,4 @@
-"""The same predictor on a Ray cluster: an actor pool of Ray Data, a task for each shard."""
+"""Scoring on a Ray cluster: the same predictor in an actor pool of Ray Data, with one task per shard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .shards import Shard
 from .writer import Written
 
 OBJECT_STORE = 200 * 2**20
-"""Bytes for a cluster of our own: only names of shards and counts pass through it."""
+"""Bytes of the object store of a local cluster: only descriptions of shards and counts pass through it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class RayOptions:
     """How to run on Ray.
 
     Args:
-        actors: models that work at once; None is one a GPU, or one a CPU where there is no GPU.
-        address: of a running cluster, "auto" for the one of this machine; None starts a local one for this run.
+        actors: number of models that run in parallel; None runs one per GPU, or on CPUs as many as fit.
+        address: address of a running cluster, or "auto" for the one on this machine; None uses RAY_ADDRESS if it is
+            set, or else starts a local cluster for this run.
     """
 
     actors: int | None = None
@@ -37,31 +38,31 @@ class RayOptions:
 
 
 def score_on_ray(scoring: Scoring, out: Path, shards: Sequence[Shard], options: RayOptions) -> Iterator[Written]:
-    """Score shards on Ray; gives each when it is written, in any order.
+    """Score shards on Ray and yield each one when it is written, in any order.
 
-    A lost worker is started anew and its shard scored again: a shard's file is there whole or not at all.
+    Lost actors are restarted and their shards scored again; a shard's file is either complete or missing.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        LTMPError: no such cluster, or one without the GPUs asked for, or what went wrong in an actor.
+        LTMPError: there is no such cluster, it lacks the required GPUs or CPUs, or an actor failed.
     """
-    ray = _import()
+    ray = _import_ray()
     cuda = scoring.device.startswith("cuda")
-    # as many actors as processors: decoding ahead would only take its time from another actor's model
+    # On CPUs there is one actor per processor, so that decoding ahead would only slow down another actor's model.
     workers = scoring.workers if scoring.workers is not None else (4 if cuda else 0)
     cpus = max(1, workers)
     with _cluster(ray, options, cpus) as resources:
         slots = int(resources.get("GPU", 0) if cuda else resources.get("CPU", 0) // cpus)
         if not slots:
-            wanted = "GPU: use --device cpu" if cuda else f"machine with {cpus} processors: use fewer --workers"
-            raise LTMPError(f"the cluster has no {wanted}, or another cluster")
-        there = replace(scoring, workers=workers, device="cuda" if cuda else "cpu")
+            lacking = "GPU: use --device cpu" if cuda else f"machine with {cpus} processors: use fewer --workers"
+            raise LTMPError(f"the cluster has no {lacking}, or another cluster")
+        remote_scoring = replace(scoring, workers=workers, device="cuda" if cuda else "cpu")
         tasks = ray.data.from_items(
             [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
         )
         written = tasks.map_batches(
             Predictor,
-            fn_constructor_args=[there, out],
+            fn_constructor_args=[remote_scoring, out],
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(options.actors or slots, len(shards))),
             num_cpus=cpus,
@@ -76,16 +77,16 @@ def score_on_ray(scoring: Scoring, out: Path, shards: Sequence[Shard], options: 
 
 
 def _explain(text: str) -> str:
-    """Our own sentence out of the traceback of an actor, or else the error at its end."""
-    found = re.findall(r"^([\w.]*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
-    name, said = found[-1] if found else ("error", (text.strip() or "no reason given").splitlines()[0])
+    """Return the message of ltmp's own error in an actor's traceback, or else one with the error at its end."""
+    errors = re.findall(r"^([\w.]*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
+    name, message = errors[-1] if errors else ("error", (text.strip() or "no reason given").splitlines()[0])
     if name.startswith("ltmp."):
-        return said
-    return f"scoring on Ray failed ({name}: {said}); what is finished is kept, the same command goes on"
+        return message
+    return f"scoring on Ray failed ({name}: {message}); finished shards are kept: repeat the same command to continue"
 
 
-def _import() -> Any:
-    # nothing is reported to anyone, and what its C++ parts warn of stays in its log files
+def _import_ray() -> Any:
+    # No usage statistics, and warnings of Ray's C++ parts stay in its log files.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -94,7 +95,7 @@ def _import() -> Any:
     except ImportError as error:
         raise MissingExtraError("ray", "ray", "Scoring on Ray") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # its log files keep everything; on the screen there is our own bar. Handlers that others put there stay as they are
+    # Everything is in Ray's log files, and our own progress bar on the screen. Only Ray's own handlers are silenced.
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and type(handler).__module__.split(".")[0] == "ray":
             handler.setLevel(logging.CRITICAL + 1)
@@ -103,25 +104,27 @@ def _import() -> Any:
 
 @contextmanager
 def _cluster(ray: Any, options: RayOptions, cpus: int) -> Iterator[dict[str, float]]:
-    """Connected to a running cluster, or to one of our own that ends with the run; gives its resources."""
-    if ray.is_initialized():  # by whoever called us, in Python
+    """Connect to a running cluster, or to a local one that ends with the run; yields its resources."""
+    if ray.is_initialized():  # by the caller's Python code
         yield ray.cluster_resources()
         return
     address = options.address or os.environ.get("RAY_ADDRESS")
-    cores = os.cpu_count() or 1
-    own = {
-        "address": "local",
-        "num_cpus": max(cores, cpus * (options.actors or 1)),
-        "object_store_memory": OBJECT_STORE,
-        "include_dashboard": False,
-    }
+    cluster: dict[str, Any]
     if address:
-        _check_there(address)
-    # the code that runs here, where it is not installed
+        _check_reachable(address)
+        cluster = {"address": address}
+    else:
+        cluster = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, cpus * (options.actors or 1)),
+            "object_store_memory": OBJECT_STORE,
+            "include_dashboard": False,
+        }
+    # Actors import the code that runs here, even if it is not installed.
     variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     try:
         ray.init(
-            **({"address": address} if address else own),
+            **cluster,
             runtime_env={"env_vars": variables},
             log_to_driver=False,
             logging_level="ERROR",
@@ -134,10 +137,10 @@ def _cluster(ray: Any, options: RayOptions, cpus: int) -> Iterator[dict[str, flo
         ray.shutdown()
 
 
-def _check_there(address: str) -> None:
-    """Ray itself would wait for minutes."""
+def _check_reachable(address: str) -> None:
+    """Fail at once if a cluster is not reachable; Ray itself would wait for minutes."""
     url = urlsplit(address if "://" in address else f"ray://{address}")
-    if url.port is None:  # "auto", or a name that Ray looks up
+    if url.port is None:  # "auto", or a name that Ray resolves
         return
     try:
         socket.create_connection((url.hostname or "", url.port), timeout=10).close()

@@ -1,4 +1,4 @@
-"""One run of bulk scoring: find the shards, leave out the finished ones, score the rest here or on Ray, sum up."""
+"""One run of bulk scoring: find the shards, skip finished ones, score the rest locally or on Ray, summarise."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from .sources import find_shards
 from .writer import Written, finished, merge_errors
 
 Report = Callable[[int, int, str], None]
-"""Called with the images done in this run, how many there are (estimated for tars) and a line about it."""
+"""Called with the number of images done in this run, the total (estimated for tars), and a status line."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of a run, including the parts that an earlier, interrupted run had finished.
+    """Result of a run, including what an earlier, interrupted run had finished.
 
     Attributes:
-        images: rows written.
-        broken: images that could not be read; `errors` is the file that lists them with the reason.
-        duplicates: rows whose key appears in their shard before.
-        shards: output files; `continued` of them were finished before.
-        seconds: scoring time of this run, `images_per_second` its throughput; None where nothing was left to do.
+        out: output folder.
+        images: number of rows written.
+        broken: number of images that could not be read.
+        duplicates: number of rows whose key appears earlier in their shard.
+        shards: number of output files.
+        continued: number of those that an earlier run had finished.
+        seconds: scoring time of this run.
+        images_per_second: throughput of this run, including broken images; None if nothing was left to do.
         share: mean FLOPs share of the images.
+        errors: file that lists the broken images with the reasons; None if there are none.
     """
 
     out: str
@@ -57,53 +61,60 @@ def predict(
     ray: RayOptions | None = None,
     report: Report | None = None,
 ) -> Summary:
-    """Score every image of `sources` into `out`, a Parquet file a shard; called again it goes on where it stopped.
+    """Score every image of `sources` into `out`, one Parquet file per shard.
+
+    Called again after an interruption, it continues with the shards that are left.
 
     Args:
-        sources: see `find_shards`.
-        out: a folder, new or of the same run.
-        scoring: the model, and what to keep.
-        shard_size: images a file, where the source is a folder of images.
+        sources: folders, files or patterns; see `find_shards`.
+        out: output folder, new or of the same run.
+        scoring: the model, and which of its outputs to keep.
+        shard_size: images per output file if the source is a folder of images.
         column, key_column: columns of a Parquet source.
-        overwrite: remove an earlier run from `out` and start anew.
-        ray: run on Ray; None runs here.
-        report: told about progress.
+        overwrite: remove an earlier run from `out` and start over.
+        ray: how to run on Ray; None runs in this process.
+        report: called with the progress.
 
     Raises:
-        UsageError: no such source, or `out` holds something else.
+        UsageError: a source does not exist, or `out` holds something else.
         LTMPError: no image could be read, the model cannot be built, or nothing can be written.
     """
     out = Path(out).absolute()
     shards = find_shards(sources, shard_size=shard_size, column=column, key_column=key_column)
     manifest.prepare(out, sources, shards)
     with locked(out):
-        # whoever starts a cluster may have no GPU: the model is only looked at here
+        # The machine that starts a Ray run may have no GPU; the model is only inspected here.
         predictor = Predictor(replace(scoring, device="cpu") if ray else scoring, out)
         if overwrite:
             manifest.clear(out, shards)
         manifest.begin(out, shards, {**manifest.settings_of(predictor), "device": scoring.device.partition(":")[0]})
-        before = [written for shard in shards if (written := finished(out, shard))]
-        names = {written.name for written in before}
-        left = [shard for shard in shards if shard.name not in names]
-        meter = Meter(left, report)
-        if left and ray:
+        continued = [written for shard in shards if (written := finished(out, shard))]
+        names = {written.name for written in continued}
+        remaining = [shard for shard in shards if shard.name not in names]
+        progress = _Progress(remaining, report)
+        if remaining and ray:
             del predictor
-            now = [meter.shard(written) for written in score_on_ray(scoring, out, left, ray)]
+            results = score_on_ray(scoring, out, remaining, ray)
         else:
-            now = [meter.shard(written) for written in predictor.score(left, meter.batch)]
-        return _sum_up(out, shards, before, now, perf_counter() - meter.start)
+            results = predictor.score(remaining, progress.add_batch)
+        scored = []
+        for written in results:
+            progress.add_shard(written)
+            scored.append(written)
+        return _summarise(out, shards, continued, scored, perf_counter() - progress.start)
 
 
-def _sum_up(
-    out: Path, shards: Sequence[Shard], before: Sequence[Written], now: Sequence[Written], seconds: float
+def _summarise(
+    out: Path, shards: Sequence[Shard], continued: Sequence[Written], scored: Sequence[Written], seconds: float
 ) -> Summary:
-    everything = [*before, *now]
-    images = sum(written.images for written in everything)
-    gone = [shard.name for shard in shards if finished(out, shard) is None]
-    if gone:
+    """Check that every shard has its output file, merge the lists of broken images, and add up the shards."""
+    results = [*continued, *scored]
+    images = sum(written.images for written in results)
+    missing = [shard.name for shard in shards if finished(out, shard) is None]
+    if missing:
         raise LTMPError(
-            f"{len(gone)} of {len(shards)} files are gone from {out} again, such as {gone[0]}.parquet: somebody "
-            "removed them during the run; the same command scores what is missing"
+            f"{len(missing)} of {len(shards)} files are gone from {out} again, such as {missing[0]}.parquet: they were "
+            "removed during the run; repeat the same command to score what is missing"
         )
     errors = merge_errors(out, shards)
     if not images:
@@ -112,60 +123,59 @@ def _sum_up(
                 f"there are no images to score in {shards[0].source}: its files hold no rows and no members"
             )
         raise LTMPError(f"none of the images could be read; {errors} lists the reasons")
-    read = sum(written.images + written.broken for written in now)
+    read = sum(written.images + written.broken for written in scored)
     return Summary(
         out=str(out),
         images=images,
-        broken=sum(written.broken for written in everything),
-        duplicates=sum(written.duplicates for written in everything),
+        broken=sum(written.broken for written in results),
+        duplicates=sum(written.duplicates for written in results),
         shards=len(shards),
-        continued=len(before),
+        continued=len(continued),
         seconds=seconds,
-        images_per_second=read / seconds if now else None,
-        share=sum(written.share * written.images for written in everything) / images,
+        images_per_second=read / seconds if scored else None,
+        share=sum(written.share * written.images for written in results) / images,
         errors=str(errors) if errors else None,
     )
 
 
-class Meter:
-    """How far a run is. Tars do not say how many images they hold: their part done is taken by size."""
+class _Progress:
+    """Progress of a run. As tars do not state how many images they hold, their progress is measured in bytes."""
 
     def __init__(self, shards: Sequence[Shard], report: Report | None) -> None:
         self.report = report
         self.start = perf_counter()
-        known = all(shard.images is not None for shard in shards)
-        self.weights = {s.name: float(s.images or 0) if known else _size(s) for s in shards}
-        self.order = [shard.name for shard in shards]
-        self.total = sum(self.weights.values())
-        self.behind = 0.0  # weight of the finished shards
-        self.images = 0  # read, broken ones counted
-        self.finished = 0  # those of finished shards
-        self.scored = 0  # those that could be read
-        self.shares = 0.0  # sum over these
+        counted = all(shard.images is not None for shard in shards)
+        self.weights = {shard.name: float(shard.images or 0) if counted else _size(shard) for shard in shards}
+        self.pending = [shard.name for shard in shards]
+        self.total_weight = sum(self.weights.values())
+        self.finished_weight = 0.0
+        self.images = 0  # read so far, broken ones included
+        self.finished_images = 0  # of finished shards, broken ones included
+        self.scored = 0  # of finished shards, broken ones excluded
+        self.share_sum = 0.0  # over the scored images
 
-    def batch(self, images: int, position: float) -> None:
-        """A batch was scored that ends at `position` of its shard."""
+    def add_batch(self, images: int, position: float) -> None:
+        """Count a scored batch that ends at `position` (share in [0, 1]) of the current shard."""
         self.images += images
-        self._tell(self.behind + position * self.weights[self.order[0]])
+        self._report(self.finished_weight + position * self.weights[self.pending[0]])
 
-    def shard(self, written: Written) -> Written:
-        """A shard was written; gives it back."""
-        self.finished += written.images + written.broken
+    def add_shard(self, written: Written) -> None:
+        """Count a finished shard."""
+        self.finished_images += written.images + written.broken
         self.scored += written.images
-        self.shares += written.share * written.images
-        self.images = max(self.images, self.finished)
-        self.order.remove(written.name)
-        self.behind += self.weights[written.name]
-        self._tell(self.behind)
-        return written
+        self.share_sum += written.share * written.images
+        self.images = max(self.images, self.finished_images)
+        self.pending.remove(written.name)
+        self.finished_weight += self.weights[written.name]
+        self._report(self.finished_weight)
 
-    def _tell(self, weight: float) -> None:
+    def _report(self, weight: float) -> None:
         if self.report is None:
             return
-        total = round(self.images * self.total / weight) if weight else self.images
+        total = round(self.images * self.total_weight / weight) if weight else self.images
         text = f"scoring, {self.images / (perf_counter() - self.start):.0f} images/s"
-        if self.shares < self.scored:
-            text += f", share {self.shares / self.scored:.2f}"
+        if self.share_sum < self.scored:
+            text += f", share {self.share_sum / self.scored:.2f}"
         self.report(self.images, max(total, self.images), text)
 
 

@@ -1,4 +1,4 @@
-"""Shards: the pieces of a source that are scored, written and, after a kill, found finished one at a time."""
+"""Shards: the pieces of a source, each of which is scored, written and resumed as a whole."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..data.tars import Content, tar_images
 from ..errors import LTMPError, MissingExtraError, first_line
 
 MAX_UNPACKED = 10
-"""Bytes that a column may unpack to for each that is stored, if they are many; those of images hardly compress."""
+"""Largest compression ratio of a large column; encoded images hardly compress any further."""
 
 
 class Item(NamedTuple):
-    """One image of a shard, not read yet.
+    """One image of a shard, before it is read.
 
     Attributes:
-        row: its place in the shard, broken images counted.
-        key: what the source calls it.
-        content: where the encoded image is, or why there is none.
-        position: share of the shard that is behind it, in [0, 1].
+        row: index in the shard, broken images included.
+        key: name of the image in the source.
+        content: location of the encoded image, or why it cannot be read.
+        position: share of the shard up to this image, in [0, 1].
     """
 
     row: int
@@ -40,13 +40,13 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard(ABC):
-    """A piece of a source. Picklable and small: it says where the images are, and `items` finds them.
+    """A piece of a source. Small and picklable: it holds the location of the images, and `items` lists them.
 
     Attributes:
-        name: of the output file, unique among the shards of a run.
-        source: of the input, for messages.
-        path: the input on disk, absolute.
-        images: how many there are, or None where only reading all of it would tell.
+        name: name of the output file, without extension; unique within a run.
+        source: name of the input, for messages.
+        path: absolute path of the input.
+        images: number of images, or None if it is only known after reading the whole shard.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Shard(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash over names and sizes: another one is another input."""
+        """Hash of names and sizes, which differs for another input."""
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """The images in order, always the same; what cannot be read any further is one `Broken` at the end."""
+        """Yield the images in a fixed order. If the rest of the shard cannot be read, one `Broken` stands for it."""
 
 
 @dataclass(frozen=True)
 class FolderShard(Shard):
-    """Some files of a folder: their paths in it, and their sizes."""
+    """Some image files of a folder, as (path within the folder, size in bytes)."""
 
     files: tuple[tuple[str, int], ...]
 
@@ -81,7 +81,7 @@ class FolderShard(Shard):
 
 @dataclass(frozen=True)
 class TarShard(Shard):
-    """An uncompressed tar, read in its own order; members that are not images by their name are passed over."""
+    """An uncompressed tar, read in its own order; members that are not images by name are skipped."""
 
     size: int
 
@@ -96,12 +96,12 @@ class TarShard(Shard):
                 yield Item(row, member.name or self.source, member.content, min(1.0, member.offset / self.size))
                 row += 1
         except (tarfile.TarError, OSError) as error:
-            yield _unread(self, row, f"no plain .tar: {error}")
+            yield _unread(self, row, f"not an uncompressed .tar: {error}")
 
 
 @dataclass(frozen=True)
 class ParquetShard(Shard):
-    """A Parquet file with a column of encoded images or of paths, and one to name the rows by, if any."""
+    """A Parquet file with a column of encoded images or their paths, and possibly a column of keys."""
 
     size: int
     column: str
@@ -115,9 +115,9 @@ class ParquetShard(Shard):
         start = 0
         try:
             file = open_parquet(self.path)
-        # damaged files make pyarrow fail in many ways; each means that nothing, or no further row, can be read
+        # pyarrow raises all kinds of errors on damaged files; any means that no row, or no further one, can be read.
         except Exception as error:
-            yield _unread(self, 0, f"not a whole Parquet file: {first_line(error)}")
+            yield _unread(self, 0, f"not a complete Parquet file: {first_line(error)}")
             return
         with file:
             for group in range(file.num_row_groups):
@@ -132,61 +132,65 @@ class ParquetShard(Shard):
                 start = end
 
     def _rows(self, file: Any, group: int) -> Iterator[tuple[Any, Any]]:
-        """Image and key of each row of a row group."""
+        """Yield the image and key of each row of a row group."""
         columns = [self.column, *([self.key_column] if self.key_column else [])]
-        # row by row: images may be of any size, and compressed ones of nothing at all
+        # Row by row, as images may be of any size, and compress to nothing.
         for batch in file.iter_batches(1, row_groups=[group], columns=columns):
             keys = map(_key, batch[self.key_column]) if self.key_column else [None] * len(batch)
             yield from zip(map(_value, batch[self.column]), keys, strict=True)
 
     def _check_memory(self, file: Any, group: int) -> None:
-        """Refuse a row group whose pages, each of which is unpacked whole, may take gigabytes; raises LTMPError."""
-        about = file.metadata.row_group(group)
-        for number in range(about.num_columns):
-            chunk = about.column(number)
+        """Refuse a row group that may take gigabytes, as each page is decompressed as a whole; raises LTMPError."""
+        metadata = file.metadata.row_group(group)
+        for number in range(metadata.num_columns):
+            chunk = metadata.column(number)
             if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in (self.column, self.key_column)):
                 continue
             unpacked, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
-            # an image of average size that is too large is none that is read, either
-            if unpacked > MAX_DECODED and unpacked > min(MAX_UNPACKED * stored, LARGE_BYTES * about.num_rows):
+            # Images over LARGE_BYTES would be refused row by row, too; so is a column whose images average more.
+            if unpacked > MAX_DECODED and unpacked > min(MAX_UNPACKED * stored, LARGE_BYTES * metadata.num_rows):
                 raise LTMPError(
                     f"{stored / 1e6:.1f} MB of column {chunk.path_in_schema!r} unpack to {unpacked / 1e9:.1f} GB, "
-                    "which no images do: write it with smaller row groups"
+                    "which no images do: write the file with smaller row groups"
                 )
 
     def _item(self, row: int, value: Any, key: Any) -> Item:
-        path = value.get("path") if isinstance(value, dict) else None
+        path = None
         if isinstance(value, dict):  # as Hugging Face datasets store images
+            path = value.get("path")
             value = value.get("bytes") or path
         if key is None:
             key = path if path is not None else value if isinstance(value, str) else f"row {row}"
-        content: Content | Broken
-        if isinstance(value, str):
-            try:
-                content = str(Path(self.path).parent / local_path(value))
-            except LTMPError as error:
-                content = Broken(str(key), str(error))
-        elif isinstance(value, int):
-            content = Broken(
-                str(key),
+        return Item(row, str(key), self._content(str(key), value), (row + 1) / (self.images or row + 1))
+
+    def _content(self, key: str, value: Any) -> Content | Broken:
+        if value is None:
+            return Broken(key, "there is no image in this row")
+        if isinstance(value, int):
+            return Broken(
+                key,
                 f"{value / 1e6:.0f} MB are over the limit of {LARGE_BYTES / 1e6:.0f} MB for one row: give this image "
                 "as a file of its own or in a .tar",
             )
-        else:
-            content = Broken(str(key), "there is no image in this row") if value is None else value
-        return Item(row, str(key), content, (row + 1) / (self.images or row + 1))
+        if isinstance(value, str):
+            try:
+                return str(Path(self.path).parent / local_path(value))
+            except LTMPError as error:
+                return Broken(key, str(error))
+        encoded: bytes = value
+        return encoded
 
 
 def _value(scalar: Any) -> Any:
-    """A row's image or path; the size alone, in bytes, of what is too large to be copied from process to process."""
-    stored = getattr(scalar, "value", scalar)  # of a dictionary
+    """Return a row's image or path, or only the size in bytes of an image that is too large to copy to a worker."""
+    stored = getattr(scalar, "value", scalar)  # the value of a dictionary-encoded scalar
     encoded = stored.get("bytes") if hasattr(stored, "get") else stored
     size = len(encoded.as_buffer() or b"") if hasattr(encoded, "as_buffer") else 0
     return size if size > LARGE_BYTES else scalar.as_py()
 
 
 def _key(scalar: Any) -> Any:
-    """A row's key, or None where Python has no such value, as for times in other millennia."""
+    """Return a row's key, or None if Python cannot represent it, such as a date after the year 9999."""
     try:
         return scalar.as_py()
     except (ValueError, OverflowError):
@@ -194,7 +198,7 @@ def _key(scalar: Any) -> Any:
 
 
 def local_path(name: str) -> str:
-    """The path in `name`, a plain path or a file:// URL; raises LTMPError for what would need a network."""
+    """Return the path in `name`, a plain path or file:// URL; raises LTMPError for URLs that need a network."""
     if "://" not in name:
         return name
     url = urlsplit(name)
@@ -204,7 +208,7 @@ def local_path(name: str) -> str:
 
 
 def parquet() -> Any:
-    """pyarrow.parquet, which reads and writes Parquet."""
+    """Import and return pyarrow.parquet; raises MissingExtraError if pyarrow is not installed."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -213,7 +217,7 @@ def parquet() -> Any:
 
 
 def open_parquet(path: str) -> Any:
-    """A `ParquetFile` that never holds more than a megabyte of a column besides the rows that are asked for."""
+    """Open a `ParquetFile` that buffers at most a megabyte per column besides the requested rows."""
     files = parquet()
     import pyarrow
 

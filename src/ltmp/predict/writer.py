@@ -1,4 +1,4 @@
-"""Output of a run: a Parquet file for each shard, and beside it the unreadable images; each file appears whole."""
+"""Output of a run: one Parquet file per shard and lists of unreadable images; all files are written atomically."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .shards import Shard, parquet
 
 Columns = Mapping[str, Any]
 
-# Readers of a folder of Parquet (pyarrow, pandas, Spark) pass over names that begin with an underscore.
+# Readers of a folder of Parquet files (pyarrow, pandas, Spark) skip names that begin with an underscore.
 ERRORS = "_errors"
 _METADATA = b"ltmp"
 
 
 @dataclass(frozen=True)
 class Written:
-    """One finished shard, as its file says.
+    """Summary of a finished shard, stored in the metadata of its file.
 
     Attributes:
-        name, source: the shard's.
-        images: rows written.
-        broken: images that could not be read, listed in the side file.
-        duplicates: rows whose key another row of the shard has, too.
-        share: mean FLOPs share of the images; 1 where there are none.
+        name, source: as in `Shard`.
+        images: number of rows written.
+        broken: number of images that could not be read, listed in the side file.
+        duplicates: number of rows whose key appears earlier in the shard.
+        share: mean FLOPs share of the images; 1 if there are none.
     """
 
     name: str
@@ -52,12 +52,12 @@ def write_shard(
     embeddings: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Written:
-    """Write a scored shard; its Parquet file comes last and says that all of it is there.
+    """Write a scored shard. Its Parquet file is written last, and so marks the shard as finished.
 
     Args:
-        columns: `key` and `row`, and the predictor's numbers; those are missing where no image could be read.
-        embeddings: whether they are embeddings; they are classes otherwise.
-        class_names: of all classes, in order, for a column of names.
+        columns: `key` and `row`, and the columns of `Predictor.scores`, absent if no image could be read.
+        embeddings: whether the columns hold embeddings rather than classes.
+        class_names: names of all classes, in order, for a column of names.
 
     Raises:
         LTMPError: the folder cannot be written, or the disk is full.
@@ -67,30 +67,30 @@ def write_shard(
     written = Written(shard.name, shard.source, len(keys), len(broken), len(keys) - len(set(keys)), share)
     _write_errors(out / ERRORS / f"{shard.name}.csv", broken)
     table = _table(columns, embeddings, class_names).replace_schema_metadata({_METADATA: json.dumps(asdict(written))})
-    # an open file: pyarrow takes no path that is not UTF-8
+    # An open file, as pyarrow accepts no path that is not UTF-8.
     with atomic_path(file_of(out, shard)) as temporary, temporary.open("wb") as file:
         parquet().write_table(table, file)
     return written
 
 
 def file_of(out: Path, shard: Shard) -> Path:
-    """Where a shard's predictions are."""
+    """Return the path of a shard's Parquet file."""
     return out / f"{shard.name}.parquet"
 
 
 def finished(out: Path, shard: Shard) -> Written | None:
-    """The results of a finished shard, or None; raises MissingExtraError before anything is scored."""
-    files = parquet()
+    """Return the summary of a finished shard, or None; raises MissingExtraError if pyarrow is not installed."""
+    pq = parquet()
     try:
         with file_of(out, shard).open("rb") as file:
-            return Written(**json.loads(files.read_metadata(file).metadata[_METADATA]))
-    # no file, or one that a crash of the machine left unfinished
+            return Written(**json.loads(pq.read_metadata(file).metadata[_METADATA]))
+    # No file, or one that was cut off when the machine crashed.
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def merge_errors(out: Path, shards: Sequence[Shard]) -> Path | None:
-    """All side files as one, `_errors.csv`; None where every image could be read."""
+    """Merge all side files into `_errors.csv` and return its path, or None if every image could be read."""
     merged = out / f"{ERRORS}.csv"
     lines = [line for shard in shards for line in _error_lines(out, shard)]
     if not lines:
@@ -109,7 +109,7 @@ def _error_lines(out: Path, shard: Shard) -> Iterator[list[str]]:
 
 
 def _write_errors(path: Path, broken: Sequence[Unreadable]) -> None:
-    """The side file of a shard; a former, unfinished run may have left one."""
+    """Write the side file of a shard, or remove one that an earlier, unfinished run has left."""
     if broken:
         _write_csv(path, Unreadable._fields, broken)
     else:
@@ -126,11 +126,11 @@ def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]
         writer.writerows([_cell(value) for value in line] for line in lines)
 
 
-def _cell(value: Any, most: int = 1000) -> Any:
-    """A value as it may stand in a CSV file; names of others may be of any length."""
+def _cell(value: Any, max_length: int = 1000) -> Any:
+    """Make a value safe for a CSV file; names in the source may be of any length."""
     if not isinstance(value, str):
         return value
-    return spreadsheet_cell(printable(value if len(value) <= most else value[: most - 3] + "..."))
+    return spreadsheet_cell(printable(value if len(value) <= max_length else value[: max_length - 3] + "..."))
 
 
 def _table(columns: Columns, embeddings: bool, class_names: Sequence[str] | None) -> Any:
@@ -155,7 +155,7 @@ def _table(columns: Columns, embeddings: bool, class_names: Sequence[str] | None
 
 
 def _lists(values: np.ndarray, kind: Any) -> Any:
-    """[B, k] numbers as B lists of k."""
+    """Convert values [B, k] to a pyarrow array of B lists of k."""
     import pyarrow as pa
 
     count, length = values.shape

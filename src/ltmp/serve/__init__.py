@@ -1,9 +1,9 @@
-"""A reduced model behind HTTP: batches by a time window, limits on everything a client decides.
+"""Serve a reduced model over HTTP, with dynamic batching and limits on everything that a client controls.
 
 >>> from ltmp.serve import Deployment, Limits, create_app, run
 >>> run(create_app(Deployment(model), Limits(max_queue=64)), port=8000)
 
-create_app and run need the extra `serve`.
+`create_app` and `run` need the extra `serve`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from .server import log_to_stderr as log_to_stderr
     from .server import run as run
 
-_LATE = {"create_app": "endpoints", "bind": "server", "log_to_stderr": "server", "run": "server"}
+_LAZY = {"create_app": "endpoints", "bind": "server", "log_to_stderr": "server", "run": "server"}
 
 
 def __getattr__(name: str) -> Any:
-    """FastAPI and uvicorn are imported by the names that need them, not by `import ltmp.serve`."""
+    """Import FastAPI and uvicorn only for the names that need them, not on `import ltmp.serve`."""
     if name == "Predictor":
         import warnings
 
         warnings.warn("ltmp.serve.Predictor is now ltmp.serve.Deployment", DeprecationWarning, stacklevel=2)
         return Deployment
-    if name not in _LATE:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
     try:
-        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "serve", "The HTTP service") from error

@@ -1,4 +1,4 @@
-"""From the bytes of an image to a tensor, and from tensors to answers."""
+"""Convert request bodies to tensors, and batches of tensors to answers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Answer:
     """The model's answer for one image.
 
     Attributes:
-        scores: float32 [K] on the CPU, probabilities of the classes.
-        share: FLOPs spent on it, as a share of the dense model's.
-        tokens: tokens left after a block, as a mean over the blocks.
+        scores: float32 [K] on the CPU, class probabilities.
+        share: FLOPs spent on the image, as a share of the dense model's.
+        tokens: tokens left after each block, averaged over the blocks.
     """
 
     scores: Tensor
@@ -29,33 +29,33 @@ class Answer:
 
 
 def check(deployment: Deployment) -> None:
-    """Refuse a model that cannot be served, with a call on a blank image.
+    """Check that a model can be served, by a call on a blank image.
 
     Raises:
-        LTMPError: nothing is attached, or the output is not one row of class scores an image.
-        UsageError: another number of names than classes.
+        LTMPError: nothing is attached, or the output is not one row of class scores per image.
+        UsageError: the number of names is not that of the classes.
     """
     if not deployment.attached:
         raise LTMPError("nothing to serve: attach thresholds first, e.g. ltmp.load(model, file)")
-    _ = deployment.classes
+    _ = deployment.classes  # a cached property that raises
 
 
 def prepare(transform: Transform, mode: str, max_pixels: int, body: bytes) -> Tensor:
-    """[C, H, W] of the image in `body`; raises like `read_image`."""
+    """Return the image in `body` as the model takes it, [C, H, W]; raises like `read_image`."""
     image: Tensor = transform(read_image(body, mode, max_pixels))
     return image
 
 
 def answer(deployment: Deployment, images: list[Tensor]) -> list[Answer]:
-    """Answers to prepared images, in order.
+    """Return the model's answers for prepared images, in order.
 
     Raises:
         LTMPError: the output is NaN or infinite.
     """
-    found = deployment(torch.stack(images))
-    scores = found.logits.softmax(-1).cpu()
+    output = deployment(torch.stack(images))
+    scores = output.logits.softmax(-1).cpu()
     if not scores.isfinite().all():
         raise LTMPError("the model's output is NaN or infinite: its weights or its thresholds are damaged")
-    assert found.kept is not None
-    tokens = found.kept.float().mean(1).tolist()
-    return [Answer(*values) for values in zip(scores, found.share.tolist(), tokens, strict=True)]
+    assert output.kept is not None
+    tokens = output.kept.float().mean(1).tolist()
+    return [Answer(*values) for values in zip(scores, output.share.tolist(), tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""Single images from many requests, to the model in batches, from one thread."""
+"""Dynamic batching: images of concurrent requests run through the model in batches, in one thread."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class _Waiting(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects until a batch is full or its first item has waited long enough, and hands the batch to `run`.
+    """Collects items until a batch is full or its first item has waited for `max_wait`, and calls `run` on the batch.
 
     Args:
-        run: from a list of items to as many results, in order; called from one thread only.
-        inside: a context that the thread stays in.
-        max_batch: items a call.
+        run: maps a list of items to as many results, in order; called from one thread only.
+        inside: returns a context manager that the thread enters once.
+        max_batch: maximum number of items per call.
         max_wait: seconds that the first item of a batch waits for others.
-        on_batch: called after each batch with its size, its seconds and its results.
+        on_batch: called after each batch with its size, duration in seconds and results.
     """
 
     def __init__(
@@ -56,23 +56,23 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is there to answer."""
+        """Whether the thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
-        """Items that no batch has taken yet."""
+        """Number of items that are not in a batch yet."""
         return self._queue.qsize()
 
     def start(self, warm_up: list[list[Item]] | None = None) -> None:
-        """Start the thread; returns when it has run the batches in `warm_up`, and raises what they raised."""
+        """Start the thread and wait until it has run the batches in `warm_up`; raises any exception of theirs."""
         ready: Future[None] = Future()
         self._thread = Thread(target=self._loop, args=(ready, warm_up or []), name="model", daemon=True)
         self._thread.start()
         ready.result()
 
     def submit(self, item: Item) -> Future[Result]:
-        """Queue an item. Cancel the future, and it is left out unless its batch has begun."""
+        """Queue an item. If the future is cancelled before its batch begins, the item is skipped."""
         if not self.alive:
             raise RuntimeError("the batcher is not running")
         future: Future[Result] = Future()
@@ -80,7 +80,7 @@ class Batcher(Generic[Item, Result]):
         return future
 
     def stop(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish the queued items and end the thread."""
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join()
@@ -88,33 +88,33 @@ class Batcher(Generic[Item, Result]):
     def _loop(self, ready: Future[None], warm_up: list[list[Item]]) -> None:
         with self._inside():
             try:
-                for batch in warm_up:
-                    self._run(batch)
+                for items in warm_up:
+                    self._run(items)
             except Exception as error:
                 ready.set_exception(error)
                 return
             ready.set_result(None)
             running = True
             while running:
-                found, running = self._collect()
-                self._answer([waiting for waiting in found if waiting.future.set_running_or_notify_cancel()])
+                batch, running = self._collect()
+                self._run_batch([waiting for waiting in batch if waiting.future.set_running_or_notify_cancel()])
 
     def _collect(self) -> tuple[list[_Waiting[Item, Result]], bool]:
-        """The next batch, and whether there may be another."""
-        found: list[_Waiting[Item, Result]] = []
-        while len(found) < self.max_batch:
+        """Return the next batch, and whether there may be another one."""
+        batch: list[_Waiting[Item, Result]] = []
+        while len(batch) < self.max_batch:
             try:
-                # what is there already is taken even when time is over
-                left = max(0.0, found[0].since + self.max_wait - perf_counter()) if found else None
-                waiting = self._queue.get(timeout=left)
+                # With no time left, items that are already queued are still taken.
+                timeout = max(0.0, batch[0].since + self.max_wait - perf_counter()) if batch else None
+                waiting = self._queue.get(timeout=timeout)
             except Empty:
                 break
             if waiting is None:
-                return found, False
-            found.append(waiting)
-        return found, True
+                return batch, False
+            batch.append(waiting)
+        return batch, True
 
-    def _answer(self, batch: list[_Waiting[Item, Result]]) -> None:
+    def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
         if not batch:
             return
         start = perf_counter()
@@ -122,13 +122,13 @@ class Batcher(Generic[Item, Result]):
             results = self._run([waiting.item for waiting in batch])
             seconds = perf_counter() - start
             self._on_batch(len(batch), seconds, results)
-        # whatever it is, these items fail and the next ones are tried
+        # Any error fails this batch only; the thread goes on with the next one.
         except Exception as error:
             log.exception("a batch of %d failed", len(batch))
             for waiting in batch:
                 waiting.future.set_exception(error)
             return
-        each = seconds / len(batch)
-        self.seconds_per_item = 0.9 * self.seconds_per_item + 0.1 * each if self.seconds_per_item else each
+        per_item = seconds / len(batch)
+        self.seconds_per_item = 0.9 * self.seconds_per_item + 0.1 * per_item if self.seconds_per_item else per_item
         for waiting, result in zip(batch, results, strict=True):
             waiting.future.set_result(result)

@@ -1,4 +1,4 @@
-"""A request's headers and body, as long as they stay within their limits, and its answer, while somebody waits."""
+"""Requests: reading headers and bodies within limits, and waiting for an answer while the client is connected."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .problems import ProblemError
 
 Result = TypeVar("Result")
 
-_PARTS = 16
-"""Parts of a form that are looked at."""
+_MAX_PARTS = 16
+"""Maximum number of form parts that are parsed."""
 
 
 async def read_body(request: Request, max_body: int, timeout: float) -> bytes:
-    """The whole body.
+    """Read the complete body of a request.
 
     Raises:
-        ProblemError: 413 as soon as the body is known to be too large, from its header or while it arrives; 408 when it
-            is not there after `timeout` seconds.
-        ClientDisconnect: the client has gone.
+        ProblemError: 413 as soon as the body is known to be too large, from its header or while it arrives; 408 if it
+            is not complete after `timeout` seconds.
+        ClientDisconnect: the client has disconnected.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_body:
@@ -49,23 +49,27 @@ async def _collect(request: Request, max_body: int) -> bytes:
     return bytes(body)
 
 
-def image_in(body: bytes, content_type: str | None) -> bytes:
-    """The image in a body: the body itself, or the one file of a form.
+def _too_large(max_body: int) -> ProblemError:
+    return ProblemError("body-too-large", f"the body is over {max_body / 1e6:g} MB: send a smaller image")
+
+
+def extract_image(body: bytes, content_type: str | None) -> bytes:
+    """Return the image in a body: the body itself, or the only file of a form.
 
     Raises:
-        ProblemError: 400, a form that is damaged, or that has no file or several.
+        ProblemError: 400 if a form is damaged, or has no file or several.
     """
     if media_type(content_type) != FORM:
         return body
-    found = re.search(r'boundary="?([^";,]+)', content_type or "", re.IGNORECASE)
-    if found is None:
+    boundary = re.search(r'boundary="?([^";,]+)', content_type or "", re.IGNORECASE)
+    if boundary is None:
         raise ProblemError("bad-request", "the form has no boundary: send the image's own bytes instead")
-    # parts stand between lines of "--boundary"; the first one has no line before it
-    parts = (b"\r\n" + body).split(b"\r\n--" + found[1].strip().encode("latin-1"), _PARTS)
+    # Parts are separated by lines of "--boundary"; there is no line break before the first one.
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].strip().encode("latin-1"), _MAX_PARTS)
     files = []
     for part in parts[1:-1]:
-        head, end, content = part.partition(b"\r\n\r\n")
-        if end and b"filename" in head.lower():
+        head, separator, content = part.partition(b"\r\n\r\n")
+        if separator and b"filename" in head.lower():
             files.append(content)
     if len(files) != 1:
         raise ProblemError(
@@ -74,48 +78,44 @@ def image_in(body: bytes, content_type: str | None) -> bytes:
     return files[0]
 
 
-def refused(headers: list[tuple[bytes, bytes]], most: int) -> ProblemError | None:
-    """The problem with a request's headers, or None; the connection ends with the answer.
-
-    A body with both a length and an encoding of its own may be read as two requests by one program and as one by the
-    next (RFC 9112, section 6.1).
-    """
-    closing = {"Connection": "close"}
-    if len(headers) > most:
-        return ProblemError("too-many-headers", f"the request has over {most} headers: send fewer", closing)
-    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
-        return ProblemError("bad-request", "Content-Length and Transfer-Encoding together: send one of them", closing)
-    return None
-
-
-class Guard:
-    """ASGI middleware: answers requests whose headers are refused."""
-
-    def __init__(self, app: ASGIApp, most: int, answer: Callable[[ProblemError], Response]) -> None:
-        self.app, self.most, self.answer = app, most, answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = refused(scope["headers"], self.most) if scope["type"] == "http" else None
-        await (self.app if problem is None else self.answer(problem))(scope, receive, send)
-
-
-def _too_large(max_body: int) -> ProblemError:
-    return ProblemError("body-too-large", f"the body is over {max_body / 1e6:g} MB: send a smaller image")
-
-
-async def unless_gone(request: Request, work: Future[Result]) -> Result:
-    """The result of `work`, which is cancelled when the client closes its connection.
+async def unless_disconnected(request: Request, work: Future[Result]) -> Result:
+    """Wait for the result of `work`, and cancel it if the client disconnects.
 
     Raises:
-        ClientDisconnect: it did.
+        ClientDisconnect: the client has disconnected.
     """
     task = asyncio.wrap_future(work)
-    gone = asyncio.ensure_future(request.receive())
+    disconnect = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
+        disconnect.cancel()
+
+
+class HeaderCheck:
+    """ASGI middleware that answers requests with unacceptable headers by a problem."""
+
+    def __init__(self, app: ASGIApp, max_headers: int, answer: Callable[[ProblemError], Response]) -> None:
+        self.app, self.max_headers, self.answer = app, max_headers, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = _header_problem(scope["headers"], self.max_headers) if scope["type"] == "http" else None
+        await (self.app if problem is None else self.answer(problem))(scope, receive, send)
+
+
+def _header_problem(headers: list[tuple[bytes, bytes]], max_headers: int) -> ProblemError | None:
+    """Return the problem with a request's headers, or None; the connection is closed after the answer.
+
+    A request with both a length and a transfer encoding allows request smuggling: a proxy and the server behind it may
+    disagree where it ends (RFC 9112, section 6.1).
+    """
+    close = {"Connection": "close"}
+    if len(headers) > max_headers:
+        return ProblemError("too-many-headers", f"the request has over {max_headers} headers: send fewer", close)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        return ProblemError("bad-request", "Content-Length and Transfer-Encoding together: send one of them", close)
+    return None

@@ -1,4 +1,4 @@
-"""Processes that decode: one that takes too long, or dies of an image, costs that image and no other."""
+"""Image decoding in worker processes: an image that takes too long, or crashes its process, affects no other image."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from torch import Tensor
 from .problems import ProblemError
 
 Work = Callable[[bytes], Tensor]
-"""From a body to an image as the model takes it; raises `ProblemError`."""
+"""Maps a request body to the model's input for that image; raises `ProblemError`."""
 
 HURRY = 3.0
-"""Seconds that decoding may still take when the service is asked to stop."""
+"""Seconds that decoding may still take once the service is asked to stop."""
 
 _TICK = 0.1
-"""Seconds between two looks at whether the service is to stop."""
+"""Seconds between two checks of whether the service is stopping."""
 
 
 class Decoders:
-    """Processes that do `work`, each begun anew after it was ended.
+    """A pool of processes that run `work`; a process that was killed is replaced.
 
     Args:
-        work: from a body to an image; picklable where processes cannot be forked.
-        count: of processes.
+        work: maps a body to an image; must be picklable on systems other than Linux, where processes are spawned.
+        count: number of processes.
         timeout: seconds that one image may take.
     """
 
@@ -50,15 +50,15 @@ class Decoders:
             self._free.put(decoder)
 
     def start(self) -> None:
-        """Begin all processes now, while there are few threads that they could inherit locks of."""
+        """Start all processes now, while there are few threads whose locks a fork could inherit."""
         for decoder in self._all:
             decoder.start()
 
     async def decode(self, body: bytes, deadline: float) -> Tensor:
-        """The image in `body`; `deadline` is by `time.monotonic`.
+        """Decode the image in `body`; `deadline` is a time of `time.monotonic`.
 
         Raises:
-            ProblemError: what `work` raised; or there was no time left, or it took too long.
+            ProblemError: raised by `work`; or there was no time left, or decoding took too long or crashed.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, body, deadline)
 
@@ -71,7 +71,7 @@ class Decoders:
             self._free.put(decoder)
 
     def hurry(self, seconds: float = HURRY) -> None:
-        """Give everything that is being decoded, or waits for it, at most this long from now."""
+        """Limit all running and waiting requests for decoding to `seconds` from now."""
         self.end = monotonic() + seconds
 
     def stop(self) -> None:
@@ -91,39 +91,39 @@ class _Decoder:
         self._pipe: Connection | None = None
 
     def start(self) -> Connection:
-        # elsewhere than on Linux, libraries do not survive a fork
+        # On systems other than Linux, system libraries do not survive a fork.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, self._work), name="decode", daemon=True)
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end, self._work), name="decode", daemon=True)
         self._process.start()
-        there.close()
+        child_end.close()
         return self._pipe
 
-    def __call__(self, body: bytes, left: Callable[[], float]) -> Tensor:
-        """The image in `body`, within the seconds that `left` still gives."""
-        if left() <= 0:
+    def __call__(self, body: bytes, seconds_left: Callable[[], float]) -> Tensor:
+        """Decode the image in `body` while `seconds_left()` is positive."""
+        if seconds_left() <= 0:
             raise ProblemError("timeout", "no time was left to decode the image: try again later")
         if self._process is not None and not self._process.is_alive():
             self.stop()
         pipe = self._pipe or self.start()
         try:
             pipe.send_bytes(body)
-            while not pipe.poll(min(_TICK, max(0.0, left()))):
-                if left() <= 0:
+            while not pipe.poll(min(_TICK, max(0.0, seconds_left()))):
+                if seconds_left() <= 0:
                     self.stop()
                     raise ProblemError("timeout", "decoding the image takes too long: send a simpler or smaller one")
-            found = pipe.recv()
+            result = pipe.recv()
         except (EOFError, OSError) as error:
             self.stop()
-            raise ProblemError("unreadable-image", "the image cannot be decoded: its decoder ended") from error
-        if isinstance(found, tuple):
-            raise ProblemError(*found)
-        if isinstance(found, str):
-            raise RuntimeError(found)
-        return torch.from_numpy(found)
+            raise ProblemError("unreadable-image", "the image cannot be decoded: its decoder crashed") from error
+        if isinstance(result, tuple):
+            raise ProblemError(*result)
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        return torch.from_numpy(result)
 
     def stop(self) -> None:
-        """End the process; the next image begins another."""
+        """Kill the process; the next image starts another one."""
         if self._process is not None and self._pipe is not None:
             self._process.kill()
             self._process.join()
@@ -132,21 +132,21 @@ class _Decoder:
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """Main loop of the process, until its pipe is closed."""
+    """Run the main loop of a process, until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
-        # connections of clients, inherited, would stay open for as long as this process lives
+        # Inherited connections to clients would stay open for as long as this process lives.
         os.closerange(3, pipe.fileno())
         os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 1024)
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):
         while True:
-            pipe.send(_outcome(work, pipe.recv_bytes()))
+            pipe.send(_decode_one(work, pipe.recv_bytes()))
 
 
-def _outcome(work: Work, body: bytes) -> Any:
-    """The image as an array; the parts of a `ProblemError`; or what else went wrong, as text."""
+def _decode_one(work: Work, body: bytes) -> Any:
+    """Return the image as an array, the arguments of a `ProblemError` as a tuple, or any other error as text."""
     try:
         with torch.inference_mode():
             return work(body).numpy()

@@ -1,6 +1,8 @@
-"""The endpoints. A request can name nothing but a number of classes: no file, no URL, no model."""
+"""The endpoints. A request selects nothing but the number of classes: no file, URL or model.
 
-# annotations stay values here: FastAPI reads them
+FastAPI reads annotations at run time, so their evaluation is not postponed here.
+"""
+
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
@@ -23,54 +25,54 @@ from ..hosts.attach import attachment
 from . import answers, problems
 from .answers import Answer
 from .batching import Batcher
-from .bodies import Guard, image_in, read_body, unless_gone
+from .bodies import HeaderCheck, extract_image, read_body, unless_disconnected
 from .decoding import Decoders
 from .limits import FORM, MEDIA_TYPES, UNITS, UNNAMED, Limits, check_media_type
-from .metrics import GONE, Metrics, Watch
+from .metrics import CLIENT_CLOSED, Metrics, RequestMetrics
 from .problems import ProblemError
 
-_DESCRIPTION = "Classifies images with a vision transformer whose tokens are merged and pruned image by image."
+_DESCRIPTION = "Image classification by a vision transformer that merges and prunes tokens per image."
 
 
 class Prediction(BaseModel):
-    """One class."""
+    """A class and its probability."""
 
-    index: int = Field(ge=0, description="Number of the model's output.")
-    label: str | None = Field(description="Its name, where the service knows it.")
-    score: float = Field(ge=0, le=1, description="Probability.")
+    index: int = Field(ge=0, description="Index of the class among the model's outputs.")
+    label: str | None = Field(description="Name of the class; null if it is unknown.")
+    score: float = Field(ge=0, le=1, description="Probability of the class.")
 
 
 class Predictions(BaseModel):
-    """The likeliest classes of an image, best first, and what the answer cost."""
+    """The most likely classes of an image, and the cost of the prediction."""
 
-    predictions: list[Prediction]
-    share: float = Field(description="FLOPs spent on this image, as a share of the dense model's.")
-    tokens: float = Field(description="Tokens left after a block, as a mean over the blocks.")
+    predictions: list[Prediction] = Field(description="The most likely classes, in descending order of probability.")
+    share: float = Field(description="FLOPs spent on this image, as a share of the dense model's FLOPs.")
+    tokens: float = Field(description="Number of tokens left after each block, averaged over the blocks.")
 
 
 class Health(BaseModel):
-    """Always `ok`; a service that is not answers with a problem."""
+    """Health of the service."""
 
-    status: str
+    status: str = Field(description="Always `ok`; otherwise the response is a problem.")
 
 
 class Info(BaseModel):
-    """The model that is served."""
+    """The served model and the limits of the service."""
 
-    version: str = Field(description="Of ltmp.")
-    model: str | None
-    classes: int
-    input_size: list[int] = Field(description="Channels, height and width of what the model sees.")
-    engine: str
-    variant: str
-    device: str
-    about: dict[str, Any] = Field(description="What the thresholds file says about itself.")
-    limits: dict[str, float]
-    units: dict[str, str] = Field(description="What each of the limits is counted in.")
+    version: str = Field(description="Version of ltmp.")
+    model: str | None = Field(description="Name or architecture of the model; null if it is unknown.")
+    classes: int = Field(description="Number of classes.")
+    input_size: list[int] = Field(description="Channels, height and width of the model's input.")
+    engine: str = Field(description="Engine that runs the reduced model.")
+    variant: str = Field(description="Variant of the reduction method.")
+    device: str = Field(description="Device on which the model runs.")
+    about: dict[str, Any] = Field(description="Metadata of the thresholds file.")
+    limits: dict[str, float] = Field(description="Limits on requests and on the service.")
+    units: dict[str, str] = Field(description="Unit of each limit.")
 
 
 class Service:
-    """A model thread, processes that decode, and how many requests are inside."""
+    """State of the service: the model's thread, the decoding processes, and the number of requests in flight."""
 
     def __init__(self, deployment: Deployment, limits: Limits) -> None:
         answers.check(deployment)
@@ -86,13 +88,13 @@ class Service:
         )
         work = partial(answers.prepare, deployment.transform, deployment.mode, limits.max_pixels)
         self.decoders = Decoders(work, limits.decoders, limits.decode_timeout)
-        self.inside = 0
-        self.metrics.in_flight.set_function(lambda: self.inside)
+        self.in_flight = 0
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
 
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
-        """Ready when the model has run its smallest and its largest batch; ends when everything queued is answered."""
+        """Start with the smallest and largest batch as warm-up; at the end, answer everything that is queued."""
         blank = self.deployment.blank
         warm_up = [[blank] * size for size in sorted({1, self.limits.max_batch})]
         self.decoders.start()
@@ -104,55 +106,56 @@ class Service:
             await asyncio.to_thread(self.decoders.stop)
 
     async def predict(self, request: Request) -> Answer:
-        """Read, decode, queue and wait; whatever the client does, its place is free again afterwards.
+        """Read the image of a request, decode it, and wait for the model's answer.
 
         Raises:
-            ProblemError: the request is refused, or nobody waits for its answer any more.
+            ProblemError: the request is refused, failed or took too long.
+            ClientDisconnect: the client has disconnected.
         """
         if not self.batcher.alive:
             raise ProblemError("not-ready", "the model is not running: try again later", {"Retry-After": "10"})
-        if self.inside >= self.limits.max_queue:
+        if self.in_flight >= self.limits.max_queue:
             raise ProblemError(
                 "queue-full",
-                f"{self.inside} requests are being answered: try again after the time in Retry-After",
+                f"{self.in_flight} requests are in progress: try again after the time in Retry-After",
                 {"Retry-After": str(self.retry_after())},
             )
-        self.inside += 1
+        self.in_flight += 1
         try:
             body = await read_body(request, self.limits.max_body, self.limits.read_timeout)
-            return await self._answer(request, image_in(body, request.headers.get("content-type")))
+            return await self._answer(request, extract_image(body, request.headers.get("content-type")))
         finally:
-            self.inside -= 1
+            self.in_flight -= 1
 
     async def _answer(self, request: Request, body: bytes) -> Answer:
-        end = monotonic() + self.limits.timeout
-        image = await self.decoders.decode(body, end)
+        deadline = monotonic() + self.limits.timeout
+        image = await self.decoders.decode(body, deadline)
         try:
-            answer = unless_gone(request, self.batcher.submit(image))
-            return await asyncio.wait_for(answer, end - monotonic())
+            answer = unless_disconnected(request, self.batcher.submit(image))
+            return await asyncio.wait_for(answer, deadline - monotonic())
         except asyncio.TimeoutError:
             raise ProblemError("timeout", f"no answer within {self.limits.timeout:g} s: try again later") from None
         except ClientDisconnect:
             raise
         except Exception as error:
-            raise ProblemError("model-failed", "the image was read, but the model failed on its batch") from error
+            raise ProblemError("model-failed", "the image was decoded, but the model failed on its batch") from error
 
     def retry_after(self) -> int:
-        """Seconds until what is inside should be answered, from the model's recent speed."""
-        return min(60, max(1, math.ceil(self.inside * self.batcher.seconds_per_item)))
+        """Estimate the seconds until the requests in flight are answered, from the model's recent speed."""
+        return min(60, max(1, math.ceil(self.in_flight * self.batcher.seconds_per_item)))
 
-    def named(self, answer: Answer, top_k: int) -> Predictions:
-        """The likeliest `top_k` classes."""
+    def top_classes(self, answer: Answer, top_k: int) -> Predictions:
+        """Return the `top_k` most likely classes with their names."""
         scores, classes = answer.scores.topk(top_k)
         names = self.deployment.names
-        found = [
+        predictions = [
             Prediction(index=index, label=names[index] if names else None, score=min(score, 1.0))
             for index, score in zip(classes.tolist(), scores.tolist(), strict=True)
         ]
-        return Predictions(predictions=found, share=answer.share, tokens=answer.tokens)
+        return Predictions(predictions=predictions, share=answer.share, tokens=answer.tokens)
 
     def info(self, about: dict[str, Any]) -> Info:
-        """Description of the served model, without paths of this machine."""
+        """Describe the served model, without paths of this machine."""
         config = attachment(self.deployment.model).policy.config
         return Info(
             version=__version__,
@@ -169,16 +172,16 @@ class Service:
 
 
 def create_app(deployment: Deployment, limits: Limits | None = None, *, about: dict[str, Any] | None = None) -> FastAPI:
-    """The service as an ASGI application; its OpenAPI is under /openapi.json.
+    """Create the service as an ASGI application, with its OpenAPI document at /openapi.json.
 
     Args:
-        deployment: the model, attached, with its preprocessing and class names.
-        limits: the default are `Limits()`.
-        about: what /v1/info tells of the thresholds: `ltmp.load(...).metadata`.
+        deployment: the model with thresholds attached, its preprocessing and class names.
+        limits: limits on requests and on the service; the default is `Limits()`.
+        about: metadata of the thresholds for /v1/info, such as `ltmp.load(...).metadata`.
 
     Raises:
-        LTMPError: nothing is attached, or the model is no classifier.
-        UsageError: another number of names than classes.
+        LTMPError: nothing is attached, or the model is not a classifier.
+        UsageError: the number of names is not that of the classes.
     """
     service = Service(deployment, limits or Limits())
     app = FastAPI(
@@ -186,8 +189,8 @@ def create_app(deployment: Deployment, limits: Limits | None = None, *, about: d
     )
     app.state.service = service
     answer = partial(_answer_problem, service.metrics)
-    app.add_middleware(Guard, most=service.limits.max_headers, answer=answer)
-    app.add_middleware(Watch, metrics=service.metrics)
+    app.add_middleware(HeaderCheck, max_headers=service.limits.max_headers, answer=answer)
+    app.add_middleware(RequestMetrics, metrics=service.metrics)
     _add_problems(app, answer)
     _add_predict(app, service)
     _add_status(app, service, service.info(about or {}))
@@ -212,40 +215,40 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     )
     async def predict(
         request: Request,
-        top_k: int = Query(min(5, classes), ge=1, le=classes, description="Classes in the answer."),
+        top_k: int = Query(min(5, classes), ge=1, le=classes, description="Number of classes to return."),
     ) -> Predictions:
-        """Classify one image: its bytes are the body, or the one file of a form."""
+        """Classify one image, sent as the request body or as the only file of a form."""
         check_media_type(request.headers.get("content-type"))
-        return service.named(await service.predict(request), top_k)
+        return service.top_classes(await service.predict(request), top_k)
 
 
 def _add_status(app: FastAPI, service: Service, info: Info) -> None:
     @app.get("/", include_in_schema=False)
     async def start() -> dict[str, Any]:
-        """Where to go from here."""
+        """Name the other endpoints."""
         return {"service": "ltmp", "model": info.model, "docs": "/docs", "openapi": "/openapi.json", "info": "/v1/info",
                 "classify": "POST an image to /v1/predict"}  # fmt: skip
 
     @app.get("/healthz")
     async def live() -> Health:
-        """Whether the process answers."""
+        """Report that the process is alive."""
         return Health(status="ok")
 
     @app.get("/readyz", responses=problems.documented("not-ready"))
     async def ready() -> Health:
-        """Whether images can be sent."""
+        """Report whether the service is ready to classify images."""
         if not service.batcher.alive:
             raise ProblemError("not-ready", "the model is not running")
         return Health(status="ok")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Counters and histograms for Prometheus."""
+        """Return metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/info")
     async def about() -> Info:
-        """The model, its thresholds and the limits."""
+        """Describe the model, its thresholds, and the limits of the service."""
         return info
 
 
@@ -255,29 +258,29 @@ def _answer_problem(metrics: Metrics, problem: ProblemError) -> Response:
 
 
 def _add_problems(app: FastAPI, answer: Callable[[ProblemError], Response]) -> None:
-    """Every error leaves as problem JSON, also those of the framework."""
+    """Answer every error by problem JSON, including those of the framework."""
 
-    async def own(_request: Request, problem: ProblemError) -> Response:
+    async def refused(_request: Request, problem: ProblemError) -> Response:
         return answer(problem)
 
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return answer(ProblemError("invalid-parameter", f"{first['loc'][-1]}: {first['msg']}"))
 
-    async def http(request: Request, error: HTTPException) -> Response:
+    async def http(_request: Request, error: HTTPException) -> Response:
         codes = {404: "not-found", 405: "method-not-allowed"}
         code = codes.get(error.status_code, "bad-request")
-        detail = f"{error.detail}: see /openapi.json for what there is"
+        detail = f"{error.detail}: see /openapi.json for the available endpoints"
         return answer(ProblemError(code, detail, dict(error.headers or {})))
 
-    async def gone(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=GONE)
+    async def disconnected(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
 
     async def failed(_request: Request, _error: Exception) -> Response:
-        return answer(ProblemError("internal-error", "the service failed: its log says why"))
+        return answer(ProblemError("internal-error", "the service failed: see its log"))
 
-    app.add_exception_handler(ProblemError, own)  # type: ignore[arg-type]
+    app.add_exception_handler(ProblemError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
-    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(ClientDisconnect, disconnected)
     app.add_exception_handler(Exception, failed)

@@ -1,4 +1,4 @@
-"""Limits on requests; images are opened only after their header was checked."""
+"""Limits on requests; an image is decoded only after its header was checked."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from .problems import ProblemError
 MEDIA_TYPES = {
     "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP", "image/gif": "GIF", "image/bmp": "BMP",
 }  # fmt: skip
-"""What is taken, and Pillow's name of it. Nothing else is tried: some of Pillow's readers start other programs."""
+"""Accepted media types, and Pillow's names of the formats. No other is tried: some of Pillow's readers run programs."""
 
 UNNAMED = "application/octet-stream"
-"""Taken, too: the bytes say themselves which of the formats they are."""
+"""Accepted as well: the format is detected from the bytes."""
 
 FORM = "multipart/form-data"
-"""Taken, too, with the image as its one file: `curl -F file=@cat.jpg`."""
+"""Accepted with the image as its only file: `curl -F file=@cat.jpg`."""
 
 OTHER_NAMES = ("image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "application/x-www-form-urlencoded", "")
-"""What clients also call images, or say where they were told nothing: `curl --data-binary @cat.jpg`."""
+"""Other names that clients use for images, or send by default: `curl --data-binary @cat.jpg`."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what one client, and all together, can cost.
+    """Bounds on the cost of one client, and of all clients together.
 
     Attributes:
-        max_body: bytes of a request's body.
+        max_body: bytes in the body of a request.
         max_pixels: pixels of an image, by its header.
-        max_queue: requests at once, from their first byte to their answer; more are told to come back (429). Bodies
-            in memory stay under `max_queue * max_body`.
-        max_connections: open connections; more are closed at once (503).
-        max_batch: images a call of the model.
+        max_queue: concurrent requests, from their first byte to their answer; further ones are refused (429) with the
+            time to retry after. Bodies in memory take at most `max_queue * max_body`.
+        max_connections: open connections; further ones are closed at once (503).
+        max_batch: images per call of the model.
         max_wait: seconds that the first image of a batch waits for others.
-        read_timeout: seconds a client has for its headers, again for its body, and to take its answer.
-        timeout: seconds from a whole body to the answer.
+        read_timeout: seconds that a client has to send its headers, and again to send its body. It has up to twice as
+            long to take its answer.
+        timeout: seconds from the complete body to the answer.
         decode_timeout: seconds that decoding one image may take.
         max_headers: headers of a request.
-        decoders: processes that decode images.
+        decoders: number of processes that decode images.
     """
 
     max_body: int = 10_000_000
@@ -60,7 +61,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 0 or (value == 0 and name != "max_wait"):
-                raise UsageError(f"{name} is {value}: expected a number over 0")
+                expected = "0 or more" if name == "max_wait" else "a number over 0"
+                raise UsageError(f"{name} is {value}: expected {expected}")
 
 
 UNITS = {
@@ -68,11 +70,11 @@ UNITS = {
     "max_batch": "images", "max_wait": "seconds", "read_timeout": "seconds", "timeout": "seconds",
     "decode_timeout": "seconds", "max_headers": "headers", "decoders": "processes",
 }  # fmt: skip
-"""What each of the limits is counted in."""
+"""Unit of each limit."""
 
 
 def check_media_type(header: str | None) -> None:
-    """Refuse what is certainly no image, before its body is read; which format it has, the bytes say themselves.
+    """Refuse a body that is certainly not an image before it is read; the format itself is detected from the bytes.
 
     Raises:
         ProblemError: 415.
@@ -81,21 +83,22 @@ def check_media_type(header: str | None) -> None:
     if kind not in (*MEDIA_TYPES, UNNAMED, FORM, *OTHER_NAMES):
         raise ProblemError(
             "unsupported-media-type",
-            f"content type {kind[:100]!r} is not taken: send an image's own bytes as {', '.join(MEDIA_TYPES)} or "
-            f"{UNNAMED}, or as the one file of a form",
+            f"content type {kind[:100]!r} is not supported: send the bytes of an image as {', '.join(MEDIA_TYPES)} or "
+            f"{UNNAMED}, or as the only file of a form",
         )
 
 
 def media_type(header: str | None) -> str:
-    """The type in a Content-Type header, without its parameters."""
+    """Return the type in a Content-Type header, without its parameters."""
     return (header or "").partition(";")[0].strip().lower()
 
 
 def read_image(body: bytes, mode: str, max_pixels: int) -> Image.Image:
-    """The image in `body`, upright, as `mode`; its size is checked before any pixel is decoded.
+    """Decode the image in `body`, upright, in `mode`; its size is checked before any pixel is decoded.
 
     Raises:
-        ProblemError: 400 an empty body, 413 too many pixels, 422 no image of a known format, or a damaged one.
+        ProblemError: 400 for an empty body, 413 for too many pixels, 422 for anything but an intact image of a known
+            format.
     """
     if not body:
         raise ProblemError("empty-body", "the body is empty: send the bytes of an image")
@@ -109,7 +112,7 @@ def read_image(body: bytes, mode: str, max_pixels: int) -> Image.Image:
         _check_size(image.width, image.height, max_pixels)
         try:
             return decode(image, mode)
-        # decoders fail in many ways on damaged bytes; each means that this image cannot be read
+        # Decoders raise all kinds of errors on damaged bytes; any of them means that this image cannot be read.
         except Exception as error:
             raise _unreadable(error) from error
 
@@ -129,7 +132,9 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _unreadable(error: Exception) -> ProblemError:
     if isinstance(error, UnfitImageError):
-        return ProblemError("unreadable-image", f"the image is not taken: {error}")
-    known = ", ".join(MEDIA_TYPES.values())
-    why = f"not an image of a known kind ({known})" if isinstance(error, Image.UnidentifiedImageError) else "damaged"
-    return ProblemError("unreadable-image", f"the body is {why}: check that it is the whole file")
+        return ProblemError("unreadable-image", f"the image is refused: {error}")
+    if isinstance(error, Image.UnidentifiedImageError):
+        fault = f"not an image in a supported format ({', '.join(MEDIA_TYPES.values())})"
+    else:
+        fault = "damaged"
+    return ProblemError("unreadable-image", f"the body is {fault}: check that it is the complete file")

@@ -1,4 +1,4 @@
-"""Metrics of the service, for Prometheus and for its log."""
+"""Metrics of the service for Prometheus, and its request log."""
 
 from __future__ import annotations
 
@@ -18,37 +18,45 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024)
 
-GONE = 499
-"""The status counted for a client that left before its answer; nginx's number."""
+CLIENT_CLOSED = 499
+"""Status counted for a client that disconnected before its answer, as in nginx."""
 
 
 class Metrics:
-    """The counters of one service, in a registry of its own."""
+    """The metrics of one service, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        registry = self.registry
         self.requests = Counter(
-            "ltmp_requests", "Requests, by endpoint and status.", ("path", "status"), registry=self.registry
+            "ltmp_requests", "Number of requests, by endpoint and status.", ("path", "status"), registry=registry
         )
         self.seconds = Histogram(
-            "ltmp_request_seconds", "From headers to answer.", ("path",), buckets=SECONDS, registry=self.registry
+            "ltmp_request_seconds", "Seconds from headers to answer.", ("path",), buckets=SECONDS, registry=registry
         )
-        self.problems = Counter("ltmp_problems", "Requests refused or failed.", ("code",), registry=self.registry)
-        self.in_flight = Gauge("ltmp_requests_in_flight", "Images being read or answered.", registry=self.registry)
-        self.queue = Gauge("ltmp_queue_length", "Images waiting for the model.", registry=self.registry)
-        self.batch = Histogram("ltmp_batch_size", "Images a batch.", buckets=IMAGES, registry=self.registry)
+        self.problems = Counter(
+            "ltmp_problems", "Number of requests refused or failed, by code.", ("code",), registry=registry
+        )
+        self.in_flight = Gauge(
+            "ltmp_requests_in_flight", "Number of requests being read or answered.", registry=registry
+        )
+        self.queue = Gauge("ltmp_queue_length", "Number of images waiting for the model.", registry=registry)
+        self.batch = Histogram("ltmp_batch_size", "Number of images per batch.", buckets=IMAGES, registry=registry)
         self.model_seconds = Histogram(
-            "ltmp_model_seconds", "The model's time for a batch.", buckets=SECONDS, registry=self.registry
+            "ltmp_model_seconds", "Seconds that the model takes for a batch.", buckets=SECONDS, registry=registry
         )
         self.share = Histogram(
-            "ltmp_flops_share", "FLOPs of an image over the dense model's.", buckets=SHARES, registry=self.registry
+            "ltmp_flops_share", "FLOPs of an image, as a share of the dense model's.", buckets=SHARES, registry=registry
         )
         self.tokens = Histogram(
-            "ltmp_tokens_kept", "Tokens left after a block, mean over blocks.", buckets=TOKENS, registry=self.registry
+            "ltmp_tokens_kept",
+            "Tokens of an image left after each block, averaged over blocks.",
+            buckets=TOKENS,
+            registry=registry,
         )
 
     def on_batch(self, size: int, seconds: float, answers: list[Answer]) -> None:
-        """Count a batch."""
+        """Record a batch."""
         self.batch.observe(size)
         self.model_seconds.observe(seconds)
         for answer in answers:
@@ -56,12 +64,12 @@ class Metrics:
             self.tokens.observe(answer.tokens)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-class Watch:
-    """ASGI middleware: counts, times and logs every request under its endpoint, never under what the client wrote."""
+class RequestMetrics:
+    """ASGI middleware that counts, times and logs requests by endpoint, never by the path that the client sent."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -71,16 +79,16 @@ class Watch:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, start = str(GONE), perf_counter()
+        status, start = str(CLIENT_CLOSED), perf_counter()
 
-        async def watch(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
             await send(message)
 
         try:
-            await self.app(scope, receive, watch)
+            await self.app(scope, receive, send_and_note_status)
         except Exception:
             status = "500"
             raise

@@ -1,4 +1,4 @@
-"""Everything the service refuses, as problem JSON (RFC 9457): a code for programs, one sentence for people."""
+"""Errors of the service as problem JSON (RFC 9457): a code for programs and one sentence for people."""
 
 from __future__ import annotations
 
@@ -25,22 +25,28 @@ STATUS = {
     "not-ready": 503,
     "timeout": 504,
 }
-"""Codes and the status each is sent with."""
+"""Problem codes and their HTTP status."""
 
 _SCHEMA = {
     "type": "object",
     "required": ["title", "status", "code", "detail"],
     "properties": {
-        "title": {"type": "string", "description": "The status in words."},
-        "status": {"type": "integer"},
-        "code": {"type": "string", "enum": list(STATUS)},
-        "detail": {"type": "string", "description": "What was wrong, what was expected and what to do."},
+        "title": {"type": "string", "description": "Reason phrase of the HTTP status."},
+        "status": {"type": "integer", "description": "HTTP status."},
+        "code": {"type": "string", "enum": list(STATUS), "description": "Kind of problem, for programs."},
+        "detail": {"type": "string", "description": "What was wrong, what was expected, and what to do."},
     },
 }
 
 
 class ProblemError(Exception):
-    """A request that is not answered with what it asked for."""
+    """A request is refused or failed; sent to the client as problem JSON.
+
+    Args:
+        code: a key of `STATUS`.
+        detail: what was wrong, what was expected, and what to do.
+        headers: additional headers of the response.
+    """
 
     def __init__(self, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -53,22 +59,29 @@ class ProblemError(Exception):
         return STATUS[self.code]
 
     def body(self) -> dict[str, Any]:
-        """The problem as JSON."""
+        """Return the problem as a JSON object."""
         title = HTTPStatus(self.status).phrase
         return {"title": title, "status": self.status, "code": self.code, "detail": self.detail}
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """The answers with these codes, as OpenAPI describes them."""
-    answers: dict[int | str, dict[str, Any]] = {}
-    for code in sorted(codes, key=STATUS.__getitem__):
-        known = [other for other, status in STATUS.items() if status == STATUS[code] and other in codes]
-        answers[STATUS[code]] = {
-            "description": " or ".join(known),
+    """Return the OpenAPI responses of an endpoint that may answer with these problem codes."""
+    by_status: dict[int | str, list[str]] = {}
+    for code, status in STATUS.items():
+        if code in codes:
+            by_status.setdefault(status, []).append(code)
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {
+            "description": f"Problem with code {' or '.join(f'`{code}`' for code in same_status)}.",
             "content": {MEDIA_TYPE: {"schema": _SCHEMA}},
         }
-        if code == "queue-full":
-            answers[STATUS[code]]["headers"] = {
-                "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+        for status, same_status in by_status.items()
+    }
+    if "queue-full" in codes:
+        responses[STATUS["queue-full"]]["headers"] = {
+            "Retry-After": {
+                "description": "Seconds to wait before the next attempt.",
+                "schema": {"type": "integer", "minimum": 1},
             }
-    return answers
+        }
+    return responses
