@@ -274,7 +274,9 @@ class LTMPConfig:
             self._check_rate(name, getattr(self, name))
         fits = _is_count(self.floor) and (self.ceiling is None or _is_count(self.ceiling))
         if not fits or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
-            raise ValueError(f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens")
+            raise ValueError(
+                f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens, ceiling >= 1"
+            )
 
     def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
         per_block = isinstance(value, tuple)
