@@ -64,7 +64,7 @@ def check(
     found = plan(
         k, received, batch.size, batch.origin, batch.cu, bound,
         learned.merge if "merge" in steps else None, learned.prune if "prune" in steps else None, protected, stats,
-        found=partners,
+        partners=partners,
     )  # fmt: skip
     assert found.cu.diff().tolist() == left
     assert stats.tolist() == [sum(left), max(left), 0]
