@@ -10,7 +10,7 @@ WIDTH = 64
 """Columns of a probe that similarity is measured on; two more predict the saliency of a token."""
 
 LIFT = 64.0
-"""Square of the constant coordinate of a probe's metric, relative to the mean squared length of the others.
+"""Square of the constant coordinate of a probe's metric, relative to the mean squared length without it.
 
 It makes cosines a function of distance: all are close to 1, and 1 - cosine is scaled up by 1 + LIFT.
 """
