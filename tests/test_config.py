@@ -1,4 +1,4 @@
-"""The settings of an attachment: checked, frozen, named, and read from files of before."""
+"""Settings of an attached model: validated, frozen, named, and read from files of earlier versions."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from ltmp.ops.match.reference import similarity_metric
         ({"seed": 0.5}, "seed must be a whole number"),
         ({"floor": -1}, "expected 0 <= floor <= ceiling"),
         ({"floor": 5, "ceiling": 4}, "expected 0 <= floor <= ceiling"),
+        ({"ceiling": 0}, "expected 0 <= floor <= ceiling tokens, ceiling >= 1"),
         ({"floor": "few"}, "expected 0 <= floor <= ceiling"),
     ],
 )
@@ -68,7 +69,7 @@ def test_scores_are_checked(values: dict[str, Any], fragment: str) -> None:
 
 
 def test_unknown_kinds_are_refused_where_they_are_computed() -> None:
-    """Not taken for one of those that there are."""
+    """Rather than falling back to another kind."""
     with pytest.raises(ValueError, match="unknown similarity of keys 'probe': expected mean or heads"):
         similarity_metric(torch.rand(3, 2, 4), "probe")
     scores = Scores()
@@ -105,7 +106,7 @@ def test_scores_go_by_name_where_they_have_one(name: str) -> None:
     assert LTMPConfig.from_dict(json.loads(json.dumps(written))) == config
 
 
-def test_other_scores_are_written_whole() -> None:
+def test_unnamed_scores_are_written_in_full() -> None:
     scores = Scores("heads", class_power=0.25)
     assert scores.name is None
     assert str(scores) == "Scores(similarity='heads', class_power=0.25)"
@@ -142,7 +143,7 @@ def test_fixed_rates_have_their_own_matching_and_importance() -> None:
         LTMPConfig("m", Scores("probe"), r=3)
 
 
-QUESTIONS: dict[str, tuple[LTMPConfig, bool, bool]] = {
+NEEDS: dict[str, tuple[LTMPConfig, bool, bool]] = {
     "paper": (LTMPConfig(), False, False),
     "attention": (LTMPConfig(scores="attention"), True, False),
     "attention, merging": (LTMPConfig("ltm", "attention"), True, False),
@@ -160,16 +161,16 @@ QUESTIONS: dict[str, tuple[LTMPConfig, bool, bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", NEEDS)
 def test_what_scores_need(name: str) -> None:
-    config, attention, probe = QUESTIONS[name]
+    config, attention, probe = NEEDS[name]
     assert config.needs_class_attention == attention
     assert config.needs_probe == probe
     assert not config.scores.needs_received(("merge",))
     assert config.scores.needs_received(("merge", "prune")) == (config.variant != "topk")
 
 
-# -- settings of before
+# -- settings of earlier versions
 
 FORMER: dict[str, tuple[dict[str, Any], Scores]] = {
     "paper": ({}, SCORES["paper"]),
@@ -193,16 +194,16 @@ FORMER: dict[str, tuple[dict[str, Any], Scores]] = {
 
 
 @pytest.mark.parametrize("name", [name for name, (settings, _) in FORMER.items() if settings])
-def test_keyword_arguments_of_before_still_work(name: str) -> None:
+def test_former_keyword_arguments_still_work(name: str) -> None:
     settings, scores = FORMER[name]
-    with pytest.warns(DeprecationWarning, match=r"LTMPConfig\(.*=\.\.\.\) is deprecated: use scores=") as told:
+    with pytest.warns(DeprecationWarning, match=r"LTMPConfig\(.*=\.\.\.\) is deprecated: use scores=") as warned:
         config = LTMPConfig(variant="ltpm", **settings)
     assert config == LTMPConfig("ltpm", scores)
-    assert told[0].filename == __file__
-    assert (scores.name or repr(scores)) in str(told[0].message)
+    assert warned[0].filename == __file__
+    assert (scores.name or repr(scores)) in str(warned[0].message)
 
 
-def test_temperature_of_before_is_ignored_and_the_best_has_a_name() -> None:
+def test_the_former_temperature_is_ignored_and_best_is_a_name() -> None:
     with pytest.warns(DeprecationWarning, match="leave out prune_tau, which has no effect any more"):
         assert LTMPConfig(prune_tau=0.25) == LTMPConfig()
     with pytest.warns(DeprecationWarning, match=r'use LTMPConfig\(scores="best"\)'):
@@ -211,7 +212,7 @@ def test_temperature_of_before_is_ignored_and_the_best_has_a_name() -> None:
         assert LTMPConfig.best(class_power=0.4).scores == replace(SCORES["best"], class_power=0.4)
 
 
-def test_attributes_of_before_are_those_of_the_scores() -> None:
+def test_former_attributes_are_those_of_the_scores() -> None:
     config = LTMPConfig(scores="attention")
     for name, value in dataclasses.asdict(SCORES["attention"]).items():
         with pytest.warns(DeprecationWarning, match=f"use config.scores.{name}"):
@@ -229,7 +230,7 @@ def former_file(path: Path, config: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("name", FORMER)
-def test_files_of_before_still_load(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_former_files_still_load(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     settings, scores = FORMER[name]
     path = former_file(tmp_path / "before.safetensors", settings)
     assert read(path).config == LTMPConfig(scores=scores)

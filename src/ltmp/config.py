@@ -1,4 +1,4 @@
-"""Settings of one attachment: a frozen, checked value that travels with the model and with the thresholds."""
+"""The settings of an attached model: frozen, validated, and stored with the model and in thresholds files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import LTMPError
 
 Rate = int | float
-"""Tokens that a step removes from an image in a block: a count (int), or a fraction of the unprotected ones (float)."""
+"""Tokens that a step removes per image and block: a count (int), or a fraction of the unprotected tokens (float)."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Method:
     """The reduction that a variant applies to the tokens of a block.
 
     Attributes:
-        steps: "merge", "prune" or "fuse" (prune, and fold the pruned tokens into one), in order.
+        steps: "merge", "prune" or "fuse" (prune, and merge the pruned tokens into one), in order.
         fixed: whether tokens are removed at fixed rates instead of by learned thresholds.
-        importance: the importance that a fixed-rate variant prunes by; None where `Scores.importance` decides.
+        importance: the importance that a fixed-rate variant prunes by; None if `Scores.importance` decides.
     """
 
     steps: tuple[str, ...]
@@ -44,9 +44,9 @@ VARIANTS: dict[str, Method] = {
 }
 """Learned thresholds (paper, section 3) and the fixed-rate methods they are compared with.
 
-`m`, `p`, `mp` and `pm` run the same steps at fixed rates, `m` being Token Merging (Bolya et al., ICLR 2023). `topk`
-keeps the tokens that the class token attends to most, and `evit` also fuses the rest into one token (Liang et al.,
-ICLR 2022, section 3). `random` is the lower bound of every comparison.
+`m`, `p`, `mp` and `pm` run the same steps at fixed rates; `m` is Token Merging (Bolya et al., ICLR 2023). `topk` keeps
+the tokens that the class token attends to most, and `evit` also fuses the rest into one token (Liang et al., ICLR 2022,
+section 3). `random` is the lower bound of every comparison.
 """
 
 LEARNED = tuple(name for name, method in VARIANTS.items() if not method.fixed)
@@ -55,15 +55,17 @@ FIXED = tuple(name for name, method in VARIANTS.items() if method.fixed)
 ENGINES = ("auto", "packed", "triton", "graph")
 SCHEDULES = ("constant", "decreasing")
 FORMS = ("reduced", "grid", "fewer")
-"""What a host gets behind its blocks: `reduced`, the tokens that are left; `grid`, every patch with the features of the
-token that it ended in, in its place; `fewer`, a grid for the host's own code, of which its language model receives one
-feature for each token that is left."""
+"""What the host receives after its last block.
+
+`reduced`: the remaining tokens. `grid`: all patches in place, each with the features of the token that it was merged
+into. `fewer`: a grid for the host's own code, of which its language model receives one feature per remaining token.
+"""
 SIMILARITIES = ("mean", "heads", "probe")
 MATCHINGS = ("bipartite", "mutual")
 IMPORTANCES = ("received", "probe")
-"""Importance that learned thresholds prune by; some fixed-rate variants have their own, see `VARIANTS`."""
+"""What learned thresholds can prune by; some fixed-rate variants have an importance of their own, see `VARIANTS`."""
 
-_OF_VARIANTS = tuple(method.importance for method in VARIANTS.values() if method.importance is not None)
+_FIXED_IMPORTANCES = tuple(method.importance for method in VARIANTS.values() if method.importance is not None)
 
 
 def _check_name(setting: str, value: object, known: Iterable[str]) -> None:
@@ -82,22 +84,22 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class Scores:
-    """How tokens are scored: how alike two tokens are, which of them may merge, and how important each one is.
+    """How tokens are scored: how similar two tokens are, which pairs may merge, and how important each token is.
 
-    The defaults are the paper's; `SCORES` names the combinations that were measured (docs/method.md).
+    The defaults are the paper's. `SCORES` names the combinations that were measured (docs/method.md).
 
     Args:
         similarity: `mean`, the cosine of two tokens' keys averaged over heads (paper, section 3.2); `heads`, the mean
-            of the cosines of every head; or `probe`, the cosine of a learned linear map of their features
-            (`ltmp.learning.probe`), which also adds a merge penalty to tokens that the model's answer depends on.
+            of the cosines of the individual heads; or `probe`, the cosine of a learned linear map of the features
+            (`ltmp.learning.probe`), which also adds a merge penalty to tokens that the model's output depends on.
         matching: `bipartite`, even tokens merge into odd ones (paper, section 3.2); or, for learned variants, `mutual`:
-            tokens that are each other's most similar one merge, in three rounds.
+            tokens that are each other's most similar token merge, in three rounds.
         importance: `received`, the mean attention that a token receives (paper, section 3.3); or `probe`, which
-            combines it with a learned prediction of how much the answer depends on the token.
+            combines it with a learned prediction of how much the output depends on the token.
         size_power: a token of s patches enters the attention with weight s ** power (paper, section 3.1: 1). The power
             rises linearly from this value in the first block to 1 in the last.
-        class_power: weight of class-token attention, rising linearly to this value in the last block. Tokens it attends
-            to are merged and pruned later. 0 disables it.
+        class_power: weight of class-token attention, which rises linearly to this value in the last block. Tokens that
+            the class token attends to are merged and pruned later. 0 disables it.
 
     Raises:
         ValueError: a setting is unknown or out of range; the message lists the known ones.
@@ -112,7 +114,7 @@ class Scores:
     def __post_init__(self) -> None:
         _check_name("similarity", self.similarity, SIMILARITIES)
         _check_name("matching", self.matching, MATCHINGS)
-        if self.importance not in _OF_VARIANTS:
+        if self.importance not in _FIXED_IMPORTANCES:
             _check_name("importance", self.importance, IMPORTANCES)
         for name in ("size_power", "class_power"):
             value = getattr(self, name)
@@ -121,10 +123,10 @@ class Scores:
 
     @classmethod
     def of(cls, value: str | Scores) -> Scores:
-        """The scores of that name, or `value` itself.
+        """Return the scores with this name, or `value` itself if it is a `Scores` already.
 
         Raises:
-            ValueError: there are none of that name.
+            ValueError: no scores have this name.
         """
         if isinstance(value, Scores):
             return value
@@ -134,7 +136,7 @@ class Scores:
 
     @property
     def name(self) -> str | None:
-        """Their name in `SCORES`, or None."""
+        """The name of this combination in `SCORES`, or None."""
         return next((name for name, scores in SCORES.items() if scores == self), None)
 
     def __repr__(self) -> str:
@@ -147,18 +149,21 @@ class Scores:
 
     @property
     def choices(self) -> tuple[Scores, ...]:
-        """These and what a dial or learning may choose instead: named ones leave open what merged tokens count as."""
+        """The scores that learning or a dial may choose between, these first.
+
+        Scores given by name leave `size_power` open: 1 may do better on the images at hand.
+        """
         proportional = replace(self, size_power=1.0)
         return (self, proportional) if self.name is not None and self != proportional else (self,)
 
     @property
     def averages_keys(self) -> bool:
-        """Whether tokens are compared by the mean of their keys over heads."""
+        """Whether similarity is measured on the mean of the keys over heads."""
         return self.similarity == "mean"
 
     @property
     def probes_similarity(self) -> bool:
-        """Whether tokens are compared by what a probe reads from them."""
+        """Whether similarity is measured on the output of a probe."""
         return self.similarity == "probe"
 
     @property
@@ -168,7 +173,7 @@ class Scores:
 
     @property
     def mutual(self) -> bool:
-        """Whether mutual pairs merge, which keeps the order of the tokens, instead of even tokens into odd ones."""
+        """Whether mutual pairs merge, which keeps the order of the tokens, rather than even tokens into odd ones."""
         return self.matching == "mutual"
 
     @property
@@ -177,11 +182,11 @@ class Scores:
         return self.importance == "received"
 
     def needs_received(self, steps: tuple[str, ...]) -> bool:
-        """Whether these steps of a block need the attention that each token receives."""
+        """Whether a block with these steps needs the attention that each token receives."""
         return "prune" in steps and self.importance in IMPORTANCES
 
     def needs_class_attention(self, steps: tuple[str, ...]) -> bool:
-        """Whether these steps need the class token's attention, so that the model must have a class token."""
+        """Whether these steps need the attention of a class token, which the model must then have."""
         if self.class_power > 0 and ("merge" in steps or self.blends_class_attention):
             return True
         return self.importance == "class" and steps != ("merge",)
@@ -199,9 +204,6 @@ SCORES: dict[str, Scores] = {
 """Scores by name: the paper's; the best that need forward passes only; and the best, with a probe learned from
 gradients (docs/accuracy.md)."""
 
-_FORMER = tuple(setting.name for setting in fields(Scores))
-"""Settings of `LTMPConfig` before it had `scores`."""
-
 
 @dataclass(frozen=True, init=False)
 class LTMPConfig:
@@ -211,20 +213,20 @@ class LTMPConfig:
 
     Args:
         variant: learned thresholds: `ltmp` (merge, then prune), `ltpm` (prune, then merge), `ltm` (merge only) or `ltp`
-            (prune only); fixed rates: `m`, `p`, `mp`, `pm`, `topk`, `evit` or `random`, see `VARIANTS`.
+            (prune only). Fixed rates: `m`, `p`, `mp`, `pm`, `topk`, `evit` or `random`, see `VARIANTS`.
         scores: how tokens are scored: `paper`, `attention`, `best`, or a `Scores` value of your own.
-        engine: which engine runs the deployed model. `auto` chooses, and runs dense where that is faster
+        engine: the engine that runs the deployed model. `auto` picks one, and runs dense if that is faster
             (docs/speed.md); a named engine reduces or raises.
         tau: temperature of the merge decision's gradient, in units of cosine similarity.
-        r: for fixed rates, how many tokens each step removes from an image in each block: a count (8), a fraction of
-            the unprotected tokens (0.12), or one of these per block.
-        r_prune: the same for the prune step of `mp` and `pm`, where it differs from r.
+        r: for fixed rates, the tokens that each step removes per image and block: a count (8), a fraction of the
+            unprotected tokens (0.12), or a sequence with one of these per block.
+        r_prune: the same for the prune step of `mp` and `pm`; None for r.
         schedule: `constant`, or `decreasing` linearly from 2 r in the first block to 0 in the last.
-        seed: of variant `random`.
-        floor: fewest tokens that an image keeps, prefix tokens included, whatever the thresholds.
-        ceiling: most tokens that an image keeps after each block, as far as the block's last step can remove them
-            (merging removes at most half of them); None for no limit.
-        tokens: what the host gets behind its blocks, see `FORMS`; None for what suits it (docs/hosts.md).
+        seed: random seed of variant `random`.
+        floor: minimum number of tokens that an image keeps, prefix tokens included, whatever the thresholds.
+        ceiling: maximum number of tokens that an image keeps after each block, as far as the block's last step can
+            remove them (merging removes at most half of them); None for no limit.
+        tokens: what the host receives after its last block, see `FORMS`; None for the host's default (docs/hosts.md).
 
     Raises:
         ValueError: a setting is unknown or out of range; the message lists the known ones.
@@ -247,14 +249,14 @@ class LTMPConfig:
         r: Rate | Sequence[Rate] = r, r_prune: Rate | Sequence[Rate] | None = r_prune, schedule: str = schedule,
         seed: int = seed, floor: int = floor, ceiling: int | None = ceiling, tokens: str | None = tokens, **former: Any,
     ) -> None:  # fmt: skip
-        """See the class; `former` are settings from before there was `scores`, deprecated."""
+        """See the class. `former` are deprecated settings from before there was `scores`."""
         _check_name("variant", variant, VARIANTS)
-        found = Scores.of(scores)
+        scores = Scores.of(scores)
         if former:
-            found = _with_former(found, former)
-        settings = {"variant": variant, "scores": _of_variant(variant, found), "engine": engine, "tau": tau,
-                    "r": _tuple(r), "r_prune": _tuple(r_prune), "schedule": schedule, "seed": seed, "floor": floor,
-                    "ceiling": ceiling, "tokens": tokens}  # fmt: skip
+            scores = _with_former(scores, former)
+        settings = {"variant": variant, "scores": _for_variant(scores, variant), "engine": engine, "tau": tau,
+                    "r": _as_tuple(r), "r_prune": _as_tuple(r_prune), "schedule": schedule, "seed": seed,
+                    "floor": floor, "ceiling": ceiling, "tokens": tokens}  # fmt: skip
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -272,21 +274,23 @@ class LTMPConfig:
             self._check_rate(name, getattr(self, name))
         fits = _is_count(self.floor) and (self.ceiling is None or _is_count(self.ceiling))
         if not fits or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
-            raise ValueError(f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens")
+            raise ValueError(
+                f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens, ceiling >= 1"
+            )
 
     def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
-        several = isinstance(value, tuple)
+        per_block = isinstance(value, tuple)
         rates = value if isinstance(value, tuple) else () if value is None else (value,)
         for rate in rates:
             if not _is_count(rate) and not (isinstance(rate, float) and 0 <= rate < 1):
                 raise ValueError(
-                    f"{name} must be a number of tokens (8) or a part of them below 1 (0.12), got {rate!r}"
+                    f"{name} must be a number of tokens (8) or a fraction of them below 1 (0.12), got {rate!r}"
                 )
         if rates and any(rates) and not self.method.fixed:
             raise ValueError(
                 f"{name} is for fixed rates ({', '.join(FIXED)}), and {self.variant} learns its thresholds"
             )
-        if several and self.schedule != "constant":
+        if per_block and self.schedule != "constant":
             raise ValueError(f"{name} already has a rate for each block: leave schedule={self.schedule!r} out")
         if name == "r_prune" and value is not None and not {"merge", "prune"} <= set(self.steps):
             raise ValueError(f"r_prune is for mp and pm; {self.variant} has one step, whose rate is r")
@@ -311,42 +315,42 @@ class LTMPConfig:
         return self.scores.needs_class_attention(self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON types; scores by name where they have one.
+        """Return the settings as JSON types, scores by name if they have one.
 
-        Settings at their default are left out, the first ones excepted, so that earlier versions read what they can.
+        Defaults are left out, so that earlier versions can read the rest; variant, tau and engine are always there.
         """
         defaults = type(self)(self.variant)
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name not in ("variant", "tau", "engine") and value == getattr(defaults, setting.name):
                 continue
             if isinstance(value, Scores):
                 value = value.name or asdict(value)
-            found[setting.name] = list(value) if isinstance(value, tuple) else value
-        return found
+            values[setting.name] = list(value) if isinstance(value, tuple) else value
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LTMPConfig:
-        """The config that `to_dict` wrote, in this version or an earlier one.
+        """Return the config that `to_dict` of this version or an earlier one wrote.
 
         Raises:
-            ValueError: settings that this version does not know, or wrong values.
+            ValueError: a setting is unknown or out of range.
             LTMPError: learned thresholds for importance "class", which is no longer supported.
         """
-        known = {name: value for name, value in values.items() if name not in (*_FORMER, "prune_tau")}
-        _check_known(known, cls)
-        scores: Any = known.pop("scores", "paper")
         former = {name: values[name] for name in _FORMER if values.get(name) is not None}
-        if isinstance(scores, Mapping):
-            _check_known(scores, Scores)
-            scores = Scores(**scores)
-        if former.get("importance") == "class" and not VARIANTS[known.get("variant", "ltmp")].fixed:
+        current = {name: value for name, value in values.items() if name not in (*_FORMER, "prune_tau")}
+        _check_known(current, cls)
+        if former.get("importance") == "class" and not VARIANTS[current.get("variant", "ltmp")].fixed:
             raise LTMPError(
                 "these thresholds were learned with importance='class', which is no longer supported: learn them again "
                 "with scores='attention', which prunes by class-token attention, too, and does better"
             )
-        return cls(**{**known, "scores": replace(Scores.of(scores), **former)})
+        scores: Any = current.pop("scores", "paper")
+        if isinstance(scores, Mapping):
+            _check_known(scores, Scores)
+            scores = Scores(**scores)
+        return cls(**current, scores=replace(Scores.of(scores), **former))
 
     @classmethod
     def best(cls, **settings: Any) -> LTMPConfig:
@@ -359,32 +363,20 @@ class LTMPConfig:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Settings of before, read: those of `scores`."""
+            """Read a setting that is now part of `scores`. Deprecated."""
             if name not in _FORMER:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             warnings.warn(f"config.{name} is deprecated: use config.scores.{name}", DeprecationWarning, stacklevel=2)
             return getattr(self.scores, name)
 
 
-def _with_former(scores: Scores, former: Mapping[str, Any]) -> Scores:
-    """`scores` changed by the settings that `LTMPConfig` had before, with a warning that names what replaces them."""
-    unknown = sorted(set(former) - {*_FORMER, "prune_tau"})
-    if unknown:
-        raise TypeError(f"LTMPConfig got an unexpected keyword argument {unknown[0]!r}")
-    changed = replace(scores, **{name: former[name] for name in _FORMER if former.get(name) is not None})
-    instead = f"scores={changed.name or changed!r}"
-    if "prune_tau" in former:
-        instead += ", and leave out prune_tau, which has no effect any more"
-    warnings.warn(
-        f"LTMPConfig({', '.join(f'{name}=...' for name in former)}) is deprecated: use {instead}",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return changed
+def _as_tuple(rate: Any) -> Any:
+    """Turn a list of rates, as callers and JSON have them, into a tuple."""
+    return tuple(rate) if isinstance(rate, Sequence) and not isinstance(rate, str) else rate
 
 
-def _of_variant(variant: str, scores: Scores) -> Scores:
-    """`scores` as `variant` uses them: a fixed rate prunes by its variant's own importance."""
+def _for_variant(scores: Scores, variant: str) -> Scores:
+    """Return `scores` with the importance of a fixed-rate variant; check that a learned one can use them."""
     method = VARIANTS[variant]
     if not method.fixed:
         if scores.importance not in IMPORTANCES:
@@ -393,12 +385,12 @@ def _of_variant(variant: str, scores: Scores) -> Scores:
                 f"{' or '.join(IMPORTANCES)}"
             )
         return scores
-    own = method.importance or "received"
-    if scores.mutual or scores.importance not in ("received", own):
+    importance = method.importance or "received"
+    if scores.mutual or scores.importance not in ("received", importance):
         raise ValueError(f"matching and importance are for {', '.join(LEARNED)}; {variant} has its own")
     if scores.probes_similarity:
         raise ValueError(f"similarity by a probe is for {', '.join(LEARNED)}; {variant} has nothing learned")
-    return replace(scores, importance=own)
+    return replace(scores, importance=importance)
 
 
 def _check_known(values: Mapping[str, Any], cls: type[LTMPConfig] | type[Scores]) -> None:
@@ -407,6 +399,26 @@ def _check_known(values: Mapping[str, Any], cls: type[LTMPConfig] | type[Scores]
         raise ValueError(f"unknown settings {', '.join(unknown)}: written by a newer version of ltmp?")
 
 
-def _tuple(rate: Any) -> Any:
-    """JSON and callers bring lists."""
-    return tuple(rate) if isinstance(rate, Sequence) and not isinstance(rate, str) else rate
+_FORMER = ("similarity", "matching", "importance", "size_power", "class_power")
+"""Settings of `LTMPConfig` before it had `scores`, now those of `Scores`. `prune_tau` has no successor."""
+
+
+def _with_former(scores: Scores, former: Mapping[str, Any]) -> Scores:
+    """Return `scores` changed by former settings of `LTMPConfig`, with a warning that names their replacement.
+
+    Raises:
+        TypeError: `LTMPConfig` never had such a setting.
+    """
+    unknown = sorted(set(former) - {*_FORMER, "prune_tau"})
+    if unknown:
+        raise TypeError(f"LTMPConfig got an unexpected keyword argument {unknown[0]!r}")
+    changed = replace(scores, **{name: former[name] for name in _FORMER if former.get(name) is not None})
+    replacement = f"scores={changed.name or changed!r}"
+    if "prune_tau" in former:
+        replacement += ", and leave out prune_tau, which has no effect any more"
+    warnings.warn(
+        f"LTMPConfig({', '.join(f'{name}=...' for name in former)}) is deprecated: use {replacement}",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return changed

@@ -316,6 +316,7 @@ def test_a_certificate_of_nothing_is_no_guarantee(model, images, tmp_path):
         ({"images": -1}, "must be whole and not negative"),
         ({"surprise": 1}, "unexpected or missing surprise"),
         ({"tested": [{"budget": 0.5}]}, "missing"),
+        ({"tested": [], "budget": None}, "no budget was tested"),
         ({"precision": None}, "precision is None"),
     ],
 )

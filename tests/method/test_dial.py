@@ -1,4 +1,4 @@
-"""The budget dial: a checked table, what lies between its rows, and a model that turns it."""
+"""The budget dial: validation of its table, interpolation, and models that use it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def same(first: Dial | None, second: Dial | None) -> bool:
 # -- the table
 
 
-def test_knots_come_back_to_the_bit() -> None:
+def test_knots_come_back_bit_for_bit() -> None:
     dial = make_dial(3)
     for row, share in enumerate(dial.share.tolist()):
         merge, prune = dial.at(share)
@@ -49,7 +49,7 @@ def test_knots_come_back_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.95])
-def test_the_ends_are_reached_by_the_numbers_that_people_type(share: float) -> None:
+def test_the_ends_are_reached_by_decimal_numbers(share: float) -> None:
     dial = make_dial(3, lowest=0.3, highest=0.95)
     assert (dial.lowest, dial.highest) == (0.3, 0.95)
     dial.at(share)
@@ -57,7 +57,7 @@ def test_the_ends_are_reached_by_the_numbers_that_people_type(share: float) -> N
 
 @given(st.floats(0.125, 0.4375, width=32), st.floats(0.5, 0.96875, width=32))
 @settings(max_examples=60)
-def test_what_the_ends_are_said_to_be_can_be_asked_for(lowest: float, highest: float) -> None:
+def test_lowest_and_highest_are_valid_budgets(lowest: float, highest: float) -> None:
     dial = make_dial(2, lowest=lowest, highest=highest)
     assert torch.equal(dial.at(dial.lowest)[0], dial.merge[0])
     assert torch.equal(dial.at(dial.highest)[0], dial.merge[-1])
@@ -65,7 +65,7 @@ def test_what_the_ends_are_said_to_be_can_be_asked_for(lowest: float, highest: f
 
 @given(st.floats(0.3, 0.95), st.integers(0, 1000))
 @settings(max_examples=60)
-def test_between_neighbours_values_are_theirs_in_proportion(share: float, seed: int) -> None:
+def test_values_are_interpolated_between_neighbours(share: float, seed: int) -> None:
     dial = make_dial(4, seed=seed, lowest=0.29, highest=0.96)
     merge, prune = dial.at(share)
     above = int((dial.share <= share).sum())
@@ -89,8 +89,8 @@ def test_a_step_never_switches_inside_a_dial(share: float, seed: int) -> None:
     thresholds = Thresholds(blocks, LTMPConfig())
     thresholds.set_dial(dial)
     active = set()
-    for asked in (share, *dial.share.tolist()):
-        thresholds.set_budget(asked)
+    for budget in (share, *dial.share.tolist()):
+        thresholds.set_budget(budget)
         active.add(thresholds.active())
     assert len(active) == 1
 
@@ -209,7 +209,7 @@ def _train(thresholds: Thresholds) -> None:
     ],
     ids=["set", "load_state_dict", "another dial", "no dial", "by hand", "training"],
 )
-def test_budget_is_none_where_thresholds_are_others(change: Any) -> None:
+def test_budget_is_none_after_thresholds_changed(change: Any) -> None:
     thresholds = dialled()
     assert thresholds.budget is None
     thresholds.set_budget(0.55)
@@ -238,7 +238,7 @@ def test_the_same_numbers_mean_the_same_from_a_dial_and_from_set() -> None:
 
 @torch.no_grad()
 def test_steps_that_are_on_and_select_nothing_lose_nothing_on_any_engine() -> None:
-    """What `keep_on` leaves of a step that was off: the tokens change places, and no engine loses or folds one."""
+    """A step that `keep_on` turned on reorders the tokens, but no engine removes or merges one."""
     pytest.importorskip("triton")
     images = random_images(3)
     model = ltmp.attach(tiny_vit())
@@ -282,7 +282,7 @@ def via_cast(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("way", [via_deepcopy, via_pickle, via_torch_save, via_cast])
-def test_copies_keep_dial_and_budget_to_the_bit(way: Any) -> None:
+def test_copies_keep_dial_and_budget_bit_for_bit(way: Any) -> None:
     model = ltmp.attach(tiny_vit())
     dial = make_dial(3)
     model.ltmp.set_dial(dial)

@@ -1,4 +1,4 @@
-"""One formula for the cost, and torch's own counter on the real packed run."""
+"""The FLOPs formula by hand, and against torch's own counter on packed runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_share_is_differentiable_in_the_counts() -> None:
 
 
 def counted(model: Any, x: Tensor) -> int:
-    """What torch counts in the blocks: linear layers and attention, two a multiply-add."""
+    """FLOPs that torch counts in the blocks: linear layers and attention, two per multiply-add."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run_blocks(model, x)
     return counter.get_total_flops()
@@ -55,13 +55,13 @@ def counted(model: Any, x: Tensor) -> int:
 @pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm", "ltp"])
 @pytest.mark.parametrize("kwargs", [{}, {"mlp_ratio": 2.0}, {"mlp_layer": SwiGLU}, {"depth": 6}], ids=str)
 def test_share_is_what_torch_counts_on_the_packed_run(kwargs: dict[str, Any], variant: str) -> None:
-    """Within 1 %; torch counts the search for partners, too, a quarter of the pairs with one head's width."""
+    """Within 1 %: torch also counts the search for partners, a quarter of the pairs at the width of one head."""
     settings = {"img_size": 32, "embed_dim": 64, "num_heads": 4, **kwargs}
     model = tiny_vit(**settings)
     images = random_images(4, size=32)
     attach_reducing(model, images, variant, at=0.8)
     x = embed(model, images)
-    # torch's counter does not know the fused attention of a CPU, and the host's own blocks would use it
+    # torch's counter does not count the fused attention of a CPU, and the host's own blocks would use it
     for block in attachment(model).body.blocks:
         block.attn.fused_attn = False
     with ltmp.dense():

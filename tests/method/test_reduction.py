@@ -1,4 +1,4 @@
-"""Properties of one block's plan, for any state."""
+"""Properties of the plan of a block, for arbitrary states."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cases(draw: st.DrawFn) -> tuple[Tokens, Tensor, Tensor, float, float, str, i
 @given(cases(), st.sampled_from(MATCHINGS))
 @torch.no_grad()
 def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
-    """Patches in live tokens plus patches that were dropped are what came in; prefix tokens live, alone."""
+    """Patches of live and of pruned tokens add up to the input; prefix tokens stay live and never merge."""
     tokens, protected = case[0], case[-1]
     plan = plan_of(*case, matching)
     after = plan.tokens
@@ -55,9 +55,9 @@ def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
         live = after.live[b]
         # live tokens first
         assert live.tolist() == sorted(live.tolist(), reverse=True)
-        # every old place goes somewhere, once
+        # every old position is used exactly once
         assert sorted(plan.order[b].tolist()) == list(range(length))
-        # what merged is counted in its receiver and nowhere else
+        # merged tokens are counted in their receiver only
         merged_away = plan.merged[b][plan.order[b]]
         dropped = ~live & ~merged_away
         assert after.size[b][live].sum() + after.size[b][dropped].sum() == length
@@ -67,7 +67,7 @@ def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
         assert (after.size[b][prefix] == 1).all()
         assert not plan.merged[b][:protected].any()
         assert (plan.into[b][protected:] >= protected).all()
-        # a receiver is itself, at an odd place of the order it was matched in
+        # a receiver does not itself merge into another token
         receivers = plan.into[b][plan.merged[b]]
         assert not plan.merged[b][receivers].any()
 
@@ -76,7 +76,7 @@ def test_every_patch_is_accounted_for(case: tuple, matching: str) -> None:
 @given(cases())
 @torch.no_grad()
 def test_features_follow_the_plan(case: tuple) -> None:
-    """A live token's features are the mean of those that are folded into it, weighted by size."""
+    """A live token's features are the size-weighted mean of the tokens that merged into it."""
     tokens, plan = case[0], plan_of(*case)
     images, length = tokens.size.shape
     x = torch.randn(images, length, 3, generator=torch.Generator().manual_seed(1))
@@ -97,7 +97,7 @@ def one_image(*rows: list[float]) -> Tensor:
 
 @torch.no_grad()
 def test_order_is_unmerged_evens_then_odds() -> None:
-    """Places 0 to 5; only place 2 has a partner like it (place 3), so the order is 0, 4, 1, 3, 5, then the gone."""
+    """Only the token at position 2 has a similar partner, 3: the order is 0, 4, 1, 3, 5, then 2, which is removed."""
     metric = one_image([1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, 1, 0.1], [-1, -1, -1], [0, 0, 1])
     plan = plan_of(Tokens.start(1, 6, torch.device("cpu")), metric, torch.ones(1, 6), 0.9, 0.0, "ltmp", 1)
     assert plan.tokens.counts().tolist() == [5.0]
@@ -109,7 +109,7 @@ def test_order_is_unmerged_evens_then_odds() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "left"), [("ltmp", [0, 1, 3]), ("ltpm", [0, 2, 1])])
 def test_importance_is_merged_before_it_decides(variant: str, left: list[int]) -> None:
-    """Place 2 is important and merges into place 3, which is not: merging first saves 3, pruning first drops it."""
+    """2 is important and merges into 3, which is not: 3 survives if merging comes first, and is pruned otherwise."""
     metric = one_image([1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, 1, 0.1])
     importance = torch.tensor([[1.0, 0.6, 0.9, 0.1]])
     plan = plan_of(Tokens.start(1, 4, torch.device("cpu")), metric, importance, 0.9, 0.5, variant, 1)
@@ -126,7 +126,7 @@ def test_prune_alone_keeps_the_order() -> None:
 
 @torch.no_grad()
 def test_a_score_equal_to_its_threshold_neither_merges_nor_stays() -> None:
-    """Decisions are `score > threshold` in float32 (trap 9)."""
+    """Decisions are `score > threshold` in float32."""
     metric = one_image([1.0, 0], [0, 1], [0, 1], [1, 0])
     importance = torch.full((1, 4), 0.25)
     start = Tokens.start(1, 4, torch.device("cpu"))
@@ -136,8 +136,8 @@ def test_a_score_equal_to_its_threshold_neither_merges_nor_stays() -> None:
 
 
 @torch.no_grad()
-def test_the_gone_take_no_part() -> None:
-    """A token that died in an earlier block neither receives nor counts, whatever its score."""
+def test_removed_tokens_take_no_part() -> None:
+    """A token removed in an earlier block neither receives nor counts, whatever its score."""
     start = Tokens.start(1, 5, torch.device("cpu"))
     state = Tokens(start.size, torch.tensor([[1.0, 1, 1, 0, 0]]), start.origin)
     metric = one_image([1.0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0], [0, 0, 1])
@@ -153,8 +153,8 @@ def test_similarity_is_the_mean_key_over_heads() -> None:
 
 
 @torch.no_grad()
-def test_mutual_pairs_merge_wherever_they_stand_and_keep_the_order() -> None:
-    """Of 1 and 3, which are alike and both at odd places, the later goes; 4 is nearest to 2, but 2 is nearer to 5."""
+def test_mutual_pairs_merge_at_any_parity_and_keep_the_order() -> None:
+    """Of 1 and 3, both at odd positions, the later merges; 4 is nearest to 2, but 2 is nearer to 5."""
     metric = one_image([1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.1], [0.6, 0, 0.8], [0.1, 0, 1])
     plan = plan_of(Tokens.start(1, 6, torch.device("cpu")), metric, torch.ones(1, 6), 0.5, 0.0, "ltmp", 1, "mutual")
     assert plan.into.tolist() == [[0, 1, 2, 1, 4, 2]]
@@ -163,8 +163,8 @@ def test_mutual_pairs_merge_wherever_they_stand_and_keep_the_order() -> None:
 
 
 @torch.no_grad()
-def test_tokens_that_are_in_no_pair_look_for_one_in_two_more_rounds() -> None:
-    """Tokens on a line, each nearer to the one before it than that one to the next: two leave a round, at the end."""
+def test_unpaired_tokens_are_matched_in_two_more_rounds() -> None:
+    """Tokens on a line, ever closer to one another: each round pairs the last two."""
     angle = torch.tensor([0.0, 0.0, 0.5, 0.95, 1.35, 1.7, 2.0, 2.25, 2.45])
     metric = torch.stack([angle.cos(), angle.sin()], -1)[None]
     plan = plan_of(Tokens.start(1, 9, torch.device("cpu")), metric, torch.ones(1, 9), 0.5, 0.0, "ltmp", 1, "mutual")
@@ -175,7 +175,7 @@ def test_tokens_that_are_in_no_pair_look_for_one_in_two_more_rounds() -> None:
 @given(st.integers(4, 24), st.integers(0, 10_000))
 @torch.no_grad()
 def test_mutual_pairs_do_not_depend_on_ranks(length: int, seed: int) -> None:
-    """Without a token that nobody pairs with, all others merge as before; parity would have shifted."""
+    """Removing a token that is in no pair changes no other merge, although it shifts parity."""
     generator = torch.Generator().manual_seed(seed)
     metric = torch.nn.functional.normalize(torch.randn(1, length, 3, generator=generator), dim=-1)
     lonely = torch.tensor([0.0, 0.0, 0.0])
@@ -210,12 +210,12 @@ def test_gradients_reach_every_threshold_in_use(variant: str) -> None:
     plan.tokens.counts().sum().backward()
     for name in thresholds.config.steps:
         grad = getattr(thresholds, name).grad
-        # more tokens stay when merging asks for more, fewer when pruning does
+        # a higher merge threshold keeps more tokens, a higher prune threshold fewer
         assert (grad > 0) if name == "merge" else (grad < 0)
 
 
-def test_what_the_class_token_attends_to_merges_less() -> None:
-    """Two pairs of one cosine: only the one that the class token leaves alone is above the threshold."""
+def test_tokens_the_class_token_attends_to_merge_less() -> None:
+    """Two pairs with the same cosine: only the pair that the class token does not attend to is above the threshold."""
     angle = torch.tensor([0.0, 0.0, 0.6, math.pi, math.pi + 0.6])
     metric = torch.stack([angle.cos(), angle.sin()], -1)[None]
     tokens = Tokens.start(1, 5, torch.device("cpu"))
@@ -239,8 +239,8 @@ def test_what_the_class_token_attends_to_merges_less() -> None:
     assert merge_penalty(plain, 0, Signals(tokens)) is None
 
 
-def test_what_the_class_token_attends_to_is_pruned_less() -> None:
-    """Its attention to the power of the block, times what is received to the rest of it."""
+def test_tokens_the_class_token_attends_to_are_pruned_less() -> None:
+    """Importance is a weighted geometric mean of attention received and class-token attention."""
     thresholds = Thresholds(4, LTMPConfig(scores=Scores(class_power=0.8)))
     tokens = Tokens.start(1, 3, torch.device("cpu"))
     received, attended = torch.tensor([[0.5, 0.4, 0.1]]), torch.tensor([[0.2, 0.2, 0.6]])

@@ -1,4 +1,4 @@
-"""The learned numbers and their decision, and the settings they come with."""
+"""Learned thresholds: their values, their decision and its gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ltmp.method.thresholds import Thresholds, log_over, over
 
 @given(st.floats(-1, 1, width=32), st.floats(-1, 1, width=32), st.floats(0.001, 10))
 def test_over_is_exactly_the_hard_decision(score: float, threshold: float, tau: float) -> None:
-    """With a gradient or without: 0 or 1 in float32, never a rounding away from it (trap 9)."""
+    """With or without a gradient, 0 or 1 in float32 without rounding error."""
     s = torch.tensor([score])
     for requires_grad in (False, True):
         t = torch.tensor(threshold, requires_grad=requires_grad)
@@ -48,7 +48,7 @@ def test_gradient_stays_finite_at_the_edges() -> None:
     assert threshold.grad.isfinite()
 
 
-def test_born_off() -> None:
+def test_new_thresholds_are_off() -> None:
     thresholds = Thresholds(3, LTMPConfig())
     assert thresholds.active() == ((False, False),) * 3
     assert [thresholds.steps(thresholds.active(), i) for i in range(3)] == [()] * 3
@@ -63,7 +63,7 @@ def test_active_steps_are_those_that_can_select() -> None:
 
 
 @pytest.mark.parametrize(("variant", "steps"), [(name, VARIANTS[name].steps) for name in LEARNED])
-def test_a_variant_has_its_steps_alone(variant: str, steps: tuple[str, ...]) -> None:
+def test_a_variant_has_its_own_steps_only(variant: str, steps: tuple[str, ...]) -> None:
     thresholds = Thresholds(1, LTMPConfig(variant=variant))
     thresholds.set([0.0], [0.5])
     assert thresholds.steps(thresholds.active(), 0) == steps
@@ -87,7 +87,7 @@ def test_set_refuses_and_changes_nothing(values: dict[str, list[float]], fragmen
     assert thresholds.prune.tolist() == [0.0] * 3
 
 
-def test_set_leaves_what_is_not_given() -> None:
+def test_set_leaves_a_vector_that_is_none() -> None:
     thresholds = Thresholds(2, LTMPConfig())
     thresholds.set(prune=torch.tensor([0.1, 0.2], dtype=torch.float64))
     assert thresholds.merge.tolist() == [1.0, 1.0]
@@ -109,10 +109,10 @@ def test_conversion_keeps_the_bits_and_the_parameters() -> None:
 # -- sizes
 
 
-def test_sizes_count_for_more_from_block_to_block() -> None:
+def test_size_power_rises_with_the_block() -> None:
     size = torch.tensor([1.0, 4.0])
-    whole, rising = Thresholds(3, LTMPConfig()), Thresholds(3, LTMPConfig(scores=Scores(size_power=0.5)))
-    assert all(whole.weight(block, size) is size for block in range(3))
+    constant, rising = Thresholds(3, LTMPConfig()), Thresholds(3, LTMPConfig(scores=Scores(size_power=0.5)))
+    assert all(constant.weight(block, size) is size for block in range(3))
     weights = [rising.weight(block, size).tolist() for block in range(3)]
     assert weights == [pytest.approx(row) for row in ([1, 2], [1, 4**0.75], [1, 4])]
     assert Thresholds(1, LTMPConfig(scores=Scores(size_power=0.5))).size_power(0) == 0.5

@@ -1,4 +1,4 @@
-"""Batches of images of different lengths, packed and padded, for kernels and references to agree on."""
+"""Batches of images of different lengths, packed and padded, to compare kernels with references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Batch:
-    """`counts` tokens an image, packed into more rows than needed; the rest is NaN, or nonsense where integer."""
+    """`counts` tokens per image, packed into more rows than needed; the spare rows are NaN, or invalid integers."""
 
     counts: list[int]
     qkv: Tensor
@@ -35,7 +35,7 @@ class Batch:
         qkv = torch.randn(rows, 3, heads, width, generator=generator)
         size = torch.randint(1, 5, (rows,), generator=generator).float()
         origin = torch.cat([torch.randperm(2 * n, generator=generator)[:n] for n in counts])
-        # prefix tokens are never lost, wherever they stand by now
+        # prefix tokens are always present, at any position
         for first, n in zip(torch.tensor([0, *counts]).cumsum(0).tolist(), counts, strict=False):
             present = min(n, 5)
             places = torch.randperm(n, generator=generator)[:present]

@@ -1,4 +1,4 @@
-"""The compiled kernels of a CPU against `method.scores`, `make_plan` and `fold`: the definition of the method."""
+"""The CPU kernels against `method.scores`, `make_plan` and `fold`, which define the method."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def policy_of(variant: str, seed: int = 0, merge: float = 0.3, prune: float = 0.
 
 @torch.no_grad()
 def check(batch: Batch, policy: Policy, protected: int, x: Tensor | None = None, alike: bool = False) -> list[int]:
-    """Same survivors, order, sizes, sources and features as the definition; returns the counts left."""
+    """Check survivors, order, sizes, sources and features against the definition; return the token counts left."""
     q, k, v = (t[: batch.live] for t in batch.heads)
     if alike:
         q, k, v = (t[:1].expand_as(t) for t in (q, k, v))
@@ -145,7 +145,7 @@ def test_everything_prunable_leaves_one_token(scores: str, variant: str, protect
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("variant", ["ltmp", "ltpm", "ltm"])
 def test_equal_tokens(variant: str, scores: str) -> None:
-    """Every score is a tie: the first of equals is taken, as by the definition."""
+    """Every score is a tie: the first token is taken, as in the definition."""
     check(
         Batch.random([9, 40, 2]),
         policy_of(variant, merge=0.5, prune=0.001, scores=SCORES[scores]),
@@ -173,7 +173,7 @@ def test_any_batch(
 
 
 def test_an_image_is_reduced_alike_in_any_batch() -> None:
-    """To the bit: every sum is over one image, in a fixed order."""
+    """Bit for bit: every sum is over one image, in a fixed order."""
     policy, batch = policy_of("ltmp", scores=SCORES["best"]), Batch.random([31, 8, 50])
     plan = block_steps(policy, policy.active(), 1)[BLOCK]
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def test_an_image_is_reduced_alike_in_any_batch() -> None:
     assert torch.equal(together.x[: len(together.size)], torch.cat([one.x[: len(one.size)] for one in alone]))
 
 
-def test_large_maps_that_nobody_asks_for_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_maps_that_are_not_needed_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch.random([40, 3, 33], heads=2, width=16)
     heads, size = [t[: batch.live] for t in batch.heads], torch.rand(batch.live) + 1
     whole = attend_images(*heads, size.log(), [40, 3, 33])
@@ -248,7 +248,7 @@ def _double(x: int) -> int:
     return 2 * x
 
 
-def test_says_why_kernels_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_missing_kernels_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "numba", None)
     compiled.unavailable.cache_clear()
     assert "ltmp[cpu]" in str(compiled.unavailable())

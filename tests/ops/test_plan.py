@@ -1,4 +1,4 @@
-"""match + plan + fold against `reduction.make_plan` and `reduction.fold`: the definition of the method."""
+"""match, plan and fold kernels against `reduction.make_plan` and `reduction.fold`, which define the method."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(
     batch: Batch, variant: str, protected: int, merge: float, prune: float, longest: int | None = None,
     received: Tensor | None = None, **scores: Any,
 ) -> list[int]:  # fmt: skip
-    """Same survivors, order, sizes and features as the definition; returns the counts left."""
+    """Check survivors, order, sizes and features against the definition; return the token counts left."""
     q, k, _ = batch.heads
     learned = thresholds(variant, merge, prune, **scores)
     config, steps = learned.config, learned.config.steps
@@ -64,7 +64,7 @@ def check(
     found = plan(
         k, received, batch.size, batch.origin, batch.cu, bound,
         learned.merge if "merge" in steps else None, learned.prune if "prune" in steps else None, protected, stats,
-        found=partners,
+        partners=partners,
     )  # fmt: skip
     assert found.cu.diff().tolist() == left
     assert stats.tolist() == [sum(left), max(left), 0]

@@ -1,4 +1,4 @@
-"""A probe's kernels against `ops.probe.reference` and `scores`, which are its definition."""
+"""The kernels of a probe against `ops.probe.reference` and `method.scores`, which define it."""
 
 from __future__ import annotations
 

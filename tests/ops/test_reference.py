@@ -1,4 +1,4 @@
-"""The plain definitions of the ops against the formulas, values and every gradient."""
+"""The references of the ops against their formulas: values and gradients."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_attend(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
     live = inputs[4] > 0
     assert_close(out[live], expected[live], atol=tolerance)
     assert_close(importance[live], received[live], atol=min(tolerance, 1e-5))
-    # each query gives its attention away, once
+    # the attention of each query sums to 1
     assert_close((importance * live).sum(1), torch.ones(3), atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_attend_gradients(tokens: int) -> None:
-    """Of q, k, v and of keep, at live tokens and at those that are gone: what bringing them back would do."""
+    """Of q, k, v and keep; at removed tokens, the gradient of keep is that of restoring them."""
     inputs = case(3, tokens)
     ours = [t.clone().requires_grad_(i != 3) for i, t in enumerate(inputs)]
     theirs = [t.double().requires_grad_(i != 3) for i, t in enumerate(inputs)]
@@ -68,7 +68,7 @@ def test_attend_gradients(tokens: int) -> None:
 
 
 def test_attend_keeps_no_map() -> None:
-    """What is saved between forward and backward grows with the tokens, not with their square."""
+    """Memory kept for backward grows with the number of tokens, not with its square."""
     saved = 0
 
     def count(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A certificate: the smallest budget whose risk was shown to be low enough, how, and what it is bound to."""
+"""A certificate: the smallest budget whose risk was shown to be low enough, the tests, and what it is valid for."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .dial import Dial
 
 @dataclass(frozen=True)
 class Tested:
-    """The measurement of one budget.
+    """The test of one budget.
 
     Attributes:
         budget: FLOPs share.
-        risk: mean loss over `images`; fewer than the certificate's where it was clearly too high before the end.
-        p: p-value of the hypothesis that the risk of all images is the level or more; 1 where it was given up.
-        upper: bound on that risk at the certificate's confidence, for this budget alone.
+        risk: mean loss over `images`.
+        images: number of images measured; fewer than the certificate's if the risk was clearly too high early on.
+        p: p-value of the hypothesis that the risk of all images is the level or more; 1 if the test was stopped early.
+        upper: upper bound on that risk at the certificate's confidence, for this budget alone.
     """
 
     budget: float
@@ -35,20 +36,22 @@ class Tested:
 
 @dataclass(frozen=True)
 class Certificate:
-    """With `confidence` the risk at `budget` is `at_most`, on images like those that it was measured on.
+    """With `confidence`, the risk at `budget` is at most `at_most`, on images like those that it was measured on.
 
     Attributes:
         risk: `disagree`, `error`, `embedding`, or the name of a function.
-        at_most: the level asked for.
-        images: that the budgets were tested on.
+        at_most: the requested level.
+        confidence: the requested confidence.
+        images: number of images that the budgets were tested on.
         tested: budgets in the order of testing, mildest first.
-        budget: the smallest budget certified, or None.
-        more: how many more images would certify the next one, if they are like these; None where none would.
-        learned: images that the thresholds were learned on and that these were compared with; None where unknown.
+        budget: the smallest certified budget, or None.
+        more: how many more images would certify the next budget, if they are like these; None if none would.
+        learned: number of images that the thresholds were learned on and that these were compared with; None if
+            unknown.
         data, weights, thresholds: fingerprints of the images, of the model's own weights, and of the dial.
-        precision: what the model computed in, see `precision_of`.
-        engine, machine: what it ran on; others of the same precision do not void it.
-        limit: of `embedding`, the distance 1 - cosine above which an embedding counts.
+        precision: precision of the model, see `precision_of`.
+        engine, machine: what the model ran on; any other of the same precision leaves the certificate valid.
+        limit: for `embedding`, the distance 1 - cosine above which an embedding counts as different.
     """
 
     risk: str
@@ -68,28 +71,30 @@ class Certificate:
     limit: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        return {**asdict(self), "tested": [asdict(one) for one in self.tested]}
+        """Return the certificate as JSON types."""
+        return {**asdict(self), "tested": [asdict(test) for test in self.tested]}
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "this certificate") -> Certificate:
-        """The certificate in what `to_dict` gave.
+        """Return the certificate that `to_dict` wrote.
 
         Raises:
-            LTMPError: it is not one, or contradicts itself.
+            LTMPError: `values` are not a certificate, or contradict each other.
         """
         try:
             known = {field.name for field in fields(cls)}
             if set(values) != known:
                 raise ValueError(f"unexpected or missing {', '.join(sorted(set(values) ^ known))}")
-            found = cls(**{**values, "tested": tuple(Tested(**one) for one in values["tested"])})
-            found._check()
+            certificate = cls(**{**values, "tested": tuple(Tested(**test) for test in values["tested"])})
+            certificate._check()
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise LTMPError(f"{source} is not a certificate ({error}): make it again with `ltmp certify`") from error
-        return found
+        return certificate
 
     def _check(self) -> None:
-        """Raise ValueError or TypeError unless types and ranges are right."""
+        """Raise ValueError or TypeError if a value has the wrong type or range."""
+        if not self.tested:
+            raise ValueError("no budget was tested")
         for name in ("risk", "data", "precision", "engine"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected text")
@@ -98,11 +103,11 @@ class Certificate:
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected a fingerprint")
         if not (0 < self.at_most < 1 and 0 < self.confidence < 1):
             raise ValueError(f"at most {self.at_most!r} with confidence {self.confidence!r}: expected parts of 1")
-        counts = [self.images, *(one.images for one in self.tested)]
+        counts = [self.images, *(test.images for test in self.tested)]
         counts += [count for count in (self.more, self.learned) if count is not None]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError("numbers of images must be whole and not negative")
-        numbers = [number for one in self.tested for number in (one.budget, one.risk, one.p, one.upper)]
+        numbers = [number for test in self.tested for number in (test.budget, test.risk, test.p, test.upper)]
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
             raise ValueError("a number of the tests is not finite")
         certified = self.tested[: self._passed]
@@ -111,72 +116,73 @@ class Certificate:
 
     @property
     def _passed(self) -> int:
-        """Budgets tested before the first that failed."""
-        failed = (i for i, one in enumerate(self.tested) if one.p > 1 - self.confidence)
+        """Number of budgets that passed before the first that failed."""
+        failed = (i for i, test in enumerate(self.tested) if test.p > 1 - self.confidence)
         return next(failed, len(self.tested))
 
     @property
     def found(self) -> Tested | None:
-        """The measurement of the certified budget, or None."""
+        """The test of the certified budget, or None."""
         return self.tested[self._passed - 1] if self._passed else None
 
     @property
     def failed(self) -> Tested | None:
-        """The budget that testing stopped at, or None where all passed."""
+        """The test that failed and ended testing, or None if all passed."""
         return self.tested[self._passed] if self._passed < len(self.tested) else None
 
     @property
     def out_of_order(self) -> tuple[float, ...]:
-        """Budgets that would have passed had a milder one not failed: the risk does not rise steadily."""
-        return tuple(one.budget for one in self.tested[self._passed + 1 :] if one.p <= 1 - self.confidence)
+        """Budgets that would have passed if a milder one had not failed: the risk is not monotonic in the budget."""
+        return tuple(test.budget for test in self.tested[self._passed + 1 :] if test.p <= 1 - self.confidence)
 
     def promise(self) -> str:
-        """The level in words."""
-        part = f"{100 * self.at_most:.3g} %"
+        """What is certified, in words."""
+        percent = f"{100 * self.at_most:.3g}"
         return {
-            "disagree": f"at most {part} of answers differ from the dense model's",
-            "error": f"accuracy is at most {100 * self.at_most:.3g} points below the dense model's",
-            "embedding": f"at most {part} of embeddings are further than {self.limit} from the dense model's",
+            "disagree": f"at most {percent} % of answers differ from the dense model's",
+            "error": f"accuracy is at most {percent} points below the dense model's",
+            "embedding": f"at most {percent} % of embeddings are further than {self.limit} from the dense model's",
         }.get(self.risk, f"the mean of {self.risk} is at most {self.at_most:g}")
 
     def sentence(self) -> str:
-        """The whole result in a sentence or two."""
-        sure = f"with {100 * self.confidence:.3g} % confidence"
-        found, failed = self.found, self.failed
-        told = (
-            f"no budget is certified: not even {self.tested[0].budget:g} showed {sure} that {self.promise()}"
-            if found is None
-            else f"budget {found.budget:g}: {sure} {self.promise()}"
-        )
-        shown = found or self.tested[0]
-        told += f" ({100 * shown.risk:.3g} % on {shown.images:,} images, {self.precision})"
-        if self.out_of_order:
-            first = f"{failed.budget:g}" if failed else ""
-            told += f"; testing stopped at {first}, although {self.out_of_order[0]:g} alone would have passed"
+        """The result in one sentence."""
+        confidence = f"with {100 * self.confidence:.3g} % confidence"
+        certified, failed = self.found, self.failed
+        if certified is None:
+            mildest = f"{self.tested[0].budget:g}"
+            sentence = f"no budget is certified: not even {mildest} showed {confidence} that {self.promise()}"
+        else:
+            sentence = f"budget {certified.budget:g}: {confidence} {self.promise()}"
+        measured = certified or self.tested[0]
+        sentence += f" ({100 * measured.risk:.3g} % on {measured.images:,} images, {self.precision})"
+        if self.out_of_order and failed is not None:
+            passed = f"{self.out_of_order[0]:g}"
+            sentence += f"; testing stopped at {failed.budget:g}, although {passed} alone would have passed"
         if self.more is not None and failed is not None:
-            told += f"; about {self.more:,} more images like these would certify {failed.budget:g}"
-        return told
+            sentence += f"; about {self.more:,} more images like these would certify {failed.budget:g}"
+        return sentence
 
     def require(self, model: nn.Module, thresholds: str, amp: torch.dtype | None = None, source: str = "it") -> float:
-        """The certified budget, after checking that the certificate is one of these thresholds and this model.
+        """Return the certified budget, after checking that the certificate is for these thresholds and this model.
 
         Args:
             model: with or without thresholds attached.
             thresholds: their fingerprint, see `fingerprint_of`.
-            amp: the autocast type that the model will run in.
+            amp: the autocast dtype that the model will run with.
+            source: name of the file, for messages.
 
         Raises:
             UsageError: no budget was certified.
-            LTMPError: void, because thresholds, precision or weights are others.
+            LTMPError: the certificate is void: thresholds, precision or weights have changed.
         """
         if self.budget is None:
             raise UsageError(f"the certificate of {source} certifies nothing: {self.sentence()}")
         if self.thresholds != thresholds:
             raise LTMPError(f"the certificate of {source} is void, as its thresholds were changed since: {_AGAIN}")
-        here = precision_of(model, amp)
-        if self.precision != here:
+        precision = precision_of(model, amp)
+        if self.precision != precision:
             raise LTMPError(
-                f"the certificate of {source} is for {self.precision}, but the model runs in {here}: {_AGAIN}"
+                f"the certificate of {source} is for {self.precision}, but the model runs in {precision}: {_AGAIN}"
             )
         if self.weights != weights_of(model):
             raise LTMPError(f"the certificate of {source} is for other weights than this model's: {_AGAIN}")
@@ -187,20 +193,20 @@ _AGAIN = "certify again with `ltmp certify`, or load it without asking for what 
 
 
 def precision_of(model: nn.Module, amp: torch.dtype | None = None) -> str:
-    """A model's precision: the type of its weights, and that of autocast."""
-    kinds = [p.dtype for name, p in model.named_parameters() if not name.startswith("ltmp.")]
-    own = str(next((kind for kind in kinds if kind.is_floating_point), torch.float32)).removeprefix("torch.")
-    return own if amp is None else f"{own}, autocast {str(amp).removeprefix('torch.')}"
+    """The dtype of a model's weights, and that of autocast, such as "float32" or "float32, autocast bfloat16"."""
+    dtypes = [p.dtype for name, p in model.named_parameters() if not name.startswith("ltmp.")]
+    weights = str(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)).removeprefix("torch.")
+    return weights if amp is None else f"{weights}, autocast {str(amp).removeprefix('torch.')}"
 
 
 def weights_of(model: nn.Module) -> str:
-    """Fingerprint of a model's own weights and buffers, without thresholds."""
+    """Fingerprint of a model's own parameters and buffers, without the thresholds."""
     return of_tensors({name: value for name, value in model.state_dict().items() if not name.startswith("ltmp.")})
 
 
 def fingerprint_of(dial: Dial, probe: Tensor | None, config: LTMPConfig) -> str:
-    """Fingerprint of all that decides at every budget: the dial, the probe, and what scores mean."""
+    """Fingerprint of everything that decisions depend on, at every budget: dial, probe and settings."""
     tensors = {**dial.tensors(), **({} if probe is None else {"probe": probe.half()})}
-    # in numbers, not by name: a named score may become another one
+    # scores by value: what a name stands for may change
     settings = {"variant": config.variant, "floor": config.floor, "ceiling": config.ceiling, **asdict(config.scores)}
     return of_tensors({**tensors, repr(sorted(settings.items())): torch.empty(0)})

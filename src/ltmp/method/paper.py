@@ -1,4 +1,4 @@
-"""Settings of the paper's own training that more than learning asks for."""
+"""Settings of the paper's own training that are needed outside `ltmp.learning`, too."""
 
 from __future__ import annotations
 

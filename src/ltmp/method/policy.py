@@ -14,7 +14,7 @@ from ..errors import LTMPError, UsageError
 from .facts import policy_repr
 
 Active = tuple[tuple[bool, bool], ...]
-"""For each block whether its merge and its prune step can select anything."""
+"""For each block, whether its merge and its prune step can select anything."""
 
 P = TypeVar("P", bound="Policy")
 
@@ -25,33 +25,27 @@ class Policy(nn.Module, ABC):
     Args:
         depth: number of blocks, L.
         config: the variant and its settings.
+
+    Attributes:
+        trains: whether `requires_grad_(True)` of the policy itself was called, see `masks`.
+        noted: metadata for `ltmp.save`, see `ltmp.describe`.
+        forms: the values of `tokens` that the host supports, its default first; set by `attach`.
     """
-
-    @property
-    def masks(self) -> bool:
-        """Whether gradients are to reach the decisions, so that tokens are masked instead of removed.
-
-        So it is in train mode once somebody asked for it by `requires_grad_` of the policy. Unfreezing a whole model by
-        `model.requires_grad_(True)` does not ask: thresholds get no gradient, and optimisers leave them alone.
-        """
-        return self.training and self.trains and any(parameter.requires_grad for parameter in self.parameters())
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__()
         self.config = config
         self.depth = depth
         self.trains = False
-        # what `ltmp.save` says of these thresholds, see `ltmp.describe`
         self.noted: Any = None
-        # the forms of `tokens` that the host can take, its default first; set by `attach`
         self.forms: tuple[str, ...] = ("reduced",)
 
     @property
     def tokens(self) -> str:
-        """Form of the tokens that the host gets behind its blocks, one of `config.FORMS`; can be set, and is saved.
+        """What the host receives after its last block, one of `config.FORMS`. Can be set, and is saved with the config.
 
         Raises:
-            UsageError: on setting, the host cannot take that form.
+            UsageError: when set to a form that the host does not support.
         """
         return self.config.tokens or self.forms[0]
 
@@ -66,8 +60,17 @@ class Policy(nn.Module, ABC):
         self.trains = requires_grad
         return super().requires_grad_(requires_grad)
 
+    @property
+    def masks(self) -> bool:
+        """Whether gradients are to reach the decisions, so that tokens are masked instead of removed.
+
+        True in train mode after `requires_grad_(True)` of the policy itself. Unfreezing the whole model with
+        `model.requires_grad_(True)` has no effect: thresholds get no gradient, and optimisers leave them unchanged.
+        """
+        return self.training and self.trains and any(parameter.requires_grad for parameter in self.parameters())
+
     def __prepare_scriptable__(self) -> NoReturn:
-        """Called by `torch.jit.script`, which compiles the code of a host and sees nothing that stands in for it."""
+        """Refuse `torch.jit.script`, which calls this: it would compile the host's own code, without reduction."""
         raise LTMPError(
             "torch.jit.script cannot compile a model that ltmp is attached to: call ltmp.detach(model) first, or write "
             "it reduced with ltmp.export.export(model, ...) or `ltmp export`"
@@ -75,18 +78,18 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def on(self) -> Tensor:
-        """bool [L, 2] on the device: whether the merge and the prune step of each block can select anything."""
+        """Whether the merge and the prune step of each block can select anything: bool [L, 2] on the device."""
 
     @abstractmethod
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        """`select` without floor and ceiling."""
+        """Select tokens as `select` does, before floor and ceiling are applied."""
 
     def active(self) -> Active:
-        """`on` as Python values, read from the device at once."""
+        """`on` as Python values, in one read of the device."""
         return tuple((merge, prune) for merge, prune in self.on().tolist())
 
     def steps(self, active: Active, block: int) -> tuple[str, ...]:
-        """The steps that can select something in `block`, given `active()`'s answer for all blocks."""
+        """The steps that can select something in `block`, in order; `active` is the result of `active()`."""
         merge, prune = active[block]
         return tuple(step for step in self.config.steps if (merge if step == "merge" else prune))
 
@@ -95,7 +98,7 @@ class Policy(nn.Module, ABC):
         return bool(self.pruned_whole()[block])
 
     def pruned_whole(self) -> Tensor:
-        """`prunes_all` of all blocks, bool [L] on the device."""
+        """`prunes_all` of every block, bool [L] on the device."""
         return torch.zeros_like(self.on()[:, 0])
 
     def size_power(self, block: int) -> float:
@@ -104,7 +107,7 @@ class Policy(nn.Module, ABC):
         return first + (1 - first) * block / max(1, self.depth - 1)
 
     def weight(self, block: int, size: Any) -> Any:
-        """Weight in `block`'s attention of tokens of these sizes: a tensor or a NumPy array of any shape, as given."""
+        """Weight in `block`'s attention of tokens of these sizes, a tensor or a NumPy array of any shape."""
         return size if self.config.scores.size_power == 1 else size ** self.size_power(block)
 
     def class_power(self, block: int) -> float:
@@ -114,7 +117,7 @@ class Policy(nn.Module, ABC):
     def probed(self, block: int, x: Tensor) -> Tensor | None:
         """float32 [..., WIDTH + 2], the probe of `block` applied to its features x [..., C] after attention.
 
-        None where the scores need no probe. See `ops.probe.reference.probe`.
+        None if the scores need no probe. See `ops.probe.reference.probe`.
         """
         return None
 
@@ -127,33 +130,36 @@ class Policy(nn.Module, ABC):
         return self.config.floor > 0 or self.config.ceiling is not None
 
     def select(self, step: str, block: int, score: Tensor, free: Tensor, tokens: Tensor) -> Tensor:
-        """Which tokens are selected: those that merge, or those that pruning keeps.
+        """Select the tokens that merge, or those that pruning keeps.
 
         Args:
             step: "merge", "prune" or "fuse".
             score: float32 [B, M], the score of each token with its best partner, or its importance.
             free: bool [B, M], tokens that the step may remove.
-            tokens: [B], tokens that each image has left.
+            tokens: [B], the current number of tokens of each image.
 
         Returns:
-            float32 [B, M], 1 selected and 0 not; carries the threshold's gradient.
+            float32 [B, M], 1 if selected and 0 if not; carries the threshold's gradient.
         """
         decision = self.decide(step, block, score, free)
         if not self.bounded:
             return decision
         merges = step == "merge"
+        # how many tokens the step may remove at most, and must remove at least
         most = (tokens - self.config.floor).clamp(min=0)
         least = torch.zeros_like(most)
         if self.config.ceiling is not None and step == self.config.steps[-1]:
             least = (tokens - self.config.ceiling).clamp(min=0)
-        place = rank(score if merges else -score, free)
+        # merging selects the tokens that go, pruning those that stay
+        turn = rank(score if merges else -score, free)
         goes = (decision.detach() > 0) == merges
-        bound = (free & (place < most[:, None]) & (goes | (place < least[:, None]))) == merges
-        return decision + (bound.to(decision.dtype) - decision).detach()
+        goes = free & (turn < most[:, None]) & (goes | (turn < least[:, None]))
+        bounded = (goes == merges).to(decision.dtype)
+        return decision + (bounded - decision).detach()
 
 
 def rank(score: Tensor, free: Tensor) -> Tensor:
     """int64 [B, M], rank of each free token by descending score, ties in order; M for tokens that are not free."""
     order = score.masked_fill(~free, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place).masked_fill_(~free, score.shape[1])
+    ranks = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks).masked_fill_(~free, score.shape[1])

@@ -1,4 +1,4 @@
-"""Fixed rates: the baselines of learned thresholds, as policies for the same engines."""
+"""Fixed rates: the baselines that learned thresholds are compared with, as a policy for the same engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .policy import Policy, rank
 class Rates(Policy):
     """Removes the same number of tokens from every image (Bolya et al., Token Merging, ICLR 2023, sections 3 and 4.1).
 
-    Merging removes at most the even tokens that have a partner, so at most half of the tokens.
+    Merging removes at most the even tokens that have a partner, that is at most half of the tokens.
 
     Raises:
         LTMPError: the config has rates for another number of blocks.
@@ -39,9 +39,9 @@ class Rates(Policy):
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
         rate = self.rates[step][block]
         if isinstance(rate, float):
-            # a fraction of all tokens; only those at even places are candidates of merging
-            present = free.sum(1, keepdim=True) * (2 if step == "merge" else 1)
-            removed = (present * rate).floor()
+            # a fraction of all tokens, of which only the even ones are candidates of merging
+            tokens = free.sum(1, keepdim=True) * (2 if step == "merge" else 1)
+            removed = (tokens * rate).floor()
         else:
             removed = torch.full_like(free[:, :1], rate, dtype=torch.int64)
         if step == "merge":
@@ -50,7 +50,7 @@ class Rates(Policy):
 
 
 def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate, ...]:
-    """The rate of each block.
+    """Return the rate of each block.
 
     Raises:
         LTMPError: `r` has rates for another number of blocks.
@@ -66,9 +66,9 @@ def spread(r: Rate | tuple[Rate, ...], depth: int, schedule: str) -> tuple[Rate,
 
 
 def noise(origin: Tensor, block: int, seed: int) -> Tensor:
-    """float32 like `origin`, in [0, 1): a hash of place, block and seed.
+    """Random float32 in [0, 1) of the shape of `origin`: a hash of position, block and seed.
 
-    Not a generator, so that every engine, batch size and device removes the same tokens.
+    A hash and not a generator, so that every engine, batch size and device removes the same tokens.
     """
     mask = 0xFFFFFFFF
     x = (origin.long() * 0x9E3779B1 + (block + 1) * 0x85EBCA6B + (seed + 1) * 0xC2B2AE35) & mask

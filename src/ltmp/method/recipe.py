@@ -1,4 +1,4 @@
-"""Description of a host model: where its blocks are and what the two halves of a block do."""
+"""Recipe of a host model: where its blocks are, what the halves of a block compute, and how to attach to it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from torch.utils.hooks import RemovableHandle
 class Parts:
     """The weights of a standard block, for engines that fuse across its modules.
 
-    `norm1`/`norm2` are LayerNorms over C; `qkv` one Linear to [q, k, v], or three; `q_norm`/`k_norm` act on [..., D]
-    (Identity when absent); `scale1`/`scale2` are layer-scale vectors [C] or None; `act` is "gelu", "gelu_tanh" or
-    "quick_gelu".
+    Attributes:
+        norm1, norm2: layer norms over C.
+        qkv: one linear layer to [q, k, v], or three.
+        q_norm, k_norm: norms over D of [..., D]; Identity if the block has none.
+        scale1, scale2: layer-scale vectors [C], or None.
+        act: "gelu", "gelu_tanh" or "quick_gelu".
     """
 
     norm1: nn.LayerNorm
@@ -40,7 +43,7 @@ class Parts:
         return (*self.qkv, self.proj, self.fc1, self.fc2)
 
     def project(self, x: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [T, H, D] of normed x [T, C], with `linear` to apply a layer."""
+        """Compute q, k, v [T, H, D] from normed x [T, C]; `linear` applies a layer."""
         if len(self.qkv) == 1:
             y = linear(self.qkv[0], x)
             q, k, v = y.view(*y.shape[:-1], 3, self.heads, y.shape[-1] // (3 * self.heads)).unbind(-3)
@@ -50,43 +53,20 @@ class Parts:
 
 
 def the_same(value: Any, _block: int) -> Any:
-    """All blocks are told the same."""
+    """All blocks are called with the same value."""
     return value
-
-
-def is_plain(parts: Parts) -> bool:
-    """Whether weights can be taken from a block and multiplied by ourselves.
-
-    Linear layers must be just that, with no adapter around them, and all weights plain tensors: quantised, sharded or
-    offloaded ones are tensors of their own kinds, which know operators of torch alone.
-    """
-    for layer in parts.linears:
-        weights = layer._parameters
-        weight = weights.get("weight")
-        if type(layer) not in _LINEAR or type(weight) is not nn.Parameter:
-            return False
-        if "bias" not in weights or type(weights["bias"]) not in _PLAIN:
-            return False
-    norms = (parts.norm1._parameters, parts.norm2._parameters)
-    others = (parts.scale1, parts.scale2, *norms[0].values(), *norms[1].values())
-    return all(type(other) in _PLAIN for other in others)
-
-
-_PLAIN = (nn.Parameter, Tensor, type(None))
-# the second is what torch.nn.MultiheadAttention ends with
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a host tells its attention where tokens are.
+    """Rotary position embeddings of a host.
 
     Attributes:
-        names: keywords of the blocks that carry the positions; none where blocks find them by themselves.
-        table: (host, what came under that name or a tuple of several, N tokens) -> [N, E], or [L, N, E] where the host
-            gave each block its own; rows of prefix tokens say "not rotated".
-        rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax sees them.
-        own: (what came under a name, number of a block) -> what that block is to be called with.
+        names: keyword arguments of the blocks that carry the embeddings; empty if blocks compute them themselves.
+        table: (host, value of that argument or a tuple of several values, N tokens) -> [N, E], or [L, N, E] if each
+            block has its own; rows of prefix tokens do not rotate.
+        rotate: (block, q [..., H, D], k [..., H, D], rows [..., E]) -> q, k as the softmax needs them.
+        own: (value of an argument, number of a block) -> the value to call that block with.
     """
 
     names: tuple[str, ...]
@@ -96,16 +76,19 @@ class Rotary:
 
 
 READS_TOKENS = "reads tokens"
-"""Stands in for a recipe where a model reads the tokens of an encoder inside it, each in its place."""
+"""In place of a recipe: the model reads all tokens of an encoder inside it, by position."""
 READS_LOGITS = "reads logits"
-"""The same where it reads no tokens."""
+"""In place of a recipe: the model reads the outputs of an encoder inside it, but no tokens."""
 
 Bias = Callable[[Tensor], Tensor]
-"""Places of tokens, int [B, N], as `Tokens.origin` has them -> what to add to their attention, [B, H or 1, N, N]."""
+"""Original positions of tokens, int [B, N] (`Tokens.origin`) -> attention bias, [B, H or 1, N, N]."""
+
+
+# -- defaults of a recipe
 
 
 def no_bias(_host: nn.Module, _block: int, _named: Mapping[str, Any]) -> Bias | None:
-    """Attention adds nothing to its scores."""
+    """Attention has no bias."""
     return None
 
 
@@ -114,92 +97,40 @@ def one_sequence(_host: nn.Module, _x: Tensor, _named: Mapping[str, Any]) -> Non
 
 
 def every_block(_host: nn.Module) -> None:
-    """All blocks may remove tokens."""
-
-
-def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer of weights that a host keeps otherwise; nothing is copied, and no gradient reaches them."""
-    layer = nn.Linear(1, 1, bias=False, device="meta")
-    layer.out_features, layer.in_features = weight.shape
-    layer._parameters.update(
-        weight=nn.Parameter(weight, False), bias=None if bias is None else nn.Parameter(bias, False)
-    )
-    return layer
-
-
-def linear_ratio(mlp: nn.Module, width: int) -> float:
-    """Hidden width over C of a two-layer MLP that costs what the linear layers of `mlp` do."""
-    # from the shapes: the weights of quantised layers are packed
-    return sum(layer.in_features * layer.out_features for layer in _linears(mlp)) / (2 * width * width)
-
-
-def _linears(module: nn.Module) -> Iterator[Any]:
-    """The linear layers inside: torch's own, and those of other classes that are not wrapped around one."""
-    for layer in module.modules():
-        says = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
-        if isinstance(layer, nn.Linear) or (says and not any(isinstance(m, nn.Linear) for m in layer.modules())):
-            yield layer
-
-
-def has_own_scale(attention: nn.Module, width: int) -> bool:
-    """Whether an attention multiplies the scores of heads [..., D] by something else than 1 / sqrt(D).
-
-    Args:
-        width: D.
-    """
-    scale = next((vars(attention)[name] for name in ("scale", "scaling") if name in vars(attention)), None)
-    return isinstance(scale, float) and not math.isclose(scale, width**-0.5, rel_tol=1e-6)
-
-
-_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
-
-
-def scales_of(layers: Sequence[Any], layer_scale: type[Any]) -> list[Tensor | None] | None:
-    """The vectors [C] of layers of the class `layer_scale`, None for an Identity; None where one is something else."""
-    if not all(isinstance(layer, layer_scale | nn.Identity) for layer in layers):
-        return None
-    return [layer.gamma if isinstance(layer, layer_scale) else None for layer in layers]
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """The name that `Parts` has for an activation, or None."""
-    if type(act) is nn.GELU:
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    # libraries' own classes, by name because they move between versions
-    return _ACTIVATIONS.get(type(act).__name__.removesuffix("Activation").removeprefix("Pytorch"))
+    """All blocks may remove tokens, or all are run."""
 
 
 def one_class_token(host: nn.Module) -> int:
-    """Of most hosts."""
+    """The class token is the only prefix token."""
     return 1
 
 
 def class_comes_first(host: nn.Module) -> bool:
-    """So it does in most hosts."""
+    """The first token is a class token."""
     return True
 
 
 def set_nothing(_body: Any) -> dict[str, Any]:
-    """Nothing of the host stands in the way."""
+    """No attribute of the host is overridden."""
     return {}
 
 
 def no_pooling(host: nn.Module) -> None:
-    """No rows are pooled, so that no sizes need to pass a norm."""
+    """No tokens are pooled, so no token sizes have to pass a norm."""
 
 
 def reads_prefix_only(host: nn.Module) -> bool:
-    """The head reads the class token."""
+    """The head reads prefix tokens only."""
     return True
 
 
 def has_grad_checkpointing(host: nn.Module) -> bool:
-    """timm's way to ask for it."""
+    """Whether gradient checkpointing is on, by the attribute that timm's models have."""
     return bool(getattr(host, "grad_checkpointing", False))
 
 
 def describe_timm(host: Any) -> dict[str, Any]:
-    """Architecture, width and input size as timm's models know them."""
+    """Architecture, width and input size of one of timm's models."""
     size = getattr(getattr(host, "patch_embed", None), "img_size", None)
     return {
         "architecture": (getattr(host, "pretrained_cfg", None) or {}).get("architecture"),
@@ -209,12 +140,12 @@ def describe_timm(host: Any) -> dict[str, Any]:
 
 
 def asks_something(value: Any) -> bool:
-    """Whether an argument that a host gives its blocks could change what they compute."""
+    """Whether an argument of the blocks is set, so that it could change what they compute."""
     return value is not None and value is not False
 
 
 def no_hooks(_body: Any) -> list[RemovableHandle]:
-    """For hosts whose attributes are enough to override."""
+    """No hooks are registered: overriding attributes is enough."""
     return []
 
 
@@ -222,40 +153,40 @@ def no_hooks(_body: Any) -> list[RemovableHandle]:
 class Recipe:
     """A pre-norm transformer as a few module-level functions (lambdas cannot be pickled with the model).
 
-    The block functions are row-wise: any leading shape, padded [B, N, C] or packed [T, C]. Defaults are those of a host
-    with one class token that alone its head reads.
+    The block functions are row-wise: they take any leading shape, padded [B, N, C] or packed [T, C]. The defaults are
+    for a host with one class token, the only token that its head reads.
 
     Attributes:
-        name: what to call the host in messages.
+        name: name of the host in messages.
         stack: dotted path of the container of blocks.
-        loop: name of the method that runs all blocks, of the module that holds their container.
-        qkv: (block, x [..., C]) -> q, k, v, each [..., H, D]; norm, projection and head norms included, and a scale
-            of q where the host's is not 1 / sqrt(D).
+        qkv: (block, x [..., C]) -> q, k, v, each [..., H, D]; includes norm, projection and head norms, and scales q
+            if the host's scale is not 1 / sqrt(D).
         out: (block, y [..., H * D]) -> first residual branch [..., C].
         mlp: (block, x [..., C]) -> second residual branch [..., C].
-        attention: block -> those of its modules that hold what is run and are not called themselves.
-        parts: block -> its weights for fused engines, or None where it is not a standard one.
-        problems: host -> what stands in the way, one phrase each; empty when it can be attached.
+        attention: block -> its modules whose parts are run without calling the modules themselves.
+        parts: block -> its weights for fused engines, or None if it is not a standard block.
+        problems: host -> reasons why it cannot be attached, one phrase each; empty if it can.
         mlp_ratio: block -> hidden width over C of a two-layer MLP of the same cost.
         protected: host -> number of prefix tokens.
-        class_first: host -> whether its first token is a class token, and not a register or a patch.
-        overrides: body -> attributes to set while attached (pooling that knows sizes), by dotted path from the host.
-        final_norm: host -> the module between the blocks and the pooling; None where nothing pools rows.
-        prefix_only: host -> whether its head reads nothing but the prefix tokens.
-        rotary: how its attention learns where tokens are; None where they were told before the first block.
+        class_first: host -> whether its first token is a class token rather than a register or a patch.
+        loop: name of the method that runs all blocks, of the module that holds their container.
+        overrides: body -> attributes to set while attached (pooling weighted by size), by dotted path from the host.
+        final_norm: host -> the module between the blocks and the pooling; None if nothing is pooled.
+        prefix_only: host -> whether its head reads the prefix tokens only.
+        rotary: rotary position embeddings of its attention; None if positions are added before the first block.
         grad_checkpointing: host -> whether blocks are to be recomputed in backward.
-        hooks: body -> handles of the hooks it registered, which are removed with the attachment.
-        refuses: argument of the blocks that is no position -> whether to refuse the call.
-        arguments: what the host's own blocks cannot be called without.
-        forms: what the host can get behind its blocks (`config.FORMS`), its default first.
-        bias: (host, number of a block, what the host gives that block by name) -> what its attention adds, or None.
-        images: (host, features, what it gives its blocks by name) -> `engines.segments.Segments`; None where features
-            are [B, N, C] with the prefix tokens first.
+        hooks: body -> handles of the hooks that it registered; they are removed with the attachment.
+        refuses: value of a keyword argument of the blocks that carries no positions -> whether to refuse the call.
+        arguments: keyword arguments that the host's own blocks must be called with.
+        forms: what the host can receive after its last block (`config.FORMS`), its default first.
+        bias: (host, number of a block, keyword arguments of that block) -> bias of its attention, or None.
+        images: (host, features, keyword arguments of the blocks) -> `engines.segments.Segments`; None if features are
+            [B, N, C] with the prefix tokens first.
         reduces: host -> for each block whether it may remove tokens, or None for all.
-        wraps: whether blocks return a pair, the second of them None unless attention maps are asked for.
-        depth: host -> number of its blocks that are run, or None for all; later ones are the host's own.
-        describe: host -> what thresholds are bound to, and what is good to know of it, JSON types by the names
-            `architecture`, `width` and `input_size`; None where it is not known.
+        wraps: whether blocks return a pair, its second element None unless attention maps are requested.
+        depth: host -> number of its blocks that are run, or None for all; later ones are left to the host.
+        describe: host -> what identifies it in thresholds files, as JSON types: `architecture`, `width` and
+            `input_size`, each None if unknown.
     """
 
     name: str
@@ -285,3 +216,81 @@ class Recipe:
     wraps: bool = False
     depth: Callable[[nn.Module], int | None] = every_block
     describe: Callable[[nn.Module], dict[str, Any]] = describe_timm
+
+
+# -- helpers of recipes
+
+
+def is_plain(parts: Parts) -> bool:
+    """Whether engines can use a block's weights directly, without calling its modules.
+
+    Linear layers must be exactly that, with no adapter around them, and all weights plain tensors: quantised, sharded
+    and offloaded ones are tensor subclasses, which support torch's operators only.
+    """
+    for layer in parts.linears:
+        weights = layer._parameters
+        weight = weights.get("weight")
+        if type(layer) not in _LINEAR or type(weight) is not nn.Parameter:
+            return False
+        if "bias" not in weights or type(weights["bias"]) not in _PLAIN:
+            return False
+    norms = (parts.norm1._parameters, parts.norm2._parameters)
+    others = (parts.scale1, parts.scale2, *norms[0].values(), *norms[1].values())
+    return all(type(other) in _PLAIN for other in others)
+
+
+_PLAIN = (nn.Parameter, Tensor, type(None))
+# the second is the output projection of torch.nn.MultiheadAttention
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Make a linear layer of weights that a host keeps in another form; shares them, without gradients."""
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.out_features, layer.in_features = weight.shape
+    layer._parameters.update(
+        weight=nn.Parameter(weight, False), bias=None if bias is None else nn.Parameter(bias, False)
+    )
+    return layer
+
+
+def linear_ratio(mlp: nn.Module, width: int) -> float:
+    """Hidden width over C of a two-layer MLP that costs as much as the linear layers of `mlp`."""
+    # from the declared sizes: the weights of quantised layers are packed
+    return sum(layer.in_features * layer.out_features for layer in _linears(mlp)) / (2 * width * width)
+
+
+def _linears(module: nn.Module) -> Iterator[Any]:
+    """The linear layers inside: torch's own, and those of other classes that do not wrap one."""
+    for layer in module.modules():
+        has_sizes = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+        if isinstance(layer, nn.Linear) or (has_sizes and not any(isinstance(m, nn.Linear) for m in layer.modules())):
+            yield layer
+
+
+def has_own_scale(attention: nn.Module, width: int) -> bool:
+    """Whether an attention scales its scores by something other than 1 / sqrt(D).
+
+    Args:
+        width: width of a head, D.
+    """
+    scale = next((vars(attention)[name] for name in ("scale", "scaling") if name in vars(attention)), None)
+    return isinstance(scale, float) and not math.isclose(scale, width**-0.5, rel_tol=1e-6)
+
+
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+
+
+def scales_of(layers: Sequence[Any], layer_scale: type[Any]) -> list[Tensor | None] | None:
+    """The vectors [C] of layers of class `layer_scale`, None for each Identity; None if any layer is something else."""
+    if not all(isinstance(layer, layer_scale | nn.Identity) for layer in layers):
+        return None
+    return [layer.gamma if isinstance(layer, layer_scale) else None for layer in layers]
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name of an activation in `Parts.act`, or None."""
+    if type(act) is nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    # classes of timm and transformers, by name because they move between versions
+    return _ACTIVATIONS.get(type(act).__name__.removesuffix("Activation").removeprefix("Pytorch"))

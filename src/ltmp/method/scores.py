@@ -1,7 +1,7 @@
-"""Scores of a block's tokens: how alike two are, what merging each is penalised by, and how important each is.
+"""Scores of a block's tokens: similarity of pairs, merge penalty and importance of each token.
 
-The paper's are the cosine of mean keys (section 3.2) and the mean attention received (section 3.3); `config.Scores`
-lists the others (docs/method.md).
+In the paper, similarity is the cosine of mean keys (section 3.2) and importance the mean attention received (section
+3.3), without merge penalties; `config.Scores` lists the alternatives (docs/method.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tokens import Tokens
 
 
 class BlockScores(NamedTuple):
-    """Scores of the tokens of a block; None where no step needs them.
+    """Scores of the tokens of a block; None if no step needs them.
 
     Attributes:
         metric: float32 [B, N, E], unit vectors whose dot product is the similarity of two tokens.
@@ -37,11 +37,11 @@ class BlockScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Signals:
-    """Inputs of importance and merge penalty; None where the scores do not need them.
+    """Inputs of importance and merge penalty; None if the scores do not need them.
 
     Attributes:
         tokens: state at the block, [B, N].
-        protected: number of prefix tokens, which a probe knows nothing about.
+        protected: number of prefix tokens, for which a probe predicts nothing.
         received: float32 [B, N], mean attention received (paper, section 3.3).
         attended: float32 [B, N], attention from the class token, see `attended_for`.
         probed: float32 [B, N, WIDTH + 2], see `Policy.probed`.
@@ -54,7 +54,7 @@ class Signals:
     probed: Tensor | None = None
 
     def saliency(self, policy: Policy, block: int, column: int) -> Tensor:
-        """float32 [B, N], each token's share of what a column of the probe predicts for its image."""
+        """float32 [B, N], each token's share of its image's saliency, from a column of the probe."""
         assert self.probed is not None
         patch = self.tokens.live & (self.tokens.origin >= self.protected)
         return weigh.saliency(self.probed[..., column], policy.weight(block, self.tokens.size), patch)
@@ -75,11 +75,11 @@ def score(
     """Score the tokens of a block for `steps`, after its attention.
 
     Args:
-        steps: as in `make_plan`; `protected`, too.
+        steps, protected: as in `make_plan`.
         tokens: state at this block, [B, N].
         x: [..., C], features after the attention's residual; k: [..., H, D], keys.
         received, attended: float32 [B, N], see `Signals`.
-        pad: from the layout of `x` and `k` to [B, N, ...].
+        pad: converts the layout of `x` and `k` to [B, N, ...].
     """
     probed = policy.probed(block, x)
     signals = Signals(tokens, protected, received, attended, None if probed is None else pad(probed))
@@ -92,10 +92,10 @@ def score(
 
 
 def attended_for(policy: Policy, block: int, q: Tensor, k: Tensor, tokens: Tokens) -> Tensor | None:
-    """float32 [B, N], attention from the class token, or None where the scores do not need it.
+    """float32 [B, N], attention from the class token, or None if the scores do not need it.
 
     Args:
-        q, k: [B, N, H, D]; the class token is first, and only its query is read.
+        q, k: [B, N, H, D]; the class token comes first, and only its query is read.
     """
     if not policy.config.needs_class_attention:
         return None
@@ -119,7 +119,7 @@ def importance(policy: Policy, block: int, signals: Signals) -> Tensor | None:
     """float32 [B, N], the importance that a block prunes by; see `config.Scores`.
 
     Raises:
-        ValueError: the scores have an importance that is not known here.
+        ValueError: the importance of the scores is unknown.
     """
     kind, received = policy.config.scores.importance, signals.received
     if kind == "random":
@@ -137,14 +137,14 @@ def importance(policy: Policy, block: int, signals: Signals) -> Tensor | None:
 
 
 def merge_penalty(policy: Policy, block: int, signals: Signals) -> Tensor | None:
-    """float32 [B, N], positive, see `BlockScores`; None where only the similarity counts."""
-    power, found = policy.class_power(block), None
+    """float32 [B, N], positive, see `BlockScores`; None if the scores have no penalty."""
+    power, penalty = policy.class_power(block), None
     patches = signals.tokens.size * signals.tokens.live
     if power and signals.attended is not None:
-        found = weigh.merge_penalty(signals.attended, patches, power)
+        penalty = weigh.merge_penalty(signals.attended, patches, power)
     if policy.config.scores.probes_similarity:
-        own = weigh.merge_penalty(signals.saliency(policy, block, WIDTH), patches, weigh.MERGE_POWER)
-        # cosines of lifted tokens are that much closer to 1
-        own = own * (1 + LIFT) ** 0.5
-        found = own if found is None else found * own
-    return found
+        probed = weigh.merge_penalty(signals.saliency(policy, block, WIDTH), patches, weigh.MERGE_POWER)
+        # `LIFT` moves all cosines close to 1: scale the 1 - cosine of a pair up again, by 1 + LIFT
+        probed = probed * (1 + LIFT) ** 0.5
+        penalty = probed if penalty is None else penalty * probed
+    return penalty

@@ -1,4 +1,4 @@
-"""Learned thresholds: two numbers per block, the dial and the probe that belong to them, and their decisions."""
+"""Learned thresholds: two numbers per block, the decisions they make, and the dial and probe stored with them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .policy import Active, Policy
 
 PRUNE_TAU = 0.5
 """Temperature of the prune decision's gradient, in units of log importance."""
-Answers = tuple[Active, tuple[bool, ...]]
-"""What `Thresholds.active` and, of each block, `Thresholds.prunes_all` say."""
+_Summary = tuple[Active, tuple[bool, ...]]
+"""`Thresholds.active()`, and `Thresholds.prunes_all(block)` of each block."""
 
 
 def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """1 where `score > threshold`, else 0, exactly; its gradient is that of a sigmoid of temperature `tau`.
+    """Return 1 where `score > threshold`, else 0, with the gradient of a sigmoid of temperature `tau`.
 
-    The forward value is the hard decision in float32 (paper, equation 8, straight-through). `soft + (hard - soft)`
-    in this order is exactly 0 or 1; `hard + soft - soft` is not. `scale` transforms both numbers before the sigmoid.
+    Straight-through (paper, equation 8): the forward value is the hard decision. `soft + (hard - soft)` in this order
+    is exactly 0 or 1 in float32; `hard + soft - soft` is not. `scale` transforms both numbers before the sigmoid.
     """
     hard = (score > threshold).to(score.dtype)
     if not (threshold.requires_grad and torch.is_grad_enabled()):
@@ -43,46 +43,41 @@ def over(score: Tensor, threshold: Tensor, tau: float, scale: Callable[[Tensor],
 def log_over(score: Tensor, threshold: Tensor, tau: float) -> Tensor:
     """`over` for positive scores, with the sigmoid taken in log space.
 
-    Importance is near 1/N, so that a sigmoid in its own units would give every token the same gradient; in log space
-    one temperature fits every token count. The decision itself compares the plain numbers, as deployment does.
+    Importance is near 1/N, so a sigmoid of the plain values would give every token the same gradient; in log space one
+    temperature fits every token count. The decision itself compares the plain values, as deployment does.
     """
     return over(score, threshold, tau, lambda values: values.clamp_min(torch.finfo(values.dtype).tiny).log())
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Not so of what tracers, offloaders and transforms of functions put in its place."""
-    plain = type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
 class Thresholds(Policy):
-    """The learned thresholds of a model, `model.ltmp`, with the dial and the probe that belong to them.
+    """The learned thresholds of a model, `model.ltmp`, with their dial and probe.
 
-    A block whose merge threshold is >= 1 and whose prune threshold is <= 0 selects nothing and is skipped; thresholds
-    start at these values.
+    Thresholds start off: a block with a merge threshold >= 1 and a prune threshold <= 0 selects nothing and is skipped.
 
-    They are frozen until someone asks for gradients (`requires_grad_(True)`; `ltmp.learn` does while it runs).
-    Thresholds, dial and probe are in the state dict; all stay float32 under `model.half()`.
+    They are frozen until `requires_grad_(True)`, which `ltmp.learn` calls while it runs. Thresholds, dial and probe are
+    part of the state dict, and all stay float32 under `model.half()`.
 
     Args:
         depth: number of blocks, L.
         config: variant, scores and temperature.
 
     Attributes:
-        merge: float32 [L]; tokens merge if their score with their partner is above it.
-        prune: float32 [L]; tokens are kept if their importance is above it.
+        merge: float32 [L]; a token merges if its score with its partner is above it.
+        prune: float32 [L]; a token is kept if its importance is above it.
         dial: thresholds for a range of budgets, or None; see `set_dial`.
-        asked: the budget last set on the dial; `budget` also checks that the thresholds are still those.
+        asked: the budget last set on the dial; `budget` also checks that the thresholds have not changed since.
         probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
-        seen: the images that these thresholds were learned on, or None where nobody knows.
-        certificate: of the dial, as `ltmp.certify` left it or a file brought it; void where the dial is another by now.
+        seen: the images that these thresholds were learned on; None if unknown.
+        certificate: certificate of the dial, from `ltmp.certify` or from a file; void if the dial was replaced since.
     """
 
     probe: Tensor | None
     log_prune = True
-    """Whether the prune decision's gradient is taken in log space; not in the paper's own training."""
+    """Whether the prune decision's gradient is taken in log space, which the paper's own training does not do."""
     seen: Seen | None = None
     certificate: Certificate | None = None
+    # the summary that `_read_summary` last made, with the values it was made from
+    _cached: tuple[Any, _Summary, tuple[Tensor, ...]] | None = None
 
     def __init__(self, depth: int, config: LTMPConfig) -> None:
         super().__init__(depth, config)
@@ -91,21 +86,20 @@ class Thresholds(Policy):
         self.dial: Dial | None = None
         self.asked: float | None = None
         self.register_buffer("probe", None)
-        self._known: tuple[Any, Answers, tuple[Tensor, ...]] | None = None
 
     # -- values
 
     @torch.no_grad()
     def set(self, merge: Tensor | list[float] | None = None, prune: Tensor | list[float] | None = None) -> None:
-        """Copy new values [L] in; None leaves a vector as it is.
+        """Copy in new values [L]; None leaves the current ones.
 
         Raises:
-            ValueError: the number of values is not the model's depth, or a value is not finite.
+            ValueError: the number of values is not the model's depth, or a value is not finite. Nothing is changed.
         """
         new = {
-            n: torch.as_tensor(v, device=self.merge.device).float()
-            for n, v in (("merge", merge), ("prune", prune))
-            if v is not None
+            name: torch.as_tensor(values, device=self.merge.device).float()
+            for name, values in (("merge", merge), ("prune", prune))
+            if values is not None
         }
         for name, values in new.items():
             if values.shape != (self.depth,):
@@ -122,12 +116,12 @@ class Thresholds(Policy):
         self.asked = None
 
     def set_dial(self, dial: Dial | None) -> None:
-        """Set the dial, or remove it with None; the thresholds stay as they are until `set_budget`.
+        """Set the dial, or remove it with None. Thresholds do not change until `set_budget`.
 
-        A dial belongs to the probe that is set: set the probe first, as a new one removes the dial.
+        Set the probe first: a dial is calibrated on its scores, so a new probe removes the dial.
 
         Raises:
-            ValueError: it is for another number of blocks.
+            ValueError: the dial is for another number of blocks.
         """
         if dial is not None and dial.depth != self.depth:
             raise ValueError(
@@ -137,44 +131,45 @@ class Thresholds(Policy):
 
     @torch.no_grad()
     def set_budget(self, share: float) -> None:
-        """Set the thresholds to the dial's at this FLOPs share, in microseconds and without waiting for a device.
+        """Set the thresholds to those of the dial at this FLOPs share. Takes microseconds and never waits for a device.
 
-        Calls of the model that are queued on a GPU keep the thresholds that they were queued with. A call that another
-        thread is in the middle of may see both.
+        Calls of the model already queued on a GPU keep the thresholds that they were queued with. A call running in
+        another thread may see some old and some new ones.
 
         >>> model.ltmp.set_budget(0.55)
 
         Args:
-            share: between the dial's ends, or 1 for all off.
+            share: a share within the range of the dial, or 1 to turn reduction off.
 
         Raises:
-            UsageError: there is no dial, or the share is outside its range; the thresholds stay as they are.
+            UsageError: there is no dial, or the share is outside its range. Nothing is changed.
         """
         if self.dial is None:
             raise UsageError(
                 "these thresholds are for one budget and have no dial: make one with `ltmp dial` (docs/dial.md)"
             )
         for parameter, values in zip((self.merge, self.prune), self.dial.at(share), strict=True):
-            # from pinned memory a copy waits for nothing
+            # a copy from pinned memory is asynchronous
             parameter.copy_(values.pin_memory() if parameter.is_cuda else values, non_blocking=True)
         self.asked = float(share)
 
     @property
     def budget(self) -> float | None:
-        """The share that the dial set these thresholds for; None if they have changed since. Reads the device."""
+        """The FLOPs share last set on the dial; None if the thresholds have changed since. Reads the device."""
         if self.dial is None or self.asked is None:
             return None
         pairs = zip((self.merge, self.prune), self.dial.at(self.asked), strict=True)
-        return self.asked if all(torch.equal(mine.detach().cpu(), dials) for mine, dials in pairs) else None
+        unchanged = all(torch.equal(current.detach().cpu(), from_dial) for current, from_dial in pairs)
+        return self.asked if unchanged else None
 
     def set_probe(self, probe: Tensor | None) -> None:
         """Set the probe that tokens are scored with, or remove it with None.
 
-        Any other probe than the one that is set removes the dial, whose thresholds were calibrated on scores of the
-        old one; `ltmp.learn_dial` makes a new dial.
+        A different probe removes the dial, whose thresholds were calibrated on scores of the old one; `ltmp.learn_dial`
+        makes a new dial.
 
         Raises:
-            ValueError: it is for another number of blocks, or not a probe at all.
+            ValueError: the tensor is for another number of blocks, has another shape than a probe, or is not finite.
         """
         if probe is not None:
             probe = self._checked_probe(probe)
@@ -184,7 +179,7 @@ class Thresholds(Policy):
         self.probe = probe
 
     def _checked_probe(self, probe: Tensor) -> Tensor:
-        """An own float32 copy of a probe, on the device of the thresholds."""
+        """Return a float32 copy of a valid probe, on the device of the thresholds."""
         if probe.ndim != 3 or probe.shape[0] != self.depth or probe.shape[2] != WIDTH + 2:
             raise ValueError(
                 f"a probe of shape {tuple(probe.shape)}, but this model's is [{self.depth}, width + 1, {WIDTH + 2}]: "
@@ -204,7 +199,7 @@ class Thresholds(Policy):
         """float32 [C + 1, WIDTH + 2], the probe of a block.
 
         Raises:
-            LTMPError: there is none.
+            LTMPError: no probe is set.
         """
         if self.probe is None:
             raise LTMPError(
@@ -214,7 +209,7 @@ class Thresholds(Policy):
         return self.probe[block]
 
     def decide(self, step: str, block: int, score: Tensor, free: Tensor) -> Tensor:
-        """1 above the block's threshold, else 0; only where tokens are masked a gradient reaches the threshold."""
+        """See `Policy.decide`; a gradient reaches the threshold only if tokens are masked."""
         threshold = getattr(self, step)[block]
         threshold = threshold if self.masks else threshold.detach()
         if step == "merge" or not self.log_prune:
@@ -222,77 +217,83 @@ class Thresholds(Policy):
         return log_over(score, threshold, PRUNE_TAU)
 
     def pruned_whole(self) -> Tensor:
-        """No mean of attention weights is above 1."""
+        """See `Policy.pruned_whole`; importance is a mean of attention weights, so never above 1."""
         return self.prune.detach() >= (float("inf") if self.config.floor else 1)
 
     def on(self) -> Tensor:
-        """A cosine is at most 1 and importance above 0; but with a ceiling any step may have to remove tokens."""
+        """See `Policy.on`. A cosine is at most 1 and importance is above 0.
+
+        With a ceiling, any step of the variant may have to remove tokens, whatever the thresholds.
+        """
         if self.config.ceiling is not None:
-            here = [torch.full_like(self.merge, step in self.config.steps) for step in ("merge", "prune")]
-            return torch.stack(here, 1) > 0
+            steps = [torch.full_like(self.merge, step in self.config.steps) for step in ("merge", "prune")]
+            return torch.stack(steps, 1) > 0
         return torch.stack([self.merge.detach() < 1, self.prune.detach() > 0], 1)
 
     def active(self) -> Active:
-        """For each block whether its merge and its prune threshold can select anything.
+        """For each block, whether its merge and its prune step can select anything.
 
-        Reads a device once. On a CPU only what changed since the last call is looked at, by no operator of torch, so
-        that whoever traces the model (`torch.export`, `torch.fx`) sees nothing.
+        Reads the device once. On a CPU the result is cached, and values are compared without any torch operator, so
+        that tracers of the model (`torch.export`, `torch.fx`) record nothing.
 
         Raises:
             LTMPError: a threshold is NaN, which would select nothing in one engine and everything in another.
         """
-        return self._look()[0]
+        return self._summary()[0]
 
     def prunes_all(self, block: int) -> bool:
-        """See `Policy.prunes_all`; a device is read once more."""
-        return self._look()[1][block]
+        """See `Policy.prunes_all`; reads the device once more."""
+        return self._summary()[1][block]
 
-    def _look(self) -> Answers:
-        """The values of `active` and `prunes_all`, cached while the thresholds stay the same."""
-        return self._constant() if torch.compiler.is_exporting() else self._look_now()
+    def _summary(self) -> _Summary:
+        return self._constant_summary() if torch.compiler.is_exporting() else self._read_summary()
 
-    def _constant(self) -> Answers:
-        """`_look_now`, which `torch.export(strict=True)` calls and does not trace."""
-        return self._look_now()
+    def _constant_summary(self) -> _Summary:
+        """`_read_summary` as a constant: `torch.export(strict=True)` calls it and does not trace into it."""
+        return self._read_summary()
 
     # what torch.compiler.assume_constant_result does, which would import the compiler
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant_summary._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def _look_now(self) -> Answers:
+    def _read_summary(self) -> _Summary:
+        """Summarise the current values. On a CPU the last summary is returned again while they are the same."""
+        cached = self._cached
         # not as attributes, which tracers replace
         both: tuple[Tensor, ...] = tuple(self._parameters[name] for name in ("merge", "prune"))  # type: ignore[misc]
         if not all(map(_has_values, both)):
-            # something without values stands in for them: a tracer, an offloader
-            if self._known is None:
+            # a tracer or an offloader put tensors without values in their place
+            if cached is None:
                 raise LTMPError("these thresholds are on the meta device, or are traced, and have no values there")
-            both = self._known[2]
+            both = cached[2]
         if both[0].device.type != "cpu":
-            return self._answers(*torch.stack([p.detach() for p in both]).tolist())
+            return self._summarise(*torch.stack([p.detach() for p in both]).tolist())
         if any(p.dtype != torch.float32 or not p.is_contiguous() for p in both):
             both = tuple(p.detach().float().contiguous() for p in both)
-        # from memory, by no operator
-        found = [ctypes.string_at(p.data_ptr(), p.nbytes) for p in both]
-        if self._known is None or self._known[0] != (self.config, *found):
-            answers = self._answers(*(array.array("f", values) for values in found))
-            held = both if self._known is not None and both is self._known[2] else tuple(p.data for p in both)
-            self._known = ((self.config, *found), answers, held)
-        return self._known[1]
+        # read the memory directly, not with an operator
+        raw = [ctypes.string_at(p.data_ptr(), p.nbytes) for p in both]
+        if cached is None or cached[0] != (self.config, *raw):
+            summary = self._summarise(*(array.array("f", values) for values in raw))
+            tensors = both if cached is not None and both is cached[2] else tuple(p.data for p in both)
+            cached = self._cached = ((self.config, *raw), summary, tensors)
+        return cached[1]
 
-    def _answers(self, merge: Sequence[float], prune: Sequence[float]) -> Answers:
+    def _summarise(self, merge: Sequence[float], prune: Sequence[float]) -> _Summary:
         if any(value != value for value in (*merge, *prune)):
             raise LTMPError("a threshold is NaN: the run or the file that it came from is broken, use another")
-        steps, most = self.config.steps, 1 if not self.config.floor else math.inf
-        on = [(m < 1, p > 0) for m, p in zip(merge, prune, strict=True)]
+        steps = self.config.steps
+        active = [(m < 1, p > 0) for m, p in zip(merge, prune, strict=True)]
         if self.config.ceiling is not None:
-            on = [("merge" in steps, "prune" in steps)] * self.depth
-        return tuple(on), tuple(p >= most for p in prune)
+            active = [("merge" in steps, "prune" in steps)] * self.depth
+        # importance is at most 1; with a floor no threshold prunes every token
+        prunes_all_from = math.inf if self.config.floor else 1
+        return tuple(active), tuple(p >= prunes_all_from for p in prune)
 
-    # -- copies
+    # -- devices and state dicts
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follow the model to another device, but keep float32: `model.half()` must not change a decision.
+        """Move to the model's device, but stay float32: `model.half()` must not change a decision.
 
-        From the meta device come no values: `to_empty` turns all thresholds off, and leaves no probe.
+        The meta device has no values to move, so that `to_empty` turns all thresholds off and removes the probe.
         """
         exact, probe = {name: parameter.data for name, parameter in self.named_parameters()}, self.probe
         super()._apply(fn, recurse)
@@ -307,7 +308,7 @@ class Thresholds(Policy):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        """Add the dial, whose tensors are no buffers."""
+        """Add the dial, whose tensors are not buffers."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.dial is not None:
             destination.update({f"{prefix}{name}": tensor for name, tensor in self.dial.tensors().items()})
@@ -315,9 +316,9 @@ class Thresholds(Policy):
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        """Take probe and dial of the thresholds that are loaded; remove both where those have none.
+        """Load probe and dial with the thresholds, and remove those that the checkpoint does not have.
 
-        A checkpoint of the model alone, without any of them, leaves them as they are.
+        A checkpoint of the host alone, without thresholds, changes nothing.
         """
         if prefix and not any(name.startswith(prefix) for name in state_dict):
             return
@@ -329,7 +330,13 @@ class Thresholds(Policy):
                 error_msgs.append(str(error))
         rest = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}{PREFIX}")}
         for name in (f"{prefix}merge", f"{prefix}prune"):
-            # `assign=True` would keep the type of a checkpoint in half precision
+            # `assign=True` would keep the dtype of a half-precision checkpoint
             if name in rest:
                 rest[name] = rest[name].float()
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor can be read: tracers, offloaders and function transforms put others in its place."""
+    plain = type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -1,1 +1,1 @@
-"""Operations with kernels: plain tensors in and out. The `reference` of each defines its result."""
+"""Operations with kernels: plain tensors in and out. The module `reference` of an operation defines its result."""

@@ -1,7 +1,7 @@
 """Helpers that the Triton kernels share.
 
-Packed layout: the live tokens of all images in rows, image b owning rows cu[b]:cu[b + 1], in its current order. Rows
-past cu[B] are room that a fixed capacity leaves; kernels neither read nor write them.
+Packed layout: the live tokens of all images in rows, rows cu[b]:cu[b + 1] for image b, in its current order. Rows past
+cu[B] are unused capacity, which kernels neither read nor write.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def mean_received(RECEIVED, token, live, n, rows, H: tl.constexpr):
 
 @triton.jit
 def to_power(x, power):
-    """x ** power; x is clamped to the smallest normal float32, so that its logarithm is finite."""
+    """x ** power, with x clamped to the smallest normal float32, so that its logarithm is finite."""
     return tl.exp2(tl.log2(tl.maximum(x, 1.1754943508222875e-38)) * power)
 
 
 def pow2(n: int) -> int:
-    """Smallest power of two >= n and >= 16, the smallest that matrix units take."""
+    """Smallest power of two >= n and >= 16, the smallest size that matrix units support."""
     return max(16, triton.next_power_of_2(n))
 
 
 def strides(heads: Tensor) -> tuple[int, int]:
-    """Row and head stride of a [T, H, D] view.
+    """Row and head strides of a [T, H, D] view.
 
     Raises:
         ValueError: D does not have unit stride.

@@ -1,4 +1,4 @@
-"""Memory that a thread keeps from call to call, for what one kernel writes and the next one reads."""
+"""Buffers for intermediate results between kernels: each thread keeps its own from call to call."""
 
 from __future__ import annotations
 
@@ -11,36 +11,39 @@ from torch import Tensor
 
 
 class Scratch(NamedTuple):
-    """The same float32 memory for both libraries, 1-D."""
+    """1-D float32 memory, as a tensor and as an array."""
 
     tensor: Tensor
     array: np.ndarray[Any, Any]
 
 
-class _Held(threading.local):
+class _Buffers(threading.local):
     def __init__(self) -> None:
         self.by_name: dict[str, Scratch] = {}
 
 
-_HELD = _Held()
+_BUFFERS = _Buffers()
 
 
 def scratch(name: str, size: int) -> Scratch:
-    """At least `size` values of any kind, valid until this thread asks for the same name again: never hand it out."""
-    held = _HELD.by_name.get(name)
-    if held is None or len(held.array) < size:
+    """Return uninitialised memory of at least `size` values.
+
+    It is valid until this thread requests the same name again, so results must not be returned in it.
+    """
+    buffer = _BUFFERS.by_name.get(name)
+    if buffer is None or len(buffer.array) < size:
         array = np.empty(size, np.float32)
         with torch.inference_mode(False):
-            held = _HELD.by_name[name] = Scratch(torch.from_numpy(array), array)
-    return held
+            buffer = _BUFFERS.by_name[name] = Scratch(torch.from_numpy(array), array)
+    return buffer
 
 
 _LINE = 16
-"""float32 values in a cache line, which rows should begin with."""
+"""float32 values per cache line."""
 
 
 def both(rows: int, width: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
-    """New float32 memory [rows, width] of any values, as both libraries see it."""
+    """Return new, uninitialised float32 memory [rows, width] as a tensor and as an array, aligned to cache lines."""
     memory = np.empty(rows * width + _LINE, np.float32)
     skip = -memory.ctypes.data // memory.itemsize % _LINE
     array = memory[skip : skip + rows * width].reshape(rows, width)

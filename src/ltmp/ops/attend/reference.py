@@ -11,7 +11,7 @@ from ...errors import LTMPError
 
 
 def _scores(q: Tensor, k: Tensor, size: Tensor, added: Tensor | None) -> Tensor:
-    """float32 [B, H, N, N]: `q k^T / sqrt(D) + log size_j + added`; half-precision products are summed in float32."""
+    """float32 [B, H, N, N]: `q k^T / sqrt(D) + log size_j + added`; half precision is accumulated in float32."""
     bias = size.float().log()[:, None, None, :]
     if added is not None:
         bias = bias + added.float()
@@ -23,7 +23,7 @@ def _scores(q: Tensor, k: Tensor, size: Tensor, added: Tensor | None) -> Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps no [N, N] map between forward and backward, to need no more memory than fused attention."""
+    """Recomputes the attention map in backward, to need no more memory than fused attention."""
 
     @staticmethod
     def forward(
@@ -36,9 +36,9 @@ class _Attend(torch.autograd.Function):
             lse = score.logsumexp(-1, keepdim=True)
             p = score.sub_(lse).exp_()
             out = (p.to(v.dtype) @ v).transpose(1, 2)
-            # removed queries do not count
-            votes = live[:, None, None, :].to(p.dtype) @ p
-            importance = votes.sum((1, 2)) / (q.shape[1] * live.sum(1, keepdim=True))
+            # only live queries count
+            received = live[:, None, None, :].to(p.dtype) @ p
+            importance = received.sum((1, 2)) / (q.shape[1] * live.sum(1, keepdim=True))
         ctx.save_for_backward(q, k, v, size, keep, lse, out, added)
         ctx.mark_non_differentiable(importance)
         return out, importance
@@ -53,15 +53,15 @@ class _Attend(torch.autograd.Function):
         q, k, v, size, keep, lse, out, added = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             live = (keep > 0)[:, None, None, :]
-            # the weight of each token, and the weight that a removed one would have: the gradient of keep
+            # attention weights, also those that removed tokens would have, for the gradient of keep
             weight = _scores(q, k, size, added).sub_(lse)
-            # a removed query may see no token that is left, and has no gradient
+            # a removed query whose bias hides all live tokens would overflow; it has no gradient
             weight = (weight if added is None else weight.clamp_(max=30)).exp_()
             grad = grad.transpose(1, 2)
             delta = (grad.float() * out.transpose(1, 2).float()).sum(-1, keepdim=True)
-            pull = (grad @ v.transpose(-2, -1)).float().sub_(delta).mul_(weight)
-            grad_keep = pull.sum((1, 2)).to(keep.dtype) if ctx.needs_input_grad[4] else None
-            grad_score = pull.mul_(live).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+            grad_weight = (grad @ v.transpose(-2, -1)).float().sub_(delta).mul_(weight)
+            grad_keep = grad_weight.sum((1, 2)).to(keep.dtype) if ctx.needs_input_grad[4] else None
+            grad_score = grad_weight.mul_(live).mul_(q.shape[-1] ** -0.5).to(q.dtype)
             grad_v = weight.mul_(live).to(v.dtype).transpose(-2, -1) @ grad
             return grad_score @ k, grad_score.transpose(-2, -1) @ q, grad_v, None, grad_keep, None
 
@@ -73,12 +73,12 @@ def attend(
 
     Args:
         q, k, v: [B, N, H, D].
-        size: float32 [B, N], weight of each token: its patches, or see `Policy.weight`.
-        keep: float32 [B, N], 1 live and 0 removed; its gradient at a removed token is that of restoring it.
-        added: [B, H or 1, N, N], to the scores before the softmax; gets no gradient.
+        size: float32 [B, N], weight of each token: its number of patches, or see `Policy.weight`.
+        keep: float32 [B, N], 1 if live and 0 if removed; the gradient at a removed token is that of restoring it.
+        added: [B, H or 1, N, N], added to the scores before the softmax; gets no gradient.
 
     Returns:
-        out: [B, N, H, D] in v's type.
+        out: [B, N, H, D] in the dtype of v.
         importance: float32 [B, N], mean attention received over heads and live queries (section 3.3); no gradient.
     """
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -94,19 +94,20 @@ def attend_rows(
         q, k, v: [T, H, D], the live tokens of all images one after the other.
         size: float32 [T], as in `attend`.
         counts: live tokens of each image; they sum to T.
-        need_importance: whether to return it.
+        need_importance: whether to return the importance.
 
     Returns:
-        out: [T, H, D]; importance: float32 [T] or None.
+        out: [T, H, D].
+        importance: float32 [T], or None.
     """
     outs, received = [], []
     scale = q.shape[-1] ** -0.5
-    plain = bool((size == 1).all())
+    unweighted = bool((size == 1).all())
     with torch.autocast(q.device.type, enabled=False):
         for qi, ki, vi, bi in zip(*(t.split(counts) for t in (q, k, v, size.log())), strict=True):
             qi, ki, vi = (t.transpose(0, 1) for t in (qi.float(), ki.float(), vi))
             score = (qi @ ki.transpose(1, 2)).mul_(scale)
-            p = (score if plain else score.add_(bi)).softmax(-1)
+            p = (score if unweighted else score.add_(bi)).softmax(-1)
             outs.append((p.to(vi.dtype) @ vi).transpose(0, 1))
             if need_importance:
                 received.append(p.mean((0, 1)))

@@ -1,4 +1,4 @@
-"""Attention of packed rows on a CPU in float32, by image: fused, or in parts whose maps stay in the cache."""
+"""Attention of packed rows, float32 on a CPU, image by image: fused, or in tiles whose maps stay in the cache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from ..scratch import scratch
 
 MAP = 2**19
-"""Values of a map that is worked on at a time: 2 MiB. With less, threads wait for one another at each of many steps."""
+"""Values of the attention map computed at a time: 2 MiB. With fewer, threads wait for one another too often."""
 
 MANY = 192
-"""Tokens from which on an image has many: torch's softmax of a map then takes longer than its parts by themselves, and
-its fused attention is the fastest where nobody asks for the map."""
+"""Tokens of an image from which torch's softmax of a whole map takes longer than its single steps on tiles, and torch's
+fused attention is the fastest if no map is needed."""
 
 
 def attend_images(
@@ -27,14 +27,14 @@ def attend_images(
     received: Tensor | None = None,
     attended: Tensor | None = None,
 ) -> Tensor:
-    """`reference.attend` of packed rows, one image after the other; called where no gradients are asked for.
+    """`reference.attend` of packed rows, one image after the other, without gradients.
 
     Args:
         q, k, v: float32 [T, H, D], the live tokens of all images one after the other.
-        bias: float32 [T], the logarithms of what each token counts as; None where every one counts as 1.
+        bias: float32 [T], the logarithm of each token's weight; None if all weights are 1.
         counts: live tokens of each image; they sum to T.
-        received: float32 [T]; the mean attention received is added to it. None where nobody asks.
-        attended: the same with the attention from each image's first token.
+        received: float32 [T], the mean attention received is added to it; None if it is not needed.
+        attended: float32 [T], attention from the first token of each image is added to it; None if it is not needed.
 
     Returns:
         [T, H * D].
@@ -49,7 +49,7 @@ def attend_images(
 
 
 def _heads_first(rows: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
-    """[H, T, D], or [H, D, T], of [T, H, D] or [T, H * D], in one call."""
+    """View [T, H, D] or [T, H * D] as [H, T, D], or as [H, D, T] if `transposed`, in one call."""
     number, heads, width = shape
     head = rows.stride(1) if rows.ndim == 3 else width
     if transposed:
@@ -64,7 +64,7 @@ def _split(values: Tensor, counts: list[int], dim: int) -> Sequence[Tensor]:
 def _attend_image(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
 ) -> None:
-    """One image [H, N, D], k [H, D, N]; `out` is filled, the scores [N] are added up."""
+    """Attention of one image: q, v [H, N, D], k [H, D, N]. Fills `out`; adds to `received` and `attended` [N]."""
     if q.shape[1] < MANY:
         _attend_few(q, k, v, out, bias, received, attended)
     elif received is None and attended is None:
@@ -77,7 +77,7 @@ def _attend_image(
 def _attend_few(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
 ) -> None:
-    """The whole map at once."""
+    """The whole attention map at once."""
     heads, n, width = q.shape
     score, p = _scratch("scores", (heads, n, n)), _scratch("softmax", (heads, n, n))
     start, beta = (score, 0) if bias is None else (bias, 1)
@@ -93,14 +93,14 @@ def _attend_few(
 def _attend_many(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, bias: Tensor | None, received: Tensor | None, attended: Tensor | None
 ) -> None:
-    """Some heads or queries at a time, in as few passes over a map as there can be.
+    """Some heads or queries at a time, in as few passes over a tile of the map as possible.
 
-    What tokens count as multiplies values and sums, instead of being added to each score; and sums divide what comes of
-    a map, instead of the map.
+    Weights of tokens multiply values and sums, rather than being added to every score; and the softmax divides its
+    results by the sums, rather than the map itself.
     """
     heads, n, width = q.shape
-    counts = v.new_ones(n) if bias is None else bias.exp()
-    v = torch.mul(v, counts[:, None], out=_scratch("values", (heads, n, width)))
+    token_weight = v.new_ones(n) if bias is None else bias.exp()
+    v = torch.mul(v, token_weight[:, None], out=_scratch("values", (heads, n, width)))
     group, rows = max(1, min(heads, MAP // (n * n))), min(n, max(16, MAP // n))
     for h in range(0, heads, group):
         some = slice(h, h + group)
@@ -109,13 +109,13 @@ def _attend_many(
             weight = _scratch("scores", (len(qi), qi.shape[1], n))
             torch.baddbmm(weight, qi, k[some], beta=0, alpha=width**-0.5, out=weight)
             weight.sub_(weight.amax(-1, keepdim=True)).exp_()
-            part = torch.mv(weight.view(-1, n), counts).reciprocal_().view(*weight.shape[:2], 1)
-            torch.mul(torch.bmm(weight, v[some]), part, out=out[some, i : i + rows])
+            scale = torch.mv(weight.view(-1, n), token_weight).reciprocal_().view(*weight.shape[:2], 1)
+            torch.mul(torch.bmm(weight, v[some]), scale, out=out[some, i : i + rows])
             if received is not None:
-                given = torch.mv(weight.view(-1, n).t(), part.view(-1))
-                received.addcmul_(given, counts, value=1 / (heads * n))
+                column_sum = torch.mv(weight.view(-1, n).t(), scale.view(-1))
+                received.addcmul_(column_sum, token_weight, value=1 / (heads * n))
             if attended is not None and i == 0:
-                attended.addcmul_((weight[:, 0] * part[:, 0]).sum(0), counts, value=1 / heads)
+                attended.addcmul_((weight[:, 0] * scale[:, 0]).sum(0), token_weight, value=1 / heads)
 
 
 def _scratch(name: str, shape: tuple[int, int, int]) -> Tensor:

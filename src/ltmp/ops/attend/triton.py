@@ -1,8 +1,8 @@
-"""Packed attention with a bias by token size, and the attention that each token receives.
+"""Attention of packed rows with a bias by token size, and the attention that each token receives.
 
-No stock fused kernel gives the column sums that importance needs. Where the keys of an image fit on chip, one pass
-computes both: a query tile's softmax is final before it leaves the registers. Longer images take a second pass over the
-keys. No atomics: the same bits every run.
+No stock fused kernel returns the column sums that importance needs. If the keys of an image fit on chip, one pass
+computes both: the softmax of a query tile is final before it leaves the registers. Longer images take a second pass
+over the keys. Without atomics, so that every run returns the same bits.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from .._triton import LOG2E, image_rows, pow2, precision, strides
 
 _ON_CHIP = 64 * 1024
 """Bytes of keys and values of one head that one program may hold. Two programs then share a multiprocessor of Hopper,
-and with the kernel's other shared memory one fits on any GPU since Ampere. Float32 products need twice the rest."""
+and with the kernel's other shared memory one fits on any GPU since Ampere. Float32 products need twice that other
+memory."""
 
 
 @triton.jit
 def _image_head(CU, program, H: tl.constexpr):
-    """First row and token count of an image, and a head, of a program number that counts heads of images."""
+    """First row and token count of an image, and a head, from the number of a program that handles one head."""
     first, n = image_rows(CU, program // H)
     return first, n, program % H
 
 
 @triton.jit
 def _load_tile(POINTER, row, n, stride, D: tl.constexpr, DB: tl.constexpr):
-    """[rows, DB] of one head. Rows past the image repeat its last one, which needs no mask; columns past D are zero."""
+    """[rows, DB] of one head. Rows past the image repeat its last one, to need no mask; columns past D are zero."""
     column = tl.arange(0, DB)
     at = POINTER + tl.minimum(row, n - 1)[:, None] * stride + column[None, :]
     return tl.load(at, mask=(column < D)[None, :], other=0.0) if D < DB else tl.load(at)
@@ -42,8 +43,8 @@ def _store_tile(OUT, tile, row, n, stride, D: tl.constexpr, DB: tl.constexpr):
 
 
 @triton.jit
-def _votes(weight, dtype: tl.constexpr):
-    """[16, rows] whose rows sum to `weight` [rows]: high and low halves, so that a matrix unit loses no precision."""
+def _halves(weight, dtype: tl.constexpr):
+    """[16, rows] that sums to `weight` [rows]: high and low halves, so that matrix units lose no precision."""
     high = weight.to(dtype)
     low = (weight - high.to(tl.float32)).to(dtype)
     row = tl.arange(0, 16)[:, None]
@@ -91,11 +92,11 @@ def _head(
         share = tl.where(query < n, 1 / total, 0.0)
         _store_tile(OUT, out * share[:, None], query, n, out_row, D, DB)
         if NEED:
-            # the sum over queries as a matrix product: across threads it would cost more than the softmax
+            # sum over queries by a matrix product: a reduction across threads would cost more than the softmax
             added = ()
             for c in tl.static_range(CHUNKS):
-                votes = _votes(tl.exp2(tops[c] - top) * share, values[c].dtype)
-                added = added + (tl.dot(votes, weights[c], received[c], input_precision=PRECISION),)
+                halves = _halves(tl.exp2(tops[c] - top) * share, values[c].dtype)
+                added = added + (tl.dot(halves, weights[c], received[c], input_precision=PRECISION),)
             received = added
     if NEED:
         for c in tl.static_range(CHUNKS):
@@ -112,7 +113,7 @@ def _one_pass_kernel(
 ):  # fmt: skip
     """One program = one head of one image."""
     first, n, head = _image_head(CU, tl.program_id(0), H)
-    # images of one batch differ in length: each runs with the units that it fills
+    # images of a batch differ in length: each runs with as many units as it needs
     for units in tl.static_range(1, UNITS + 1):
         if (n > (units - 1) * 64) & ((n <= units * 64) | (units == UNITS)):
             _head(
@@ -164,7 +165,7 @@ def _received_kernel(
     H: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention received, by keys: one program = one key tile of one head of one image."""
+    """Attention received; one program = one key tile of one head of one image."""
     first, n, head = _image_head(CU, tl.program_id(1), H)
     n0 = tl.program_id(0) * BN
     if n0 < n:
@@ -189,7 +190,7 @@ def units_on_chip(longest: int, width: int, number_bytes: int) -> int | None:
 
     Args:
         longest: tokens of the longest image.
-        width: of a head, D.
+        width: width of a head, D.
         number_bytes: bytes per element of the keys.
     """
     units = triton.cdiv(longest, 64)
@@ -203,29 +204,30 @@ def attend(
     """Proportional attention within each image of packed rows (paper, section 3.1).
 
     Args:
-        q, k, v: [T, H, D] views with unit stride in D, for example of one [T, 3, H, D] tensor. D up to 256.
-        size: float32 [T], weight of each token: its patches, or see `Policy.weight`.
-        cu: int32 [B + 1] on the device; image b owns rows cu[b]:cu[b + 1].
-        longest: a bound on the tokens of an image.
+        q, k, v: [T, H, D] views with unit stride in D, for example of one [T, 3, H, D] tensor. D is at most 256.
+        size: float32 [T], weight of each token: its number of patches, or see `Policy.weight`.
+        cu: int32 [B + 1] on the device; rows cu[b]:cu[b + 1] are those of image b.
+        longest: an upper bound on the tokens of an image.
         need_received: whether to return the attention received.
 
     Returns:
-        out: [T, H * D] in v's dtype; rows past cu[B] are not written.
-        received: float32 [H, T], attention received, summed over the image's queries, for each head, or None. Its sum
-            over heads, divided by H times the image's token count, is the paper's importance (section 3.3).
+        out: [T, H * D] in the dtype of v; rows past cu[B] are not written.
+        received: float32 [H, T], attention received in each head, summed over the queries of the image, or None. Its
+            sum over heads, divided by H times the image's token count, is the paper's importance (section 3.3).
     """
     rows, heads, width = q.shape
     images = cu.shape[0] - 1
     out = torch.empty(rows, heads * width, dtype=v.dtype, device=v.device)
     scale = width**-0.5 * LOG2E
-    of_q, of_k, of_v = strides(q), strides(k), strides(v)
+    q_strides, k_strides, v_strides = strides(q), strides(k), strides(v)
     block = pow2(width)
     shape = {"H": heads, "D": width, "DB": block, "PRECISION": precision(q)}
     units = units_on_chip(longest, width, q.element_size())
     received = torch.empty(heads, rows, device=q.device, dtype=torch.float32) if need_received else None
     if units is not None:
         _one_pass_kernel[(images * heads,)](
-            q, k, v, size, out, size if received is None else received, cu, scale, rows, *of_q, *of_k, *of_v,
+            q, k, v, size, out, size if received is None else received, cu, scale, rows,
+            *q_strides, *k_strides, *v_strides,
             BM=64, UNITS=units, NEED=need_received, num_warps=4, num_stages=1, **shape,
         )  # fmt: skip
         return out, received
@@ -234,12 +236,12 @@ def attend(
     narrow = block * q.element_size() <= 128
     tile, chunk = (128, 64) if narrow else (64, 32)
     _flash_kernel[(triton.cdiv(longest, tile), images * heads)](
-        q, k, v, bias, out, lse, cu, scale, rows, *of_q, *of_k, *of_v,
+        q, k, v, bias, out, lse, cu, scale, rows, *q_strides, *k_strides, *v_strides,
         BM=tile, BN=chunk, num_warps=4, num_stages=3 if narrow else 2, **shape,
     )  # fmt: skip
     if received is not None:
         _received_kernel[(triton.cdiv(longest, 64), images * heads)](
-            q, k, bias, lse, received, cu, scale, rows, *of_q, *of_k,
+            q, k, bias, lse, received, cu, scale, rows, *q_strides, *k_strides,
             BM=chunk, BN=64, num_warps=4, num_stages=3 if narrow else 2, **shape,
         )  # fmt: skip
     return out, received

@@ -1,4 +1,4 @@
-"""Apply a plan to packed rows: move, merge, and the layer norm that follows, in one pass."""
+"""Apply a plan to packed rows: move, merge, and compute the layer norm that follows, in one pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..plan.triton import RowPlan
 def _fold_kernel(
     X, Y, LAYER_SCALE, W, BIAS, CU, CU_OUT, SIZE, NEW_SIZE, SLOT, ORIGIN, X_OUT, H_OUT, SIZE_OUT, ORIGIN_OUT,
     room, eps,
-    C: tl.constexpr, CB: tl.constexpr, GIVERS: tl.constexpr, STEP: tl.constexpr, ADDS: tl.constexpr,
+    C: tl.constexpr, CB: tl.constexpr, SOURCES: tl.constexpr, STEP: tl.constexpr, ADDS: tl.constexpr,
     SCALES: tl.constexpr, AFFINE: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """One program = one token."""
+    """One program = one token of one image."""
     image = tl.program_id(0)
     token = tl.program_id(1)
     first, n = image_rows(CU, image)
@@ -33,14 +33,14 @@ def _fold_kernel(
             if size > before:
                 x *= before
                 # in bipartite matching only even tokens merge
-                giver = STEP * tl.arange(0, GIVERS)
-                arrives = tl.load(SLOT + first + giver, mask=giver < n, other=-1) == -2 - token
-                left = tl.sum(arrives.to(tl.int32), 0)
+                candidate = STEP * tl.arange(0, SOURCES)
+                merging = tl.load(SLOT + first + candidate, mask=candidate < n, other=-1) == -2 - token
+                left = tl.sum(merging.to(tl.int32), 0)
                 while left > 0:
-                    which = tl.argmax(arrives.to(tl.int32), 0)
+                    which = tl.argmax(merging.to(tl.int32), 0)
                     source = first + STEP * which
                     x += residual_row(X, Y, LAYER_SCALE, source, C, CB, ADDS, SCALES) * tl.load(SIZE + source)
-                    arrives = arrives & (giver != STEP * which)
+                    merging = merging & (candidate != STEP * which)
                     left -= 1
                 x /= size
             column = tl.arange(0, CB)
@@ -65,18 +65,19 @@ def fold(
     room: int,
     bipartite: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """`x + layer_scale * y` merged by a plan (size-weighted means), and its layer norm.
+    """Merge `x + layer_scale * y` by a plan (size-weighted means), and compute its layer norm.
 
     Args:
-        x: [T, C] residual stream; y: [T, C] branch or None; layer_scale: [C] or None.
+        x: [T, C], residual stream; y: [T, C], output of a branch, or None; layer_scale: [C] or None.
         norm: the layer norm that follows, or None.
-        plan: from `plan`; size: float32 [T] and origin: int32 [T] before it.
-        cu: int32 [B + 1] row bounds before it; longest: a bound on the tokens of an image before it.
+        plan: the plan of the block, from `ops.plan.triton.plan`.
+        size, origin: float32 [T] and int32 [T], before the block.
+        cu: int32 [B + 1], row bounds of the images before the block; longest: an upper bound on the tokens of an image.
         room: rows of the result, at least plan.cu[B].
-        bipartite: whether only even tokens merge, and into odd ones.
+        bipartite: whether only even tokens merge, into odd ones.
 
     Returns:
-        x [room, C], its norm [room, C] or None, size [room], origin [room]; rows past plan.cu[B] are not written.
+        x [room, C], its norm [room, C] or None, size [room] and origin [room]; rows past plan.cu[B] are not written.
     """
     width = x.shape[1]
     new = x.new_empty(room, width)
@@ -90,7 +91,7 @@ def fold(
         weight if weight is not None else x, bias if bias is not None else x,
         cu, plan.cu, size, plan.size, plan.slot, origin,
         new, normed if normed is not None else new, new_size, new_origin, room, eps,
-        C=width, CB=block, GIVERS=pow2(-(-longest // step)), STEP=step, ADDS=y is not None,
+        C=width, CB=block, SOURCES=pow2(-(-longest // step)), STEP=step, ADDS=y is not None,
         SCALES=layer_scale is not None, AFFINE=(weight is not None) + (bias is not None), NORMS=norm is not None,
         num_warps=1 if block <= 512 else 2 if block <= 1024 else 4,
     )  # fmt: skip

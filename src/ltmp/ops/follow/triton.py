@@ -1,4 +1,4 @@
-"""Where patches went, on packed rows: follow them through a block's plan, and give each the features of its token."""
+"""Track patches on packed rows: follow them through a block's plan, and give each the features of its token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._triton import image_rows, pow2
 from ..norm.triton import residual_row
 
 _PATCHES = 64
-"""Patches that one program follows."""
+"""Patches per program."""
 
 
 @triton.jit(do_not_specialize=["block", "patches"])
@@ -20,32 +20,32 @@ def _follow_kernel(
     C: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr, KEEPS: tl.constexpr, ADDS: tl.constexpr,
     SCALES: tl.constexpr,
 ):  # fmt: skip
-    """One program = some patches of one image."""
+    """One program = TILE patches of one image."""
     image = tl.program_id(0)
     start = tl.program_id(1) * TILE
     first, n = image_rows(CU, image)
     base = image.to(tl.int64) * patches + start
     lane = tl.arange(0, TILE)
-    there = start + lane < patches
-    source = tl.load(SOURCE + base + lane, mask=there, other=-1)
-    # places past the end are those of an image that its room cut short, whose result nobody gets
+    inside = start + lane < patches
+    source = tl.load(SOURCE + base + lane, mask=inside, other=-1)
+    # positions past the end are of an image cut short for lack of room, whose result is discarded
     live = (source >= 0) & (source < n)
     slot = tl.load(SLOT + first + source, mask=live, other=-1)
     merged = live & (slot < -1)
     slot = tl.where(merged, tl.load(SLOT + first - 2 - slot, mask=merged, other=-1), slot)
-    gone = live & (slot < 0)
-    after = tl.where(live, tl.where(gone, -1 - block, slot), source)
-    tl.store(SOURCE_OUT + base + lane, after, mask=there)
+    pruned = live & (slot < 0)
+    after = tl.where(live, tl.where(pruned, -1 - block, slot), source)
+    tl.store(SOURCE_OUT + base + lane, after, mask=inside)
     if KEEPS:
         column = tl.arange(0, CB)
-        left = tl.sum(gone.to(tl.int32), 0)
+        left = tl.sum(pruned.to(tl.int32), 0)
         while left > 0:
-            which = tl.argmax(gone.to(tl.int32), 0)
+            which = tl.argmax(pruned.to(tl.int32), 0)
             row = first + tl.load(SOURCE + base + which)
             x = residual_row(X, Y, LAYER_SCALE, row, C, CB, ADDS, SCALES)
             at = (base + which) * C + column
             tl.store(DROPPED + at, x.to(DROPPED.dtype.element_ty), mask=column < C)
-            gone = gone & (lane != which)
+            pruned = pruned & (lane != which)
             left -= 1
 
 
@@ -59,14 +59,16 @@ def follow(
     layer_scale: Tensor | None = None,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """`method.tokens.follow` on packed rows; what pruned patches were is put into `dropped`.
+    """`method.tokens.follow` on packed rows; also keeps the last features of pruned patches, in `dropped`.
 
     Args:
         source: int32 [B, N], see `Tokens`.
-        slot: int32 [T], of a `RowPlan`. cu: int32 [B + 1], row bounds before it.
+        slot: int32 [T], of a `RowPlan`.
+        cu: int32 [B + 1], row bounds of the images before that plan.
         block: number of the block, recorded for patches that it prunes.
-        x: [T, C] residual stream; y: [T, C] branch or None; layer_scale: [C] or None: `x + layer_scale * y` is kept.
-        dropped: [B, N, C], changed; None where only sources are asked for.
+        x: [T, C], residual stream; y: [T, C], output of a branch, or None; layer_scale: [C] or None. The features are
+            `x + layer_scale * y`.
+        dropped: [B, N, C], written at the patches pruned here; None if only sources are needed.
 
     Returns:
         int32 [B, N] after.
@@ -74,7 +76,7 @@ def follow(
     images, patches = source.shape
     width, after = x.shape[1], torch.empty_like(source)
     block_width = pow2(width)
-    # a pointer that a constexpr flag leaves unread may be any tensor
+    # a pointer that a constexpr flag leaves unread can be any tensor
     _follow_kernel[(images, triton.cdiv(patches, _PATCHES))](
         x, y if y is not None else x, layer_scale if layer_scale is not None else x, cu, slot, source, after,
         dropped if dropped is not None else x, block, patches,
@@ -86,19 +88,19 @@ def follow(
 
 @triton.jit(do_not_specialize=["patches", "rows"])
 def _spread_kernel(X, CU, SOURCE, DROPPED, OUT, patches, rows, C: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr):
-    """One program = some patches of one image."""
+    """One program = TILE patches of one image."""
     image = tl.program_id(0)
     patch = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    there = patch < patches
+    exists = patch < patches
     at = image.to(tl.int64) * patches + patch
-    source = tl.load(SOURCE + at, mask=there, other=-1)
+    source = tl.load(SOURCE + at, mask=exists, other=-1)
     row = tl.load(CU + image).to(tl.int64) + source
     live = (source >= 0) & (row < rows)
     column = tl.arange(0, CB)
-    inside = there[:, None] & (column < C)[None, :]
+    inside = exists[:, None] & (column < C)[None, :]
     token = tl.load(X + row[:, None] * C + column[None, :], mask=inside & live[:, None], other=0.0)
-    own = tl.load(DROPPED + at[:, None] * C + column[None, :], mask=inside & (live == 0)[:, None], other=0.0)
-    features = tl.where(live[:, None], token.to(OUT.dtype.element_ty), own.to(OUT.dtype.element_ty))
+    dropped = tl.load(DROPPED + at[:, None] * C + column[None, :], mask=inside & (live == 0)[:, None], other=0.0)
+    features = tl.where(live[:, None], token.to(OUT.dtype.element_ty), dropped.to(OUT.dtype.element_ty))
     tl.store(OUT + at[:, None] * C + column[None, :], features, mask=inside)
 
 
@@ -106,7 +108,9 @@ def spread(x: Tensor, cu: Tensor, source: Tensor, dropped: Tensor) -> Tensor:
     """`method.tokens.spread` on packed rows: every patch with the features of its token.
 
     Args:
-        x: [T, C]. cu: int32 [B + 1], row bounds. source: int32 [B, N], places or negative.
+        x: [T, C], features of the tokens.
+        cu: int32 [B + 1], row bounds of the images.
+        source: int32 [B, N], see `Tokens`.
         dropped: [B, N, C], features of patches whose source is negative.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The vectors that similarity is measured on, on packed rows of a CPU; see `reference`."""
+"""`reference.similarity_metric` on packed rows, on a CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _EPS = np.float32(1e-12)  # of torch.nn.functional.normalize
 
 @inlined
 def _inverse_length(values):
-    """1 / length of `values`, by eight sums that need not wait for one another."""
+    """1 / length of `values`; the eight partial sums are independent, so that the CPU computes them in parallel."""
     a = b = c = d = e = f = g = h = np.float32(0)
-    parts = len(values) // 8
-    for part in range(parts):
-        i = 8 * part
+    groups = len(values) // 8
+    for group in range(groups):
+        i = 8 * group
         a += values[i] * values[i]
         b += values[i + 1] * values[i + 1]
         c += values[i + 2] * values[i + 2]
@@ -24,23 +24,23 @@ def _inverse_length(values):
         f += values[i + 5] * values[i + 5]
         g += values[i + 6] * values[i + 6]
         h += values[i + 7] * values[i + 7]
-    for i in range(8 * parts, len(values)):
+    for i in range(8 * groups, len(values)):
         a += values[i] * values[i]
     return np.float32(1) / max(np.sqrt(((a + e) + (b + f)) + ((c + g) + (d + h))), _EPS)
 
 
 @compiled
 def metric_rows(k, stride, heads, each_head, out):
-    """`reference.similarity_metric` of rows that lie `stride` apart.
+    """Compute `reference.similarity_metric` of rows that are `stride` values apart.
 
-    Loops run over slices, from 0: an index that may be negative, as far as numba knows, halves their speed.
+    Loops run over slices, from 0: indices that numba cannot prove to be non-negative halve the speed.
 
     Args:
-        k: float32, 1-D memory of keys: row t, head h begins at t * stride + h * D.
+        k: float32, 1-D memory of keys; row t, head h begins at t * stride + h * D.
         stride: values from one row to the next.
         heads: H.
-        each_head: whether all heads count, or their mean.
-        out: float32 [T, H * D] for all heads, [T, D] for their mean; filled.
+        each_head: True for kind "heads", False for "mean".
+        out: float32 [T, H * D] for "heads", [T, D] for "mean"; filled.
     """
     rows, size = out.shape
     width = size // heads if each_head else size
@@ -49,9 +49,9 @@ def metric_rows(k, stride, heads, each_head, out):
         if each_head:
             for h in range(heads):
                 head = k[begin + h * width : begin + (h + 1) * width]
-                part, factor = row[h * width : (h + 1) * width], _inverse_length(head)
+                target, factor = row[h * width : (h + 1) * width], _inverse_length(head)
                 for i in range(width):
-                    part[i] = head[i] * factor
+                    target[i] = head[i] * factor
         else:
             head = k[begin : begin + width]
             for i in range(width):

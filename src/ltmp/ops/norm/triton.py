@@ -1,4 +1,4 @@
-"""Residual addition and the layer norm after it, in one pass over the row."""
+"""Residual addition and the layer norm after it, in one pass over each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._triton import pow2
 
 
 class Norm(NamedTuple):
-    """A layer norm over C; `weight` [C] and `bias` [C] may be None, a bias only with a weight."""
+    """A layer norm over C. `weight` [C] and `bias` [C] may be None; there is no bias without a weight."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -41,7 +41,7 @@ def residual_row(
 
 @triton.jit
 def norm_row(x, W, BIAS, eps, C: tl.constexpr, CB: tl.constexpr, AFFINE: tl.constexpr):
-    """Layer norm of one row in float32; AFFINE: 0 none, 1 weight, 2 weight and bias."""
+    """Layer norm of one row in float32. AFFINE: 0 for neither weight nor bias, 1 for weight, 2 for both."""
     column = tl.arange(0, CB)
     centred = tl.where(column < C, x - tl.sum(x, 0) / C, 0.0)
     y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
@@ -74,10 +74,11 @@ def add_norm(
     """`x + layer_scale * y` and its layer norm.
 
     Args:
-        x: [T, C]; y: [T, C] or None; layer_scale: [C] or None; norm: or None.
+        x: [T, C], residual stream; y: [T, C], output of a branch, or None; layer_scale: [C] or None.
+        norm: the layer norm that follows, or None.
 
     Returns:
-        The sum [T, C] (x itself without y) and its norm [T, C] or None.
+        The sum [T, C] (x itself if y is None) and its norm, [T, C] or None.
     """
     rows, width = x.shape
     total = x.new_empty(rows, width) if y is not None else x

@@ -1,4 +1,7 @@
-"""Which tokens merge, which are pruned, and where the others go: one program per image, nothing read by the host."""
+"""Decide which tokens of a block merge and which are pruned, and the order of the rest, on packed rows.
+
+`method.reduction` defines the result. One program per image; the host reads nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from .._triton import image_rows, mean_received, pow2, strides
 from ..match.triton import Partners, best_partner, match, tile_of
 
 _ANY = ["MERGE", "PRUNE", "STATS", "protected", "rows", "images", "room"]
-"""Arguments whose value or alignment changes from block to block: one compilation serves all."""
+"""Arguments whose value or alignment differs between blocks, which one compilation must serve."""
 
 
 class RowPlan(NamedTuple):
-    """One block's reduction on packed rows.
+    """The reduction of one block on packed rows.
 
     Attributes:
-        slot: int32 [T], each token's place in its image's new order; -1 if pruned; -2 - i if merged into the token at
-            place i.
-        size: float32 [T], sizes by old place, after merging.
-        cu: int32 [B + 1], row bounds of the images afterwards, never past the room given.
+        slot: int32 [T], each token's position in the new order of its image; -1 if pruned; -2 - i if merged into the
+            token at position i.
+        size: float32 [T], sizes after merging, by old position.
+        cu: int32 [B + 1], row bounds of the images after the block, limited to the rows available.
     """
 
     slot: Tensor
@@ -37,9 +40,9 @@ def _merge_image(
     best, partner, RECEIVED, SIZE, ORIGIN, SIZE_OUT, IMPORTANCE, SLOT, n, rows, merge_theta, prune_theta, protected,
     H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Merge, then prune if PRUNES; returns the number of tokens left. `best`, `partner`: [HALF], for even tokens."""
-    place = tl.arange(0, HALF)
-    even, odd = 2 * place, 2 * place + 1
+    """Merge, then prune if PRUNES; return the number of tokens left. `best`, `partner`: [HALF], for even tokens."""
+    index = tl.arange(0, HALF)
+    even, odd = 2 * index, 2 * index + 1
     is_even, is_odd = even < n, odd < n
     merged = is_even & (best > merge_theta)
     size = tl.load(SIZE + even, mask=is_even, other=0.0)
@@ -48,10 +51,10 @@ def _merge_image(
     if PRUNES:
         importance = mean_received(RECEIVED, even, is_even, n, rows, H)
         received = mean_received(RECEIVED, odd, is_odd, n, rows, H)
-        # non-negative floats compare like their bits
+        # non-negative floats are ordered like their bits as integers
         tl.store(IMPORTANCE + odd, received.to(tl.int32, bitcast=True), mask=is_odd)
     tl.debug_barrier()
-    # sums of whole numbers and maxima do not depend on the order: the same bits every run, atomics or not
+    # sums of integers, and maxima, do not depend on the order: atomics return the same bits in every run
     into = 2 * partner + 1
     tl.atomic_add(SIZE_OUT + into, size, mask=merged, sem="relaxed")
     stays_even = is_even & (merged == 0)
@@ -59,15 +62,15 @@ def _merge_image(
     if PRUNES:
         tl.atomic_max(IMPORTANCE + into, importance.to(tl.int32, bitcast=True), mask=merged, sem="relaxed")
         tl.debug_barrier()
-        # past the first-level cache, which atomics do not update
+        # bypass the first-level cache, which atomics do not update
         received = tl.load(IMPORTANCE + odd, mask=is_odd, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
         received = tl.where(is_odd, received, -1.0)
         if SPARES:
-            # nothing is protected: the most important token stays, the first in the new order among equals
+            # no token is protected: keep the most important one, of equals the first in the new order
             candidate = tl.where(stays_even, importance, -1.0)
             top_even, top_odd = tl.max(candidate, 0), tl.max(received, 0)
-            spared_even = place == tl.where(top_even >= top_odd, tl.argmax(candidate, 0), -1)
-            spared_odd = place == tl.where(top_even >= top_odd, -1, tl.argmax(received, 0))
+            spared_even = index == tl.where(top_even >= top_odd, tl.argmax(candidate, 0), -1)
+            spared_odd = index == tl.where(top_even >= top_odd, -1, tl.argmax(received, 0))
         else:
             spared_even = tl.load(ORIGIN + even, mask=is_even, other=0) < protected
             spared_odd = tl.load(ORIGIN + odd, mask=is_odd, other=0) < protected
@@ -86,28 +89,28 @@ def _merge_pairs(
     BEST, PARTNER, RECEIVED, SIZE, ORIGIN, SIZE_OUT, SLOT, n, rows, merge_theta, prune_theta, protected,
     H: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the later of each mutual pair into the earlier, then prune if PRUNES; returns the number of tokens left."""
-    place = tl.arange(0, FULL)
-    live = place < n
-    partner = tl.load(PARTNER + place, mask=live, other=0)
-    mutual = live & (tl.load(PARTNER + partner, mask=live, other=-1) == place)
-    # both read the later one's score: the earlier one's may round differently
-    merged = mutual & (partner < place) & (tl.load(BEST + place, mask=live, other=0.0) > merge_theta)
-    receives = mutual & (partner > place) & (tl.load(BEST + partner, mask=live, other=0.0) > merge_theta)
-    size = tl.load(SIZE + place, mask=live, other=0.0) + tl.load(SIZE + partner, mask=receives, other=0.0)
-    tl.store(SIZE_OUT + place, size, mask=live)
+    """Merge the later of each mutual pair into the earlier, then prune if PRUNES; return the number of tokens left."""
+    position = tl.arange(0, FULL)
+    live = position < n
+    partner = tl.load(PARTNER + position, mask=live, other=0)
+    mutual = live & (tl.load(PARTNER + partner, mask=live, other=-1) == position)
+    # both read the score of the later token: that of the earlier one may be rounded differently
+    merged = mutual & (partner < position) & (tl.load(BEST + position, mask=live, other=0.0) > merge_theta)
+    receives = mutual & (partner > position) & (tl.load(BEST + partner, mask=live, other=0.0) > merge_theta)
+    size = tl.load(SIZE + position, mask=live, other=0.0) + tl.load(SIZE + partner, mask=receives, other=0.0)
+    tl.store(SIZE_OUT + position, size, mask=live)
     stays = live & (merged == 0)
     if PRUNES:
-        importance = mean_received(RECEIVED, place, live, n, rows, H)
+        importance = mean_received(RECEIVED, position, live, n, rows, H)
         importance = tl.maximum(importance, mean_received(RECEIVED, partner, receives, n, rows, H))
         if SPARES:
-            # nothing is protected: the most important token stays, the first among equals
-            spared = place == tl.argmax(tl.where(stays, importance, -1.0), 0)
+            # no token is protected: keep the most important one, of equals the first
+            spared = position == tl.argmax(tl.where(stays, importance, -1.0), 0)
         else:
-            spared = tl.load(ORIGIN + place, mask=live, other=0) < protected
+            spared = tl.load(ORIGIN + position, mask=live, other=0) < protected
         stays = stays & ((importance > prune_theta) | spared)
     slot = tl.where(stays, tl.cumsum(stays.to(tl.int32), 0) - 1, tl.where(merged, -2 - partner, -1))
-    tl.store(SLOT + place, slot, mask=live)
+    tl.store(SLOT + position, slot, mask=live)
     return tl.sum(stays.to(tl.int32), 0)
 
 
@@ -116,7 +119,7 @@ def _prune_image(
     RECEIVED, ORIGIN, SLOT, n, rows, prune_theta, protected,
     H: tl.constexpr, SPARES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Prune only: survivors keep their order; returns the number of tokens left."""
+    """Prune only, which keeps the order; return the number of tokens left."""
     token = tl.arange(0, FULL)
     live = token < n
     importance = mean_received(RECEIVED, token, live, n, rows, H)
@@ -131,9 +134,9 @@ def _prune_image(
 
 @triton.jit
 def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr):
-    """Write an image's count; the last program to finish turns the counts into row bounds.
+    """Store an image's token count; the last program to finish turns the counts into row bounds.
 
-    STATS holds [tokens of the batch, longest image, programs done]: the last is zero before and after.
+    STATS holds [tokens of the batch, tokens of the longest image, programs done]; the last is zero before and after.
     """
     tl.store(KEPT + image, count)
     tl.debug_barrier()
@@ -143,9 +146,9 @@ def _finish(image, count, KEPT, CU_OUT, STATS, images, room, SCAN: tl.constexpr)
         tl.store(CU_OUT, 0)
         for start in range(0, images, SCAN):
             which = start + tl.arange(0, SCAN)
-            # past the first-level cache: other multiprocessors wrote these
+            # bypass the first-level cache: other multiprocessors wrote these
             kept = tl.load(KEPT + which, mask=which < images, other=0, cache_modifier=".cg")
-            # an image without room is cut short; the host sees the total and runs the batch again
+            # images that exceed the room are cut short; the host sees the total and runs the batch again
             tl.store(CU_OUT + 1 + which, tl.minimum(total + tl.cumsum(kept, 0), room), mask=which < images)
             total += tl.sum(kept, 0)
             longest = tl.maximum(longest, tl.max(kept, 0))
@@ -161,7 +164,7 @@ def _match_plan_kernel(
     HK: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ODD: tl.constexpr, H: tl.constexpr, PRUNES: tl.constexpr,
     SPARES: tl.constexpr, HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One program = one image that is short enough to be matched in one tile."""
+    """Match and plan; one program = one image, short enough to be matched in one tile."""
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     even = tl.arange(0, HALF)
@@ -181,7 +184,7 @@ def _plan_kernel(
     H: tl.constexpr, MERGES: tl.constexpr, PAIRS: tl.constexpr, PRUNES: tl.constexpr, SPARES: tl.constexpr,
     HALF: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One program = one image whose partners are given."""
+    """Plan with given partners; one program = one image."""
     image = tl.program_id(0)
     first, n = image_rows(CU, image)
     prune_theta = tl.load(PRUNE) if PRUNES else 0.0
@@ -217,20 +220,20 @@ def plan(
     protected: int,
     stats: Tensor,
     room: int | None = None,
-    found: Partners | None = None,
+    partners: Partners | None = None,
 ) -> RowPlan:
-    """Plan a block's reduction: merge, then prune; either alone where the other's threshold is None.
+    """Plan the reduction of a block: merge, then prune; one of them alone if the other's threshold is None.
 
     Args:
-        k: [T, H, D] keys to match by; needed to merge, unless partners are given.
-        received: float32 [H, T], attention received, from `attend`; needed to prune.
-        size: float32 [T]. origin: int32 [T], a token's place in its image's input.
-        cu: int32 [B + 1] row bounds of the images. longest: a bound on the tokens of an image.
-        merge_theta, prune_theta: float32 [1] on the device, read there: a changed threshold is never stale.
-        protected: tokens whose origin is below it never merge, receive or are pruned.
-        stats: int32 [3], its last element zero; the tokens left in the batch and in its longest image are written here.
-        room: rows that the result may take; None for as many as there are now.
-        found: partners by other scores than the paper's, from `ops.match.triton.candidates`.
+        k: [T, H, D], keys to match by; required to merge, unless there are `partners`.
+        received: float32 [H, T], attention received, from `attend`; required to prune.
+        size, origin: float32 [T] and int32 [T], see `Tokens`.
+        cu: int32 [B + 1], row bounds of the images; longest: an upper bound on the tokens of an image.
+        merge_theta, prune_theta: float32 [1] on the device. Kernels read them there, so they are never out of date.
+        protected: tokens with an origin below this never merge, never receive, and are never pruned.
+        stats: int32 [3], the last element zero; the tokens left in the batch and in its longest image are written here.
+        room: rows available for the result; None for as many as there are now.
+        partners: partners by scores other than the paper's, from `ops.match.triton.candidates`.
 
     Raises:
         ValueError: a merge threshold with neither keys nor partners.
@@ -243,7 +246,7 @@ def plan(
     new_size = torch.empty_like(size) if merge_theta is not None else size
     importance = torch.empty_like(slot) if merge_theta is not None and prunes else slot
     half = pow2((longest + 1) // 2)
-    # a pointer that a constexpr flag leaves unread may be any tensor
+    # a pointer that a constexpr flag leaves unread can be any tensor
     pointers = (received if prunes else size, size, origin, cu,
                 merge_theta if merge_theta is not None else size, prune_theta if prunes else size,
                 new_size, importance, slot, kept, bounds, stats)  # fmt: skip
@@ -253,11 +256,11 @@ def plan(
         "PRUNES": prunes, "SPARES": prunes and protected == 0, "HALF": half,
         "SCAN": min(pow2(images), 1024),
     }  # fmt: skip
-    matched = partial(_plan_kernel[(images,)], num_warps=8, num_stages=1, **shape)
+    plan_merge = partial(_plan_kernel[(images,)], num_warps=8, num_stages=1, **shape)
     if merge_theta is None:
         _plan_kernel[(images,)](size, origin, *pointers, *numbers, MERGES=False, PAIRS=False, num_warps=4, **shape)
-    elif found is not None:
-        matched(found.best, found.partner, *pointers, *numbers, MERGES=True, PAIRS=found.mutual)
+    elif partners is not None:
+        plan_merge(partners.best, partners.partner, *pointers, *numbers, MERGES=True, PAIRS=partners.mutual)
     elif k is None:
         raise ValueError("merging needs the keys")
     elif half <= tile_of(k.shape[2])[0]:
@@ -265,10 +268,10 @@ def plan(
         _match_plan_kernel[(images,)](
             k, *pointers, *strides(k), *numbers,
             HK=k.shape[1], D=k.shape[2], DB=pow2(k.shape[2]), ODD=tile_of(k.shape[2])[1],
-            # two programs share a multiprocessor, so that a batch of 256 images is one wave on 132 of them
+            # lets two programs share a multiprocessor, so that a batch of 256 images is one wave on 132 of them
             num_warps=8 if wide else 4, maxnreg=128 if wide else None, num_stages=1, **shape,
         )  # fmt: skip
     else:
         best, partner, _ = match(k, origin, cu, longest, protected)
-        matched(best, partner, *pointers, *numbers, MERGES=True, PAIRS=False)
+        plan_merge(best, partner, *pointers, *numbers, MERGES=True, PAIRS=False)
     return RowPlan(slot, new_size, bounds)

@@ -1,4 +1,4 @@
-"""The probe of packed rows on a CPU in float32; see `reference.probe`."""
+"""`reference.probe` on packed rows, float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def probe_rows(weight: Tensor, bias: np.ndarray[Any, Any], x: Tensor) -> np.ndar
         float32 [T, WIDTH + 2], valid until this thread's next call.
     """
     size = len(x) * (WIDTH + 2)
-    held = scratch("probe", size)
+    buffer = scratch("probe", size)
     normed = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
-    torch.mm(normed, weight, out=held.tensor.as_strided((len(x), WIDTH + 2), (WIDTH + 2, 1)))
-    found = held.array[:size].reshape(len(x), WIDTH + 2)
-    found += bias
-    return found
+    torch.mm(normed, weight, out=buffer.tensor.as_strided((len(x), WIDTH + 2), (WIDTH + 2, 1)))
+    probed = buffer.array[:size].reshape(len(x), WIDTH + 2)
+    probed += bias
+    return probed

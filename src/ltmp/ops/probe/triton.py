@@ -1,4 +1,4 @@
-"""A probe on packed rows."""
+"""`reference.probe` on packed rows."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def _probe_kernel(
     C: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     ADDS: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """One program = a tile of rows, a few columns at a time, in two passes: the norm needs the mean first."""
+    """One program = one tile of rows, some columns at a time, in two passes, as the norm needs the mean first."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.load(CU + images)
-    wide = tl.arange(0, E)
+    metric_column = tl.arange(0, E)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, C, STEP):
         column = start + tl.arange(0, STEP)
@@ -48,22 +48,22 @@ def _probe_kernel(
     dropped = tl.zeros([ROWS], tl.float32)
     for start in range(0, C, STEP):
         column = start + tl.arange(0, STEP)
-        there = column < C
+        inside = column < C
         x = _attended_tile(X, Y, LAYER_SCALE, row, live, column, C, ADDS, SCALES) - mean[:, None]
-        x = tl.where(there[None, :], x, 0.0)
+        x = tl.where(inside[None, :], x, 0.0)
         square += tl.sum(x * x, 1)
         w = W + column * (E + 2)
-        weight = tl.load(w[:, None] + wide[None, :], mask=there[:, None], other=0.0)
-        # three tf32 products: decisions need float32, and fewer bits would flip some
+        weight = tl.load(w[:, None] + metric_column[None, :], mask=inside[:, None], other=0.0)
+        # as three tf32 products: lower precision than float32 would flip some decisions
         metric += tl.dot(x, weight, input_precision="tf32x3")
-        moved += tl.sum(x * tl.load(w + E, mask=there, other=0.0)[None, :], 1)
-        dropped += tl.sum(x * tl.load(w + E + 1, mask=there, other=0.0)[None, :], 1)
+        moved += tl.sum(x * tl.load(w + E, mask=inside, other=0.0)[None, :], 1)
+        dropped += tl.sum(x * tl.load(w + E + 1, mask=inside, other=0.0)[None, :], 1)
     scale = tl.rsqrt(square / C + eps)
-    added = W + C * (E + 2)
-    metric = metric * scale[:, None] + tl.load(added + wide)[None, :]
-    tl.store(METRIC + row[:, None] * E + wide[None, :], metric, mask=live[:, None])
-    tl.store(LOG_SALIENCY + row, moved * scale + tl.load(added + E), mask=live)
-    tl.store(LOG_SALIENCY + rows + row, dropped * scale + tl.load(added + E + 1), mask=live)
+    bias = W + C * (E + 2)
+    metric = metric * scale[:, None] + tl.load(bias + metric_column)[None, :]
+    tl.store(METRIC + row[:, None] * E + metric_column[None, :], metric, mask=live[:, None])
+    tl.store(LOG_SALIENCY + row, moved * scale + tl.load(bias + E), mask=live)
+    tl.store(LOG_SALIENCY + rows + row, dropped * scale + tl.load(bias + E + 1), mask=live)
 
 
 def probe_rows(
@@ -77,8 +77,8 @@ def probe_rows(
         cu: int32 [B + 1] row bounds of the images.
 
     Returns:
-        The metric of similarity, float32 [T, WIDTH], and the two log saliencies, float32 [2, T]; rows past the last
-        image are not written.
+        metric: float32 [T, WIDTH], for similarity; log_saliency: float32 [2, T]. Rows past the last image are not
+        written.
     """
     rows, width = x.shape
     metric = torch.empty(rows, WIDTH, device=x.device, dtype=torch.float32)

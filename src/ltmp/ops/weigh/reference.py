@@ -18,7 +18,8 @@ def class_attention(q: Tensor, k: Tensor, size: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         q, k: [B, N, H, D]; only the first token's query is read.
-        size: float32 [B, N], as in `attend`. keep: float32 [B, N], 1 live and 0 gone.
+        size: float32 [B, N], as in `attend`.
+        keep: float32 [B, N], 1 if live and 0 if removed.
 
     Returns:
         float32 [B, N], mean over heads; sums to 1 over an image's live tokens.
@@ -37,19 +38,19 @@ def blend(received: Tensor, other: Tensor, power: float) -> Tensor:
         other: the same shape; class-token attention or saliency.
         power: in [0, 1].
     """
-    least = torch.finfo(torch.float32).tiny
-    return received.clamp(min=least) ** (1 - power) * other.clamp(min=least) ** power
+    tiny = torch.finfo(torch.float32).tiny
+    return received.clamp(min=tiny) ** (1 - power) * other.clamp(min=tiny) ** power
 
 
 def merge_penalty(share: Tensor, patches: Tensor, power: float) -> Tensor:
-    """Merge penalty per token: its share of an image against that of an average patch, to half of `power`.
+    """Merge penalty of each token: its share of the image relative to an average patch, to the power of `power / 2`.
 
-    `(share * sum of patches) ** (power / 2)`, so that the penalties of a pair multiply to their geometric mean to that
-    power. 1 for an average patch; scales 1 - similarity, see `ops.match.reference.penalise`.
+    `(share * sum of patches) ** (power / 2)`, so that the product of two penalties is the geometric mean of the two
+    relative shares, to the power of `power`. 1 for an average patch. See `ops.match.reference.penalise`.
 
     Args:
-        share: float32 [B, N], class-token attention or saliency, summing to 1 over an image.
-        patches: float32 [B, N], how many patches each token stands for, 0 where there is no token.
+        share: float32 [B, N], class-token attention or saliency; sums to 1 over an image.
+        patches: float32 [B, N], number of patches of each token, 0 for removed tokens.
 
     Returns:
         float32 [B, N], positive.
@@ -60,12 +61,12 @@ def merge_penalty(share: Tensor, patches: Tensor, power: float) -> Tensor:
 
 @torch.no_grad()
 def saliency(log_saliency: Tensor, weight: Tensor, patch: Tensor) -> Tensor:
-    """Softmax over an image's patches of `log_saliency + log weight`: how much of its answer depends on each token.
+    """Each token's share of the saliency of its image: the softmax over patches of `log_saliency + log weight`.
 
     Args:
         log_saliency: float32 [B, N], one of the last two columns of `probe`.
         weight: float32 [B, N], weight of each token in attention, see `Policy.weight`.
-        patch: bool [B, N], live tokens that are no prefix tokens, of which a probe knows nothing.
+        patch: bool [B, N], live tokens that are not prefix tokens, for which a probe predicts nothing.
 
     Returns:
         float32 [B, N], 0 where `patch` is False.
