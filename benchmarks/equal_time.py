@@ -32,7 +32,7 @@ from ltmp.data import Loader, eval_transform, make_loader, open_dataset
 from ltmp.engines.body import running
 from ltmp.evaluate import tables
 from ltmp.evaluate.baselines import Baseline, at_resolution
-from ltmp.evaluate.compare import Entry, Wanted, compare, fixed_entry
+from ltmp.evaluate.compare import Entry, RequestedMethod, compare, fixed_entry
 from ltmp.hosts.attach import attachment
 from ltmp.learning import calibrate
 from ltmp.zoo.build import build_model
@@ -60,7 +60,7 @@ def all_points(model: nn.Module, images: Tensor, args: argparse.Namespace) -> li
     points: list[Point] = [*threshold_points(model, args)]
     points += [at_resolution(model, size, images) for size in args.sizes]
     for rate in args.rates:
-        entry = fixed_entry(model, Wanted("m", rate), images, None)
+        entry = fixed_entry(model, RequestedMethod("m", rate), images, None)
         points.append(replace(entry, method="fixed-rate merging"))
     return points
 

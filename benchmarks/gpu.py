@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import ltmp
 from ltmp.config import SCORES
 from ltmp.evaluate.bench import Bench, Row, table
-from ltmp.evaluate.synthetic import lively, smooth
+from ltmp.evaluate.synthetic import randomize_weights, smooth
 from ltmp.learning.calibrate import calibrate
 
 NEVER_SLOWER = 0.97
@@ -69,7 +69,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype, dry: bool, score
     if dry:
         kwargs |= {"embed_dim": 32, "depth": 4, "num_heads": 2}
     with device:
-        model = lively(timm.create_model(case.model, **kwargs)).eval().to(dtype).requires_grad_(False)
+        model = randomize_weights(timm.create_model(case.model, **kwargs)).eval().to(dtype).requires_grad_(False)
     images = smooth(case.batch, case.size).to(device, dtype)
     ltmp.attach(model, ltmp.LTMPConfig(scores=scores))
     calibration = smooth(min(64, max(16, case.batch)), case.size, seed=1).to(device, dtype)

@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import read, save
-from .checkpoint.describe import MODEL_FACTS, classes_of, facts_of, record_build
+from .checkpoint.describe import MODEL_FACTS, classes_of, collect_metadata, record_build
 from .checkpoint.metadata import Metadata
 from .data.dataset import check_names
 from .errors import UsageError
 from .files import staged
 from .locate import BUNDLE, locate
-from .zoo.build import build_model, is_safe_name, name_in_file, save_weights
-from .zoo.hugging_face import PREFIX, is_of_transformers
+from .zoo.build import build_model, is_safe_name, model_name_in, save_weights
+from .zoo.hugging_face import PREFIX, is_transformers_model
 
 THRESHOLDS = "thresholds.safetensors"
 WEIGHTS = "weights.safetensors"
@@ -59,7 +59,7 @@ class Bundle:
         if folder is not None and (folder / MODEL).is_dir():
             return cls(os.fspath(source), about, f"{PREFIX}{folder / MODEL}")
         weights = folder / WEIGHTS if folder is not None and (folder / WEIGHTS).is_file() else None
-        name = name_in_file(about, source)
+        name = model_name_in(about, source)
         if weights is not None and name is not None and name.startswith("open_clip:"):
             # without the pretrained tag: the weights are in the bundle
             name = name.partition("/")[0]
@@ -154,10 +154,10 @@ def pack(model: nn.Module, folder: str | os.PathLike[str], **metadata: Any) -> P
     """
     folder = Path(folder)
     try:
-        about = Metadata.from_dict({**facts_of(model), **{k: v for k, v in metadata.items() if v is not None}})
+        about = Metadata.from_dict({**collect_metadata(model), **{k: v for k, v in metadata.items() if v is not None}})
     except ValueError as error:
         raise UsageError(f"cannot pack {folder}: {error}") from error
-    from_transformers = is_of_transformers(model)
+    from_transformers = is_transformers_model(model)
     # a transformers model is loaded from the folder, and no longer from where its name says
     name = None if from_transformers else _buildable_name(about)
     facts = {key: value for key, value in replace(about, model_name=name).to_dict().items() if key in MODEL_FACTS}

@@ -56,12 +56,12 @@ def record() -> AbstractContextManager[Record]:
     ...     logits = model(images)
     >>> calls.share().mean()
     """
-    return held(_RECORD, Record())
+    return set_in_context(_RECORD, Record())
 
 
 def dense() -> AbstractContextManager[bool]:
     """Run attached models as if nothing were attached, in this thread only, e.g. as the baseline of a comparison."""
-    return held(_DENSE, True)
+    return set_in_context(_DENSE, True)
 
 
 def recording() -> Record | None:
@@ -78,7 +78,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def held(variable: ContextVar[Any], value: T) -> Iterator[T]:
+def set_in_context(variable: ContextVar[Any], value: T) -> Iterator[T]:
     """Set a context variable inside the context, and restore it afterwards."""
     token = variable.set(value)
     try:
@@ -123,7 +123,7 @@ def trace(*, every_block: bool = False) -> AbstractContextManager[Trace]:
     Args:
         every_block: also trace them after each block: 4 bytes per patch and block.
     """
-    return held(_TRACE, Trace(every_block=every_block))
+    return set_in_context(_TRACE, Trace(every_block=every_block))
 
 
 def tracing() -> Trace | None:
@@ -145,7 +145,7 @@ def unmerge() -> AbstractContextManager[bool]:
     There is one difference to an ordinary call: a last block with a prune threshold of 1 or more drops every patch,
     because a class-token head reads none of them. Under `unmerge` patches are read, so that block prunes nothing.
     """
-    return held(_UNMERGE, True)
+    return set_in_context(_UNMERGE, True)
 
 
 def unmerging() -> bool:

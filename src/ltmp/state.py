@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calls import record
-from .checkpoint.describe import facts_of, metadata_of
+from .checkpoint.describe import collect_metadata, metadata_of
 from .deploy import deployed
 from .hosts.attach import attachment
 from .method.facts import kept_at_budget
@@ -86,7 +86,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> ModelSummary:
     """
     policy = attachment(model).policy
     thresholds = policy if isinstance(policy, Thresholds) else None
-    metadata, facts = metadata_of(model), facts_of(model)
+    metadata, facts = metadata_of(model), collect_metadata(model)
     kept, share = kept_at_budget(policy), metadata.share
     if images is not None:
         with deployed(model, images.device), record() as calls:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ltmp.data import make_loader, open_dataset
-from ltmp.data.sample import sampled
+from ltmp.data.sample import subsample
 
 
 @pytest.fixture
@@ -28,17 +28,17 @@ def folder(tmp_path: Path) -> Path:
 def test_classes_are_as_even_as_they_can_be(folder: Path) -> None:
     images = open_dataset(folder, split="x")
     for limit, counts in {3: (1, 1, 1), 6: (2, 2, 2), 8: (3, 2, 3), 14: (7, 2, 5), 16: (9, 2, 5)}.items():
-        few = sampled(images, limit)
+        few = subsample(images, limit)
         assert Counter(few[i][1] for i in range(len(few))) == dict(enumerate(counts))
         names = [few.name(i) for i in range(len(few))]
-        assert names == sorted(names) == [sampled(images, limit).name(i) for i in range(limit)]
+        assert names == sorted(names) == [subsample(images, limit).name(i) for i in range(limit)]
     assert few is images
-    assert len({sampled(images, 3, seed=seed).name(0) for seed in range(8)}) > 1
+    assert len({subsample(images, 3, seed=seed).name(0) for seed in range(8)}) > 1
     assert few.class_to_index == {"ant": 0, "bee": 1, "cow": 2}
 
 
 def test_pictures_and_names_are_those_of_the_images(folder: Path) -> None:
-    few = sampled(open_dataset(folder, split="x"), 6)
+    few = subsample(open_dataset(folder, split="x"), 6)
     for index in range(6):
         assert Image.open(few.name(index)).getpixel((0, 0)) == few.picture(index).getpixel((0, 0))
 
@@ -53,7 +53,7 @@ def test_a_source_without_labels_is_sampled_all_over() -> None:
         def __len__(self) -> int:
             return 1000
 
-    few = sampled(Dataset(), 10)  # type: ignore[arg-type]
+    few = subsample(Dataset(), 10)  # type: ignore[arg-type]
     chosen = [few.source[i] for i in range(10)]
     assert chosen == sorted(set(chosen))
     assert chosen[-1] > 500
@@ -64,7 +64,7 @@ def test_images_can_be_drawn_alike(folder: Path) -> None:
     images = open_dataset(folder, split="x")
     counts: Counter[int] = Counter()
     for seed in range(60):
-        few = sampled(images, 8, seed=seed, evenly=False)
+        few = subsample(images, 8, seed=seed, evenly=False)
         counts.update(few[i][1] for i in range(8))
     assert 3 * counts[1] < counts[0]
 
@@ -83,7 +83,7 @@ def test_a_source_that_streams_gives_its_first_images_and_says_so(
     workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "ltmp"):
-        few = sampled(Streaming(), 5)
+        few = subsample(Streaming(), 5)
     assert "the first 5 images are taken" in caplog.text
     assert few.classes == 20
     seen = [int(label) for _, labels in make_loader(few, 2, workers=workers) for label in labels]

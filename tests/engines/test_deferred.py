@@ -16,7 +16,7 @@ from ltmp.engines.deferred import defer, read
 VALUES = torch.arange(6.0).view(1, 2, 3)
 
 
-class Counted:
+class CountingEngine:
     """Returns `VALUES` and counts its calls."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Counted:
 
 
 def test_nothing_is_computed_until_it_is_read_and_then_once() -> None:
-    compute = Counted()
+    compute = CountingEngine()
     x: Any = defer(compute, VALUES)
     x.mark = "here"
     assert isinstance(x, Tensor)
@@ -63,14 +63,14 @@ READERS: dict[str, Any] = {
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_every_reader_gets_plain_values(reader: str, mode: Any) -> None:
     with mode():
-        result = READERS[reader](defer(Counted(), VALUES))
+        result = READERS[reader](defer(CountingEngine(), VALUES))
         assert type(result) is Tensor
         assert torch.equal(result, READERS[reader](VALUES))
 
 
 @torch.no_grad()
 def test_in_place_operations_persist() -> None:
-    x = y = defer(Counted(), VALUES)
+    x = y = defer(CountingEngine(), VALUES)
     y += 1
     assert type(y) is Tensor
     assert torch.equal(x + 0, VALUES + 1)

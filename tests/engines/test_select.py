@@ -113,7 +113,7 @@ def test_an_engine_override_runs_whatever_the_thresholds() -> None:
 
     def engine(body: Body, x: torch.Tensor, positions: Any) -> Any:
         calls.append(body.depth)
-        return body.all_whole(x, positions)
+        return body.dense_blocks(x, positions)
 
     with torch.no_grad(), running(engine):
         overridden = model(images)

@@ -44,7 +44,7 @@ def set_durations(monkeypatch: pytest.MonkeyPatch, *, reduced: float, dense: flo
     monkeypatch.setattr(trial, "MARGIN", MARGIN)
     monkeypatch.setattr(trial, "perf_counter", clock)
     monkeypatch.setattr(packed, "run", clock.takes(reduced, packed.run))
-    monkeypatch.setattr(Body, "all_whole", clock.takes(dense, Body.all_whole))
+    monkeypatch.setattr(Body, "dense_blocks", clock.takes(dense, Body.dense_blocks))
 
 
 def model_and_outputs() -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:

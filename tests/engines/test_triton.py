@@ -170,7 +170,7 @@ def test_patches_are_traced_as_by_packed(host: str, settings: dict[str, Any]) ->
     room = engine.Capacity(tuple(int(n) + 5 for n in counts.sum(1)), tuple(int(n) + 1 for n in counts.amax(1)))
     active = attachment(model).body.active()
     if active == attachment(model).body.keep_last_patches(active):
-        assert_same_traces(expected, traced_outputs(model, images, "triton", engine.Counted(active, room)))
+        assert_same_traces(expected, traced_outputs(model, images, "triton", engine.CountingEngine(active, room)))
 
 
 def test_fused_tokens_are_traced_as_by_packed() -> None:

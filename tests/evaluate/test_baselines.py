@@ -9,9 +9,9 @@ import ltmp
 from helpers import TINY, assert_close, random_images, tiny_vit
 from ltmp.engines import trial
 from ltmp.errors import UsageError
-from ltmp.evaluate.baselines import at_resolution, dense_geometry, instead_of
+from ltmp.evaluate.baselines import as_baseline, at_resolution, dense_geometry
 from ltmp.evaluate.bench import Bench, Other
-from ltmp.evaluate.compare import Wanted, compare, fixed_entry, rows
+from ltmp.evaluate.compare import RequestedMethod, compare, fixed_entry, rows
 from ltmp.hosts.attach import is_attached
 
 
@@ -63,21 +63,21 @@ def test_hosts_of_transformers_resample_when_asked() -> None:
 
 def test_a_smaller_model_must_have_the_same_classes() -> None:
     model, images = ltmp.attach(tiny_vit()), random_images(1)
-    found = instead_of(model, tiny_vit(depth=1), "small", images)
+    found = as_baseline(model, tiny_vit(depth=1), "small", images)
     assert found.share == pytest.approx(1 / 3)
     with pytest.raises(UsageError, match="--against small: it has 3 classes and the model 5"):
-        instead_of(model, tiny_vit(num_classes=3), "small", images)
+        as_baseline(model, tiny_vit(num_classes=3), "small", images)
     with pytest.raises(UsageError, match="--against net"):
-        instead_of(model, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 5)), "net", images)
+        as_baseline(model, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 5)), "net", images)
 
 
 def test_baselines_are_evaluated_in_the_same_pass() -> None:
     model, images = ltmp.attach(tiny_vit()), random_images(12)
     batches = list(zip(images.split(5), (torch.arange(12) % 5).split(5), strict=True))
     entries = [
-        fixed_entry(model, Wanted("m", 3), images, None),
+        fixed_entry(model, RequestedMethod("m", 3), images, None),
         at_resolution(model, 12, images),
-        instead_of(model, tiny_vit(), "itself", images),
+        as_baseline(model, tiny_vit(), "itself", images),
     ]
     results = compare(model, batches, entries)
     table = {row["name"]: row for row in rows(entries, results)}

@@ -14,7 +14,7 @@ from ltmp.config import FIXED
 from ltmp.engines.body import running
 from ltmp.errors import UsageError
 from ltmp.evaluate import evaluate
-from ltmp.evaluate.compare import Entry, Wanted, compare, fixed_entry, rates_for, rows
+from ltmp.evaluate.compare import Entry, RequestedMethod, compare, fixed_entry, rates_for, rows
 from ltmp.hosts.attach import attachment
 
 
@@ -42,7 +42,9 @@ def test_a_budget_out_of_reach_is_refused() -> None:
 
 def test_one_pass_equals_single_evaluations() -> None:
     model = ltmp.attach(tiny_vit())
-    entries = [fixed_entry(model, Wanted.parse(text), random_images(1), 0.7) for text in ("m:3", "p:2", "topk", "mp")]
+    entries = [
+        fixed_entry(model, RequestedMethod.parse(text), random_images(1), 0.7) for text in ("m:3", "p:2", "topk", "mp")
+    ]
     results = compare(model, batches(), entries, speed=False)
     for entry in entries:
         single = ltmp.attach(tiny_vit(), entry.policy.config)
@@ -57,7 +59,7 @@ def test_learned_thresholds_take_part_and_stay_as_they_are() -> None:
     model = ltmp.attach(tiny_vit())
     model.ltmp.set([0.5] * 3, [0.04] * 3)
     mine = attachment(model).policy
-    entries = [Entry("mine", "ltmp", None, mine), fixed_entry(model, Wanted("m", 4), random_images(1), None)]
+    entries = [Entry("mine", "ltmp", None, mine), fixed_entry(model, RequestedMethod("m", 4), random_images(1), None)]
     results = compare(model, batches(), entries)
     assert attachment(model).policy is mine
     assert results["mine"].share < 1
@@ -68,11 +70,11 @@ def test_learned_thresholds_take_part_and_stay_as_they_are() -> None:
 @pytest.mark.parametrize("text", ["tome", "m:x", "m:-1", "m:1.5", "ltmp:3"])
 def test_unknown_methods_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"no method|method "):
-        Wanted.parse(text)
+        RequestedMethod.parse(text)
 
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_methods_that_need_a_class_token_say_so(registers: int) -> None:
     model = ltmp.attach(tiny_vit(class_token=False, reg_tokens=registers, global_pool="avg"))
     with pytest.raises(UsageError, match="this model has no class token"):
-        fixed_entry(model, Wanted("evit", 1), random_images(1), None)
+        fixed_entry(model, RequestedMethod("evit", 1), random_images(1), None)

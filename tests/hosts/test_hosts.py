@@ -134,13 +134,13 @@ def test_masked_is_packed(case: Case, seed: int) -> None:
 def test_triton_is_packed(name: str, fixed: bool) -> None:
     """The kernels, with exact shapes and with the fixed shapes of a CUDA graph, whose spare rows hold any values."""
     pytest.importorskip("triton")
-    from ltmp.engines.triton import Counted
+    from ltmp.engines.triton import CountingEngine
 
     case = ATTACHED[name]
     model = attached(case)
     packed, kept = recorded(case, model)
     rows, longest = kept.sum(0).int() + 5, kept.amax(0).int() + 1
-    engine = Counted(capacity=Capacity(tuple(rows.tolist()), tuple(longest.tolist())) if fixed else None)
+    engine = CountingEngine(capacity=Capacity(tuple(rows.tolist()), tuple(longest.tolist())) if fixed else None)
     with running(engine):
         output, same = recorded(case, model)
     assert engine.stats is not None, "another engine ran"

@@ -138,7 +138,7 @@ def test_a_dial_takes_thirty_thousand_views_at_most() -> None:
     default = DialOptions()
     generation = module.ANCHORS * module.POPULATION * SCORED
     # views are rounded to whole generations
-    assert generation * round(default.views / generation) - default.views + module.most_views(default, 10**6) <= 30_000
+    assert generation * round(default.views / generation) - default.views + module.max_views(default, 10**6) <= 30_000
 
 
 def test_evolution_finds_a_shape() -> None:

@@ -18,7 +18,7 @@ from ltmp.checkpoint.metadata import Metadata
 from ltmp.cli import main
 from ltmp.data import open_dataset
 from ltmp.errors import LTMPError, UsageError
-from ltmp.zoo.build import build_model, name_in_file
+from ltmp.zoo.build import build_model, model_name_in
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"depth": 1, "embed_dim": 24}
@@ -189,7 +189,7 @@ def test_a_file_may_not_name_a_place_to_load_weights_from(way, hostile, tmp_path
     ["deit_small_patch16_224.fb_in1k", "torchvision:vit_b_16", "open_clip:ViT-B-32/openai", "hf:google/vit", "hf:/a"],
 )
 def test_names_of_models_that_run_no_code_are_taken(name):
-    assert name_in_file(Metadata(model_name=name), "t.safetensors") == name
+    assert model_name_in(Metadata(model_name=name), "t.safetensors") == name
 
 
 @pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights_only"])

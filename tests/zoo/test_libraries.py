@@ -13,7 +13,7 @@ import ltmp
 from helpers import random_images
 from ltmp.data import eval_transform
 from ltmp.errors import LTMPError, UsageError
-from ltmp.zoo.build import brings_weights, build_model
+from ltmp.zoo.build import build_model, includes_weights
 
 SMALL = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
 
@@ -97,6 +97,6 @@ def test_wrong_calls(name: str, kwargs: dict, fragment: str) -> None:
 
 
 def test_names_that_say_which_weights() -> None:
-    assert brings_weights("open_clip:ViT-B-32/openai")
-    assert brings_weights("hf:google/vit")
-    assert not any(map(brings_weights, ("open_clip:ViT-B-32", "torchvision:vit_b_16", "vit_small_patch16_224")))
+    assert includes_weights("open_clip:ViT-B-32/openai")
+    assert includes_weights("hf:google/vit")
+    assert not any(map(includes_weights, ("open_clip:ViT-B-32", "torchvision:vit_b_16", "vit_small_patch16_224")))

@@ -89,7 +89,7 @@ def measure_gain(
             certificate.confidence, device=device, amp=amp, progress=progress, **how,
         )  # fmt: skip
         lowest = None if certified.budget is None else dict(smaller)[certified.budget]
-    before = thresholds.asked
+    before = thresholds.requested_budget
     thresholds.set_budget(certificate.budget)
     calls: dict[str, Callable[[], Any]] = {
         "dense": partial(_run_dense, model, images),

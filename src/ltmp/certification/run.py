@@ -232,7 +232,7 @@ def _device_of(modules: list[nn.Module]) -> torch.device:
 def _deployed(subject: _Subject, device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
     """Deploy all modules inside; afterwards restore the thresholds and the budget of the dial."""
     own = subject.thresholds
-    before = None if own is None else (own.merge.detach().clone(), own.prune.detach().clone(), own.asked)
+    before = None if own is None else (own.merge.detach().clone(), own.prune.detach().clone(), own.requested_budget)
     with ExitStack() as stack:
         for module in subject.modules:
             stack.enter_context(deployed(module, device, amp=amp))
@@ -243,7 +243,7 @@ def _deployed(subject: _Subject, device: torch.device, amp: torch.dtype | None) 
         finally:
             if own is not None and before is not None:
                 own.set(before[0], before[1])
-                own.asked = before[2]
+                own.requested_budget = before[2]
 
 
 def _measure(

@@ -26,7 +26,7 @@ from ..hosts.attach import attach, attachment, detach, is_attached, thresholds_o
 from ..locate import BUNDLE, file_name, locate
 from ..method.thresholds import Thresholds
 from .contents import ThresholdFile, from_parts, is_threshold, split_thresholds
-from .describe import MODEL_FACTS, facts_of, note
+from .describe import MODEL_FACTS, collect_metadata, note
 from .interrupts import uninterrupted
 from .metadata import Metadata
 from .schema import MAX_METADATA_BYTES, check_entries, is_part, metadata_in
@@ -56,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> Non
         raise UsageError(f"{path}: thresholds are saved as safetensors, give a name that ends in {SUFFIX}")
     policy = attachment(model).policy
     tensors = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
-    about = facts_of(model)
+    about = collect_metadata(model)
     if isinstance(policy, Thresholds):
         if policy.dial is not None:
             tensors |= policy.dial.tensors()
@@ -192,7 +192,7 @@ def apply(model: nn.Module, file: ThresholdFile, source: str = "these thresholds
     except ValueError as error:
         raise LTMPError(f"{source}: {error}") from error
     thresholds.config = replace(config, scores=file.config.scores)
-    thresholds.asked = None if file.dial is None else file.metadata.get("budget")
+    thresholds.requested_budget = None if file.dial is None else file.metadata.get("budget")
     thresholds.seen, thresholds.certificate = file.seen, None
     # thresholds work without a certificate; a broken one is reported when it is used
     with suppress(LTMPError):

@@ -39,13 +39,13 @@ class RecordedMetadata:
     merge: Tensor | None
     prune: Tensor | None
 
-    def held(self, policy: Policy) -> Metadata:
+    def valid_for(self, policy: Policy) -> Metadata:
         """Return the metadata, or only the facts about the model if the thresholds have changed since."""
         unchanged = all(map(_equal, (self.merge, self.prune), _threshold_vectors(policy)))
-        return self.about if unchanged else Metadata(**{name: getattr(self.about, name) for name in MODEL_FACTS})
+        return self.metadata if unchanged else Metadata(**{name: getattr(self.metadata, name) for name in MODEL_FACTS})
 
 
-def facts_of(model: nn.Module) -> dict[str, Any]:
+def collect_metadata(model: nn.Module) -> dict[str, Any]:
     """Return all metadata of an attached model and its thresholds as JSON types; recorded metadata takes precedence."""
     return {**attachment(model).describe(), **_own_metadata(model).to_dict(), **metadata_of(model).to_dict()}
 
@@ -60,15 +60,15 @@ def note(model: nn.Module, facts: Mapping[str, Any]) -> None:
     policy = attachment(model).policy
     new = {name: value for name, value in facts.items() if value is not None and name not in _COMPUTED}
     about = Metadata.from_dict({**metadata_of(model).to_dict(), **new})
-    policy.noted = RecordedMetadata(about, *_threshold_vectors(policy))
+    policy.recorded_metadata = RecordedMetadata(about, *_threshold_vectors(policy))
 
 
 def metadata_of(model: nn.Module) -> Metadata:
     """Return the metadata recorded for a model: by `note`, by loading thresholds, or when it was built from a file."""
     if isinstance(model, nn.Module) and is_attached(model):
         policy = attachment(model).policy
-        if policy.noted is not None:
-            return cast("Metadata", policy.noted.held(policy))
+        if policy.recorded_metadata is not None:
+            return cast("Metadata", policy.recorded_metadata.valid_for(policy))
     built: Metadata | None = getattr(model, _BUILD_METADATA, None)
     return built or Metadata()
 

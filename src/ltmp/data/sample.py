@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .dataset import Images, log
 
 
-def sampled(
+def subsample(
     images: Images | IterableDataset, limit: int, seed: int = 0, *, evenly: bool = True
 ) -> Images | IterableDataset:
     """Return a dataset of at most `limit` images, in their original order.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint.describe import metadata_of
 from ..checkpoint.metadata import Preprocessing
 from ..errors import UsageError
-from ..zoo.hugging_face import data_config, is_of_transformers
+from ..zoo.hugging_face import data_config, is_transformers_model
 from .dataset import Transform
 
 log = logging.getLogger("ltmp")
@@ -160,7 +160,7 @@ def image_mode(model: nn.Module) -> str:
 def _config(model: Any) -> dict[str, Any]:
     """Return the preprocessing of a model as a timm data config."""
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return data_config(model) if not config and is_of_transformers(model) else config
+    return data_config(model) if not config and is_transformers_model(model) else config
 
 
 def _built_size(model: nn.Module, config: dict[str, Any]) -> int | tuple[int, int]:

@@ -63,7 +63,7 @@ class Progress:
         return grid if self.segments is None else self.segments.put(self.unreduced, grid)
 
 
-def goes_on(host: nn.Module, i: int, x: Tensor) -> bool:
+def continues_call(host: nn.Module, i: int, x: Tensor) -> bool:
     """Whether block `i` continues a reduced call of `host`: `x` is the output of block `i - 1` in such a call."""
     progress = getattr(x, "ltmp_progress", None)
     return isinstance(progress, Progress) and progress.block == i > 0 and progress.body.host is host and not is_dense()
@@ -105,7 +105,7 @@ def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], run_own: 
         grid = grid if grid is not x else grid.view_as(grid)
         progress = replace(progress, block=i + 1)
         if i + 1 == body.depth:
-            note_whole(progress.body, x, named)
+            record_dense(progress.body, x, named)
     else:
         progress = _step(_start(progress, x, named) if progress.state is None else progress, named)
         # the output of the last block is always read
@@ -118,11 +118,11 @@ def run_block(body: Body, i: int, x: Tensor, named: Mapping[str, Any], run_own: 
     return (grid, None) if body.recipe.wraps else grid
 
 
-def note_whole(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:
+def record_dense(body: Body, x: Tensor, named: Mapping[str, Any]) -> None:
     """Add a call with features `x` that removes nothing to the active `record()` and `trace()`, if any."""
     if recording() is not None or tracing() is not None:
         segments = body.recipe.images(body.host, x, named)
-        body.note(x, Reduced.dense(x if segments is None else segments.take(x), body.depth, segments), segments)
+        body.record_call(x, Reduced.dense(x if segments is None else segments.take(x), body.depth, segments), segments)
 
 
 def _start(progress: Progress, x: Tensor, named: Mapping[str, Any]) -> Progress:
@@ -152,7 +152,7 @@ def _note(progress: Progress, x: Tensor) -> None:
     body, state = progress.body, progress.state
     assert state is not None
     if progress.block == body.depth:
-        body.note(x, state.result(), progress.segments)
+        body.record_call(x, state.result(), progress.segments)
 
 
 def _live_places(progress: Progress, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls import held, is_dense, recomputing, recording, tracing, unmerging
+from ..calls import is_dense, recomputing, recording, set_in_context, tracing, unmerging
 from ..errors import LTMPError
 from ..method.flops import Geometry
 from ..method.policy import Active, Policy
@@ -128,19 +128,19 @@ class Body:
         """Whether a call may remove tokens now; if not, it computes what the host alone would."""
         return not is_dense() and (running_engine() is not None or any(map(any, self.active())))
 
-    def whole(self, i: int, x: Tensor, positions: Positions | None) -> Tensor:
+    def dense_block(self, i: int, x: Tensor, positions: Positions | None) -> Tensor:
         """Run the host's own block `i` on [B, N, C] of which nothing was removed yet."""
         place = {} if positions is None else positions.argument(i)
         block = self.blocks[i]
         return type(block).forward(block, x, **self.recipe.arguments, **place)
 
-    def all_whole(self, x: Tensor, positions: Positions | None) -> Reduced:
+    def dense_blocks(self, x: Tensor, positions: Positions | None) -> Reduced:
         """Run all of the host's own blocks on [B, N, C], without any reduction."""
         for i in range(self.depth):
-            x = self.whole(i, x, positions)
+            x = self.dense_block(i, x, positions)
         return Reduced.dense(x, self.depth)
 
-    def note(self, x: Tensor, reduced: Reduced, segments: Segments | None = None) -> None:
+    def record_call(self, x: Tensor, reduced: Reduced, segments: Segments | None = None) -> None:
         """Add the result of a call to the active `record()` and `trace()`, if any.
 
         Nothing is added when a backward pass recomputes the call, as the forward pass has added it already.
@@ -186,7 +186,7 @@ def running(engine: Engine | None = None, *, body: Body | None = None) -> Abstra
     ...     model(images)
     """
     outer = _RUNNING.get()
-    return held(_RUNNING, Running(engine or outer.engine, body or outer.body))
+    return set_in_context(_RUNNING, Running(engine or outer.engine, body or outer.body))
 
 
 def running_engine() -> Engine | None:

@@ -38,12 +38,12 @@ class Level:
     @classmethod
     def of(cls, policy: Policy) -> Level:
         """Return the level of `policy`, estimated without synchronizing a device; a wrong one only wastes capacity."""
-        if not isinstance(policy, Thresholds) or policy.dial is None or policy.asked is None:
+        if not isinstance(policy, Thresholds) or policy.dial is None or policy.requested_budget is None:
             return cls()
-        top, dial = math.ceil(policy.asked * LEVELS) / LEVELS, policy.dial
-        if policy.asked == 1:
+        top, dial = math.ceil(policy.requested_budget * LEVELS) / LEVELS, policy.dial
+        if policy.requested_budget == 1:
             return cls(top)
-        most = dial.kept_at(min(top, dial.highest)) / dial.kept_at(policy.asked)
+        most = dial.kept_at(min(top, dial.highest)) / dial.kept_at(policy.requested_budget)
         return cls(top, tuple(most.clamp(min=1).tolist()))
 
     def scaled(self, stats: Sequence[Sequence[int]]) -> list[list[float]]:

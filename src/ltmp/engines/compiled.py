@@ -203,7 +203,7 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None, bloc
     first = next((i for i in range(body.depth) if body.policy.steps(active, i)), body.depth)
     for i in range(first):
         # nothing is removed up to here: run the host's own block, with its fused attention
-        x = body.whole(i, x, positions)
+        x = body.dense_block(i, x, positions)
     partial = start(body, x, active, positions, first, block_halves, unmerges=False)
     for i in range(first, body.depth):
         partial = partial.step(i)

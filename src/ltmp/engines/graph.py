@@ -271,9 +271,9 @@ class GraphedForward:
 
     def _exactly(self, key: tuple[Any, ...], level: Level, images: Tensor) -> Any:
         """Run at exact sizes, and plan the capacity of a graph for batches like this at the top of its level."""
-        from .triton import Counted
+        from .triton import CountingEngine
 
-        engine = Counted()
+        engine = CountingEngine()
         result = self._forward(images, engine)
         self._seen.add(key)
         if result.geometry.each is not None:
@@ -332,7 +332,7 @@ class GraphedForward:
 
     def _capture(self, images: Tensor, active: Active, capacity: Capacity | None) -> Graph:
         """Record the host on `images`; dense if `capacity` is None."""
-        from .triton import Counted
+        from .triton import CountingEngine
 
         static = images.clone()
         body = self.body
@@ -341,7 +341,7 @@ class GraphedForward:
 
         def call() -> tuple[Any, Tensor, Tensor, Any]:
             # the fused kernels make a dense pass faster, too
-            engine = Counted(((False, False),) * len(active) if capacity is None else active, capacity)
+            engine = CountingEngine(((False, False),) * len(active) if capacity is None else active, capacity)
             result = self._forward(static, engine)
             results.append(result)
             stats = engine.stats

@@ -30,7 +30,7 @@ def all_hooked() -> bool:
     return _any_foreign([getattr(nn.modules.module, f"_global_{name}") for name in names], called=True)
 
 
-def is_own(forward: object, kind: type[nn.Module]) -> bool:
+def is_class_forward(forward: object, kind: type[nn.Module]) -> bool:
     """Whether `forward`, set on a module, is that of its class `kind`, e.g. because a patch was undone."""
     return getattr(forward, "__func__", None) is kind.forward
 

@@ -42,7 +42,7 @@ def step(body: Body, i: int, state: State, active: Active) -> State:
     steps = policy.steps(active, i)
     if not steps and x.ndim == 3:
         # nothing is removed up to here: run the host's own block, with its fused attention
-        return state.after(body.whole(i, x, state.positions), tokens, counts)
+        return state.after(body.dense_block(i, x, state.positions), tokens, counts)
     x = x.reshape(-1, x.shape[-1])
     facts = look(body.memory, recipe, (block,))
     half, drops = halves(recipe, (block,), x, facts)[0], facts.drops_branches()

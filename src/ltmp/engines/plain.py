@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..method.recipe import Parts, Recipe, activation_name, is_plain
-from .hooks import hooked_inside, is_own
+from .hooks import hooked_inside, is_class_forward
 
 _LIBRARIES = {"torch", "timm", "torchvision", "open_clip", "transformers"}
 """Libraries whose modules compute what the names of their classes suggest."""
@@ -79,7 +79,7 @@ class BlockFacts:
     def _is_unpatched(self) -> bool:
         """Whether every forward is that of its class, and every dropout is in eval mode."""
         for state, kind in self._states:
-            if "forward" in state and not is_own(state["forward"], kind):
+            if "forward" in state and not is_class_forward(state["forward"], kind):
                 return False
         for state in self._eval_only:  # noqa: SIM110 - a loop is faster than `any`
             if state["training"]:

@@ -37,7 +37,7 @@ def run(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
         return override(body, x, positions)
     active = body.active()
     if not x.shape[0] or not any(map(any, active)):
-        return body.all_whole(x, positions)
+        return body.dense_blocks(x, positions)
     if body.policy.masks:
         return masked.run(body, x, active, positions)
     chosen = trial.run if trial.applies(body, x) else engine(body.policy.config.engine, x.device)

@@ -110,7 +110,7 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
     trial = _trial(body, x)
     trial.calls += 1
     if trial.dense:
-        return body.all_whole(x, positions)
+        return body.dense_blocks(x, positions)
     if trial.dense is None and trial.calls > FIRST:
         return _timed(trial, body, x, active, positions)
     return packed.run(body, x, active, positions)
@@ -121,7 +121,7 @@ def _timed(trial: Trial, body: Body, x: Tensor, active: Active, positions: Posit
 
     def dense_seconds() -> float:
         start = perf_counter()
-        body.all_whole(x, positions)
+        body.dense_blocks(x, positions)
         return perf_counter() - start
 
     dense = dense_seconds() if trial.calls % 2 else None

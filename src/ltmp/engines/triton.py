@@ -129,7 +129,7 @@ def run(body: Body, x: Tensor, active: Active, positions: Positions | None = Non
 
 
 @dataclass
-class Counted:
+class CountingEngine:
     """This engine for a single call, whose token counts it keeps; for `body.running`.
 
     Attributes:
@@ -145,7 +145,7 @@ class Counted:
     def __call__(self, body: Body, x: Tensor, positions: Positions | None) -> Reduced:
         active = body.active() if self.active is None else self.active
         if self.active is None and not any(map(any, active)):
-            return body.all_whole(x, positions)
+            return body.dense_blocks(x, positions)
         batch = Pass(body, x, active, self.capacity, positions)
         self.stats = batch.stats
         return batch.run()

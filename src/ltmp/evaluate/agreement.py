@@ -37,7 +37,7 @@ def entering(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions | None
 
     def capture(body: Body, x: Tensor, positions: Positions | None) -> Reduced:
         inputs.append((x, positions))
-        return body.all_whole(x, positions)
+        return body.dense_blocks(x, positions)
 
     body = attachment(model).body
     # tokens="reduced" makes all blocks run in one call of the engine

@@ -124,7 +124,7 @@ def patch_size(model: nn.Module) -> int:
     return int(size[0] if isinstance(size, tuple | list) else size)
 
 
-def instead_of(model: nn.Module, other: nn.Module, name: str, images: Tensor) -> Baseline:
+def as_baseline(model: nn.Module, other: nn.Module, name: str, images: Tensor) -> Baseline:
     """Another dense model, such as a smaller one, in place of the attached `model`, on the same images.
 
     Raises:

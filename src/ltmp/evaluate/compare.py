@@ -24,7 +24,7 @@ RESIZE = "resize"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedMethod:
     """A requested method.
 
     Attributes:
@@ -44,7 +44,7 @@ class Wanted:
         return self.variant in LEARNED
 
     @classmethod
-    def parse(cls, text: str) -> Wanted:
+    def parse(cls, text: str) -> RequestedMethod:
         """Parse `"ltmp"`, `"m"`, `"m:16"`, `"m:0.12"` or `"resize:168"`.
 
         Raises:
@@ -117,7 +117,7 @@ def rates_for(model: nn.Module, images: Tensor, variant: str, target: float) -> 
     return _rates(model, variant, rates(best))
 
 
-def fixed_entry(model: nn.Module, wanted: Wanted, images: Tensor, target: float | None) -> Entry:
+def fixed_entry(model: nn.Module, wanted: RequestedMethod, images: Tensor, target: float | None) -> Entry:
     """A fixed-rate method at its own rate or, if it has none, at the rates that meet `target`.
 
     Raises:

@@ -92,12 +92,16 @@ def measure_costs(
 @contextmanager
 def _restored(thresholds: Thresholds) -> Iterator[None]:
     """Restore the thresholds and their budget on exit."""
-    merge, prune, budget = thresholds.merge.detach().clone(), thresholds.prune.detach().clone(), thresholds.asked
+    merge, prune, budget = (
+        thresholds.merge.detach().clone(),
+        thresholds.prune.detach().clone(),
+        thresholds.requested_budget,
+    )
     try:
         yield
     finally:
         thresholds.set(merge, prune)
-        thresholds.asked = budget
+        thresholds.requested_budget = budget
 
 
 def _block_costs(
@@ -110,7 +114,7 @@ def _block_costs(
     engine = body.policy.config.engine
     triton = engine != "packed" and x.is_cuda and select.unavailable(x.device) is None
     pieces = _triton_pieces if triton else _packed_pieces
-    calls: dict[str, Call] = {"whole": lambda: body.whole(i, x, positions)}
+    calls: dict[str, Call] = {"whole": lambda: body.dense_block(i, x, positions)}
     leaving = []
     own_body = replace(body, policy=copy.deepcopy(body.policy))
     for n in counts:

@@ -11,7 +11,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
-def lively(model: Model) -> Model:
+def randomize_weights(model: Model) -> Model:
     """Give the model random weights whose attention is not flat, so that importance and similarity vary by token."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

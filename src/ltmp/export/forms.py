@@ -105,7 +105,7 @@ class Form:
     def __call__(self, body: Body, x: Tensor, positions: Positions | None = None) -> Reduced:
         """Run all blocks on [B, N, C]."""
         if not any(map(any, self.active)):
-            return body.all_whole(x, positions)
+            return body.dense_blocks(x, positions)
         images, length, _ = x.shape
         state: _State | None = None
         kept = []
@@ -114,7 +114,7 @@ class Form:
             if state is None and steps:
                 state = _start(x)
             if state is None:
-                x = body.whole(i, x, positions)
+                x = body.dense_block(i, x, positions)
                 kept.append(torch.full((images,), float(length), device=x.device, dtype=torch.float32))
             else:
                 state = self._block(body, i, steps, state, positions)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..engines.body import Body, running_engine
-from ..engines.hooks import all_hooked, is_hooked, is_own
+from ..engines.hooks import all_hooked, is_class_forward, is_hooked
 from ..errors import LTMPError
 
 log = logging.getLogger("ltmp")
@@ -158,7 +158,7 @@ def _runs_class_forward(module: nn.Module) -> bool:
     """Whether the `forward` set on a module is that of its class: restored, or wrapped by accelerate to move inputs."""
     attributes = vars(module)
     forward = attributes.get("_old_forward") if "_hf_hook" in attributes else attributes.get("forward")
-    return is_own(forward, type(module))
+    return is_class_forward(forward, type(module))
 
 
 def _find_children(blocks: Iterable[nn.Module], wanted: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:

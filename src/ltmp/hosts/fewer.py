@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..calls import held, recording
+from ..calls import recording, set_in_context
 from ..engines.blockwise import PLACES
 from ..engines.body import Body, running_body
 from ..errors import LTMPError
@@ -158,7 +158,7 @@ def _shorten(reader: Any, body: Body, arguments: Mapping[str, Any]) -> dict[str,
 
 def _encode_images(reader: Any, arguments: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """Return the reader's image features without those to remove, and which of all features were kept, bool [U]."""
-    with held(PLACES, []):
+    with set_in_context(PLACES, []):
         encoded = reader.get_image_features(**arguments)
     pooled = encoded.pooler_output
     features = [*pooled] if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]

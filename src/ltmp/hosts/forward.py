@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import held, recomputing
+from ..calls import recomputing, set_in_context
 from ..engines import select
-from ..engines.blockwise import goes_on, note_whole, run_block
+from ..engines.blockwise import continues_call, record_dense, run_block
 from ..engines.body import Body, Engine, running, running_body, running_engine
 from ..engines.positions import positions_of
 from ..errors import LTMPError
@@ -94,7 +94,7 @@ class LoopForward(MethodReplacement):
         if body.grid if reduced else torch.compiler.is_exporting():
             # without a pass, blocks run one by one
             return self._original(args, kwargs)
-        with held(_PASS, HostPass(body, reduced, torch.is_grad_enabled())):
+        with set_in_context(_PASS, HostPass(body, reduced, torch.is_grad_enabled())):
             return self._original(args, kwargs)
 
     def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,7 +118,7 @@ class BlockForward(MethodReplacement):
             with running(entered.engine, body=entered.body):
                 return run_all(entered.body, x, others, named)
         body = running_body(self.blocks.body)
-        if self.i < body.depth and (goes_on(body.host, self.i, x) or body.reduces()):
+        if self.i < body.depth and (continues_call(body.host, self.i, x) or body.reduces()):
             if self.i == 0:
                 self.blocks.check(at_once=False)
             original = partial(self._original, body, x, others, named)
@@ -126,7 +126,7 @@ class BlockForward(MethodReplacement):
             with_sizes(output[0] if isinstance(output, tuple) else output, None)
             return output
         if self.i == body.depth - 1:
-            note_whole(body, x, self._by_name(others, named))
+            record_dense(body, x, self._by_name(others, named))
         return self._original(body, x, others, named)
 
     def _in_pass(self, host_pass: HostPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,7 +135,7 @@ class BlockForward(MethodReplacement):
         x, others, named = _split_features(args, kwargs)
         if not host_pass.reduced:
             if self.i == body.first:
-                note_whole(body, x, self._by_name(others, named))
+                record_dense(body, x, self._by_name(others, named))
             return self._original(body, x, others, named)
         if self.i:
             if not hasattr(x, "ltmp_size"):
@@ -205,5 +205,5 @@ def run_all(body: Body, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     positions = positions_of(body.recipe, body.host, x.shape[1], args, kwargs)
     reduced = select.run(body, x, positions)
-    body.note(x, reduced)
+    body.record_call(x, reduced)
     return with_sizes(reduced.x, reduced.size)

@@ -81,7 +81,7 @@ def learn_dial(
         loader: batches as in `ltmp.learn`, with or without labels; the first `calibration` images are used.
         low, high: ends of the dial, shares of the dense model's multiply-adds.
         knots: rows of the dial.
-        views: images to search on, in passes over `SCORED` at a time; 0 skips the search. `most_views` gives the number
+        views: images to search on, in passes over `SCORED` at a time; 0 skips the search. `max_views` gives the number
             of images that everything else processes, and a probe adds `PROBED`.
         calibration: images to calibrate the table on.
         every: remove tokens in one of this many blocks, starting with the first: with 2, every other block removes
@@ -187,7 +187,7 @@ def _search(
     return shapes
 
 
-def most_views(options: DialOptions, images: int) -> int:
+def max_views(options: DialOptions, images: int) -> int:
     """The largest number of images processed to learn a dial from `images` images, without a probe."""
     table = (options.knots + 2 * ANCHORS + 1) * options.calibration
     return options.views + table + ANCHORS * (min(options.checked, images) + MAX_PASSES * SCORED)

@@ -7,12 +7,13 @@ from typing import Any
 
 def policy_facts(policy: Any) -> dict[str, Any]:
     """Settings, target and share from the metadata, and the range, budget and mean tokens per block of the dial."""
-    config, noted = policy.config, None if policy.noted is None else policy.noted.held(policy)
+    config, recorded = policy.config, policy.recorded_metadata
+    metadata = None if recorded is None else recorded.valid_for(policy)
     facts = {
         **({"r": config.r} if config.method.fixed else {"scores": str(config.scores)}),
         "depth": policy.depth,
-        "target": noted and noted.target,
-        "share": noted and noted.share,
+        "target": metadata and metadata.target,
+        "share": metadata and metadata.share,
     }
     dial = getattr(policy, "dial", None)
     if dial is not None and not policy.merge.is_meta:

@@ -28,7 +28,7 @@ class Policy(nn.Module, ABC):
 
     Attributes:
         trains: whether `requires_grad_(True)` of the policy itself was called, see `masks`.
-        noted: metadata for `ltmp.save`, see `ltmp.describe`.
+        recorded_metadata: metadata for `ltmp.save`, see `ltmp.checkpoint.describe`.
         forms: the values of `tokens` that the host supports, its default first; set by `attach`.
     """
 
@@ -37,7 +37,7 @@ class Policy(nn.Module, ABC):
         self.config = config
         self.depth = depth
         self.trains = False
-        self.noted: Any = None
+        self.recorded_metadata: Any = None
         self.forms: tuple[str, ...] = ("reduced",)
 
     @property

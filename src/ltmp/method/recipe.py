@@ -139,7 +139,7 @@ def describe_timm(host: Any) -> dict[str, Any]:
     }
 
 
-def asks_something(value: Any) -> bool:
+def is_set(value: Any) -> bool:
     """Whether an argument of the blocks is set, so that it could change what they compute."""
     return value is not None and value is not False
 
@@ -207,7 +207,7 @@ class Recipe:
     rotary: Rotary | None = None
     grad_checkpointing: Callable[[nn.Module], bool] = has_grad_checkpointing
     hooks: Callable[[Any], list[RemovableHandle]] = no_hooks
-    refuses: Callable[[Any], bool] = asks_something
+    refuses: Callable[[Any], bool] = is_set
     arguments: Mapping[str, Any] = field(default_factory=dict)
     forms: tuple[str, ...] = ("reduced", "grid")
     bias: Callable[[nn.Module, int, Mapping[str, Any]], Bias | None] = no_bias

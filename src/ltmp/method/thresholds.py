@@ -65,7 +65,7 @@ class Thresholds(Policy):
         merge: float32 [L]; a token merges if its score with its partner is above it.
         prune: float32 [L]; a token is kept if its importance is above it.
         dial: thresholds for a range of budgets, or None; see `set_dial`.
-        asked: the budget last set on the dial; `budget` also checks that the thresholds have not changed since.
+        requested_budget: the budget last set on the dial; `budget` also checks that the thresholds have not changed since.
         probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
         seen: the images that these thresholds were learned on; None if unknown.
         certificate: certificate of the dial, from `ltmp.certify` or from a file; void if the dial was replaced since.
@@ -84,7 +84,7 @@ class Thresholds(Policy):
         self.merge = nn.Parameter(torch.ones(depth, dtype=torch.float32), requires_grad=False)
         self.prune = nn.Parameter(torch.zeros(depth, dtype=torch.float32), requires_grad=False)
         self.dial: Dial | None = None
-        self.asked: float | None = None
+        self.requested_budget: float | None = None
         self.register_buffer("probe", None)
 
     # -- values
@@ -113,7 +113,7 @@ class Thresholds(Policy):
                 )
         for name, values in new.items():
             getattr(self, name).copy_(values)
-        self.asked = None
+        self.requested_budget = None
 
     def set_dial(self, dial: Dial | None) -> None:
         """Set the dial, or remove it with None. Thresholds do not change until `set_budget`.
@@ -127,7 +127,7 @@ class Thresholds(Policy):
             raise ValueError(
                 f"a dial for {dial.depth} blocks, but this model has {self.depth}: use one learned on this architecture"
             )
-        self.dial, self.asked = dial, None
+        self.dial, self.requested_budget = dial, None
 
     @torch.no_grad()
     def set_budget(self, share: float) -> None:
@@ -151,16 +151,16 @@ class Thresholds(Policy):
         for parameter, values in zip((self.merge, self.prune), self.dial.at(share), strict=True):
             # a copy from pinned memory is asynchronous
             parameter.copy_(values.pin_memory() if parameter.is_cuda else values, non_blocking=True)
-        self.asked = float(share)
+        self.requested_budget = float(share)
 
     @property
     def budget(self) -> float | None:
         """The FLOPs share last set on the dial; None if the thresholds have changed since. Reads the device."""
-        if self.dial is None or self.asked is None:
+        if self.dial is None or self.requested_budget is None:
             return None
-        pairs = zip((self.merge, self.prune), self.dial.at(self.asked), strict=True)
+        pairs = zip((self.merge, self.prune), self.dial.at(self.requested_budget), strict=True)
         unchanged = all(torch.equal(current.detach().cpu(), from_dial) for current, from_dial in pairs)
-        return self.asked if unchanged else None
+        return self.requested_budget if unchanged else None
 
     def set_probe(self, probe: Tensor | None) -> None:
         """Set the probe that tokens are scored with, or remove it with None.

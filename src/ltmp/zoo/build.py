@@ -18,7 +18,7 @@ from ..checkpoint.contents import split_thresholds
 from ..checkpoint.metadata import Metadata
 from ..errors import LTMPError, UsageError, first_line
 from ..files.tensors import read_state_dict, write_tensors
-from .hugging_face import PREFIX, build_pretrained, is_of_transformers, save_classifier
+from .hugging_face import PREFIX, build_pretrained, is_transformers_model, save_classifier
 from .libraries import BUILDERS
 from .timm_names import no_weights, parse_name
 
@@ -107,7 +107,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         LTMPError: the checkpoint cannot be written.
     """
-    if is_of_transformers(model):
+    if is_transformers_model(model):
         save_classifier(model, plain_state(model), path)
         return
     write_tensors(plain_state(model), path, {"format": "pt"})
@@ -122,7 +122,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def name_in_file(about: Metadata, source: str | os.PathLike[str]) -> str | None:
+def model_name_in(about: Metadata, source: str | os.PathLike[str]) -> str | None:
     """Return the name of the model that a file was written for, from its metadata; None if it names none.
 
     Raises:
@@ -143,7 +143,7 @@ def is_safe_name(name: str) -> bool:
     return _SAFE_NAME.fullmatch(name) is not None
 
 
-def brings_weights(name: str) -> bool:
+def includes_weights(name: str) -> bool:
     """Whether a model's name determines its weights."""
     return name.startswith(PREFIX) or (name.startswith("open_clip:") and "/" in name)
 

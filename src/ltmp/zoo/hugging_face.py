@@ -163,7 +163,7 @@ def quiet_in_logs() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def is_of_transformers(model: nn.Module) -> bool:
+def is_transformers_model(model: nn.Module) -> bool:
     """Whether a model is a model of transformers, without importing transformers."""
     return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 

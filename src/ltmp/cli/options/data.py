@@ -114,7 +114,7 @@ class DataOptions(BatchOptions, Source):
             augment: crop, flip and colour the images at random.
         """
         from ...data import check_classes, image_mode, make_loader, open_dataset, transforms
-        from ...data.sample import sampled
+        from ...data.sample import subsample
 
         prepare = transforms.train_transform if augment else transforms.eval_transform
         dataset = open_dataset(
@@ -128,7 +128,7 @@ class DataOptions(BatchOptions, Source):
         )
         check_classes(dataset, int(getattr(model, "num_classes", 0)), self.class_map)
         if limit is not None:
-            dataset = sampled(dataset, limit, evenly=evenly)
+            dataset = subsample(dataset, limit, evenly=evenly)
         return make_loader(
             dataset, self.batch_size, shuffle=shuffle, seed=seed, workers=self.workers, strict=self.strict
         )

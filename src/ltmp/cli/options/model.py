@@ -76,13 +76,13 @@ class ModelOptions(BuildOptions):
         Args:
             weights: tuned weights, which replace the model's own; a folder holds a Hugging Face model.
         """
-        from ...zoo.build import brings_weights
+        from ...zoo.build import includes_weights
 
         arguments: list[object] = [] if thresholds is None else ["--thresholds", thresholds]
         name: str | None = getattr(self, "model", None)
         if weights is not None and weights.is_dir():
             return [*arguments, "--model", f"hf:{weights}"]
-        if name is not None and (thresholds is None or brings_weights(name)):
+        if name is not None and (thresholds is None or includes_weights(name)):
             arguments += ["--model", name]
         checkpoint = weights or self.weights
         if checkpoint:
@@ -105,9 +105,9 @@ class ModelOptions(BuildOptions):
 
     def has_weights(self, name: str, bundle: Bundle) -> bool:
         """Whether there are weights for the model; without any it would get random ones."""
-        from ...zoo.build import brings_weights
+        from ...zoo.build import includes_weights
 
-        return self.weights is not None or self.pretrained or brings_weights(name) or bundle.weights is not None
+        return self.weights is not None or self.pretrained or includes_weights(name) or bundle.weights is not None
 
     def build(
         self, name: str, *, budget: float | None = None, random: bool = False, classifier: bool = True
@@ -192,7 +192,7 @@ class AgainstOptions:
             sizes: resolutions, as pixels per side.
             pretrained: whether the --against model gets timm's weights if it has no checkpoint, instead of random ones.
         """
-        from ...evaluate.baselines import at_resolution, instead_of
+        from ...evaluate.baselines import as_baseline, at_resolution
 
         baselines = [at_resolution(network, size, images) for size in sizes]
         if self.against is None:
@@ -200,7 +200,7 @@ class AgainstOptions:
                 raise UsageError("--against-weights is for the model of --against: give both")
             return baselines
         other = self._build_against(self.against, network, images, pretrained)
-        return [*baselines, instead_of(network, other, self.against, images)]
+        return [*baselines, as_baseline(network, other, self.against, images)]
 
     def _build_against(self, name: str, network: nn.Module, images: Tensor, pretrained: bool) -> nn.Module:
         """Build the --against model with as many classes as `network`, on the device and in the dtype of `images`."""

@@ -69,10 +69,10 @@ class BenchModel(SavedModel):
 
     def network(self, name: str, budget: float | None) -> nn.Module:
         """Build the model, frozen; without weights, it gets random ones with as much variation as learned ones."""
-        from ...evaluate.synthetic import lively
+        from ...evaluate.synthetic import randomize_weights
 
         network = self.build(name, budget=budget, random=True, classifier=False).requires_grad_(False)
-        return network if self.has_weights(name, self.bundle(budget)) else lively(network)
+        return network if self.has_weights(name, self.bundle(budget)) else randomize_weights(network)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...data import Loader
     from ...evaluate import Evaluation
     from ...evaluate.baselines import Baseline
-    from ...evaluate.compare import Entry, Wanted
+    from ...evaluate.compare import Entry, RequestedMethod
 
 DEFAULT_BUDGETS = (0.8, 0.6, 0.47)
 """Several, so that the plot has a curve."""
@@ -83,16 +83,16 @@ class CompareOptions(CertifiedOption, AgainstOptions):
     calibration: Annotated[int, option("Images to calibrate thresholds on.", within=CALIBRATION)] = 256
     seed: Annotated[int, option("Seed of the order of the images to learn from.", within=SEED)] = 0
 
-    def methods(self) -> list[Wanted]:
+    def methods(self) -> list[RequestedMethod]:
         """The methods of --method, each once.
 
         Raises:
             UsageError: a method is unknown, or --learn-data and learned methods are not given together.
         """
-        from ...evaluate.compare import Wanted
+        from ...evaluate.compare import RequestedMethod
 
         default = () if self.thresholds else ("ltmp", "m")
-        methods = [Wanted.parse(text) for text in dict.fromkeys(self.method or default)]
+        methods = [RequestedMethod.parse(text) for text in dict.fromkeys(self.method or default)]
         learned = any(method.learned for method in methods)
         if self.learn_data is None and learned:
             raise UsageError("learned methods need images to learn on: give --learn-data, or files as --thresholds")
@@ -189,7 +189,7 @@ def _entries_of_file(network: nn.Module, path: Path, engine: str | None, budgets
 
 def _entries_of_methods(
     network: nn.Module,
-    methods: list[Wanted],
+    methods: list[RequestedMethod],
     options: CompareOptions,
     data: RequiredData,
     run: CompareRun,

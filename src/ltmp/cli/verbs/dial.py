@@ -216,7 +216,7 @@ def _print_dry_run(
     network: nn.Module, loader: Loader, held_out: Loader | None, options: DialRunOptions, run: RunOptions, job: Run
 ) -> None:
     """Print what would be done, and an estimate of the time."""
-    from ...learning.dial import most_views
+    from ...learning.dial import max_views
     from ...learning.options import DialOptions
     from ..runs import estimate_time
     from ..screen import print_result
@@ -233,7 +233,7 @@ def _print_dry_run(
         print_result("would report no accuracy")
     print_result(f"would write {job.thresholds}")
     settings = DialOptions(views=options.views, knots=options.knots, calibration=options.calibration)
-    passes = most_views(settings, loader.images) + held_out_images * (1 + budgets)
+    passes = max_views(settings, loader.images) + held_out_images * (1 + budgets)
     reads = options.calibration + min(settings.checked, loader.images) + held_out_images
     print_result(estimate_time(network, loader, run, passes=passes, reads=reads))
 

@@ -339,9 +339,9 @@ def _evaluate(network: nn.Module, held_out: Loader | None, run: RunOptions) -> E
 def _write_weights(network: nn.Module, path: Path | None, folder: Path) -> Path:
     """Write the tuned model and return its path: a folder for a Hugging Face model, otherwise a file."""
     from ...zoo.build import save_weights
-    from ...zoo.hugging_face import is_of_transformers
+    from ...zoo.hugging_face import is_transformers_model
 
-    path = path or folder / ("model" if is_of_transformers(network) else "model.safetensors")
+    path = path or folder / ("model" if is_transformers_model(network) else "model.safetensors")
     save_weights(network, path)
     return path
 

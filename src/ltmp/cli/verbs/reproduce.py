@@ -283,13 +283,13 @@ def _estimate_time(
     network: nn.Module, training: Loader, held_out: Loader, options: ReproduceOptions, run: RunOptions
 ) -> str:
     """About how long the parts of one model take."""
-    from ...learning.dial import most_views
+    from ...learning.dial import max_views
     from ...learning.options import DialOptions
     from ..runs import estimate_time
 
     budgets = len(options.budgets)
     settings = DialOptions(views=options.views, calibration=options.calibration)
-    dial = most_views(settings, training.images)
+    dial = max_views(settings, training.images)
     # a step of the paper's recipe costs a forward pass, and a backward pass of about two
     passes = 3 * budgets * training.images + 2 * dial + held_out.images * (6 * budgets + 6)
     reads = budgets * training.images + 2 * settings.checked + held_out.images * (budgets + 1)
