@@ -35,7 +35,7 @@ class RecordedMetadata:
         merge, prune: [L] on the CPU; None for fixed rates.
     """
 
-    about: Metadata
+    metadata: Metadata
     merge: Tensor | None
     prune: Tensor | None
 

@@ -65,7 +65,7 @@ class Thresholds(Policy):
         merge: float32 [L]; a token merges if its score with its partner is above it.
         prune: float32 [L]; a token is kept if its importance is above it.
         dial: thresholds for a range of budgets, or None; see `set_dial`.
-        requested_budget: the budget last set on the dial; `budget` also checks that the thresholds have not changed since.
+        requested_budget: the budget last set on the dial; `budget` also checks that thresholds have not changed since.
         probe: float32 [L, C + 1, WIDTH + 2], see `ops.probe.reference.probe`; None until one is learned or loaded.
         seen: the images that these thresholds were learned on; None if unknown.
         certificate: certificate of the dial, from `ltmp.certify` or from a file; void if the dial was replaced since.
