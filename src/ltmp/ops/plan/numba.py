@@ -67,7 +67,7 @@ def _bound(key, candidate, cut, live, goes):
 
     Args:
         key: float32 [n].
-        candidate, live: bool [n], tokens that the step may remove, and all tokens.
+        candidate, live: bool [n], tokens that the step may remove, and all tokens of the image that remain.
         goes: bool [n], the decision by threshold; overwritten.
     """
     if cut.tokens < 0 and cut.part < 0 and cut.floor == 0 and cut.ceiling < 0:
