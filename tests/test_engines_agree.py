@@ -15,10 +15,11 @@ from torch import Tensor
 
 import ltmp
 import reference
-from helpers import assert_close, make_probe, plain_torch, run_blocks, tiny_vit
+from helpers import assert_close, make_probe, plain_torch, random_images, run_blocks, tiny_vit
 from ltmp.config import LEARNED, Scores
 from ltmp.config import SCORES as NAMED
 from ltmp.hosts.sizes import sizes_of
+from ltmp.method import scores as method_scores
 
 DEPTH, WIDTH = 3, 16
 
@@ -139,3 +140,26 @@ def test_everything_pruned_leaves_the_prefix(protected: int, form: str) -> None:
     left = max(protected, 1)
     assert kept.tolist() == [[12.0, left, left]] * 3
     assert all(row.isfinite().all() for row in rows)
+
+
+@pytest.mark.parametrize("engine", ["packed", "triton"])
+def test_scores_without_kernels_run_in_plain_torch(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = method_scores.importance
+
+    def importance(policy: Any, block: int, signals: Any) -> Tensor | None:
+        """Later patches are more important."""
+        if policy.config.scores.importance == "place":
+            return signals.tokens.origin.float()
+        return known(policy, block, signals)
+
+    monkeypatch.setattr("ltmp.config.IMPORTANCES", ("received", "probe", "place"))
+    monkeypatch.setattr(method_scores, "importance", importance)
+    monkeypatch.setattr("ltmp.engines.select.unavailable", lambda device: None)
+    model = ltmp.attach(tiny_vit(), ltmp.LTMPConfig("ltp", Scores(importance="place"), engine=engine))
+    model.ltmp.set(prune=[5.0] * model.ltmp.depth)
+    with torch.no_grad(), ltmp.trace() as traces:
+        model(random_images(2))
+    gone = traces.sources[0] < 0
+    assert gone[:, 1:6].all()
+    assert not gone[:, 0].any()
+    assert not gone[:, 6:].any()

@@ -20,6 +20,7 @@ from ..config import Scores
 from ..method.policy import Active, Policy
 from ..method.rates import Rates, noise
 from ..method.recipe import Bias
+from ..method.scores import has_kernels
 from ..method.thresholds import Thresholds
 from ..method.tokens import Tokens, spread
 from ..ops.attend.rows import attend_images
@@ -58,6 +59,7 @@ def applies(policy: Policy, x: Tensor) -> bool:
         and type(x) is Tensor
         and type(policy) in (Thresholds, Rates)
         and "fuse" not in policy.config.steps
+        and has_kernels(policy.config.scores)
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
         and not torch.jit.is_tracing()
         and not dispatch_mode_active()

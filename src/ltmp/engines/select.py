@@ -14,6 +14,7 @@ from ..errors import LTMPError
 from ..method.policy import Active
 from ..method.rates import Rates
 from ..method.recipe import no_bias
+from ..method.scores import has_kernels
 from ..method.thresholds import Thresholds
 from . import compiled, masked, packed, trial
 from .body import Body, Run, running_engine
@@ -111,8 +112,9 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def supports_triton(body: Body) -> bool:
-    """Whether the Triton engines can run `body`: its policy decides on the device and attention has no pair bias."""
-    return type(body.policy) in (Thresholds, Rates) and body.recipe.bias is no_bias
+    """Whether the Triton engines can run `body`: kernels know its policy and scores, and attention has no pair bias."""
+    policy = body.policy
+    return type(policy) in (Thresholds, Rates) and body.recipe.bias is no_bias and has_kernels(policy.config.scores)
 
 
 def _triton(body: Body, x: Tensor, active: Active, positions: Positions | None, automatic: bool = False) -> Reduced:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..config import Scores
+from ..ops import IMPORTANCES, SIMILARITIES
 from ..ops.match.reference import similarity_metric, unit
 from ..ops.probe.reference import LIFT, WIDTH
 from ..ops.weigh import reference as weigh
@@ -58,6 +59,11 @@ class Signals:
         assert self.probed is not None
         patch = self.tokens.live & (self.tokens.origin >= self.protected)
         return weigh.saliency(self.probed[..., column], policy.weight(block, self.tokens.size), patch)
+
+
+def has_kernels(scores: Scores) -> bool:
+    """Whether kernels compute these scores; if not, engines run in plain torch."""
+    return scores.similarity in SIMILARITIES and scores.importance in IMPORTANCES
 
 
 def score(
