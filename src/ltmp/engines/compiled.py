@@ -29,11 +29,10 @@ from ..ops.probe.reference import WIDTH
 from ..ops.probe.rows import probe_rows
 from ..ops.scratch import Scratch, both, scratch
 from .body import Body
-from .masked import finish
 from .onednn import Halves, dispatch_mode_active, halves, padded_rows
 from .plain import look
 from .positions import Positions
-from .rows import first_rows, pad
+from .rows import finish, first_rows, pad
 from .segments import Segments
 from .state import Dropped, Reduced, State
 

@@ -9,11 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from ..method.policy import Active
 from ..method.reduction import fold, make_plan
 from ..method.scores import attended_for, score
-from ..method.tokens import take
 from ..ops.attend.reference import attend
 from .body import Body
 from .positions import Positions
-from .rows import reordered
+from .rows import finish
 from .state import Reduced, State
 
 
@@ -49,23 +48,3 @@ def _block(body: Body, i: int, state: State, active: Active) -> State:
         state = state.save_dropped(i, x, plan.tokens)
         x, tokens = fold(x, plan), plan.tokens
     return state.after(x + recipe.mlp(block, x), tokens)
-
-
-def finish(state: State, x: Tensor, kept: Tensor, protected: int) -> Reduced:
-    """Move the prefix tokens back to the front, where the host's head reads them.
-
-    Args:
-        x: [B, N, C], the features of `state` as padded images.
-        kept: float32 [B, L], tokens after each block.
-
-    Returns:
-        The result. Sizes are 0 for removed rows and carry the gradient of keeping a row, for heads that pool rows.
-    """
-    tokens = state.tokens
-    size, source = tokens.size * tokens.keep, tokens.source
-    if protected > 1:
-        order = (tokens.origin - protected).clamp_(max=0).argsort(dim=1, stable=True)
-        x, size = take(x, order), take(size, order)
-        if source is not None:
-            source = reordered(source, order)
-    return Reduced(x, size, kept, source, state.trail)

@@ -14,11 +14,10 @@ from ..method.tokens import Tokens, take
 from ..ops.attend.reference import attend, attend_rows
 from . import compiled
 from .body import Body
-from .masked import finish
 from .onednn import halves
 from .plain import look
 from .positions import Positions
-from .rows import by_image, first_rows, pad, rows
+from .rows import by_image, finish, first_rows, pad, rows
 from .state import Reduced, State
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..method.tokens import Tokens
+from ..method.tokens import Tokens, take
 from .segments import Segments
-from .state import Dropped
+from .state import Dropped, Reduced, State
 
 if TYPE_CHECKING:
     # importing the kernels needs Triton
@@ -176,6 +176,26 @@ def unpack(rows: Rows, protected: int) -> tuple[Tensor, Tensor, Tensor | None]:
         at, live = at.gather(1, order), live.gather(1, order)
         source = None if source is None else reordered(source, order)
     return torch.where(live[..., None], rows.x[at], 0), torch.where(live, rows.size[at], 0), source
+
+
+def finish(state: State, x: Tensor, kept: Tensor, protected: int) -> Reduced:
+    """Move the prefix tokens back to the front, where the host's head reads them.
+
+    Args:
+        x: [B, N, C], the features of `state` as padded images.
+        kept: float32 [B, L], tokens after each block.
+
+    Returns:
+        The result. Sizes are 0 for removed rows and carry the gradient of keeping a row, for heads that pool rows.
+    """
+    tokens = state.tokens
+    size, source = tokens.size * tokens.keep, tokens.source
+    if protected > 1:
+        order = (tokens.origin - protected).clamp_(max=0).argsort(dim=1, stable=True)
+        x, size = take(x, order), take(size, order)
+        if source is not None:
+            source = reordered(source, order)
+    return Reduced(x, size, kept, source, state.trail)
 
 
 def reordered(source: Tensor, order: Tensor) -> Tensor:
