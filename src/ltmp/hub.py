@@ -87,7 +87,7 @@ def _base_model_name(base_model: str, library: str | None, source: str) -> str:
     Raises:
         UsageError: its weights may not be loaded just because a file says so.
     """
-    # in timm, a repository of timm's own goes by the model's name
+    # timm finds its own repositories by the model's name
     name = base_model.removeprefix("timm/")
     if name != base_model and is_safe_name(name):
         return name

@@ -101,7 +101,7 @@ def test_a_time_or_a_speed_turns_the_dial(model: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "fragment"),
     [
-        ({}, "either milliseconds a batch or images per second"),
+        ({}, "either milliseconds per batch or images per second"),
         ({"milliseconds": 1.0, "images_per_second": 1.0}, "either milliseconds"),
         ({"milliseconds": -1.0}, "cannot take -1 ms"),
         ({"milliseconds": float("nan")}, "give a positive time"),

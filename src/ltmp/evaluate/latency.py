@@ -137,7 +137,7 @@ def set_latency(
             left unchanged.
     """
     if (milliseconds is None) == (images_per_second is None):
-        raise UsageError("how fast? give either milliseconds a batch or images per second")
+        raise UsageError("how fast? give either milliseconds per batch or images per second")
     if milliseconds is None:
         seconds = costs.images / images_per_second if images_per_second else float("nan")
     else:
