@@ -166,7 +166,7 @@ def test_falling_rates() -> None:
     ("kwargs", "fragment"),
     [
         ({"variant": "m", "r": -1}, "number of tokens"),
-        ({"variant": "m", "r": 1.5}, "part of them below 1"),
+        ({"variant": "m", "r": 1.5}, "fraction below 1"),
         ({"variant": "m", "r": True}, "got True"),
         ({"variant": "ltmp", "r": 3}, "ltmp learns its thresholds"),
         ({"variant": "m", "r": (1, 2), "schedule": "decreasing"}, "a rate for each block"),

@@ -275,7 +275,7 @@ class LTMPConfig:
         fits = _is_count(self.floor) and (self.ceiling is None or _is_count(self.ceiling))
         if not fits or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
             raise ValueError(
-                f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling tokens, ceiling >= 1"
+                f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling and 1 <= ceiling"
             )
 
     def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
@@ -283,9 +283,7 @@ class LTMPConfig:
         rates = value if isinstance(value, tuple) else () if value is None else (value,)
         for rate in rates:
             if not _is_count(rate) and not (isinstance(rate, float) and 0 <= rate < 1):
-                raise ValueError(
-                    f"{name} must be a number of tokens (8) or a fraction of them below 1 (0.12), got {rate!r}"
-                )
+                raise ValueError(f"{name} must be a number of tokens (8) or a fraction below 1 (0.12), got {rate!r}")
         if rates and any(rates) and not self.method.fixed:
             raise ValueError(
                 f"{name} is for fixed rates ({', '.join(FIXED)}), and {self.variant} learns its thresholds"

@@ -63,9 +63,7 @@ def test_rates_are_enough(verb, run, images, capsys, monkeypatch):
     assert run(verb, *arguments(verb, images)) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("verb", "code", "said"), [("export", 1, "runs at fixed rates"), ("app", 2, "no slider turns")]
-)
+@pytest.mark.parametrize(("verb", "code", "said"), [("export", 1, "runs at fixed rates"), ("app", 2, "have no slider")])
 def test_where_thresholds_are_needed_it_is_said(verb, code, said, run, images, capsys):
     assert run(verb, *arguments(verb, images)) == code
     assert said in capsys.readouterr().err
