@@ -275,7 +275,7 @@ class LTMPConfig:
         fits = _is_count(self.floor) and (self.ceiling is None or _is_count(self.ceiling))
         if not fits or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
             raise ValueError(
-                f"floor {self.floor} and ceiling {self.ceiling}: expected 0 <= floor <= ceiling and 1 <= ceiling"
+                f"floor {self.floor}, ceiling {self.ceiling}: expected 0 <= floor <= ceiling, ceiling >= 1"
             )
 
     def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
