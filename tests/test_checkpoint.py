@@ -153,7 +153,7 @@ LIMITS = [
     ({"floor": 2, "ceiling": 9}, {"floor": 2, "ceiling": 9}, (2, 9)),
     ({"floor": 2}, {"floor": 3}, r"floor 3, but the model was attached with floor 2: attach with LTMPConfig\(floor=3"),
     ({"ceiling": 9}, {"ceiling": 8}, "ceiling 8, but the model was attached with ceiling 9"),
-    ({"floor": 12}, {"ceiling": 9}, "floor 12 and ceiling 9"),
+    ({"floor": 12}, {"ceiling": 9}, "floor 12, ceiling 9"),
 ]
 
 

@@ -41,7 +41,7 @@ from ltmp.ops.match.reference import similarity_metric
         ({"seed": 0.5}, "seed must be a whole number"),
         ({"floor": -1}, "expected 0 <= floor <= ceiling"),
         ({"floor": 5, "ceiling": 4}, "expected 0 <= floor <= ceiling"),
-        ({"ceiling": 0}, "expected 0 <= floor <= ceiling, ceiling >= 1"),
+        ({"ceiling": 0}, "expected 0 <= floor <= ceiling, ceiling > 0"),
         ({"floor": "few"}, "expected 0 <= floor <= ceiling"),
     ],
 )

@@ -274,9 +274,7 @@ class LTMPConfig:
             self._check_rate(name, getattr(self, name))
         fits = _is_count(self.floor) and (self.ceiling is None or _is_count(self.ceiling))
         if not fits or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
-            raise ValueError(
-                f"floor {self.floor}, ceiling {self.ceiling}: expected 0 <= floor <= ceiling, ceiling >= 1"
-            )
+            raise ValueError(f"floor {self.floor}, ceiling {self.ceiling}: expected 0 <= floor <= ceiling, ceiling > 0")
 
     def _check_rate(self, name: str, value: Rate | tuple[Rate, ...] | None) -> None:
         per_block = isinstance(value, tuple)
