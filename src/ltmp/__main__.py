@@ -1,4 +1,4 @@
-"""`python -m ltmp` is `ltmp`; so that `torchrun -m ltmp` is, too."""
+"""`python -m ltmp` runs `ltmp`, and so does `torchrun -m ltmp`."""
 
 import sys
 

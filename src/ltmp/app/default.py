@@ -1,4 +1,4 @@
-"""What the app shows without options, offline: photographs if weights for them are cached, or the demo's digits."""
+"""The app without options, offline: photographs if weights for them are cached, or the demo's digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callbacks share: frozen thresholds, and the FLOPs share of the calls in the meantime."""
+"""Shared by the callbacks: freeze the thresholds, and average the FLOPs share of the calls since the last log."""
 
 from __future__ import annotations
 

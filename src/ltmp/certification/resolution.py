@@ -1,4 +1,4 @@
-"""Lower resolution as a dial: the same model on smaller images, to certify and to time beside a budget."""
+"""Lower resolution as a dial: the same model on smaller images, certified and timed for comparison with a budget."""
 
 from __future__ import annotations
 

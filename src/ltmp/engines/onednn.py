@@ -1,10 +1,10 @@
 """The two halves of a standard block on a CPU, with linear layers computed by the faster of MKL and oneDNN.
 
-In float32, `torch.nn.functional.linear` uses MKL, which is far from optimal on processors that Intel did not make (half
-the speed of oneDNN on an AVX-512 AMD EPYC, at any number of rows); on Intel's the two are equal. oneDNN prepares a
-primitive for each new number of rows, which takes longer than the layer itself, and a reduced image may have any number
-of them. So rows are padded to one of a few numbers (`padded_rows`), and oneDNN has to win by `_MARGIN`. The faster
-library is measured once per width and number of threads.
+In float32, `torch.nn.functional.linear` uses MKL, which is far from optimal on processors from other makers than Intel
+(half the speed of oneDNN on an AVX-512 AMD EPYC, at any number of rows); on Intel processors the two are equally fast.
+oneDNN prepares a primitive for each new number of rows, which takes longer than the layer itself, and a reduced image
+may have any number of them. So rows are padded to one of a few numbers (`padded_rows`), and oneDNN is used only if it
+takes at most `_MARGIN` of MKL's time. The faster library is measured once per width and number of threads.
 
 The oneDNN operator is the one that torch's own compiler emits. The host's modules run instead if that operator is
 missing, with gradients or autocast, and for blocks that are not plain.

@@ -1,4 +1,4 @@
-"""Plans on packed rows for whatever the kernels do not support: fixed rates, floors, ceilings, other importance.
+"""Plans on packed rows for what the kernels do not support: fixed rates, floors, ceilings, other kinds of importance.
 
 A few numbers per token are padded to images, planned by the definition (`reduction.make_plan`) and packed again: plain
 torch on the device, at sizes known in advance and without synchronization, so that a CUDA graph can record it.

@@ -1,8 +1,8 @@
 """Vision-language models of transformers whose language model receives only the tokens left: `tokens="fewer"`.
 
 The vision tower returns a grid, and the vision-language model (the reader) projects and packs it with its own code. A
-projected feature is kept if a token that is left has its position there (a merged token has that of its receiver); if
-the reader makes one feature of a square of patches, it is kept if one of these patches is such a position. The
+projected feature is kept if a remaining token is at its position (a merged token is at that of its receiver). If the
+reader makes one feature from a square of patches, that feature is kept if a remaining token is at any of them. The
 placeholders of all other features are removed from the text, with their columns of the attention mask, the positions
 and the labels. The rest stays in reading order.
 """

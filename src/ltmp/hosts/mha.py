@@ -1,4 +1,4 @@
-"""What torchvision's and open_clip's recipes share: blocks around `torch.nn.MultiheadAttention`."""
+"""Shared by torchvision's and open_clip's recipes: blocks around `torch.nn.MultiheadAttention`."""
 
 from __future__ import annotations
 

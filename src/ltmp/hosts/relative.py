@@ -1,4 +1,4 @@
-"""Relative position bias: what attention adds to the score of each pair of positions, shared by recipes."""
+"""Relative position bias, which attention adds to the score of each pair of positions; shared by recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets: what an architecture can reach, and the loss of missing a target."""
+"""Budgets: the range that an architecture can reach, and the loss for missing a target."""
 
 from __future__ import annotations
 

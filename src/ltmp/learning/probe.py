@@ -4,7 +4,7 @@ Merging moves two tokens by a part of their difference, which to first order cha
 gradient with that part. So the probe maps tokens to a metric in which distance is measured along the directions of
 gradients (the square root of their second moment, as in a natural gradient: Amari, Neural Computation 1998), and
 predicts a token's saliency, the size of its gradient. A deployed model has no gradients, but a linear map of a token's
-features predicts most of this, for 66 columns of a matrix product per block (docs/accuracy.md).
+features predicts most of this, at the cost of 66 columns of a matrix product per block (docs/accuracy.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of learning runs: a run that was killed resumes, and ends where it would have ended."""
+"""Checkpoints of learning runs: a killed run can be resumed, and ends as it would have without the interruption."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Models differ in both (docs/dial.md). If patches repeat one another, as plain backgrounds do, a merged token must count
 as all its patches (the paper's proportional attention), or merging equal patches would change answers; elsewhere
-answers stay closer if large tokens count for less. And if merging alone meets a budget, pruning may only harm. A
+answers stay closer if large tokens count for less. And if merging alone meets a budget, pruning can only do harm. A
 hundred unlabelled images show both: calibrated schedules are compared by how far answers are from the dense model's.
 """
 

@@ -1,4 +1,4 @@
-"""A certificate: the smallest budget whose risk was shown to be low enough, the tests, and what it is valid for."""
+"""A certificate: the smallest budget shown to have a low enough risk, the tests that showed it, and its conditions."""
 
 from __future__ import annotations
 

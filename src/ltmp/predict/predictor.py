@@ -1,4 +1,4 @@
-"""The predictor scores shards and writes the results; it is built where it runs, here or in a Ray actor."""
+"""The predictor scores shards and writes the results; it is built where it runs, in this process or in a Ray actor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of what a reduced model does: which patch became part of which token, and what accuracy costs."""
+"""Pictures of what a reduced model does: which patch became part of which token, and accuracy against cost."""
 
 from .animation import save_film as save_film
 from .curves import plot_tradeoff as plot_tradeoff

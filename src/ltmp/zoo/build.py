@@ -1,6 +1,6 @@
 """Build a model of timm or another library by name, load its weights, and save them.
 
-Everything that can fail raises an error of one clear sentence.
+Every failure raises an error of one clear sentence.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ Engine = Annotated[
 Budget = Annotated[
     float | None,
     option(
-        "FLOPs share to set the dial of the thresholds to, e.g. 0.55; default: the one the file was saved at.",
+        "FLOPs share to set the dial to, e.g. 0.55; default: the one the file was saved at.",
         RUN,
         metavar="SHARE",
         within=BUDGET,
@@ -33,7 +33,7 @@ Budget = Annotated[
 Budgets = Annotated[
     list[float] | None,
     option(
-        "FLOPs share to set the dial of the thresholds to; may be repeated. Default: the one the file was saved at.",
+        "FLOPs share to set the dial to; may be repeated. Default: the one the file was saved at.",
         RUN,
         "--budget",
         metavar="SHARE",

@@ -100,7 +100,7 @@ class CertifyOutput(OutputOptions):
 def certify_verb(
     data: RequiredData, model: ReducedModel, options: CertifyOptions, run: CertifyRun, output: CertifyOutput
 ) -> None:
-    """Find the smallest budget that provably answers like the dense model, tested on images that nothing learned from.
+    """Find the smallest budget that provably answers like the dense model, tested on images not used for learning.
 
     The certificate is stored in the thresholds file, and --certified sets its budget in every other command. The exit
     code is 1 if no budget can be certified.

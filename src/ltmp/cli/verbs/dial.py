@@ -49,7 +49,9 @@ class DialRunOptions(StageOptions):
     low: Annotated[float, option("Smallest budget of the dial, a share of the dense model's FLOPs.", within=SHARE)] = (
         0.3
     )
-    high: Annotated[float, option("Largest budget of the dial below 1, which is always dense.", within=SHARE)] = 0.95
+    high: Annotated[
+        float, option("Largest budget of the dial, below 1; budget 1 is always the dense model.", within=SHARE)
+    ] = 0.95
     target: Annotated[
         float, option("Budget that the file is saved at, and opens at without --budget.", within=SHARE)
     ] = 0.6
@@ -71,8 +73,8 @@ class DialRunOptions(StageOptions):
     certify: Annotated[
         float | None,
         option(
-            "Then certify on the --val images the smallest budget at which, with 95 % confidence, at most this share "
-            "of answers (e.g. 0.01) differs from the dense model's; see `ltmp certify`.",
+            "Afterwards, certify on the --val images the smallest budget at which, with 95 % confidence, at most this "
+            "share of answers (e.g. 0.01) differs from the dense model's; see `ltmp certify`.",
             metavar="LEVEL",
             within=SHARE,
         ),

@@ -30,10 +30,15 @@ class ServiceOptions:
         float, option("Milliseconds that an image waits for others to fill a batch.", _LIMITS, within=Range(0, 60_000))
     ] = 5.0
     max_queue: Annotated[
-        int, option("Most requests at a time; further ones are answered 429.", _LIMITS, within=Range(1, 10**6))
+        int,
+        option(
+            "Maximum number of concurrent requests; further ones are answered with status 429.",
+            _LIMITS,
+            within=Range(1, 10**6),
+        ),
     ] = 128
     max_connections: Annotated[
-        int, option("Most open connections; further ones are closed.", _LIMITS, within=Range(1, 10**6))
+        int, option("Maximum number of open connections; further ones are closed.", _LIMITS, within=Range(1, 10**6))
     ] = 512
     max_body: Annotated[float, option("Largest request in megabytes.", _LIMITS, within=Range(0.001, 10_000))] = 10.0
     max_pixels: Annotated[float, option("Largest image in megapixels.", _LIMITS, within=Range(0.001, 178))] = 25.0

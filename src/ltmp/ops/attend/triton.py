@@ -2,7 +2,7 @@
 
 No stock fused kernel returns the column sums that importance needs. If the keys of an image fit on chip, one pass
 computes both: the softmax of a query tile is final before it leaves the registers. Longer images take a second pass
-over the keys. Without atomics, so that every run returns the same bits.
+over the keys. There are no atomics, so every run returns the same bits.
 """
 
 from __future__ import annotations
