@@ -110,7 +110,8 @@ def results() -> Table:
         name = f"speed, H100, {NAMES[case]}, batch {graph['batch']}"
         table.append([name, percent(share(graph)), "1x", f"{ratio(graph, best)}x", ""])
     # rows of earlier dates are of earlier versions; the last setting of a date is the fastest
-    newest = cpu_runs().where(date=max(row["date"] for row in cpu_runs()))
+    runs = cpu_runs()
+    newest = runs.where(date=max(row["date"] for row in runs))
     for row in newest.where(processor=newest[-1]["processor"], every=newest[-1]["every"]):
         option = "" if row["every"] == "1" else f", `--every {row['every']}`"
         name = f"speed, {row['processor']}, DeiT-S{option}, batch {row['batch']}"

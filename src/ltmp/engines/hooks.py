@@ -1,4 +1,7 @@
-"""Detection of hooks and patched forwards on modules that an engine does not call, or not as their host would."""
+"""Detection of hooks and patched forwards on modules that an engine does not call, or not as their host would.
+
+`hosts/blocks.py` refuses calls of models that have them.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..config import Scores
-from ..ops import IMPORTANCES, SIMILARITIES
+from ..ops import KERNEL_IMPORTANCES, KERNEL_SIMILARITIES
 from ..ops.match.reference import similarity_metric, unit
 from ..ops.probe.reference import LIFT, WIDTH
 from ..ops.weigh import reference as weigh
@@ -63,7 +63,7 @@ class Signals:
 
 def has_kernels(scores: Scores) -> bool:
     """Whether kernels compute these scores; if not, engines run in plain torch."""
-    return scores.similarity in SIMILARITIES and scores.importance in IMPORTANCES
+    return scores.similarity in KERNEL_SIMILARITIES and scores.importance in KERNEL_IMPORTANCES
 
 
 def score(

@@ -1,4 +1,7 @@
-"""The manifest of a run: its settings and source, stored with the results so that no other run is mixed with them."""
+"""The manifest of a run: its settings and source, stored with the results so that no other run is mixed with them.
+
+Which shards are finished is found by `run.py` from their files.
+"""
 
 from __future__ import annotations
 
