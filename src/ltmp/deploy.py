@@ -20,6 +20,7 @@ from .data.transforms import eval_transform, image_mode, sharp_view
 from .errors import LTMPError
 from .hosts.attach import is_attached
 from .hosts.outputs import logits_of
+from .method.thresholds import Thresholds
 
 Forward = Callable[[Tensor], Tensor]
 """From images [B, C, H, W] to an output [B, K]."""
@@ -46,6 +47,18 @@ def deployed(model: nn.Module, device: torch.device, *, amp: torch.dtype | None 
     model.to(device)
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
         yield
+
+
+@contextmanager
+def restored(thresholds: Thresholds) -> Iterator[None]:
+    """Restore the thresholds and their budget on exit."""
+    merge, prune = thresholds.merge.detach().clone(), thresholds.prune.detach().clone()
+    budget = thresholds.requested_budget
+    try:
+        yield
+    finally:
+        thresholds.set(merge, prune)
+        thresholds.requested_budget = budget
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import dense
-from ..deploy import deployed
+from ..deploy import deployed, restored
 from ..errors import LTMPError, UsageError
 from ..evaluate.machine import describe_machine
 from ..fingerprint import image_keys
@@ -231,19 +231,14 @@ def _device_of(modules: list[nn.Module]) -> torch.device:
 @contextmanager
 def _deployed(subject: _Subject, device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
     """Deploy all modules inside; afterwards restore the thresholds and the budget of the dial."""
-    own = subject.thresholds
-    before = None if own is None else (own.merge.detach().clone(), own.prune.detach().clone(), own.requested_budget)
     with ExitStack() as stack:
         for module in subject.modules:
             stack.enter_context(deployed(module, device, amp=amp))
         if not subject.modules:
             stack.enter_context(torch.inference_mode())
-        try:
-            yield
-        finally:
-            if own is not None and before is not None:
-                own.set(before[0], before[1])
-                own.requested_budget = before[2]
+        if subject.thresholds is not None:
+            stack.enter_context(restored(subject.thresholds))
+        yield
 
 
 def _measure(

@@ -8,8 +8,7 @@ and how the time of a block inside the model differs from its time alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import record
-from ..deploy import deployed
+from ..deploy import deployed, restored
 from ..engines import compiled, packed, select
 from ..engines.body import Body
 from ..engines.capacity import Capacity
@@ -67,7 +66,7 @@ def measure_costs(
     attached = attachment(model)
     body, thresholds = attached.body, attached.thresholds
     dial, report = dial_of(thresholds), progress or (lambda done, total: None)
-    with deployed(model, images.device, amp=amp), _restored(thresholds), record():
+    with deployed(model, images.device, amp=amp), restored(thresholds), record():
         thresholds.set_budget(dial.lowest)
         active = thresholds.active()
         x, positions = entering(model, images)
@@ -87,21 +86,6 @@ def measure_costs(
     # fitted to the tokens that these images kept: the dial's own counts are of other images
     factor, rest = _fit_line(costs.blocks_alone(kept[:-1]), np.array(took[:-1]))
     return replace(costs, factor=factor, rest=rest, dense=took[-1])
-
-
-@contextmanager
-def _restored(thresholds: Thresholds) -> Iterator[None]:
-    """Restore the thresholds and their budget on exit."""
-    merge, prune, budget = (
-        thresholds.merge.detach().clone(),
-        thresholds.prune.detach().clone(),
-        thresholds.requested_budget,
-    )
-    try:
-        yield
-    finally:
-        thresholds.set(merge, prune)
-        thresholds.requested_budget = budget
 
 
 def _block_costs(
